@@ -1,0 +1,41 @@
+"""Long-context generation of piano music with Perceiver AR.
+
+The names below are loaded when they are first used, so that importing the package starts no device and
+`music-ar --help` never waits for JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from music_ar.events import EventError, decode, encode
+    from music_ar.generator import Generator
+    from music_ar.midi import MidiError, Performance, read_midi, write_midi
+
+__all__ = [
+    "EventError",
+    "Generator",
+    "MidiError",
+    "Performance",
+    "decode",
+    "encode",
+    "read_midi",
+    "write_midi",
+]
+
+_HOME = {
+    "EventError": "events",
+    "Generator": "generator",
+    "MidiError": "midi",
+    "Performance": "midi",
+    "decode": "events",
+    "encode": "events",
+    "read_midi": "midi",
+    "write_midi": "midi",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
