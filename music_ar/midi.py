@@ -1,0 +1,554 @@
+"""MIDI bytes <-> `Performance`: piano notes in seconds, with the sustain pedal folded into them.
+
+Files are parsed with symusic, whose clock we do not use: ticks become seconds with the very float64 operations
+of pretty_midi 0.2, because note-seq reads through pretty_midi and a last-bit difference in a time moves an event
+to the next 10 ms step. What a pedal does to a note is `apply_sustain_control_changes` of note-seq 0.0.5, written
+here as array operations (see `_fold_sustain`).
+"""
+
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
+import symusic
+from jaxtyping import Bool, Float64, Int32, Int64
+
+if TYPE_CHECKING:
+    import pretty_midi
+
+MAX_BYTES = 16 * 2**20
+MAX_NOTES = 1_000_000
+MAX_SECONDS = 6 * 3600.0
+
+SUSTAIN_CONTROLLER = 64
+PEDAL_DOWN_VALUE = 64  # a sustain controller value of 64..127 is a pressed pedal
+DEFAULT_MICROSECONDS_PER_QUARTER = 500_000
+
+# Written files: 0.5 ms a tick, so that the 10 ms grid of the events lies exactly on ticks.
+TICKS_PER_QUARTER = 1000
+TICKS_PER_SECOND = TICKS_PER_QUARTER * 1_000_000 // DEFAULT_MICROSECONDS_PER_QUARTER
+ACOUSTIC_GRAND_PIANO = 0
+
+_SMPTE_FRAME_RATES = {24: 24.0, 25: 25.0, 29: 30_000 / 1001, 30: 30.0}
+_HEADER_BYTES = 14
+
+
+class MidiError(ValueError):
+    """The input is not a usable MIDI file, or its notes are not a possible performance."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Performance:
+    """Piano notes in the order of (onset, pitch); four read-only columns of equal length n.
+
+    The constructor converts the columns to the types below, sorts the notes (stably) and checks them.
+
+    Attributes:
+      onset_s: `float64 [n]`, when each note begins, in seconds, >= 0.
+      offset_s: `float64 [n]`, when it stops sounding (the pedal counts), > onset_s.
+      pitch: `int32 [n]`, MIDI pitch 0..127.
+      velocity: `int32 [n]`, MIDI velocity 1..127.
+
+    Raises:
+      MidiError: a column has another length, or a value outside its range.
+    """
+
+    onset_s: Float64[np.ndarray, " n"]
+    offset_s: Float64[np.ndarray, " n"]
+    pitch: Int32[np.ndarray, " n"]
+    velocity: Int32[np.ndarray, " n"]
+
+    def __post_init__(self) -> None:
+        onset_s = np.array(self.onset_s, np.float64)
+        offset_s = np.array(self.offset_s, np.float64)
+        pitch = np.array(self.pitch, np.int32)
+        velocity = np.array(self.velocity, np.int32)
+        columns = {"onset_s": onset_s, "offset_s": offset_s, "pitch": pitch, "velocity": velocity}
+        _check_columns(columns)
+        order = np.lexsort((pitch, onset_s))
+        for name, column in columns.items():
+            column = column[order]
+            column.flags.writeable = False
+            object.__setattr__(self, name, column)
+
+    @classmethod
+    def empty(cls) -> "Performance":
+        """A performance of no notes."""
+        none = np.zeros(0)
+        return cls(onset_s=none, offset_s=none, pitch=none, velocity=none)
+
+    def __len__(self) -> int:
+        return len(self.pitch)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all four columns are equal, bit for bit."""
+        if not isinstance(other, Performance):
+            return NotImplemented
+        return (
+            np.array_equal(self.onset_s, other.onset_s)
+            and np.array_equal(self.offset_s, other.offset_s)
+            and np.array_equal(self.pitch, other.pitch)
+            and np.array_equal(self.velocity, other.velocity)
+        )
+
+    @property
+    def duration_s(self) -> float:
+        """When the last note stops, in seconds from time zero; 0 without notes."""
+        return float(self.offset_s.max(initial=0.0))
+
+    def select(self, kept: Bool[np.ndarray, " n"]) -> "Performance":
+        """The notes where `kept` is true."""
+        return Performance(
+            onset_s=self.onset_s[kept],
+            offset_s=self.offset_s[kept],
+            pitch=self.pitch[kept],
+            velocity=self.velocity[kept],
+        )
+
+    def shift(self, seconds: float) -> "Performance":
+        """The same notes, `seconds` later (earlier if negative, not before time zero)."""
+        return Performance(
+            onset_s=self.onset_s + seconds,
+            offset_s=self.offset_s + seconds,
+            pitch=self.pitch,
+            velocity=self.velocity,
+        )
+
+    def crop(self, start_s: float = 0.0, end_s: float = np.inf) -> "Performance":
+        """The notes that begin in [start_s, end_s), timed from `start_s`, the last ones cut at `end_s`."""
+        inside = self.select((self.onset_s >= start_s) & (self.onset_s < end_s))
+        return Performance(
+            onset_s=inside.onset_s - start_s,
+            offset_s=np.minimum(inside.offset_s, end_s) - start_s,
+            pitch=inside.pitch,
+            velocity=inside.velocity,
+        )
+
+
+def _check_columns(columns: dict[str, np.ndarray]) -> None:
+    shapes = {name: column.shape for name, column in columns.items()}
+    if any(len(shape) != 1 for shape in shapes.values()) or len(set(shapes.values())) != 1:
+        raise MidiError(f"the columns of a Performance must be flat and of one length, got {shapes}")
+    onset_s, offset_s = columns["onset_s"], columns["offset_s"]
+    rules = {
+        "onset_s must be finite and >= 0": np.isfinite(onset_s) & (onset_s >= 0),
+        "offset_s must be finite and > onset_s": np.isfinite(offset_s) & (offset_s > onset_s),
+        "pitch must be in 0..127": (columns["pitch"] >= 0) & (columns["pitch"] <= 127),
+        "velocity must be in 1..127": (columns["velocity"] >= 1) & (columns["velocity"] <= 127),
+    }
+    for rule, holds in rules.items():
+        if not holds.all():
+            note = int(np.argmin(holds))
+            values = {name: column[note].item() for name, column in columns.items()}
+            raise MidiError(f"{rule}, but note {note} is {values}")
+
+
+def read_midi(
+    source: str | os.PathLike[str] | bytes | BinaryIO,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_notes: int = MAX_NOTES,
+    max_seconds: float = MAX_SECONDS,
+) -> Performance:
+    """Reads the piano performance in a MIDI file.
+
+    Formats 0 and 1, any number of tracks, tempo changes, SMPTE time. Drums (channel 10) are dropped, every other
+    instrument is played by the piano. As in note-seq the sustain pedal acts on the notes of its own track,
+    channel and program, and a note still held when its track ends is dropped, since nothing says how long it is.
+
+    Args:
+      source: a path, the bytes themselves, or an open binary file.
+      max_bytes: largest accepted file.
+      max_notes: most accepted notes, drums not counted.
+      max_seconds: latest accepted end of a note.
+
+    Raises:
+      MidiError: there is no usable MIDI file in `source`, or it is over a limit; nothing else is raised.
+    """
+    data = _read_bytes(source, max_bytes)
+    midi, fixed_tick_s = _normal_form(data)
+    try:
+        score = symusic.Score.from_midi(midi)
+    except Exception as error:  # symusic raises several kinds, all of which mean the same here
+        raise MidiError(f"the MIDI events cannot be parsed: {error}") from error
+    note_count = sum(len(track.notes) for track in score.tracks if not track.is_drum)
+    if note_count > max_notes:
+        raise MidiError(f"at most {max_notes} notes are accepted, the file has {note_count}; raise max_notes or cut it")
+    clock = _Clock.of_tempos(score) if fixed_tick_s is None else _Clock.constant(fixed_tick_s)
+    performance = _play([_instrument(track, clock) for track in score.tracks])
+    if not len(performance):
+        raise MidiError("the MIDI file holds no notes that a piano can play (drums do not count)")
+    if performance.duration_s > max_seconds:
+        raise MidiError(
+            f"at most {max_seconds:g} s are accepted, the last note ends at {performance.duration_s:.1f} s;"
+            " raise max_seconds or cut the file"
+        )
+    return performance
+
+
+def _read_bytes(source: str | os.PathLike[str] | bytes | BinaryIO, max_bytes: int) -> bytes:
+    if isinstance(source, bytes | bytearray | memoryview):
+        data = bytes(source)
+    elif isinstance(source, str | os.PathLike):
+        try:
+            with Path(source).open("rb") as file:
+                data = file.read(max_bytes + 1)
+        except (OSError, ValueError) as error:  # ValueError: a path with a null character
+            raise MidiError(f"cannot read {os.fspath(source)!r}: {error}") from error
+    else:
+        try:
+            data = source.read(max_bytes + 1)
+        except Exception as error:
+            raise MidiError(f"cannot read from {source!r}: {error}") from error
+    if not isinstance(data, bytes):
+        raise MidiError(f"a MIDI file is read from bytes, got {type(data).__name__}; open it in binary mode")
+    if not data:
+        raise MidiError("the file is empty")
+    if len(data) > max_bytes:
+        raise MidiError(f"at most {max_bytes} bytes are accepted, the file is larger; raise max_bytes if it is music")
+    return data
+
+
+def _normal_form(data: bytes) -> tuple[bytes, float | None]:
+    """The same music with a plain header and nothing but track chunks, and the length of a tick if it is fixed.
+
+    symusic refuses SMPTE time and trusts the header, so the file's frame is checked and rebuilt here.
+
+    Returns:
+      The bytes to parse, and seconds per tick for SMPTE time or None where tempos set it.
+    """
+    if data[:4] != b"MThd":
+        raise MidiError(f"not a MIDI file: it should begin with b'MThd', it begins with {data[:4]!r}")
+    if len(data) < _HEADER_BYTES:
+        raise MidiError(f"the file is truncated: a MIDI header has {_HEADER_BYTES} bytes, the file {len(data)}")
+    header_length = int.from_bytes(data[4:8])
+    midi_format, track_count = int.from_bytes(data[8:10]), int.from_bytes(data[10:12])
+    if header_length < 6:
+        raise MidiError(f"broken MIDI header: its length should be 6 or more, it is {header_length}")
+    if midi_format not in (0, 1):
+        raise MidiError(f"MIDI formats 0 and 1 are read, this file is of format {midi_format}")
+    division, fixed_tick_s = _read_division(data[12:14])
+    tracks = _track_chunks(data, 8 + header_length)
+    if len(tracks) < track_count:
+        raise MidiError(f"the file is truncated: its header promises {track_count} tracks, {len(tracks)} are there")
+    if not tracks:
+        raise MidiError("the MIDI file holds no tracks")
+    counts = [midi_format, min(len(tracks), 0xFFFF), division]
+    header = b"MThd" + (6).to_bytes(4) + b"".join(count.to_bytes(2) for count in counts)
+    return header + b"".join(tracks[:0xFFFF]), fixed_tick_s
+
+
+def _read_division(field: bytes) -> tuple[int, float | None]:
+    """Ticks per quarter note, and seconds per tick where the file counts SMPTE frames instead of beats."""
+    if field[0] < 128:
+        ticks_per_quarter = int.from_bytes(field)
+        if ticks_per_quarter == 0:
+            raise MidiError("broken MIDI header: 0 ticks per quarter note")
+        return ticks_per_quarter, None
+    frame_rate = _SMPTE_FRAME_RATES.get(256 - field[0])
+    if frame_rate is None or field[1] == 0:
+        raise MidiError(
+            f"broken MIDI header: SMPTE time is 24, 25, 29 or 30 frames a second in 1..255 parts,"
+            f" got {256 - field[0]} in {field[1]}"
+        )
+    return TICKS_PER_QUARTER, 1.0 / (frame_rate * field[1])
+
+
+def _track_chunks(data: bytes, position: int) -> list[bytes]:
+    tracks = []
+    while len(data) - position >= 8:
+        kind, length = data[position : position + 4], int.from_bytes(data[position + 4 : position + 8])
+        end = position + 8 + length
+        if kind == b"MTrk":
+            if end > len(data):
+                raise MidiError(
+                    f"the file is truncated: a track of {length} bytes begins at byte {position},"
+                    f" {len(data) - position - 8} bytes are left"
+                )
+            tracks.append(data[position:end])
+        position = end
+    return tracks
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Clock:
+    """Ticks to seconds: from `tick[k]` on, which is at `start_s[k]`, a tick lasts `tick_s[k]` seconds."""
+
+    tick: Int64[np.ndarray, " k"]
+    start_s: Float64[np.ndarray, " k"]
+    tick_s: Float64[np.ndarray, " k"]
+
+    @classmethod
+    def constant(cls, tick_s: float) -> "_Clock":
+        return cls(tick=np.zeros(1, np.int64), start_s=np.zeros(1), tick_s=np.array([tick_s]))
+
+    @classmethod
+    def of_tempos(cls, score: Any) -> "_Clock":
+        """The clock of pretty_midi: the same products and sums in the same order, so the same last bits."""
+        tempos = score.tempos.numpy()
+        tick, tempo = tempos["time"].astype(np.int64), tempos["mspq"].astype(np.float64)
+        usable = (tempo > 0) & (tick >= 0)  # a quarter note of no length: such an event says nothing
+        tick, tempo = tick[usable], tempo[usable]
+        first = tempo[tick == 0][-1:] if (tick == 0).any() else [float(DEFAULT_MICROSECONDS_PER_QUARTER)]
+        tick = np.concatenate([[0], tick[tick > 0]])
+        tempo = np.concatenate([first, tempo[len(tempo) - len(tick) + 1 :]])
+        tick_s = 60.0 / ((6e7 / tempo) * score.ticks_per_quarter)
+        changed = np.concatenate([[True], tick_s[1:] != tick_s[:-1]])
+        tick, tick_s = tick[changed], tick_s[changed]
+        start_s = np.concatenate([[0.0], np.cumsum(tick_s[:-1] * np.diff(tick))])
+        return cls(tick=tick, start_s=start_s, tick_s=tick_s)
+
+    def seconds(self, tick: Int64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+        segment = np.searchsorted(self.tick, tick, side="right") - 1
+        return self.start_s[segment] + self.tick_s[segment] * (tick - self.tick[segment])
+
+
+class _Instrument(NamedTuple):
+    """What one instrument plays, before its pedal is folded in. Times in seconds."""
+
+    onset_s: Float64[np.ndarray, " n"]
+    offset_s: Float64[np.ndarray, " n"]
+    pitch: Int32[np.ndarray, " n"]
+    velocity: Int32[np.ndarray, " n"]
+    pedal_s: Float64[np.ndarray, " p"]
+    pedal_down: Bool[np.ndarray, " p"]
+    is_drum: bool
+
+
+def _instrument(track: Any, clock: _Clock) -> _Instrument:
+    notes, controls = track.notes.numpy(), track.controls.numpy()
+    onset = notes["time"].astype(np.int64)
+    offset = onset + notes["duration"]
+    controls_tick = controls["time"].astype(np.int64)
+    if (onset < 0).any() or (offset < onset).any() or (controls_tick < 0).any():
+        raise MidiError("the MIDI file counts more than 2**31 ticks; its delta times are broken")
+    sounding = offset > onset
+    onset, offset, pitch = onset[sounding], offset[sounding], notes["pitch"][sounding].astype(np.int32)
+    offset = _first_release(onset, offset, pitch)
+    pedal = controls["number"] == SUSTAIN_CONTROLLER
+    return _Instrument(
+        onset_s=clock.seconds(onset),
+        offset_s=clock.seconds(offset),
+        pitch=pitch,
+        velocity=notes["velocity"][sounding].astype(np.int32),
+        pedal_s=clock.seconds(controls_tick[pedal]),
+        pedal_down=controls["value"][pedal] >= PEDAL_DOWN_VALUE,
+        is_drum=track.is_drum,
+    )
+
+
+def _first_release(
+    onset: Int64[np.ndarray, " n"], offset: Int64[np.ndarray, " n"], pitch: Int32[np.ndarray, " n"]
+) -> Int64[np.ndarray, " n"]:
+    """Offsets as pretty_midi pairs them: a note-off ends all notes of its pitch, not the oldest alone."""
+    span = int(offset.max(initial=0)) + 1  # pitch * span + tick sorts by pitch, then by tick
+    releases = np.sort(pitch * np.int64(span) + offset)
+    first = np.searchsorted(releases, pitch * np.int64(span) + onset, side="right")
+    return releases[first] - pitch * np.int64(span)
+
+
+def _play(instruments: Sequence[_Instrument]) -> Performance:
+    """All instruments but the drums, each under its own pedal, on one piano."""
+    players = [instrument for instrument in instruments if not instrument.is_drum]
+    ends = [player.offset_s.max(initial=0.0) for player in players]
+    pedals = [instrument.pedal_s.max(initial=0.0) for instrument in instruments]
+    last_event_s = max([0.0, *map(float, ends), *map(float, pedals)])
+    columns = [[np.zeros(0)] * 4] + [_fold_sustain(player, last_event_s) for player in players]
+    onset_s, offset_s, pitch, velocity = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return Performance(onset_s=onset_s, offset_s=offset_s, pitch=pitch, velocity=velocity)
+
+
+def _fold_sustain(instrument: _Instrument, last_event_s: float) -> list[np.ndarray]:
+    """Extends the notes that end under a pressed pedal, as note-seq's `apply_sustain_control_changes`.
+
+    Events of one time are taken in the order pedal down, pedal up, note on, note off. A note that ends while the
+    pedal is down sounds until the pedal next comes up (after its end), or until the file's last event. With the
+    pedal down, a note-on cuts every sounding note of its pitch; of two that begin together the later one stays.
+
+    Args:
+      instrument: notes and pedal of one instrument.
+      last_event_s: time of the last note or pedal event of all instruments.
+
+    Returns:
+      The columns of `Performance`, without the notes that were cut to nothing.
+    """
+    pedal_order = np.lexsort((~instrument.pedal_down, instrument.pedal_s))
+    pedal_s, pedal_down = instrument.pedal_s[pedal_order], instrument.pedal_down[pedal_order]
+    pedal_up_s = np.append(pedal_s[~pedal_down], last_event_s)
+
+    def is_down(time_s: np.ndarray) -> np.ndarray:
+        return np.append(pedal_down, False)[np.searchsorted(pedal_s, time_s, side="right") - 1]
+
+    order = np.lexsort((instrument.onset_s, instrument.pitch))
+    onset_s, offset_s = instrument.onset_s[order], instrument.offset_s[order]
+    pitch, velocity = instrument.pitch[order], instrument.velocity[order]
+
+    release = np.searchsorted(pedal_s[~pedal_down], offset_s, side="right")
+    ring_s = np.where(is_down(offset_s), pedal_up_s[release], offset_s)
+    cut_s = _next_struck(onset_s, pitch, is_down(onset_s))
+    kept = cut_s > onset_s
+    return [onset_s[kept], np.minimum(ring_s, cut_s)[kept], pitch[kept], velocity[kept]]
+
+
+def _next_struck(
+    onset_s: Float64[np.ndarray, " n"], pitch: Int32[np.ndarray, " n"], cuts: Bool[np.ndarray, " n"]
+) -> Float64[np.ndarray, " n"]:
+    """For notes sorted by (pitch, onset): when the next note of the pitch that cuts begins, infinity if never."""
+    n = len(pitch)
+    # Index of the first cutting note after each note: a running minimum from the right.
+    cutting = np.append(np.where(cuts, np.arange(n), n), n)
+    following = np.minimum.accumulate(cutting[::-1])[::-1][1:]
+    same_pitch = np.append(pitch, -1)[following] == pitch
+    return np.where(same_pitch, np.append(onset_s, np.inf)[following], np.inf)
+
+
+def write_midi(performance: Performance, target: str | os.PathLike[str] | BinaryIO) -> None:
+    """Writes a format 1 file of one piano at 120 beats a minute, 0.5 ms a tick, without pedal events.
+
+    Notes of one pitch that overlap go to further tracks and channels, since within a channel a note-off could not
+    say which of them it ends. So `read_midi` gives the same notes back, within half a tick, or one tick long
+    where they were shorter.
+
+    Args:
+      performance: the notes; at least one, as an empty file could not be read again.
+      target: a path, which is replaced at once when the file is complete, or an open binary file.
+
+    Raises:
+      MidiError: there are no notes, or they end too late for MIDI's clock.
+      OSError: the target cannot be written.
+    """
+    data = _midi_bytes(performance)
+    if not isinstance(target, str | os.PathLike):
+        target.write(data)
+        return
+    path = Path(target)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _midi_bytes(performance: Performance) -> bytes:
+    if not len(performance):
+        raise MidiError("a performance without notes cannot be written as a MIDI file")
+    if performance.duration_s * TICKS_PER_SECOND >= 2**28:
+        longest_s = 2**28 // TICKS_PER_SECOND
+        raise MidiError(f"a written MIDI file lasts at most {longest_s} s, got {performance.duration_s:.1f} s")
+    onset = np.rint(performance.onset_s * TICKS_PER_SECOND).astype(np.int32)
+    offset = np.maximum(np.rint(performance.offset_s * TICKS_PER_SECOND).astype(np.int32), onset + 1)
+    voice = _voices(onset, offset, performance.pitch)
+    score = symusic.Score(TICKS_PER_QUARTER)
+    score.tempos.append(symusic.Tempo(0, DEFAULT_MICROSECONDS_PER_QUARTER))
+    for number in range(int(voice.max()) + 1):
+        chosen = voice == number
+        track = symusic.Track(program=ACOUSTIC_GRAND_PIANO, name="Piano")
+        track.notes = symusic.Note.from_numpy(
+            time=onset[chosen],
+            duration=(offset - onset)[chosen],
+            pitch=performance.pitch[chosen].astype(np.int8),
+            velocity=performance.velocity[chosen].astype(np.int8),
+            ttype="tick",
+        )
+        score.tracks.append(track)
+    return score.dumps_midi()
+
+
+def _voices(
+    onset: Int32[np.ndarray, " n"], offset: Int32[np.ndarray, " n"], pitch: Int32[np.ndarray, " n"]
+) -> Int64[np.ndarray, " n"]:
+    """The lowest voice free at each note's pitch and time; all zero where no notes of a pitch overlap."""
+    voice = np.zeros(len(pitch), np.int64)
+    free_from: dict[int, list[int]] = {}
+    for note, (start, end, key) in enumerate(zip(onset.tolist(), offset.tolist(), pitch.tolist(), strict=True)):
+        ends = free_from.setdefault(key, [])
+        number = next((number for number, free in enumerate(ends) if free <= start), len(ends))
+        ends[number : number + 1] = [end]
+        voice[note] = number
+    return voice
+
+
+def to_pretty_midi(performance: Performance) -> "pretty_midi.PrettyMIDI":
+    """The notes as a pretty_midi object with one piano; pretty_midi must be installed."""
+    import pretty_midi
+
+    piano = pretty_midi.Instrument(program=ACOUSTIC_GRAND_PIANO, name="Piano")
+    piano.notes = [
+        pretty_midi.Note(start=onset_s, end=offset_s, pitch=pitch, velocity=velocity)
+        for onset_s, offset_s, pitch, velocity in _rows(performance)
+    ]
+    midi = pretty_midi.PrettyMIDI(resolution=TICKS_PER_QUARTER, initial_tempo=120.0)
+    midi.instruments.append(piano)
+    return midi
+
+
+def from_pretty_midi(midi: "pretty_midi.PrettyMIDI") -> Performance:
+    """The notes of a pretty_midi object, drums dropped and each instrument's sustain pedal folded in.
+
+    Raises:
+      MidiError: a note's pitch, velocity or time is impossible.
+    """
+    instruments = []
+    for player in midi.instruments:
+        notes = [(note.start, note.end, note.pitch, note.velocity) for note in player.notes]
+        pedal = [(event.time, event.value) for event in player.control_changes if event.number == SUSTAIN_CONTROLLER]
+        instruments.append(_instrument_of_rows(notes, pedal, is_drum=player.is_drum))
+    return _play(instruments)
+
+
+def to_note_sequence(performance: Performance) -> Any:
+    """The notes as a `note_seq.NoteSequence`; needs the package note-seq."""
+    from note_seq.protobuf import music_pb2
+
+    sequence = music_pb2.NoteSequence(ticks_per_quarter=TICKS_PER_QUARTER, total_time=performance.duration_s)
+    sequence.tempos.add(qpm=120.0)
+    for onset_s, offset_s, pitch, velocity in _rows(performance):
+        sequence.notes.add(start_time=onset_s, end_time=offset_s, pitch=pitch, velocity=velocity)
+    return sequence
+
+
+def from_note_sequence(sequence: Any) -> Performance:
+    """The notes of a `note_seq.NoteSequence`, drums dropped and each instrument's sustain pedal folded in.
+
+    Raises:
+      MidiError: a note's pitch, velocity or time is impossible.
+    """
+    notes: dict[tuple[int, bool], list] = {}
+    pedals: dict[int, list] = {}
+    for note in sequence.notes:
+        row = (note.start_time, note.end_time, note.pitch, note.velocity)
+        notes.setdefault((note.instrument, note.is_drum), []).append(row)
+    for event in sequence.control_changes:
+        if event.control_number == SUSTAIN_CONTROLLER:
+            pedals.setdefault(event.instrument, []).append((event.time, event.control_value))
+    return _play(
+        [
+            _instrument_of_rows(rows, pedals.get(instrument, []), is_drum=is_drum)
+            for (instrument, is_drum), rows in notes.items()
+        ]
+    )
+
+
+def _rows(performance: Performance) -> zip:
+    columns = (performance.onset_s, performance.offset_s, performance.pitch, performance.velocity)
+    return zip(*(column.tolist() for column in columns), strict=True)
+
+
+def _instrument_of_rows(notes: list[tuple], pedal: list[tuple], *, is_drum: bool) -> _Instrument:
+    notes_nx4 = np.array(notes, np.float64).reshape(-1, 4)
+    notes_nx4 = notes_nx4[notes_nx4[:, 1] != notes_nx4[:, 0]]
+    pedal_px2 = np.array(pedal, np.float64).reshape(-1, 2)
+    return _Instrument(
+        onset_s=notes_nx4[:, 0],
+        offset_s=notes_nx4[:, 1],
+        pitch=notes_nx4[:, 2].astype(np.int32),
+        velocity=notes_nx4[:, 3].astype(np.int32),
+        pedal_s=pedal_px2[:, 0],
+        pedal_down=pedal_px2[:, 1] >= PEDAL_DOWN_VALUE,
+        is_drum=is_drum,
+    )
