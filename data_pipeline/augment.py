@@ -1,0 +1,196 @@
+"""Transposition and time stretch of event tokens: pure functions on whole pieces and on any window cut from one.
+
+Both are what Oore et al. ("This Time with Feeling", 2018) do to performances, done to tokens: a transposed window costs
+a few additions, a stretched one a sort. Stretching re-quantises: event times in steps are scaled and rounded, and the
+events are written again as `music_ar.events.encode` would write them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from music_ar.events import EVENT_CLASSES, MAX_SHIFT_STEPS, NOTE_OFF, PITCHES, TIME_SHIFT, VELOCITY, EventError
+
+PIANO_LOW, PIANO_HIGH = 21, 108  # A0 and C8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How far training windows are changed; both draws are uniform and their ends included.
+
+    Attributes:
+        min_semitones, max_semitones: range of the transposition. -5..+6 reaches every key once.
+        min_stretch, max_stretch: range of the factor on all times; 1.1 is a tenth slower.
+    """
+
+    min_semitones: int = -5
+    max_semitones: int = 6
+    min_stretch: float = 0.9
+    max_stretch: float = 1.1
+
+    def __post_init__(self) -> None:
+        if not -87 <= self.min_semitones <= 0 <= self.max_semitones <= 87:
+            raise ValueError(
+                "expected -87 <= min_semitones <= 0 <= max_semitones <= 87; "
+                f"got {self.min_semitones} and {self.max_semitones}"
+            )
+        if not 0.5 <= self.min_stretch <= 1 <= self.max_stretch <= 2:
+            raise ValueError(
+                f"expected 0.5 <= min_stretch <= 1 <= max_stretch <= 2; got {self.min_stretch} and {self.max_stretch}"
+            )
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, float]:
+        """A transposition in semitones and a stretch factor."""
+        semitones = rng.integers(self.min_semitones, self.max_semitones, endpoint=True)
+        return int(semitones), float(rng.uniform(self.min_stretch, self.max_stretch))
+
+
+def transpose(tokens: Int[np.ndarray, " T"], semitones: int) -> Int[np.ndarray, " T"]:
+    """Moves every note by `semitones`, or by as much of it as keeps the notes of these tokens on the piano.
+
+    Notes that already lie outside 21-108 forbid a move further out, never force one back.
+
+    Args:
+        tokens: event ids; other ids than note-ons and note-offs stay.
+        semitones: positive is up.
+
+    Returns:
+        A new array of the same shape and type.
+    """
+    is_note = tokens < TIME_SHIFT
+    pitches = tokens[is_note] % PITCHES
+    if len(pitches) == 0:
+        return tokens.copy()
+    lowest = min(0, PIANO_LOW - int(pitches.min()))
+    highest = max(0, PIANO_HIGH - int(pitches.max()))
+    return np.where(is_note, tokens + min(max(semitones, lowest), highest), tokens).astype(tokens.dtype)
+
+
+def stretch(tokens: Int[np.ndarray, " T"], factor: float) -> Int[np.ndarray, " S"]:
+    """Multiplies all times by `factor` and re-quantises to steps of 10 ms; see `stretch_with_source`."""
+    return stretch_with_source(tokens, factor)[0]
+
+
+def stretch_with_source(
+    tokens: Int[np.ndarray, " T"], factor: float
+) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
+    """`stretch`, and for every token it returns, the input token that it comes from.
+
+    Every note-on, note-off and velocity is kept; only time shifts appear and vanish. As in `encode`, a note is at least
+    one step long, and of the events of one step the note-offs come first, in the order of their notes' onsets, then the
+    note-ons in their order of time with their velocities. The result equals encoding the stretched notes up to the
+    10 ms by which the input was rounded already.
+
+    Args:
+        tokens: a canonically encoded piece, or a window cut anywhere from one. START, END and PAD may stand at its
+            ends and stay there. Time counts from the window's first token. Where a window ends inside a silence of
+            unknown length, so does the result.
+        factor: above 0; 1.1 is a tenth slower.
+
+    Returns:
+        The stretched tokens, of the input's type, and their sources int64: indices into `tokens`. A time shift's source
+        is that of the event that it leads to.
+
+    Raises:
+        ValueError: `factor` is not a positive number.
+        EventError: START, END or PAD between events.
+    """
+    if not (math.isfinite(factor) and factor > 0):
+        raise ValueError(f"expected a stretch factor above 0, got {factor}")
+    start, stop = _span_of_events(tokens)
+    body = tokens[start:stop]
+    is_shift = (body >= TIME_SHIFT) & (body < VELOCITY)
+    clock = np.cumsum(np.where(is_shift, body.astype(np.int64) - (TIME_SHIFT - 1), 0))
+    events = np.flatnonzero(~is_shift)
+    ids = body[events]
+    steps, order = _reschedule(ids, _scale(clock[events], factor))
+    stretched, shift_counts = _write_events(ids[order], steps)
+    trailing = _trailing_shifts(body, clock, steps, factor)
+    ends = np.arange(len(tokens))
+    source = (
+        ends[:start],
+        start + np.repeat(events[order], shift_counts + 1),
+        np.full(len(trailing), stop - 1),
+        ends[stop:],
+    )
+    pieces = (tokens[:start], stretched, trailing, tokens[stop:])
+    return np.concatenate(pieces).astype(tokens.dtype, copy=False), np.concatenate(source)
+
+
+def _span_of_events(tokens: np.ndarray) -> tuple[int, int]:
+    """Where the events lie between START, END and PAD at the ends."""
+    inner = np.flatnonzero(tokens < EVENT_CLASSES)
+    if len(inner) == 0:
+        return 0, 0
+    start, stop = int(inner[0]), int(inner[-1]) + 1
+    if len(inner) != stop - start:
+        raise EventError("PAD, START or END between events; expected them only at the ends of a window.")
+    return start, stop
+
+
+def _scale(steps: np.ndarray, factor: float) -> np.ndarray:
+    return np.floor(steps * factor + 0.5).astype(np.int64)
+
+
+def _reschedule(ids: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Steps in the order of events within them, and that order, after notes of no length are given one step."""
+    steps = steps.copy()
+    rank = np.arange(len(ids))
+    is_off = (ids >= NOTE_OFF) & (ids < TIME_SHIFT)
+    offs, ons = _pair_notes(ids)
+    steps[offs] = np.maximum(steps[offs], steps[ons] + 1)
+    # Offs whose note began before the window come before all others; among themselves they keep their order.
+    rank[is_off] = -1
+    rank[offs] = ons
+    order = np.lexsort((rank, ~is_off, steps))
+    return steps[order], order
+
+
+def _pair_notes(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of note-offs and of the note-ons that they end: first on, first off, pitch by pitch."""
+    notes = np.flatnonzero(ids < TIME_SHIFT)
+    pitch = (ids[notes] % PITCHES).astype(np.uint8)  # a stable sort of bytes is a radix sort
+    by_pitch = np.argsort(pitch, kind="stable")
+    notes, pitch = notes[by_pitch], pitch[by_pitch]
+    is_on = ids[notes] < NOTE_OFF
+    if not is_on.any():
+        return notes[:0], notes[:0]
+    group = np.flatnonzero(np.diff(pitch, prepend=-1) != 0)
+    lengths = np.diff(group, append=len(pitch))
+    ons_before = np.cumsum(is_on) - is_on
+    offs_before = np.arange(len(pitch)) - ons_before
+    first_on, first_off = np.repeat(ons_before[group], lengths), np.repeat(offs_before[group], lengths)
+    sounding = (ons_before - first_on) - (offs_before - first_off) - ~is_on
+    held = np.repeat(np.maximum(0, -np.minimum.reduceat(sounding, group)), lengths)
+    ordinal = offs_before - first_off - held
+    ends_one = ~is_on & (ordinal >= 0)
+    return notes[ends_one], notes[is_on][(first_on + ordinal)[ends_one]]
+
+
+def _write_events(ids: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Events with the time shifts between them, and the number of shifts before each event."""
+    gaps = np.diff(steps, prepend=0)
+    counts = -(-gaps // MAX_SHIFT_STEPS)
+    positions = np.cumsum(counts + 1) - 1
+    tokens = np.full(len(ids) + int(counts.sum()), TIME_SHIFT + MAX_SHIFT_STEPS - 1)
+    tokens[positions] = ids
+    shifted = counts > 0
+    tokens[positions[shifted] - 1] = TIME_SHIFT - 1 + (gaps - (counts - 1) * MAX_SHIFT_STEPS)[shifted]
+    return tokens, counts
+
+
+def _trailing_shifts(body: np.ndarray, clock: np.ndarray, steps: np.ndarray, factor: float) -> np.ndarray:
+    """The shifts after the last event of a window that was cut before the event they lead to."""
+    if len(body) == 0:
+        return np.empty(0, np.int64)
+    remaining = max(0, int(_scale(clock[-1:], factor)[0]) - (int(steps[-1]) if len(steps) else 0))
+    full, rest = divmod(remaining, MAX_SHIFT_STEPS)
+    shifts = [TIME_SHIFT + MAX_SHIFT_STEPS - 1] * full
+    # After a full shift the silence may go on beyond the window, so a rest would state a length nobody knows.
+    if rest and body[-1] != TIME_SHIFT + MAX_SHIFT_STEPS - 1:
+        shifts.append(TIME_SHIFT - 1 + rest)
+    return np.array(shifts, np.int64)

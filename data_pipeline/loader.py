@@ -1,0 +1,244 @@
+"""Token shards -> shuffled, weighted, resumable training batches, on grain.
+
+**What an epoch is.** A piece of K targets (every token but its START is one) is cut into ceil(K / N) blocks of N
+targets, N the latents, at an offset drawn anew for every piece and epoch. The blocks at the two ends are moved inside
+the piece, so that no latent is wasted, and where blocks overlap for it, a target's weight is 1 / the number of blocks
+that hold it. So every target of a split, the first event and END included, weighs exactly 1 an epoch, unlike with
+random crops, which rarely reach a piece's ends.
+
+**What a window is.** A block with the M + 1 - N tokens before it, left-padded where the piece begins later than that.
+
+**Augmentation.** Transposition and stretch are drawn for every window. Stretching leaves a block with a few time shifts
+more or less, so its N latents reach a little less or further back than the block did: a weight goes with its event,
+and a total of 1 an epoch then holds on average. A first block keeps its first N targets rather than its last, so that
+the beginnings of pieces are never what is lost.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict
+
+import grain
+import numpy as np
+from jaxtyping import Float, Int
+
+from data_pipeline.augment import Augmentation, stretch_with_source, transpose
+from data_pipeline.maestro import SPLITS, DatasetError
+from data_pipeline.prepare import MANIFEST_NAME, Manifest, PieceRecord, ShardRecord, shard_path
+from music_ar.events import END, FINGERPRINT, PAD, START
+
+
+class Batch(TypedDict):
+    """B windows. Inputs are `tokens[:, :-1]`, targets `tokens[:, -N:]` with their `weights`."""
+
+    tokens: Int[np.ndarray, "B M+1"]
+    weights: Float[np.ndarray, "B N"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pieces:
+    """The pieces of one split, in memory or mapped from disk.
+
+    Attributes:
+        tokens: a piece an array, each START, events, END.
+        records: the manifest's record of each: name, notes, seconds.
+    """
+
+    tokens: tuple[Int[np.ndarray, " _"], ...]
+    records: tuple[PieceRecord, ...]
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], split: str) -> Pieces:
+        """Maps a split of a prepared folder after checking its shards against the manifest.
+
+        Raises:
+            DatasetError: no such split, an empty one, a manifest of another vocabulary, or a shard that is missing,
+                truncated or edited; names the file.
+        """
+        if split not in SPLITS:
+            raise DatasetError(f"expected a split of {', '.join(SPLITS)}; got {split!r}.")
+        manifest = Manifest.load(folder)
+        if manifest.fingerprint != FINGERPRINT:
+            raise DatasetError(
+                f"{Path(folder) / MANIFEST_NAME}: of the event vocabulary {manifest.fingerprint[:12]}…, expected "
+                f"{FINGERPRINT[:12]}…. Prepare the data again with this version."
+            )
+        shards = [shard for shard in manifest.shards if shard.split == split]
+        if not shards:
+            raise DatasetError(f"{Path(folder) / MANIFEST_NAME}: the {split} split is empty.")
+        tokens = [piece for shard in shards for piece in _map_shard(folder, shard)]
+        records = [record for shard in shards for record in shard.pieces]
+        return cls(tokens=tuple(tokens), records=tuple(records))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def targets(self) -> int:
+        """Number of tokens that are predicted once an epoch: all but the STARTs."""
+        return sum(len(tokens) - 1 for tokens in self.tokens)
+
+
+def _map_shard(folder: str | os.PathLike[str], shard: ShardRecord) -> list[np.ndarray]:
+    path = shard_path(folder, shard)
+    try:
+        # A plain view: slicing np.memmap itself is slow.
+        flat = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path}: not a readable array ({error}). Prepare the data again.") from error
+    starts = np.array([piece.start for piece in shard.pieces])
+    ends = np.append(starts[1:], shard.tokens) - 1
+    if flat.shape != (shard.tokens,) or flat.dtype != np.uint16:
+        raise DatasetError(f"{path}: expected {shard.tokens} uint16 tokens, found {flat.dtype} {flat.shape}.")
+    if not ((flat[starts] == START).all() and (flat[ends] == END).all()):
+        raise DatasetError(f"{path}: its pieces do not lie where the manifest says. Prepare the data again.")
+    return [flat[start : end + 1] for start, end in zip(starts, ends, strict=True)]
+
+
+def batches(
+    pieces: Pieces,
+    *,
+    context: int,
+    latents: int,
+    batch_size: int,
+    seed: int,
+    augmentation: Augmentation | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+) -> grain.DatasetIterator[Batch]:
+    """An endless iterator of batches, epoch after epoch, each shuffled anew.
+
+    Deterministic in `seed`: batch i is the same however many threads make it. `get_state()` gives the position as a
+    small dict for a checkpoint; `set_state` on an iterator made with the same arguments goes on exactly there.
+
+    Args:
+        pieces: what to cut windows from.
+        context: M, inputs a window.
+        latents: N, targets a window; at most M.
+        batch_size: B, windows a batch of this process.
+        seed: in [0, 2**32).
+        augmentation: what to draw for each window; None leaves them as they are.
+        process_index: which of `process_count` processes this is. Each gets every `process_count`-th window of
+            the one shuffled order.
+        process_count: number of processes that share the epochs.
+        threads: threads that prepare batches ahead.
+    """
+    if not 1 <= latents <= context:
+        raise ValueError(f"expected 1 <= latents <= context, got latents {latents} and context {context}")
+    if batch_size < 1 or threads < 0:
+        raise ValueError(f"expected batch_size >= 1 and threads >= 0, got {batch_size} and {threads}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"expected 0 <= process_index < process_count, got {process_index} of {process_count}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"expected a seed in [0, 2**32), got {seed}")
+    windows = _Windows(pieces=pieces, context=context, latents=latents, seed=seed, augmentation=augmentation)
+    # Windows are made before the shuffle, where an index is (epoch, block): what a block looks like then does not
+    # depend on when, or in which process, it comes. Nothing is computed until an index is asked for.
+    dataset = grain.MapDataset.range(len(windows)).map_with_index(windows.cut)
+    dataset = dataset.random_map(windows.finish, seed=seed).shuffle(seed).repeat()
+    dataset = dataset[process_index::process_count].batch(batch_size, drop_remainder=True)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def windows_per_epoch(pieces: Pieces, *, latents: int) -> int:
+    """Number of windows in which all processes together see every target once."""
+    return sum(_block_count(len(tokens) - 1, latents) for tokens in pieces.tokens)
+
+
+def _block_count(targets: int, latents: int) -> int:
+    return -(-targets // latents)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Cut:
+    """Raw tokens [T] up to a block's last target, weights [T] of these tokens as targets."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    is_first: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Windows:
+    """All windows of all epochs, by index: `index // len` is the epoch, `index % len` the block."""
+
+    pieces: Pieces
+    context: int
+    latents: int
+    seed: int
+    augmentation: Augmentation | None
+    first_blocks: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        counts = [_block_count(len(tokens) - 1, self.latents) for tokens in self.pieces.tokens]
+        object.__setattr__(self, "first_blocks", np.cumsum([0, *counts]))
+
+    def __len__(self) -> int:
+        return int(self.first_blocks[-1])
+
+    def cut(self, index: int, _: int = 0) -> _Cut:
+        """The window at `index`, before augmentation: long enough to fill M + 1 tokens after any stretch."""
+        epoch, block = divmod(index, len(self))
+        piece = int(np.searchsorted(self.first_blocks, block, side="right")) - 1
+        tokens = self.pieces.tokens[piece]
+        starts = self._block_starts(epoch, piece)
+        start = int(starts[block - self.first_blocks[piece]])
+        size = min(self.latents, len(tokens) - 1)
+        stop = start + size + 1  # target t is token t + 1
+        low = max(0, stop - self._raw_length())
+        return _Cut(
+            tokens=tokens[low:stop].astype(np.int32),
+            weights=_target_weights(starts, size, low, stop),
+            is_first=start == 0,
+        )
+
+    def finish(self, cut: _Cut, rng: np.random.Generator) -> Batch:
+        """Draws the augmentation, applies it, and pads to M + 1 tokens and N weights."""
+        tokens, weights = cut.tokens, cut.weights
+        if self.augmentation is not None:
+            semitones, factor = self.augmentation.draw(rng)
+            tokens, source = stretch_with_source(transpose(tokens, semitones), factor)
+            weights = weights[source]
+        if cut.is_first:
+            tokens, weights = tokens[: self.latents + 1], weights[: self.latents + 1]
+        return {
+            "tokens": _last(tokens, self.context + 1, PAD),
+            "weights": _last(weights, self.latents, 0),
+        }
+
+    def _block_starts(self, epoch: int, piece: int) -> np.ndarray:
+        """First target of each block of a piece: N apart from a random offset, the ends moved inside."""
+        targets = len(self.pieces.tokens[piece]) - 1
+        count = _block_count(targets, self.latents)
+        slack = count * self.latents - targets
+        offset = np.random.default_rng((self.seed, epoch, piece)).integers(0, slack, endpoint=True)
+        last = max(0, targets - self.latents)
+        return np.clip(np.arange(count) * self.latents - offset, 0, last)
+
+    def _raw_length(self) -> int:
+        """M + 1 tokens, and as many more as the strongest compression of time may take away."""
+        shortest = 1.0 if self.augmentation is None else self.augmentation.min_stretch
+        return math.ceil((self.context + 1) / shortest)
+
+
+def _target_weights(starts: np.ndarray, size: int, low: int, stop: int) -> np.ndarray:
+    """For tokens low..stop-1: 1 / the number of blocks of `size` targets that hold the token, or 0 if none does."""
+    changes = np.zeros(stop - low + 1, np.int32)
+    np.add.at(changes, np.clip(starts + 1 - low, 0, stop - low), 1)
+    np.subtract.at(changes, np.clip(starts + 1 + size - low, 0, stop - low), 1)
+    coverage = np.cumsum(changes[:-1])
+    return np.where(coverage > 0, 1 / np.maximum(coverage, 1), 0).astype(np.float32)
+
+
+def _last(values: np.ndarray, length: int, fill: int) -> np.ndarray:
+    """The last `length` values, with `fill` before them where there are fewer."""
+    kept = values[-length:]
+    padded = np.full(length, fill, values.dtype)
+    padded[length - len(kept) :] = kept
+    return padded

@@ -1,0 +1,214 @@
+"""MAESTRO as it is distributed: a zip or its unpacked folder, checked against its own CSV.
+
+The archive holds MIDI files in one folder a year and a table `maestro-vX.Y.Z.csv` that gives every file its split
+(Hawthorne et al., "Enabling Factorized Piano Music Modeling and Generation with the MAESTRO Dataset", ICLR 2019).
+Those splits keep one composition in one split, so they are used as they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+SPLITS = ("train", "validation", "test")
+MIDI_SUFFIXES = (".mid", ".midi")
+MAX_FILE_BYTES = 64 * 2**20
+_CSV_PATTERN = "maestro-*.csv"
+_CSV_COLUMNS = ("split", "midi_filename")
+
+
+class DatasetError(ValueError):
+    """Training data that cannot be used: says which file, what was expected and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One MIDI file of a dataset.
+
+    Attributes:
+        name: what the dataset calls it: its path below the dataset's root, with forward slashes.
+        path: what `MidiFiles.read` calls it; differs from `name` where the root is a folder inside a zip.
+        split: one of `SPLITS`.
+    """
+
+    name: str
+    path: str
+    split: str
+
+
+class MidiFiles:
+    """The MIDI files in a zip or a folder, by name, without unpacking or following anything else.
+
+    Hidden files and folders and macOS' `__MACOSX` copies are not part of a dataset and are not listed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Lists the files below `path`.
+
+        Raises:
+            DatasetError: there is no such zip or folder, or the zip is damaged.
+        """
+        self.path = Path(path)
+        self._zip: zipfile.ZipFile | None = None
+        if self.path.is_dir():
+            self._files = dict.fromkeys(_walk(self.path))
+        elif self.path.is_file():
+            self._zip = _open_zip(self.path)
+            self._files = {
+                info.filename: info for info in self._zip.infolist() if _is_listed(info.filename) and not info.is_dir()
+            }
+        else:
+            raise DatasetError(f"{self.path}: no such zip or folder.")
+
+    def __enter__(self) -> MidiFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the zip, if it is one."""
+        if self._zip is not None:
+            self._zip.close()
+
+    def names(self) -> list[str]:
+        """Names of all listed files, sorted."""
+        return sorted(self._files)
+
+    def midi_names(self) -> list[str]:
+        """Names of the files that end in .mid or .midi, in any case, sorted."""
+        return [name for name in self.names() if name.lower().endswith(MIDI_SUFFIXES)]
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file.
+
+        Raises:
+            DatasetError: it cannot be read or is larger than `MAX_FILE_BYTES`.
+        """
+        try:
+            size = self._size(name)
+            if size > MAX_FILE_BYTES:
+                raise DatasetError(f"{name}: {size} bytes, more than the {MAX_FILE_BYTES} a MIDI file may have.")
+            if self._zip is not None:
+                return self._zip.read(name)
+            return (self.path / name).read_bytes()
+        # zipfile raises RuntimeError for an encrypted member, NotImplementedError for an unknown compression.
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+            raise DatasetError(f"{name}: cannot be read ({error}).") from error
+
+    def checksum(self, name: str) -> str:
+        """Size and CRC-32 of one file: the same from a zip, whose directory tells them, and from the unpacked folder.
+
+        Raises:
+            DatasetError: it cannot be read.
+        """
+        info = self._files[name]
+        if info is not None:
+            return f"{info.file_size} {info.CRC:08x}"
+        content = self.read(name)
+        return f"{len(content)} {zlib.crc32(content):08x}"
+
+    def _size(self, name: str) -> int:
+        info = self._files[name]
+        return info.file_size if info is not None else (self.path / name).stat().st_size
+
+
+def read_table(files: MidiFiles) -> list[Piece]:
+    """The pieces of an official MAESTRO archive, in the order of its CSV, checked against the files that are there.
+
+    Args:
+        files: the archive; the CSV may lie at its root or in one folder (the zip has `maestro-v3.0.0/`).
+
+    Returns:
+        One `Piece` a row.
+
+    Raises:
+        DatasetError: no CSV or more than one, a CSV without the official columns and splits, files that the CSV
+            names and the archive lacks, or MIDI files that the CSV does not name.
+    """
+    table = _find_table(files)
+    root = PurePosixPath(table).parent
+    rows = _parse_table(table, files.read(table))
+    pieces = [Piece(name=name, path=str(root / name), split=split) for name, split in rows]
+    listed = {piece.path for piece in pieces}
+    present = set(files.midi_names())
+    problems = [
+        _name_some("named in the CSV but missing", sorted(listed - present)),
+        _name_some("MIDI files that the CSV does not name", sorted(present - listed)),
+    ]
+    if any(problems):
+        raise DatasetError(
+            f"{files.path} does not agree with {table}: "
+            + "; ".join(p for p in problems if p)
+            + ". Download or unpack the archive again, without adding or removing files."
+        )
+    return pieces
+
+
+def _find_table(files: MidiFiles) -> str:
+    tables = [name for name in files.names() if fnmatch(PurePosixPath(name).name, _CSV_PATTERN)]
+    if len(tables) != 1:
+        found = f"found {', '.join(tables)}" if tables else "found none"
+        raise DatasetError(
+            f"{files.path}: expected one MAESTRO table ({_CSV_PATTERN}), {found}. Give the official "
+            "maestro-v3.0.0-midi.zip or the folder that it unpacks to; for other MIDI files there is `--midi FOLDER`."
+        )
+    return tables[0]
+
+
+def _parse_table(table: str, content: bytes) -> list[tuple[str, str]]:
+    """(midi_filename, split) of every row."""
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
+        columns = reader.fieldnames or ()
+        if missing := [column for column in _CSV_COLUMNS if column not in columns]:
+            raise DatasetError(
+                f"{table}: expected the columns {', '.join(_CSV_COLUMNS)}; found no {', '.join(missing)}."
+            )
+        rows = [(row["midi_filename"] or "", row["split"] or "") for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{table}: not a readable CSV ({error}).") from error
+    if not rows:
+        raise DatasetError(f"{table}: no rows.")
+    for name, split in rows:
+        if split not in SPLITS:
+            raise DatasetError(f"{table}: {name!r} has split {split!r}; expected one of {', '.join(SPLITS)}.")
+    if repeated := [name for name, count in Counter(name for name, _ in rows).items() if count > 1]:
+        raise DatasetError(f"{table}: {_name_some('listed more than once', repeated)}.")
+    return rows
+
+
+def _name_some(what: str, names: Sequence[str], limit: int = 10) -> str:
+    """Such as "3 missing: a, b, c", naming at most `limit`; "" for none."""
+    if not names:
+        return ""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)} {what}: {', '.join(names[:limit])}{more}"
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DatasetError(f"{path}: neither a folder nor a readable zip ({error}).") from error
+
+
+def _is_listed(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return not any(part.startswith(".") or part == "__MACOSX" for part in parts)
+
+
+def _walk(folder: Path) -> Iterable[str]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            relative = (Path(parent) / name).relative_to(folder).as_posix()
+            if _is_listed(relative):
+                yield relative
