@@ -1,0 +1,240 @@
+"""What is kept on disk: the training state (orbax) and released models (safetensors and JSON, no pickle).
+
+A released model is a folder with `config.json` (the ModelConfig, the vocabulary's fingerprint, the format) and
+`model.safetensors`; matrices are int8 with one float32 scale an output channel, the rest is float32.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from huggingface_hub import snapshot_download
+
+from music_ar import events
+from music_ar.model import ModelConfig, PerceiverAR
+
+FORMAT = "music-ar 1"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or of another model or vocabulary; the message names the file."""
+
+
+class TrainingCheckpoints:
+    """The newest training states of a run, written in the background; each is complete or absent.
+
+    Args:
+        folder: where they are kept.
+        settings: what the run is made with, JSON-like; saved, and compared when resuming.
+        resume: whether the run goes on from what `folder` holds.
+
+    Raises:
+        CheckpointError: `folder` holds a run and `resume` is false, or none and it is true, or a run with
+            other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool):
+        folder = folder.absolute()
+        settings = json.loads(json.dumps(settings | {"fingerprint": events.FINGERPRINT}))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            folder,
+            item_names=("state", "position"),
+            options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True),
+        )
+        self._folder = folder
+        newest = self._manager.latest_step()
+        if resume and newest is None:
+            raise CheckpointError(f"nothing to resume: {folder} holds no complete training checkpoint")
+        if not resume and newest is not None:
+            raise CheckpointError(f"{folder} already holds a run (step {newest}): resume it or name another folder")
+        settings_file = folder / "settings.json"
+        if resume:
+            before = json.loads(settings_file.read_text(encoding="utf-8"))
+            changed = sorted(_differences(before, settings))
+            if changed:
+                raise CheckpointError(f"{folder} holds a run with other settings: {', '.join(changed)}")
+        else:
+            write_atomically(settings_file, json.dumps(settings, indent=1).encode())
+
+    def __enter__(self) -> "TrainingCheckpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()  # waits for what is being written
+
+    def save(self, step: int, state: Any, position: dict[str, Any]) -> str:
+        """Saves a pytree of arrays and a JSON-like position; returns where, at once."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_leaves(state)), position=ocp.args.JsonSave(position)
+            ),
+        )
+        return str(self._folder / str(step))
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest state, in the structure and on the devices of `like`, and its position."""
+        step = self._manager.latest_step()
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _leaves(like))
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
+                ),
+            )
+        except Exception as error:  # orbax, tensorstore and JSON each raise their own
+            raise CheckpointError(f"cannot read the training checkpoint {self._folder / str(step)}: {error}") from error
+        return jax.tree.unflatten(jax.tree.structure(like), list(restored["state"].values())), restored["position"]
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """A pytree's leaves by a sortable number: plain for orbax, whatever classes the tree is made of."""
+    return {f"{index:05d}": leaf for index, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> set[str]:
+    found = set()
+    for name in before.keys() | now.keys():
+        a, b = before.get(name), now.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= _differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.add(f"{prefix}{name} was {a}, is {b}")
+    return found
+
+
+def save_released(model: PerceiverAR, folder: Path, *, int8: bool = True) -> None:
+    """Writes a model in released form; see the module's text for the format.
+
+    Args:
+        model: the model.
+        folder: made if it is missing; files in it are replaced one by one, each as a whole.
+        int8: whether to store matrices in one byte a parameter.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for name, array in _named_parameters(model).items():
+        if int8 and array.ndim == 2:
+            tensors[name], tensors[f"{name}.scale"] = quantize(array)
+        else:
+            tensors[name] = array
+    config = {"format": FORMAT, "fingerprint": events.FINGERPRINT, "model": dataclasses.asdict(model.config)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WEIGHTS, safetensors.numpy.save(tensors, metadata={"format": FORMAT}))
+    write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def load_released(source: str | os.PathLike[str], *, dtype: jnp.dtype | None = None) -> PerceiverAR:
+    """Reads a released model.
+
+    Args:
+        source: a folder, or the id of a Hugging Face hub repository ("owner/name").
+        dtype: what to compute in; default `model.default_dtype()`.
+
+    Raises:
+        CheckpointError: no such folder, a file is missing or damaged, or the model is of another format or
+            vocabulary.
+    """
+    folder = _folder_of(source)
+    config = _read_config(folder / CONFIG)
+    try:
+        tensors = safetensors.numpy.load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no {WEIGHTS}") from error
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is damaged: {error}. Fetch it again") from error
+    graph, params = nnx.split(nnx.eval_shape(lambda: PerceiverAR(config, rngs=nnx.Rngs(0), dtype=dtype)))
+    flat = dict(nnx.to_flat_state(params))
+    for path, variable in flat.items():
+        name = _name(path)
+        array = tensors.pop(name, None)
+        if array is None:
+            raise CheckpointError(f"{folder / WEIGHTS} lacks the tensor {name}")
+        if array.dtype == np.int8:
+            array = dequantize(array, tensors.pop(f"{name}.scale"))
+        if array.shape != variable.shape:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {name} should have shape {variable.shape} by {CONFIG}, has {array.shape}"
+            )
+        flat[path] = variable.replace(jnp.asarray(array))
+    if tensors:
+        raise CheckpointError(f"{folder / WEIGHTS} has tensors that {CONFIG} does not ask for: {sorted(tensors)}")
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def quantize(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A float matrix [in, out] as int8 and float32 scales [out]: value = int8 * scale."""
+    scale = np.maximum(np.abs(array).max(axis=0), 1e-12).astype(np.float32) / 127
+    return np.round(array / scale).astype(np.int8), scale
+
+
+def dequantize(array: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The inverse of `quantize`, to half a step."""
+    return array.astype(np.float32) * scale
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name beside it, then renames: it is there whole or not at all."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _folder_of(source: str | os.PathLike[str]) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    name = os.fspath(source)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name} is neither a folder with a released model nor a hub id (owner/name)")
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # the hub's client raises network, HTTP and file errors of many classes
+        raise CheckpointError(f"{name} is no folder here and could not be fetched from the hub: {error}") from error
+
+
+def _read_config(path: Path) -> ModelConfig:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise CheckpointError(f'{path}: expected format "{FORMAT}", found "{record["format"]}"')
+        if record["fingerprint"] != events.FINGERPRINT:
+            raise CheckpointError(
+                f"{path}: the model was trained on another event vocabulary (fingerprint "
+                f"{record['fingerprint'][:12]}..., here {events.FINGERPRINT[:12]}...)"
+            )
+        return ModelConfig(**record["model"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} has no {path.name}: it is not a released model") from error
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is no model configuration: {error!r}") from error
+
+
+def _named_parameters(model: PerceiverAR) -> dict[str, np.ndarray]:
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {_name(path): np.asarray(variable[...], np.float32) for path, variable in flat}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in path)

@@ -1,0 +1,133 @@
+"""How well a model predicts real music: negative log-likelihood a token, a note and a second."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from music_ar import events
+from music_ar.model import PerceiverAR
+from music_ar.training import token_nats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """Negative log-likelihood of pieces, each predicted by itself from its own start.
+
+    Attributes:
+        nats: in all.
+        tokens: targets scored, each once: the events and the end of each piece.
+        notes: note-on events among them.
+        seconds: of music.
+    """
+
+    nats: float
+    tokens: int
+    notes: int
+    seconds: float
+
+    def report(self) -> dict[str, float | int]:
+        """The figures that `metrics.json` holds. Nats a token depend on the vocabulary, the other two do not."""
+        return {
+            "nats_per_token": self.nats / self.tokens,
+            "nats_per_note": self.nats / max(self.notes, 1),
+            "nats_per_second": self.nats / max(self.seconds, 1e-9),
+            "tokens": self.tokens,
+            "notes": self.notes,
+            "seconds": self.seconds,
+        }
+
+
+class _Window(NamedTuple):
+    piece: int
+    end: int  # index of the last target in its piece
+    targets: int  # how many targets before and including it are scored
+
+
+def score(
+    model: PerceiverAR,
+    pieces: Sequence[Int[np.ndarray, " T"]],
+    *,
+    context: int | None = None,
+    latents: int | None = None,
+    stride: int = 512,
+    batch_size: int = 32,
+    on_progress: Callable[[float], None] | None = None,
+) -> Score:
+    """Scores every token of every piece once.
+
+    A window of `context` inputs ends every `stride` targets; of its `latents` predictions the last `stride`
+    count, so each is made with at least context - stride inputs (as far as the piece has them) and
+    latents - stride latents before it.
+
+    Args:
+        model: the model.
+        pieces: token arrays, each from `events.START` to `events.END`.
+        context: M; default the model's.
+        latents: N; default the model's. At least `stride`.
+        stride: targets between windows.
+        batch_size: windows at once.
+        on_progress: called with the share that is done.
+
+    Raises:
+        ValueError: sizes that do not fit together, or no pieces.
+    """
+    M = model.config.context if context is None else context
+    N = min(model.config.latents, M) if latents is None else latents
+    if not 1 <= stride <= N <= M:
+        raise ValueError(f"expected 1 <= stride <= latents <= context, got {stride}, {N}, {M}")
+    if not pieces:
+        raise ValueError("there are no pieces to score")
+    graph, params = nnx.split(model, nnx.Param)
+    windows = list(_windows(pieces, stride))
+    nats = 0.0
+    waiting: list[Array] = []
+    for first in range(0, len(windows), batch_size):
+        batch = windows[first : first + batch_size]
+        batch += [batch[0]._replace(targets=0)] * (batch_size - len(batch))  # one shape, one compilation
+        tokens = np.stack([_cut(pieces[window.piece], window.end, M) for window in batch])
+        counts = np.array([window.targets for window in batch])
+        waiting.append(_window_nats(graph, params, tokens, counts, N))
+        if len(waiting) > 2:  # the device works on the next while we wait for this one
+            nats += float(waiting.pop(0))
+            if on_progress is not None:
+                on_progress(first / len(windows))
+    nats += math.fsum(float(value) for value in waiting)
+    return Score(
+        nats=nats,
+        tokens=sum(len(piece) - 1 for piece in pieces),
+        notes=sum(int((piece < events.NOTE_OFF).sum()) for piece in pieces),
+        seconds=sum(float(events.event_steps(piece)[-1]) for piece in pieces) / events.STEPS_PER_SECOND,
+    )
+
+
+def _windows(pieces: Sequence[np.ndarray], stride: int) -> Iterator[_Window]:
+    for index, piece in enumerate(pieces):
+        last = len(piece) - 1
+        for done in range(0, last, stride):
+            end = min(done + stride, last)
+            yield _Window(index, end, end - done)
+
+
+def _cut(piece: np.ndarray, end: int, M: int) -> np.ndarray:
+    """The M inputs before target `end` and the target, left-padded: [M + 1]."""
+    cut = np.full(M + 1, events.PAD, np.int32)
+    kept = piece[max(0, end - M) : end + 1]
+    cut[M + 1 - len(kept) :] = kept
+    return cut
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _window_nats(
+    graph: nnx.GraphDef[PerceiverAR], params: nnx.State, tokens_BxM1: Array, counts_B: Array, N: int
+) -> Float[Array, ""]:
+    logits_BxNxV = nnx.merge(graph, params)(tokens_BxM1[:, :-1], latents=N)
+    nats_BxN = token_nats(logits_BxNxV, tokens_BxM1[:, -N:])
+    scored_BxN = jax.numpy.arange(N)[None] >= N - counts_B[:, None]
+    return (nats_BxN * scored_BxN).sum()

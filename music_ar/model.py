@@ -1,0 +1,361 @@
+"""Perceiver AR (Hawthorne et al., ICML 2022, arXiv 2202.07765) in Flax NNX.
+
+M inputs are read by N latents, the last N positions, in one cross-attention; a causal Transformer over the
+latents does the rest. Cost grows with N * M once and with N * N per layer, so M can be long. With N = M and no
+dropped prefix it is an ordinary decoder-only Transformer, which is our control.
+
+Dimension key, used as suffixes of names:
+    B batch, M inputs (the context), N latents, S rows of the cross-attention (kept prefix + N),
+    D width, H query heads, G key/value heads, K head size, F hidden width, V vocabulary, T any length.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from music_ar import events
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of a Perceiver AR. Saved as JSON beside the weights.
+
+    Attributes:
+        context: M, the most input tokens the model reads.
+        latents: N, the most latents it was trained with; N = M makes it a decoder-only Transformer.
+        width: D, channels of the residual stream.
+        layers: self-attention blocks after the cross-attention.
+        heads: H, query heads of every attention.
+        kv_heads: G, key/value heads; each serves H / G query heads (grouped-query attention).
+        head_size: K, channels of a head.
+        hidden: F, channels inside the feed-forward blocks.
+        conv_width: taps of the causal depthwise convolution over the embeddings; 1 means none. A note is about
+            four tokens, so a key that carries its neighbours is a better key than a bare token.
+        cross_depths: further cross-attends, each before the self block of that index; they share the keys and
+            values of the first.
+        rotary_fraction: share of each head's channels that is rotated by position.
+        rotary_wavelength: longest wavelength of the rotary positions, in tokens.
+        vocabulary_size: V, with padding and the two piece boundaries.
+    """
+
+    context: int = 4096
+    latents: int = 2048
+    width: int = 384
+    layers: int = 12
+    heads: int = 6
+    kv_heads: int = 6
+    head_size: int = 64
+    hidden: int = 1536
+    conv_width: int = 1
+    cross_depths: tuple[int, ...] = ()
+    rotary_fraction: float = 0.5
+    rotary_wavelength: float = 10_000.0
+    vocabulary_size: int = events.VOCABULARY_SIZE
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cross_depths", tuple(self.cross_depths))  # JSON gives a list
+        for name in ("context", "latents", "width", "layers", "heads", "kv_heads", "hidden", "conv_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.latents > self.context:
+            raise ValueError(f"latents must be at most context = {self.context}, got {self.latents}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+        if self.rotary_size % 2:
+            raise ValueError(
+                "rotary_fraction * head_size must be even, since channels turn in pairs; got "
+                f"{self.rotary_fraction} * {self.head_size}"
+            )
+        if any(not 0 <= depth < self.layers for depth in self.cross_depths):
+            raise ValueError(f"cross_depths must lie in 0..{self.layers - 1}, got {self.cross_depths}")
+
+    @property
+    def rotary_size(self) -> int:
+        """Channels of a head that are rotated."""
+        return int(self.head_size * self.rotary_fraction)
+
+    def flops_per_target(self, kept_prefix: int) -> float:
+        """Floating-point operations of one training step per target token (forward and backward).
+
+        Counts two operations a multiply-add, three passes, causal attention at half of its square, and only
+        the work the architecture asks for: what an implementation does on top of it is not credited.
+
+        Args:
+            kept_prefix: prefix positions kept after the prefix dropout.
+        """
+        attention_width = self.heads * self.head_size
+        kv_width = 2 * self.kv_heads * self.head_size
+        feed_forward = 2 * self.width * self.hidden
+        self_block = self.width * (2 * attention_width + kv_width) + feed_forward
+        cross_block = 2 * self.width * attention_width + feed_forward
+        crosses = 1 + len(self.cross_depths)
+        keys = self.width * kv_width * (kept_prefix + self.latents) / self.latents
+        head = self.width * self.vocabulary_size
+        matrices = self.layers * self_block + crosses * cross_block + keys + self.width**2 + head
+        cross_scores = crosses * 2 * attention_width * (kept_prefix + self.latents / 2)
+        self_scores = self.layers * 2 * attention_width * self.latents / 2
+        return 6 * (matrices + cross_scores + self_scores)
+
+
+PRESETS: dict[str, ModelConfig] = {
+    # What the shipped checkpoint is: about 21 million parameters, one key/value head to three query heads.
+    "small": ModelConfig(kv_heads=2, conv_width=8),
+    # The control: a decoder-only Transformer of the same size.
+    "small-decoder": ModelConfig(kv_heads=2, conv_width=8, context=2048, latents=2048),
+    # For tests and first tries on a CPU.
+    "tiny": ModelConfig(
+        context=64, latents=32, width=32, layers=2, heads=4, kv_heads=2, head_size=8, hidden=64, conv_width=4
+    ),
+}
+
+
+def default_dtype() -> jnp.dtype:
+    """The type to compute in on this machine: bfloat16 on GPU and TPU, float32 on CPU."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def rotate(x_BxTxHxK: Array, positions_BxT: Array, *, size: int, wavelength: float) -> Array:
+    """Rotary positions (Su et al., arXiv 2104.09864) on the first `size` channels of each head."""
+    half = size // 2
+    rate_R = wavelength ** -jnp.linspace(0.0, 1.0, half, dtype=jnp.float32)
+    angle_BxTx1xR = positions_BxT[..., None, None].astype(jnp.float32) * rate_R.reshape(1, 1, 1, half)
+    cos, sin = jnp.cos(angle_BxTx1xR), jnp.sin(angle_BxTx1xR)
+    first, second, rest = jnp.split(x_BxTxHxK, [half, size], axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([*(part.astype(x_BxTxHxK.dtype) for part in turned), rest], axis=-1)
+
+
+def causal_attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
+    """Square causal attention: row i sees rows 0..i. Fused (cuDNN) for bfloat16 on a GPU."""
+    fused = jax.default_backend() == "gpu" and q_BxTxHxK.dtype == jnp.bfloat16
+    return jax.nn.dot_product_attention(
+        q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation="cudnn" if fused else "xla"
+    )
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, pre-norm, each added to the residual stream.
+
+    Queries come from the stream; what keys and values come from is the caller's: the stream itself in a self
+    block, the context in a cross block. RMSNorm before each, query-key normalisation, squared ReLU, no biases;
+    the projections back into the stream start at zero, so a new block is the identity.
+    """
+
+    def __init__(self, config: ModelConfig, *, own_keys: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+
+        def linear(inputs: int, outputs: int, init: nnx.Initializer) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
+
+        def norm(channels: int) -> nnx.RMSNorm:
+            return nnx.RMSNorm(channels, dtype=dtype, rngs=rngs)
+
+        init, zeros = nnx.initializers.lecun_normal(), nnx.initializers.zeros
+        kv_width = config.kv_heads * config.head_size
+        self.attention_norm = norm(config.width)
+        self.query = linear(config.width, config.heads * config.head_size, init)
+        self.query_norm = norm(config.head_size)
+        if own_keys:
+            self.key = linear(config.width, kv_width, init)
+            self.key_norm = norm(config.head_size)
+            self.value = linear(config.width, kv_width, init)
+        self.output = linear(config.heads * config.head_size, config.width, zeros)
+        self.feed_forward_norm = norm(config.width)
+        self.expand = linear(config.width, config.hidden, init)
+        self.contract = linear(config.hidden, config.width, zeros)
+
+    def queries(self, x_BxTxD: Array, positions_BxT: Array) -> Float[Array, "B T H K"]:
+        """Normalised, rotated queries of the residual stream."""
+        q = self._heads(self.query(self.attention_norm(x_BxTxD)), self.config.heads)
+        return self._rotate(self.query_norm(q), positions_BxT)
+
+    def keys_values(self, normed_BxTxD: Array, positions_BxT: Array) -> tuple[Array, Array]:
+        """Normalised, rotated keys, and values, both [B, T, G, K], of an already normalised input."""
+        k = self.key_norm(self._heads(self.key(normed_BxTxD), self.config.kv_heads))
+        return self._rotate(k, positions_BxT), self._heads(self.value(normed_BxTxD), self.config.kv_heads)
+
+    def add(self, x_BxTxD: Array, attended_BxTxHxK: Array, dropout: nnx.Dropout) -> Float[Array, "B T D"]:
+        """Adds what attention found, then the feed-forward of the sum, to the stream."""
+        x_BxTxD = x_BxTxD + dropout(self.output(attended_BxTxHxK.reshape(*x_BxTxD.shape[:-1], -1)))
+        hidden_BxTxF = jnp.square(jax.nn.relu(self.expand(self.feed_forward_norm(x_BxTxD))))
+        return x_BxTxD + dropout(self.contract(hidden_BxTxF))
+
+    def attend_self(self, x_BxTxD: Array, positions_BxT: Array, dropout: nnx.Dropout) -> Float[Array, "B T D"]:
+        """The whole block as causal self-attention."""
+        k, v = self.keys_values(self.attention_norm(x_BxTxD), positions_BxT)
+        return self.add(x_BxTxD, causal_attention(self.queries(x_BxTxD, positions_BxT), k, v), dropout)
+
+    @staticmethod
+    def _heads(x_BxTxC: Array, heads: int) -> Array:
+        return x_BxTxC.reshape(*x_BxTxC.shape[:-1], heads, -1)
+
+    def _rotate(self, x_BxTxHxK: Array, positions_BxT: Array) -> Array:
+        return rotate(
+            x_BxTxHxK, positions_BxT, size=self.config.rotary_size, wavelength=self.config.rotary_wavelength
+        )
+
+
+class PerceiverAR(nnx.Module):
+    """The model: event tokens in, logits of the next token at the last N positions out.
+
+    Parameters are float32; matrix products run in `dtype` (default: `default_dtype()`), logits are float32.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype | None = None):
+        self.config = config
+        self.dtype = dtype = jnp.dtype(dtype) if dtype is not None else default_dtype()
+        self.embedding = nnx.Param(
+            nnx.initializers.normal(1.0)(rngs.params(), (config.vocabulary_size, config.width))
+        )
+        if config.conv_width > 1:
+            self.conv = nnx.Param(jnp.zeros((config.conv_width, config.width)))
+        self.context_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
+        self.latent = nnx.Linear(config.width, config.width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.cross = Block(config, dtype=dtype, rngs=rngs)
+        self.further_crosses = nnx.List(
+            [Block(config, own_keys=False, dtype=dtype, rngs=rngs) for _ in config.cross_depths]
+        )
+        self.blocks = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
+        self.final_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(
+            config.width, config.vocabulary_size, dtype=dtype, kernel_init=nnx.initializers.zeros, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        tokens_BxM: Int[Array, "B M"],
+        *,
+        latents: int | None = None,
+        kept_prefix: int | None = None,
+        dropout: float = 0.0,
+        key: Array | None = None,
+    ) -> Float[Array, "B N V"]:
+        """Logits of the token that follows each of the last N inputs.
+
+        Args:
+            tokens_BxM: inputs, left-padded with `events.PAD`; any M up to what memory allows.
+            latents: N, at most M; default `config.latents`.
+            kept_prefix: training only: how many of the M - N prefix positions to keep, drawn anew for each row
+                (cross-attend dropout by gather: dropped positions cost nothing). Default: all. Needs `key`.
+            dropout: rate of the residual dropout. Needs `key`.
+            key: randomness for the two.
+
+        Returns:
+            float32 logits [B, N, V]; row k belongs to input position M - N + k. Rows at padding mean nothing.
+        """
+        M = tokens_BxM.shape[1]
+        N = min(self.config.latents, M) if latents is None else latents
+        if not 1 <= N <= M:
+            raise ValueError(f"latents must lie in 1..{M}, the number of inputs; got {N}")
+        prefix_key, dropout_key = (None, None) if key is None else jax.random.split(key)
+        drop = nnx.Dropout(dropout, deterministic=key is None, rngs=None if key is None else nnx.Rngs(dropout_key))
+
+        embedded_BxMxD = self.embed(tokens_BxM)
+        rows = _lay_out(tokens_BxM, N, kept_prefix, prefix_key)
+        embedded_BxSxD = _take(embedded_BxMxD, rows.positions_BxS)
+
+        k, v = self.cross.keys_values(self.context_norm(embedded_BxSxD), rows.positions_BxS)
+        positions_BxN = _take(rows.positions_BxS, rows.latent_BxN)
+        x_BxNxD = self.latent(_take(embedded_BxSxD, rows.latent_BxN))
+        x_BxNxD = _attend_context(self.cross, x_BxNxD, positions_BxN, rows, k, v, drop)
+        further = dict(zip(self.config.cross_depths, self.further_crosses, strict=True))
+        for depth, block in enumerate(self.blocks):
+            if depth in further:
+                x_BxNxD = _attend_context(further[depth], x_BxNxD, positions_BxN, rows, k, v, drop)
+            x_BxNxD = block.attend_self(x_BxNxD, positions_BxN, drop)
+        return self.logits(_take(x_BxNxD, rows.right_aligned_BxN))
+
+    def embed(self, tokens_BxT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Token embeddings with the causal depthwise convolution over them; padding is zero.
+
+        The look-up is a product with one-hot rows: exact, and its gradient is a product too, where a gather's
+        would be a scatter into 391 crowded rows.
+        """
+        one_hot_BxTxV = jax.nn.one_hot(tokens_BxT, self.config.vocabulary_size, dtype=self.dtype)
+        table_VxD = self.embedding[...].at[events.PAD].set(0.0).astype(self.dtype)
+        x_BxTxD = one_hot_BxTxV @ table_VxD
+        if self.config.conv_width == 1:
+            return x_BxTxD
+        taps_WxD = self.conv[...].astype(self.dtype)
+        T = x_BxTxD.shape[1]
+        padded = jnp.pad(x_BxTxD, ((0, 0), (self.config.conv_width - 1, 0), (0, 0)))
+        shifted = (
+            padded[:, self.config.conv_width - 1 - back :][:, :T] * taps_WxD[back].reshape(1, 1, -1)
+            for back in range(self.config.conv_width)
+        )
+        return x_BxTxD + sum(shifted)
+
+    def logits(self, x_BxTxD: Array) -> Float[Array, "B T V"]:
+        """float32 logits of the residual stream."""
+        return self.head(self.final_norm(x_BxTxD)).astype(jnp.float32)
+
+
+class _Rows(NamedTuple):
+    """How the kept inputs lie in the S rows of the cross-attention.
+
+    Real inputs come first, in order; padding is moved to the end. Fused causal attention takes no mask, but
+    a row never sees later rows, so padding at the end is never seen.
+
+    Attributes:
+        positions_BxS: input position of each row.
+        latent_BxN: the rows of the latents, real ones first.
+        right_aligned_BxN: the latents' order with padding back on the left.
+    """
+
+    positions_BxS: Array
+    latent_BxN: Array
+    right_aligned_BxN: Array
+
+
+def _lay_out(tokens_BxM: Array, N: int, kept_prefix: int | None, key: Array | None) -> _Rows:
+    B, M = tokens_BxM.shape
+    prefix = M - N
+    kept = prefix if kept_prefix is None else min(kept_prefix, prefix)
+    positions_BxS = jnp.broadcast_to(jnp.arange(M), (B, M))
+    if kept < prefix:
+        if key is None:
+            raise ValueError(f"kept_prefix = {kept_prefix} drops positions at random and needs a key")
+        chance_BxP = jax.random.uniform(key, (B, prefix))
+        chosen_BxP = jnp.sort(jnp.argsort(chance_BxP, axis=1)[:, :kept], axis=1)
+        positions_BxS = jnp.concatenate([chosen_BxP, positions_BxS[:, prefix:]], axis=1)
+    padding_Bx1 = jnp.sum(tokens_BxM == events.PAD, axis=1, keepdims=True)  # leading, so positions below it
+    padded_Bx1 = jnp.sum(positions_BxS < padding_Bx1, axis=1, keepdims=True)
+    first_latent_Bx1 = jnp.maximum(kept - padded_Bx1, 0)
+    missing_latents_Bx1 = jnp.maximum(padded_Bx1 - kept, 0)
+    rows_1xS, latents_1xN = jnp.arange(kept + N)[None], jnp.arange(N)[None]
+    return _Rows(
+        positions_BxS=_take(positions_BxS, (rows_1xS + padded_Bx1) % (kept + N)),
+        latent_BxN=first_latent_Bx1 + latents_1xN,
+        right_aligned_BxN=(latents_1xN - missing_latents_Bx1) % N,
+    )
+
+
+def _take(x_BxTx: Array, index_BxR: Array) -> Array:
+    """Rows of each batch entry, none twice (which makes the gradient a plain write, not an atomic sum)."""
+    rows = jax.vmap(lambda x, index: x.at[index].get(unique_indices=True, mode="promise_in_bounds"))
+    return rows(x_BxTx, index_BxR)
+
+
+def _put(x_BxNx: Array, index_BxN: Array, size: int) -> Array:
+    """The inverse of `_take`: rows into zeros [B, size, ...]."""
+    zeros = jnp.zeros((x_BxNx.shape[0], size, *x_BxNx.shape[2:]), x_BxNx.dtype)
+    rows = jax.vmap(lambda z, index, x: z.at[index].set(x, unique_indices=True, mode="promise_in_bounds"))
+    return rows(zeros, index_BxN, x_BxNx)
+
+
+def _attend_context(
+    block: Block, x_BxNxD: Array, positions_BxN: Array, rows: _Rows, k: Array, v: Array, dropout: nnx.Dropout
+) -> Array:
+    """A cross block: the latents' queries are put among the S rows, so that attention is square and causal."""
+    q_BxSxHxK = _put(block.queries(x_BxNxD, positions_BxN), rows.latent_BxN, k.shape[1])
+    return block.add(x_BxNxD, _take(causal_attention(q_BxSxHxK, k, v), rows.latent_BxN), dropout)
+
+
+def parameter_count(model: PerceiverAR) -> int:
+    """Number of parameters of a model."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -1,0 +1,472 @@
+"""Training: the loss, the optimiser, one compiled step, and `fit`, which runs it for steps or for minutes.
+
+`fit` takes an iterator of arrays and knows nothing of where they come from. The batch is split over a mesh of
+all devices; parameters are replicated.
+"""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+from optax import contrib
+from tensorboardX import SummaryWriter
+
+from music_ar.checkpoint import TrainingCheckpoints
+from music_ar.model import PerceiverAR
+
+# Dense bfloat16 operations a second by the makers' data sheets, to show utilisation (MFU).
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+class TrainingError(ValueError):
+    """Training cannot start or go on; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How to train. Saved beside the training state, and checked against it when resuming.
+
+    Attributes:
+        steps: optimiser steps; or
+        minutes: wall-clock budget from the start of training, compilation included. Exactly one of the two.
+        batch_size: windows a step, over all devices and processes.
+        accumulation: parts that a batch is worked through in, to save memory; the gradient is the same.
+        optimizer: "muon" (Muon on matrices inside the blocks, AdamW on the rest) or "adamw".
+        matrix_learning_rate: peak rate of Muon.
+        learning_rate: peak rate of AdamW.
+        weight_decay: of the matrices inside the blocks, times their learning rate.
+        warmup_steps: linear warm-up.
+        decay_fraction: share of the run, at its end, over which the rate falls linearly to zero.
+        final_fraction: share of the run, at its end, that reads `final_batches` (data without augmentation).
+        clip_norm: global norm that gradients are clipped to.
+        ema_decay: of the exponential moving average of the weights, which is what is evaluated and released.
+        z_loss: weight of the squared log-partition, which keeps logits from drifting.
+        dropout: rate on what the blocks add to the residual stream.
+        prefix_keep: share of the prefix (the M - N inputs that are not latents) that a row keeps.
+        seed: of initialisation, dropout and prefix dropout.
+        log_every: steps between log lines.
+        checkpoint_minutes: minutes between training checkpoints.
+        validate_every: steps between calls of `validate`; 0 for never.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    batch_size: int = 32
+    accumulation: int = 1
+    optimizer: str = "muon"
+    matrix_learning_rate: float = 0.03
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    decay_fraction: float = 0.6
+    final_fraction: float = 0.15
+    clip_norm: float = 1.0
+    ema_decay: float = 0.998
+    z_loss: float = 1e-4
+    dropout: float = 0.1
+    prefix_keep: float = 0.5
+    seed: int = 0
+    log_every: int = 20
+    checkpoint_minutes: float = 5.0
+    validate_every: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise TrainingError(f"give either steps or minutes; got steps={self.steps}, minutes={self.minutes}")
+        if self.optimizer not in ("muon", "adamw"):
+            raise TrainingError(f'optimizer must be "muon" or "adamw", got {self.optimizer!r}')
+        if self.batch_size % self.accumulation:
+            raise TrainingError(
+                f"batch_size must be a multiple of accumulation, got {self.batch_size} and {self.accumulation}"
+            )
+        for name in ("dropout", "prefix_keep", "decay_fraction", "final_fraction", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise TrainingError(f"{name} must lie in 0..1, got {getattr(self, name)}")
+
+    def rate(self, step: int, progress: float) -> float:
+        """Learning rate as a share of its peak: warm-up, constant, linear decay to zero.
+
+        Args:
+            step: steps done.
+            progress: share of the run that is done, 0..1.
+        """
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        return warm * min(1.0, max(0.0, 1 - progress) / max(self.decay_fraction, 1e-9))
+
+
+class Batches(Protocol):
+    """An iterator of batches whose position can be saved, such as grain's.
+
+    A batch is {"tokens": int32 [B, M + 1], "weights": float32 [B, N]}: inputs are all tokens but the last,
+    targets the last N, weighted; tokens are left-padded. B is this process's share of the batch.
+    """
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes: one pytree, donated to each step."""
+
+    step: Int[Array, ""]
+    params: nnx.State
+    ema: nnx.State
+    optimizer: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a log line tells: the mean loss since the last one, speed, and how long the rest will take."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+    tokens_per_s: float
+    mfu: float | None
+    rate: float
+    elapsed_s: float
+    eta_s: float
+
+
+class Fitted(NamedTuple):
+    """The outcome of `fit`: the model with averaged weights, and whether the run reached its end."""
+
+    model: PerceiverAR
+    step: int
+    elapsed_s: float
+    finished: bool
+
+
+def token_nats(logits_BxNxV: Float[Array, "B N V"], targets_BxN: Int[Array, "B N"]) -> Float[Array, "B N"]:
+    """Cross-entropy of each target, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BxNxV, targets_BxN)
+
+
+def token_loss(
+    logits_BxNxV: Float[Array, "B N V"],
+    targets_BxN: Int[Array, "B N"],
+    weights_BxN: Float[Array, "B N"],
+    z_loss: float,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Weighted mean cross-entropy in nats a token, with and without the z-loss (PaLM, arXiv 2204.02311, §5)."""
+    total = jnp.maximum(weights_BxN.sum(), 1e-9)
+    nats = jnp.sum(token_nats(logits_BxNxV, targets_BxN) * weights_BxN) / total
+    partition_BxN = jax.nn.logsumexp(logits_BxNxV, axis=-1)
+    return nats + z_loss * jnp.sum(jnp.square(partition_BxN) * weights_BxN) / total, nats
+
+
+def build_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
+    """Clipping, then Muon on the blocks' matrices and AdamW on the rest, or AdamW alone, at peak rates."""
+    if config.optimizer == "adamw":
+        decayed = {"matrices": True, "rest": False}
+        rule = optax.adamw(config.learning_rate, b2=0.99, weight_decay=config.weight_decay, mask=decayed)
+    else:
+        rule = contrib.muon(
+            config.matrix_learning_rate,
+            weight_decay=config.weight_decay,
+            adam_learning_rate=config.learning_rate,
+            adam_b2=0.99,
+            muon_weight_dimension_numbers=lambda grouped: {
+                "matrices": {shape: contrib.MuonDimensionNumbers(1, 2) for shape in grouped["matrices"]},
+                "rest": dict.fromkeys(grouped["rest"]),
+            },
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), _grouped(rule))
+
+
+def _grouped(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Shows `rule` the parameters as {"matrices": {shape: [count, in, out]}, "rest": {path: leaf}}.
+
+    Matrices of one shape are stacked, so that Muon's iteration runs as a few batched products, not as a
+    thousand small ones. The head is no matrix here: its outputs are classes, not features.
+    """
+
+    def group(tree: Any) -> dict[str, dict[str, Array]]:
+        matrices: dict[str, list[Array]] = {}
+        rest: dict[str, Array] = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = jax.tree_util.keystr(path)
+            if "kernel" in name and "head" not in name:
+                matrices.setdefault(str(leaf.shape), []).append(leaf)
+            else:
+                rest[name] = leaf
+        return {"matrices": {shape: jnp.stack(leaves) for shape, leaves in matrices.items()}, "rest": rest}
+
+    def ungroup(grouped: dict[str, dict[str, Array]], like: Any) -> Any:
+        matrices = {shape: iter(stacked) for shape, stacked in grouped["matrices"].items()}
+        leaves = [
+            grouped["rest"][name] if (name := jax.tree_util.keystr(path)) in grouped["rest"] else
+            next(matrices[str(leaf.shape)])
+            for path, leaf in jax.tree_util.tree_leaves_with_path(like)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = rule.update(group(grads), state, group(params))
+        return ungroup(updates, grads), state
+
+    return optax.GradientTransformation(lambda params: rule.init(group(params)), update)
+
+
+def make_train_step(
+    graph: nnx.GraphDef[PerceiverAR], config: TrainingConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState, dict[str, Array], Array], tuple[TrainState, dict[str, Array]]]:
+    """The compiled training step: (state, batch, rate) -> (state, {"loss", "gradient_norm"}).
+
+    `state` is donated and replicated over `mesh`; the batch is split over its axis "data"; `rate` is a float32
+    scalar that scales the peak learning rates.
+    """
+
+    def loss_of(params: nnx.State, tokens: Array, weights: Array, key: Array) -> tuple[Array, Array]:
+        model = nnx.merge(graph, params)
+        N, M = weights.shape[1], tokens.shape[1] - 1
+        kept = round((M - N) * config.prefix_keep)
+        logits = model(tokens[:, :-1], latents=N, kept_prefix=kept, dropout=config.dropout, key=key)
+        return token_loss(logits, tokens[:, -N:], weights, config.z_loss)
+
+    def gradients(params: nnx.State, batch: dict[str, Array], key: Array) -> tuple[Array, nnx.State]:
+        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+        if config.accumulation == 1:
+            (_, nats), grads = gradient_of(params, batch["tokens"], batch["weights"], key)
+            return nats, grads
+
+        def add(sums, part):
+            index, tokens, weights = part
+            (_, nats), grads = gradient_of(params, tokens, weights, jax.random.fold_in(key, index))
+            weighted = jax.tree.map(lambda x: x * weights.sum(), (nats, grads))
+            return jax.tree.map(jnp.add, sums, (weights.sum(), *weighted)), None
+
+        parts = jax.tree.map(lambda x: x.reshape(config.accumulation, -1, *x.shape[1:]), batch)
+        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        indices = jnp.arange(config.accumulation)
+        (total, *sums), _ = jax.lax.scan(add, zeros, (indices, parts["tokens"], parts["weights"]))
+        nats, grads = jax.tree.map(lambda x: x / total, tuple(sums))
+        return nats, grads
+
+    def step(state: TrainState, batch: dict[str, Array], rate: Array) -> tuple[TrainState, dict[str, Array]]:
+        # Counter-based hardware bits: threefry would take a tenth of the step for dropout alone.
+        key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), state.step)
+        nats, grads = gradients(state.params, batch, key)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, jax.tree.map(lambda u: u * rate, updates))
+        # Early on the average follows closely, so that it forgets the initial weights.
+        decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        metrics = {"loss": nats, "gradient_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, ema, optimizer_state), metrics
+
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    return jax.jit(
+        step,
+        in_shardings=(everywhere, split, everywhere),
+        out_shardings=(everywhere, everywhere),
+        donate_argnums=0,
+    )
+
+
+def fit(
+    model: PerceiverAR,
+    config: TrainingConfig,
+    batches: Batches,
+    *,
+    output: Path,
+    final_batches: Batches | None = None,
+    resume: bool = False,
+    validate: Callable[[PerceiverAR], float] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Fitted:
+    """Trains `model` and returns it with averaged weights.
+
+    Checkpoints go to `output`/training (asynchronously), logs to `output`/log.jsonl and `output`/tensorboard.
+    SIGTERM saves a checkpoint and returns early.
+
+    Args:
+        model: where to start from (ignored when resuming).
+        config: how to train.
+        batches: the training data.
+        output: folder of the run; made if it is missing.
+        final_batches: data for the last `config.final_fraction` of the run; default: `batches` to the end.
+        resume: go on from the newest checkpoint under `output`; exact to the bit for a run counted in steps.
+        validate: called with the averaged model every `config.validate_every` steps; its figure is logged.
+        on_progress: called with each log line.
+
+    Raises:
+        TrainingError: the loss stopped being finite; or `output` holds a run and `resume` is false.
+        CheckpointError: resuming found no checkpoint, or one of another configuration.
+    """
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    graph, params = nnx.split(model, nnx.Param)
+    optimizer = build_optimizer(config)
+    train_step = make_train_step(graph, config, optimizer, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = jax.device_put(params, everywhere)
+    state = TrainState(
+        step=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        optimizer=jax.jit(optimizer.init, out_shardings=everywhere)(params),
+    )
+    save_every_s = 60 * config.checkpoint_minutes
+    sources = [batches] if final_batches is None else [batches, final_batches]
+    settings = {"model": dataclasses.asdict(model.config), "training": dataclasses.asdict(config)}
+    with (
+        TrainingCheckpoints(output / "training", settings, resume=resume) as checkpoints,
+        _Log(output, model, config, on_progress) as log,
+        _until_terminated() as terminated,
+    ):
+        if resume:
+            state, position = checkpoints.restore(state)
+            for source, saved in zip(sources, position["batches"], strict=True):
+                source.set_state(saved)
+            log.elapsed_before_s = position["elapsed_s"]
+        step, rate, window, next_save_s = int(state.step), 0.0, (1, 1), log.elapsed_s + save_every_s
+
+        def save() -> None:
+            log.flush(rate, window)  # raises before a broken state is saved
+            position = {"batches": [s.get_state() for s in sources], "elapsed_s": log.elapsed_s}
+            log.last_checkpoint = checkpoints.save(step, state, position)
+
+        while (progress := log.share_done(step)) < 1 and not terminated():
+            batch = next(sources[-1] if progress >= 1 - config.final_fraction else sources[0])
+            window = batch["tokens"].shape[1] - 1, batch["weights"].shape[1]
+            rate = config.rate(step, progress)
+            state, metrics = train_step(state, _put_batch(batch, mesh), jnp.float32(rate))
+            step += 1
+            log.add(step, metrics, rate, window)
+            if validate is not None and config.validate_every and step % config.validate_every == 0:
+                log.write({"step": step, "validation": validate(nnx.merge(graph, state.ema))})
+            if log.elapsed_s >= next_save_s:
+                save()
+                next_save_s = log.elapsed_s + save_every_s
+        save()
+        return Fitted(nnx.merge(graph, state.ema), step, log.elapsed_s, finished=progress >= 1)
+
+
+class _Log:
+    """Gathers the steps' metrics without waiting for the device, and writes them every few steps."""
+
+    def __init__(
+        self,
+        output: Path,
+        model: PerceiverAR,
+        config: TrainingConfig,
+        on_progress: Callable[[Progress], None] | None,
+    ):
+        self._model_config, self._config, self._on_progress = model.config, config, on_progress
+        self._file = (output / "log.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(output / "tensorboard"))
+        self._waiting: list[tuple[int, dict[str, Array]]] = []
+        self._began_s = self._flushed_s = time.monotonic()
+        self.elapsed_before_s = 0.0
+        self.last_checkpoint = "there is none yet"
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._board.close()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds trained, those before resuming included."""
+        return self.elapsed_before_s + time.monotonic() - self._began_s
+
+    def share_done(self, step: int) -> float:
+        """How much of the run is done, 0..1."""
+        if self._config.minutes is not None:
+            return self.elapsed_s / (60 * self._config.minutes)
+        return step / self._config.steps if self._config.steps else 1.0
+
+    def add(self, step: int, metrics: dict[str, Array], rate: float, window: tuple[int, int]) -> None:
+        """Takes a step's metrics, still on the device; `window` is M, N of its batch."""
+        self._waiting.append((step, metrics))
+        if len(self._waiting) >= self._config.log_every:
+            self.flush(rate, window)
+
+    def flush(self, rate: float, window: tuple[int, int]) -> None:
+        """Waits for the steps gathered, checks them, writes one line."""
+        if not self._waiting:
+            return
+        steps, metrics = zip(*self._waiting, strict=True)
+        losses, norms = (np.array([float(m[name]) for m in metrics]) for name in ("loss", "gradient_norm"))
+        self._waiting.clear()
+        if not np.isfinite(losses).all():
+            raise TrainingError(
+                f"the loss stopped being finite at step {steps[int(np.argmin(np.isfinite(losses)))]}; the last "
+                f"good checkpoint: {self.last_checkpoint}. Resume from it with a lower learning rate"
+            )
+        now_s = time.monotonic()
+        step_s, self._flushed_s = (now_s - self._flushed_s) / len(steps), now_s
+        M, N = window
+        tokens_per_s = self._config.batch_size * N / step_s
+        flops = self._model_config.flops_per_target(round((M - N) * self._config.prefix_keep))
+        done = max(self.share_done(steps[-1]), 1e-9)
+        progress = Progress(
+            step=steps[-1],
+            loss=float(losses.mean()),
+            gradient_norm=float(norms.mean()),
+            tokens_per_s=tokens_per_s,
+            mfu=_utilisation(flops * tokens_per_s),
+            rate=rate,
+            elapsed_s=self.elapsed_s,
+            eta_s=self.elapsed_s * max(0.0, 1 - done) / done,
+        )
+        self.write(dataclasses.asdict(progress))
+        if self._on_progress is not None:
+            self._on_progress(progress)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line of JSON, and the same to TensorBoard. `record` has a "step"."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(name, value, record["step"])
+
+
+def _utilisation(flops_per_s: float) -> float | None:
+    kind = jax.devices()[0].device_kind
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+    return None if peak is None else flops_per_s / (peak * jax.device_count())
+
+
+def _put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    return {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
+
+
+@contextlib.contextmanager
+def _until_terminated() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGTERM has come; outside the main thread it never does."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
