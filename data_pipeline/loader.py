@@ -198,7 +198,7 @@ class _Windows:
             is_first=start == 0,
         )
 
-    def finish(self, cut: _Cut, rng: np.random.Generator) -> Batch:
+    def finish(self, cut: _Cut, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Draws the augmentation, applies it, and pads to M + 1 tokens and N weights."""
         tokens, weights = cut.tokens, cut.weights
         if self.augmentation is not None:

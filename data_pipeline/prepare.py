@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from data_pipeline.maestro import SPLITS, DatasetError, MidiFiles, Piece, read_table
+from data_pipeline.maestro import SPLITS, DatasetError, MidiFiles, read_table
 from music_ar.events import END, FINGERPRINT, START, EventError, encode
 from music_ar.midi import MidiError, read_midi
 
@@ -88,7 +88,7 @@ class Manifest:
     Attributes:
         splits: totals of every split.
         fingerprint: of the vocabulary and encoding rules that made the tokens (`music_ar.events.FINGERPRINT`).
-        source: what it was made from: kind, SHA-256 over names, splits and contents.
+        source: what it was made from: kind, settings of the splits, SHA-256 over names and contents.
         skipped: name -> reason, of files that are not usable MIDI.
         shards: the files, in order of split and piece.
     """
@@ -144,7 +144,14 @@ def prepare_maestro(
     """
     with MidiFiles(source) as files:
         pieces = read_table(files)
-        return _prepare(files, pieces, output, kind="maestro", workers=workers, progress=progress, skip_bad=False)
+        splits = {piece.name: piece.split for piece in pieces}
+        job = _Job(
+            paths={piece.name: piece.path for piece in pieces},
+            deal=lambda names: {name: splits[name] for name in names},
+            settings={"kind": "maestro", "splits": _sha256(json.dumps(sorted(splits.items())))},
+            skip_bad=False,
+        )
+        return _prepare(files, job, output, workers=workers, progress=progress)
 
 
 def prepare_midi(
@@ -159,8 +166,8 @@ def prepare_midi(
 ) -> Manifest:
     """Tokenises every .mid and .midi file in a folder (or zip) and the folders below it.
 
-    Which file goes to which split depends on its name and `seed` alone, through a hash. Files that are not usable MIDI
-    are skipped; the manifest's `skipped` names them with the reason.
+    Files are dealt to splits by a hash of their names and `seed`: the same files, the same splits. Files that are not
+    usable MIDI are skipped; the manifest's `skipped` names them with the reason.
 
     Args:
         folder: where the MIDI files are.
@@ -182,26 +189,31 @@ def prepare_midi(
         names = files.midi_names()
         if not names:
             raise DatasetError(f"{folder}: no MIDI file (.mid, .midi) in it or in the folders below it.")
-        pieces = assign_splits(names, validation=validation, test=test, seed=seed)
-        return _prepare(files, pieces, output, kind="midi", workers=workers, progress=progress, skip_bad=True)
+        job = _Job(
+            paths={name: name for name in names},
+            deal=lambda usable: assign_splits(usable, validation=validation, test=test, seed=seed),
+            settings={"kind": "midi", "validation": str(validation), "test": str(test), "seed": str(seed)},
+            skip_bad=True,
+        )
+        return _prepare(files, job, output, workers=workers, progress=progress)
 
 
-def assign_splits(names: Sequence[str], *, validation: float, test: float, seed: int = 0) -> list[Piece]:
+def assign_splits(names: Sequence[str], *, validation: float, test: float, seed: int = 0) -> dict[str, str]:
     """Deals files to splits: ordered by a hash of (seed, name), the first go to test, the next to validation.
 
     Raises:
         DatasetError: nothing would be left for a split that was asked for.
     """
-    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest())
     tests = max(1, round(test * len(names))) if test else 0
     validations = max(1, round(validation * len(names))) if validation else 0
     if tests + validations >= len(names):
         raise DatasetError(
-            f"The train split would be empty: {len(names)} MIDI files, of which {validations} for validation and "
-            f"{tests} for test. Add files, or set the shares of validation and test lower or to 0."
+            f"The train split would be empty: {len(names)} usable MIDI files, of which {validations} for validation "
+            f"and {tests} for test. Add files, or set the shares of validation and test lower or to 0."
         )
+    order = sorted(names, key=lambda name: _sha256(f"{seed}/{name}"))
     splits = ["test"] * tests + ["validation"] * validations + ["train"] * (len(names) - tests - validations)
-    return [Piece(name=name, path=name, split=split) for name, split in sorted(zip(order, splits, strict=True))]
+    return dict(zip(order, splits, strict=True))
 
 
 def shard_path(folder: str | os.PathLike[str], shard: ShardRecord) -> Path:
@@ -226,10 +238,27 @@ def shard_path(folder: str | os.PathLike[str], shard: ShardRecord) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What to tokenise.
+
+    Attributes:
+        paths: name -> path in the `MidiFiles`.
+        deal: names of the usable files -> their splits.
+        settings: all that decides about splits; with the files' contents it identifies the result.
+        skip_bad: whether to go on without files that are not usable MIDI.
+    """
+
+    paths: Mapping[str, str]
+    deal: Callable[[Sequence[str]], Mapping[str, str]]
+    settings: Mapping[str, str]
+    skip_bad: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Encoded:
     """A worker's result: `tokens` uint16 with START and END, or the reason why there are none."""
 
-    piece: Piece
+    name: str
     tokens: np.ndarray | None = None
     notes: int = 0
     seconds: float = 0.0
@@ -237,37 +266,24 @@ class _Encoded:
 
 
 def _prepare(
-    files: MidiFiles,
-    pieces: Sequence[Piece],
-    output: str | os.PathLike[str],
-    *,
-    kind: str,
-    workers: int | None,
-    progress: bool,
-    skip_bad: bool,
+    files: MidiFiles, job: _Job, output: str | os.PathLike[str], *, workers: int | None, progress: bool
 ) -> Manifest:
     console = Console(stderr=True, quiet=not progress)
     folder = _make_folder(output)
-    pieces = sorted(pieces, key=lambda piece: (SPLITS.index(piece.split), piece.name))
-    source = {"kind": kind, "name": files.path.name, "sha256": _source_digest(files, pieces)}
+    contents = "".join(f"{name}\n{files.checksum(path)}\n" for name, path in sorted(job.paths.items()))
+    source = {**job.settings, "sha256": _sha256(contents)}
     if (existing := _up_to_date(folder, source)) is not None:
         console.print(f"{folder} is up to date.", highlight=False)
         return existing
-    skipped: dict[str, str] = {}
+    # All tokens are held in memory, 0.3 MB for an hour of music: bad files must be known before splits are dealt.
+    results = list(_encode_all(files, job.paths, workers, console))
+    skipped = {result.name: result.reason for result in results if result.tokens is None}
+    usable = [result for result in results if result.tokens is not None]
+    if skipped and not (job.skip_bad and usable):
+        raise DatasetError(f"{files.path}: {len(skipped)} files are not usable MIDI: {_reasons(skipped)}")
+    splits = job.deal([result.name for result in usable])
     try:
-        encoded = _encode_all(files, pieces, workers, console)
-        shards = tuple(_write_shards(folder, _without_bad(encoded, skipped)))
-        if skipped and not skip_bad:
-            raise DatasetError(f"{files.path}: {len(skipped)} files are not usable MIDI: {_reasons(skipped)}")
-        _require_splits({piece.split for piece in pieces}, shards, skipped)
-        manifest = Manifest(
-            splits={split: _count(split, shards) for split in SPLITS},
-            fingerprint=FINGERPRINT,
-            source=source,
-            skipped=skipped,
-            shards=shards,
-        )
-        manifest.save(folder)
+        manifest = _write(folder, usable, splits, source, skipped)
     finally:
         _remove_stale(folder)
     if skipped:
@@ -275,18 +291,11 @@ def _prepare(
     return manifest
 
 
-def _source_digest(files: MidiFiles, pieces: Iterable[Piece]) -> str:
-    state = hashlib.sha256()
-    for piece in pieces:
-        state.update(f"{piece.name}\n{piece.split} {files.checksum(piece.path)}\n".encode("utf-8", "surrogateescape"))
-    return state.hexdigest()
-
-
 def _up_to_date(folder: Path, source: Mapping[str, str]) -> Manifest | None:
     """The manifest in `folder` if it is of this source and vocabulary and every shard is whole."""
     try:
         manifest = Manifest.load(folder)
-        if (manifest.source["sha256"], manifest.fingerprint) != (source["sha256"], FINGERPRINT):
+        if (manifest.source, manifest.fingerprint) != (source, FINGERPRINT):
             return None
         for shard in manifest.shards:
             shard_path(folder, shard)
@@ -305,33 +314,35 @@ def _start_worker(path: str) -> None:
     _worker_files = MidiFiles(path)
 
 
-def _encode_in_worker(piece: Piece) -> _Encoded:
+def _encode_in_worker(name: str, path: str) -> _Encoded:
     assert _worker_files is not None
-    return _encode_piece(_worker_files, piece)
+    return _encode_file(_worker_files, name, path)
 
 
-def _encode_piece(files: MidiFiles, piece: Piece) -> _Encoded:
+def _encode_file(files: MidiFiles, name: str, path: str) -> _Encoded:
     try:
-        performance = read_midi(files.read(piece.path))
+        performance = read_midi(files.read(path))
         events = encode(performance)
     except (DatasetError, MidiError, EventError) as error:
-        return _Encoded(piece=piece, reason=str(error))
+        return _Encoded(name=name, reason=str(error))
     tokens = np.empty(len(events) + 2, np.uint16)
     tokens[0], tokens[1:-1], tokens[-1] = START, events, END
-    return _Encoded(piece=piece, tokens=tokens, notes=len(performance), seconds=performance.duration_s)
+    return _Encoded(name=name, tokens=tokens, notes=len(performance), seconds=performance.duration_s)
 
 
-def _encode_all(files: MidiFiles, pieces: Sequence[Piece], workers: int | None, console: Console) -> Iterator[_Encoded]:
-    """Results in the order of `pieces`, with a progress bar."""
+def _encode_all(
+    files: MidiFiles, paths: Mapping[str, str], workers: int | None, console: Console
+) -> Iterator[_Encoded]:
+    """Results in the order of `paths`, with a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        yield from bar.track(_map_pieces(files, pieces, workers), total=len(pieces), description="Tokenising")
+        yield from bar.track(_map_files(files, paths, workers), total=len(paths), description="Tokenising")
 
 
-def _map_pieces(files: MidiFiles, pieces: Sequence[Piece], workers: int | None) -> Iterator[_Encoded]:
-    workers = min(workers or _usable_cores(), -(-len(pieces) // _CHUNK))
+def _map_files(files: MidiFiles, paths: Mapping[str, str], workers: int | None) -> Iterator[_Encoded]:
+    workers = min(workers or _usable_cores(), -(-len(paths) // _CHUNK))
     if workers <= 1:
-        yield from (_encode_piece(files, piece) for piece in pieces)
+        yield from (_encode_file(files, name, path) for name, path in paths.items())
         return
     # "spawn" is the one start method that every platform has and that is safe beside JAX's threads.
     with ProcessPoolExecutor(
@@ -341,7 +352,7 @@ def _map_pieces(files: MidiFiles, pieces: Sequence[Piece], workers: int | None) 
         initargs=(str(files.path),),
     ) as pool:
         try:
-            yield from pool.map(_encode_in_worker, pieces, chunksize=_CHUNK)
+            yield from pool.map(_encode_in_worker, paths.keys(), paths.values(), chunksize=_CHUNK)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -352,54 +363,76 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _without_bad(encoded: Iterable[_Encoded], skipped: dict[str, str]) -> Iterator[_Encoded]:
-    for result in encoded:
-        if result.tokens is None:
-            skipped[result.piece.name] = result.reason
-        else:
-            yield result
-
-
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write_shards(folder: Path, encoded: Iterable[_Encoded]) -> Iterator[ShardRecord]:
-    """Writes pieces, which come ordered by split, into shards of about `SHARD_TOKENS`; holds one shard in memory."""
-    pending: list[_Encoded] = []
-    size = index = 0
-    for result in encoded:
-        assert result.tokens is not None
-        if pending and (result.piece.split != pending[0].piece.split or size >= SHARD_TOKENS):
-            same_split = result.piece.split == pending[0].piece.split
-            yield _write_shard(folder, pending, index)
-            pending, size, index = [], 0, index + 1 if same_split else 0
-        pending.append(result)
-        size += len(result.tokens)
-    if pending:
-        yield _write_shard(folder, pending, index)
+def _write(
+    folder: Path,
+    usable: Sequence[_Encoded],
+    splits: Mapping[str, str],
+    source: Mapping[str, str],
+    skipped: Mapping[str, str],
+) -> Manifest:
+    shards = []
+    for split in SPLITS:
+        pieces = sorted((result for result in usable if splits[result.name] == split), key=lambda piece: piece.name)
+        shards += [_write_shard(folder, split, index, part) for index, part in enumerate(_parts(pieces))]
+    manifest = Manifest(
+        splits={split: _count(split, shards) for split in SPLITS},
+        fingerprint=FINGERPRINT,
+        source=source,
+        skipped=skipped,
+        shards=tuple(shards),
+    )
+    manifest.save(folder)
+    return manifest
 
 
-def _write_shard(folder: Path, encoded: Sequence[_Encoded], index: int) -> ShardRecord:
-    arrays = [result.tokens for result in encoded if result.tokens is not None]
-    starts = np.cumsum([0] + [len(tokens) for tokens in arrays])
+def _parts(pieces: Iterable[_Encoded]) -> Iterator[list[_Encoded]]:
+    """Pieces in parts that end with the piece that reaches `SHARD_TOKENS`."""
+    part: list[_Encoded] = []
+    size = 0
+    for piece in pieces:
+        part.append(piece)
+        size += len(_tokens(piece))
+        if size >= SHARD_TOKENS:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _tokens(piece: _Encoded) -> np.ndarray:
+    assert piece.tokens is not None
+    return piece.tokens
+
+
+def _write_shard(folder: Path, split: str, index: int, pieces: Sequence[_Encoded]) -> ShardRecord:
+    arrays = [_tokens(piece) for piece in pieces]
+    starts = np.cumsum([0] + [len(tokens) for tokens in arrays]).tolist()
     buffer = io.BytesIO()
     np.save(buffer, np.concatenate(arrays))
     content = buffer.getvalue()
     digest = hashlib.sha256(content).hexdigest()
-    split = encoded[0].piece.split
     name = f"{split}-{index:05d}-{digest[:12]}.npy"
     _write_atomically(folder / name, content)
-    pieces = tuple(
-        PieceRecord(
-            name=result.piece.name,
-            start=int(start),
-            tokens=len(tokens) - 2,
-            notes=result.notes,
-            seconds=round(result.seconds, 3),
-        )
-        for result, tokens, start in zip(encoded, arrays, starts, strict=False)
+    return ShardRecord(
+        file=name,
+        split=split,
+        sha256=digest,
+        bytes=len(content),
+        tokens=starts[-1],
+        pieces=tuple(
+            PieceRecord(
+                name=piece.name,
+                start=start,
+                tokens=len(_tokens(piece)) - 2,
+                notes=piece.notes,
+                seconds=round(piece.seconds, 3),
+            )
+            for piece, start in zip(pieces, starts, strict=False)
+        ),
     )
-    return ShardRecord(file=name, split=split, sha256=digest, bytes=len(content), tokens=int(starts[-1]), pieces=pieces)
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
@@ -437,14 +470,6 @@ def _remove_stale(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _require_splits(wanted: set[str], shards: Sequence[ShardRecord], skipped: Mapping[str, str]) -> None:
-    for split in SPLITS:
-        if split in wanted and not any(shard.split == split for shard in shards):
-            raise DatasetError(
-                f"The {split} split is empty: none of its files is usable MIDI. Skipped: {_reasons(skipped)}"
-            )
-
-
 def _count(split: str, shards: Iterable[ShardRecord]) -> SplitCounts:
     pieces = [piece for shard in shards if shard.split == split for piece in shard.pieces]
     return SplitCounts(
@@ -467,3 +492,7 @@ def _manifest_from_json(content: dict[str, Any]) -> Manifest:
     )
     splits = {split: SplitCounts(**content["splits"][split]) for split in SPLITS}
     return Manifest(**{**content, "shards": shards, "splits": splits})
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

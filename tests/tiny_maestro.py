@@ -1,4 +1,4 @@
-"""A data set in MAESTRO's official layout, made of a few seconds of random music, for the tests of the data pipeline."""
+"""A data set in MAESTRO's official layout, made of random music, for the tests of the data pipeline."""
 
 import csv
 import io

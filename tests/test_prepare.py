@@ -1,0 +1,283 @@
+"""MIDI files to shards and manifest: what is written, that it is written whole or not at all, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_maestro import PIECES, archive_files, midi_bytes, write_folder, write_zip
+
+from data_pipeline import prepare
+from data_pipeline.maestro import SPLITS, DatasetError
+from data_pipeline.prepare import Manifest, assign_splits, prepare_maestro, prepare_midi, shard_path
+from music_ar.events import END, FINGERPRINT, START, encode
+from music_ar.midi import read_midi
+
+
+@pytest.fixture
+def archive(tmp_path):
+    return write_zip(tmp_path / "maestro-v3.0.0-midi.zip", archive_files())
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "tokens"
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_shards_hold_every_piece_between_start_and_end(archive, output):
+    manifest = prepare_maestro(archive, output, workers=1, progress=False)
+    files = archive_files()
+    found = {}
+    for shard in manifest.shards:
+        tokens = np.load(shard_path(output, shard), mmap_mode="r")
+        assert tokens.dtype == np.uint16
+        for piece in shard.pieces:
+            whole = tokens[piece.start : piece.start + piece.tokens + 2]
+            assert (whole[0], whole[-1]) == (START, END)
+            performance = read_midi(files[piece.name])
+            np.testing.assert_array_equal(whole[1:-1], encode(performance))
+            assert piece.notes == len(performance)
+            assert piece.seconds == pytest.approx(performance.duration_s, abs=1e-3)
+            found[piece.name] = shard.split
+    assert found == PIECES
+
+
+def test_manifest_on_disk(archive, output):
+    manifest = prepare_maestro(archive, output, workers=1, progress=False)
+    on_disk = json.loads((output / "manifest.json").read_text())
+    assert on_disk["fingerprint"] == FINGERPRINT
+    performances = [read_midi(archive_files()[name]) for name, split in PIECES.items() if split == "train"]
+    assert on_disk["splits"]["train"] == {
+        "pieces": 3,
+        "notes": sum(len(performance) for performance in performances),
+        "tokens": sum(len(encode(performance)) for performance in performances),
+        "hours": pytest.approx(sum(performance.duration_s for performance in performances) / 3600, abs=1e-4),
+    }
+    assert {(shard["split"], len(shard["sha256"])) for shard in on_disk["shards"]} == {(split, 64) for split in SPLITS}
+    assert Manifest.load(output) == manifest
+
+
+def test_zip_and_folder_give_the_same_shards(archive, output, tmp_path):
+    zipped = prepare_maestro(archive, output, workers=1, progress=False)
+    folder = write_folder(tmp_path / "unpacked", archive_files())
+    assert prepare_maestro(folder, tmp_path / "other", workers=1, progress=False).shards == zipped.shards
+
+
+def test_processes_change_nothing(output, tmp_path):
+    folder = write_folder(tmp_path / "midi", {f"{number}.mid": midi_bytes(number, 5) for number in range(10)})
+    alone = prepare_midi(folder, output, workers=1, progress=False)
+    assert prepare_midi(folder, tmp_path / "other", workers=2, progress=False) == alone
+
+
+def test_a_split_is_cut_into_shards(archive, output, monkeypatch):
+    whole = prepare_maestro(archive, output, workers=1, progress=False)
+    monkeypatch.setattr(prepare, "SHARD_TOKENS", 10)
+    cut = prepare_maestro(archive, output.with_name("cut"), workers=1, progress=False)
+    assert [(shard.split, len(shard.pieces)) for shard in cut.shards] == [
+        (split, 1) for split in ("train", "train", "train", "validation", "test")
+    ]
+    assert [shard.file[:12] for shard in cut.shards[:2]] == ["train-00000-", "train-00001-"]
+    assert cut.splits == whole.splits
+
+
+def test_running_again_says_that_it_is_up_to_date(archive, output, capsys):
+    first = prepare_maestro(archive, output, workers=1, progress=False)
+    assert capsys.readouterr().err == ""
+    times = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    again = prepare_maestro(archive, output, workers=1, progress=True)
+    assert "is up to date" in " ".join(capsys.readouterr().err.split())
+    assert again == first
+    assert times == {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+
+
+def test_changed_inputs_replace_the_data_set_and_nothing_else(archive, output):
+    first = prepare_maestro(archive, output, workers=1, progress=False)
+    (output / "notes.txt").write_text("mine")
+    write_zip(archive, {**archive_files(), "2004/aria.midi": midi_bytes(99, 70)})
+    second = prepare_maestro(archive, output, workers=1, progress=False)
+    assert second.shards[0].sha256 != first.shards[0].sha256
+    assert second.shards[1:] == first.shards[1:]
+    assert set(content(output)) == {"manifest.json", "notes.txt", *(shard.file for shard in second.shards)}
+
+
+def test_damaged_shards_are_made_again(archive, output):
+    manifest = prepare_maestro(archive, output, workers=1, progress=False)
+    whole = content(output)
+    (output / manifest.shards[0].file).write_bytes(b"")
+    (output / manifest.shards[1].file).unlink()
+    prepare_maestro(archive, output, workers=1, progress=False)
+    assert content(output) == whole
+
+
+@pytest.mark.parametrize("broken", ["_write_shard", "_count"])
+def test_an_interrupted_run_leaves_the_old_data_set_whole(archive, output, monkeypatch, broken):
+    prepare_maestro(archive, output, workers=1, progress=False)
+    whole = content(output)
+    write_zip(archive, {**archive_files(), "2004/aria.midi": midi_bytes(99), "2018/etude.midi": midi_bytes(98)})
+    original = getattr(prepare, broken)
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(prepare, broken, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_maestro(archive, output, workers=1, progress=False)
+    assert content(output) == whole
+
+
+def test_what_a_killed_run_left_behind_is_removed(archive, output):
+    output.mkdir()
+    (output / "train-00000-0123456789ab.npy.partial").write_bytes(b"half")
+    (output / "train-00000-0123456789ab.npy").write_bytes(b"whole, but in no manifest")
+    (output / "manifest.json.partial").write_bytes(b"{")
+    manifest = prepare_maestro(archive, output, workers=1, progress=False)
+    assert set(content(output)) == {"manifest.json", *(shard.file for shard in manifest.shards)}
+
+
+def test_an_unreadable_maestro_file_is_named_and_nothing_is_written(archive, output):
+    write_zip(archive, {**archive_files(), "2006/dance.midi": b"not MIDI", "2018/etude.midi": b""})
+    with pytest.raises(DatasetError, match=r"2 files are not usable MIDI: 2006/dance\.midi: .*2018/etude\.midi"):
+        prepare_maestro(archive, output, workers=1, progress=False)
+    assert content(output) == {}
+
+
+# --- anybody's own MIDI ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_midi(tmp_path):
+    files = {f"book {number % 3}/{number}.mid": midi_bytes(number, 5) for number in range(9)}
+    return write_folder(tmp_path / "midi", {**files, "LOUD.MIDI": midi_bytes(9, 5), "notes.txt": b"no MIDI"})
+
+
+def names_of(manifest):
+    return {piece.name: shard.split for shard in manifest.shards for piece in shard.pieces}
+
+
+def test_own_midi_is_found_in_folders_below_and_dealt_to_splits(own_midi, output):
+    manifest = prepare_midi(own_midi, output, validation=0.2, test=0.1, workers=1, progress=False)
+    assert [manifest.splits[split].pieces for split in SPLITS] == [7, 2, 1]
+    expected = {path.relative_to(own_midi).as_posix() for path in own_midi.rglob("*.[mM]*")}
+    assert set(names_of(manifest)) == expected
+
+
+def test_bad_files_are_skipped_and_named(own_midi, output, capsys):
+    (own_midi / "book 1" / "broken.mid").write_bytes(b"MThd, not really")
+    (own_midi / "empty.mid").write_bytes(b"")
+    manifest = prepare_midi(own_midi, output, workers=1, progress=True)
+    assert set(manifest.skipped) == {"book 1/broken.mid", "empty.mid"}
+    assert all(manifest.skipped.values())
+    assert sum(counts.pieces for counts in manifest.splits.values()) == 10
+    told = " ".join(capsys.readouterr().err.split())
+    assert "Skipped 2 files" in told
+    assert "book 1/broken.mid" in told
+    assert prepare_midi(own_midi, output, workers=1, progress=False) == manifest
+
+
+def test_splits_can_be_left_out(own_midi, output):
+    manifest = prepare_midi(own_midi, output, validation=0.0, test=0.0, workers=1, progress=False)
+    assert manifest.splits["train"].pieces == 10
+    assert manifest.splits["test"].pieces == 0
+    assert Manifest.load(output) == manifest
+
+
+def test_a_seed_gives_other_splits(own_midi, output):
+    splits = [names_of(prepare_midi(own_midi, output, seed=seed, workers=1, progress=False)) for seed in (0, 0, 1, 2)]
+    assert splits[0] == splits[1]
+    assert len({str(sorted(split.items())) for split in splits}) > 1
+
+
+@given(
+    st.sets(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=3, max_size=40),
+    st.sampled_from([0.0, 0.05, 0.1, 0.3]),
+    st.sampled_from([0.0, 0.1, 0.3]),
+    st.randoms(),
+)
+def test_every_file_has_one_split_whatever_the_order(names, validation, test, random):
+    dealt = assign_splits(sorted(names), validation=validation, test=test)
+    assert set(dealt) == names
+    assert set(dealt.values()) <= set(SPLITS)
+    for split, share in (("validation", validation), ("test", test)):
+        count = list(dealt.values()).count(split)
+        assert abs(count - share * len(names)) <= 1
+        assert (count > 0) == (share > 0)
+    shuffled = sorted(names)
+    random.shuffle(shuffled)
+    assert assign_splits(shuffled, validation=validation, test=test) == dealt
+
+
+def test_folders_that_cannot_be_prepared(tmp_path, own_midi, output):
+    (tmp_path / "empty").mkdir()
+    two = write_folder(tmp_path / "two", {"a.mid": midi_bytes(0), "b.mid": midi_bytes(1)})
+    bad = write_folder(tmp_path / "bad", {f"{number}.mid": b"" for number in range(5)})
+    (tmp_path / "file").write_text("in the way")
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (tmp_path / "absent", {}, r"absent: no such zip or folder"),
+        (tmp_path / "empty", {}, r"empty: no MIDI file"),
+        (two, {}, r"The train split would be empty: 2 usable MIDI files, of which 1 for validation and 1 for test"),
+        (bad, {}, r"5 files are not usable MIDI: .*0\.mid"),
+        (own_midi, {"validation": 0.5, "test": 0.5}, r"validation and test must be shares .* got 0\.5 and 0\.5"),
+        (own_midi, {"test": -0.1}, r"got 0\.1 and -0\.1"),
+    ]
+    for folder, shares, message in cases:
+        with pytest.raises(DatasetError, match=message):
+            prepare_midi(folder, output, workers=1, progress=False, **shares)
+    with pytest.raises(DatasetError, match=r"file: cannot be made into a folder"):
+        prepare_midi(own_midi, tmp_path / "file", workers=1, progress=False)
+
+
+# --- the manifest ----------------------------------------------------------------------------------------------------
+
+
+def edit(manifest, **changes):
+    return {**manifest, **changes}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda manifest: None, r"manifest\.json: no such file.*music-ar prepare"),
+        (lambda manifest: "{", r"manifest\.json: cannot be read"),
+        (lambda manifest: [], r"manifest\.json: expected format 1, found None"),
+        (lambda manifest: edit(manifest, format=2), r"manifest\.json: expected format 1, found 2"),
+        (lambda manifest: edit(manifest, shards=3), r"manifest\.json: damaged or edited"),
+        (lambda manifest: edit(manifest, splits={}), r"manifest\.json: damaged or edited"),
+        (lambda manifest: edit(manifest, extra=1), r"manifest\.json: damaged or edited.*extra"),
+        (
+            lambda manifest: edit(manifest, shards=[edit(manifest["shards"][0], file="../../x.npy")]),
+            r"manifest\.json: damaged or edited.*\.\./\.\./x\.npy",
+        ),
+        (
+            lambda manifest: edit(manifest, shards=[edit(manifest["shards"][0], pieces=[])]),
+            r"manifest\.json: damaged or edited.*pieces end at 0",
+        ),
+        (
+            lambda manifest: edit(
+                manifest,
+                shards=[edit(manifest["shards"][0], pieces=[edit(manifest["shards"][0]["pieces"][0], start=-5)])],
+            ),
+            r"manifest\.json: damaged or edited.*2004/aria\.midi.*start -5",
+        ),
+    ],
+)
+def test_a_damaged_manifest_is_refused(archive, output, change, message):
+    prepare_maestro(archive, output, workers=1, progress=False)
+    path = output / "manifest.json"
+    changed = change(json.loads(path.read_text()))
+    if changed is None:
+        path.unlink()
+    else:
+        path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    with pytest.raises(DatasetError, match=message):
+        Manifest.load(output)
