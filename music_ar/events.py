@@ -81,7 +81,8 @@ def encode(performance: Performance) -> Int32[np.ndarray, " T"]:
     off_step = np.maximum(quantize(performance.offset_s), on_step + 1)
     # The notes are sorted already, so a note's index breaks ties. A note that ends in a step began in an earlier
     # one, hence has a lower index than any note that begins in it: offs come before ons.
-    order = np.argsort(np.concatenate([off_step, on_step]) * n + np.tile(np.arange(n), 2))
+    # The stable sort merges the sorted runs that are there.
+    order = np.argsort(np.concatenate([off_step, on_step]) * n + np.tile(np.arange(n), 2), kind="stable")
     step = np.concatenate([off_step, on_step])[order]
     is_on = order >= n
     note_token = np.concatenate([NOTE_OFF + performance.pitch, NOTE_ON + performance.pitch])[order]
@@ -150,7 +151,7 @@ def decode_report(tokens: Int[np.ndarray, " T"]) -> tuple[Performance, DecodeRep
     velocity = _velocity_bins(tokens)
     is_note = (tokens >= 0) & (tokens < TIME_SHIFT)
     position = np.flatnonzero(is_note)
-    position = position[np.argsort(tokens[position] % PITCHES, kind="stable")]  # by pitch, then by time
+    position = position[_by_pitch(tokens[position])]
     pitch = tokens[position] % PITCHES
     is_on = tokens[position] < NOTE_OFF
 
@@ -182,6 +183,11 @@ def _velocity_bins(tokens: Int64[np.ndarray, " T"]) -> Int64[np.ndarray, " T"]:
     is_velocity = (tokens >= VELOCITY) & (tokens < EVENT_CLASSES)
     last = np.maximum.accumulate(np.where(is_velocity, np.arange(len(tokens)), -1))
     return np.where(last >= 0, tokens[last] - (VELOCITY - 1), DEFAULT_VELOCITY_BIN)
+
+
+def _by_pitch(note_tokens: Int64[np.ndarray, " e"]) -> Int64[np.ndarray, " e"]:
+    """The order of note-ons and note-offs by pitch, then by position."""
+    return np.argsort((note_tokens % PITCHES).astype(np.int8), kind="stable")  # int8: a radix sort
 
 
 def _stray_offs(pitch: Int64[np.ndarray, " e"], is_on: Bool[np.ndarray, " e"]) -> Bool[np.ndarray, " e"]:
@@ -284,7 +290,7 @@ def grammar_after(tokens: Int[np.ndarray, " T"]) -> GrammarState:
     """The state after a token sequence: `advance` from `grammar_start`, over all tokens at once."""
     tokens = _flat_integers(tokens)
     notes = tokens[(tokens >= 0) & (tokens < TIME_SHIFT)]
-    notes = notes[np.argsort(notes % PITCHES, kind="stable")]
+    notes = notes[_by_pitch(notes)]
     pitch, is_on = notes % PITCHES, notes < NOTE_OFF
     counts = is_on | ~_stray_offs(pitch, is_on)
     held = np.bincount(pitch[is_on], minlength=PITCHES) - np.bincount(pitch[~is_on & counts], minlength=PITCHES)
