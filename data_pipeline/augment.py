@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from music_ar.events import EVENT_CLASSES, MAX_SHIFT_STEPS, NOTE_OFF, PITCHES, TIME_SHIFT, VELOCITY, EventError
 
@@ -49,7 +49,7 @@ class Augmentation:
         return int(semitones), float(rng.uniform(self.min_stretch, self.max_stretch))
 
 
-def transpose(tokens: Int[np.ndarray, " T"], semitones: int) -> Int[np.ndarray, " T"]:
+def transpose(tokens: Integer[np.ndarray, " T"], semitones: int) -> Integer[np.ndarray, " T"]:
     """Moves every note by `semitones`, or by as much of it as keeps the notes of these tokens on the piano.
 
     Notes that already lie outside 21-108 forbid a move further out, never force one back.
@@ -67,17 +67,18 @@ def transpose(tokens: Int[np.ndarray, " T"], semitones: int) -> Int[np.ndarray, 
         return tokens.copy()
     lowest = min(0, PIANO_LOW - int(pitches.min()))
     highest = max(0, PIANO_HIGH - int(pitches.max()))
-    return np.where(is_note, tokens + min(max(semitones, lowest), highest), tokens).astype(tokens.dtype)
+    shift = np.int32(min(max(semitones, lowest), highest))  # signed, where the tokens may not be
+    return np.where(is_note, tokens + shift, tokens).astype(tokens.dtype)
 
 
-def stretch(tokens: Int[np.ndarray, " T"], factor: float) -> Int[np.ndarray, " S"]:
+def stretch(tokens: Integer[np.ndarray, " T"], factor: float) -> Integer[np.ndarray, " S"]:
     """Multiplies all times by `factor` and re-quantises to steps of 10 ms; see `stretch_with_source`."""
     return stretch_with_source(tokens, factor)[0]
 
 
 def stretch_with_source(
-    tokens: Int[np.ndarray, " T"], factor: float
-) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
+    tokens: Integer[np.ndarray, " T"], factor: float
+) -> tuple[Integer[np.ndarray, " S"], Integer[np.ndarray, " S"]]:
     """`stretch`, and for every token it returns, the input token that it comes from.
 
     Every note-on, note-off and velocity is kept; only time shifts appear and vanish. As in `encode`, a note is at least

@@ -24,7 +24,7 @@ from typing import TypedDict
 
 import grain
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from data_pipeline.augment import Augmentation, stretch_with_source, transpose
 from data_pipeline.maestro import SPLITS, DatasetError
@@ -35,7 +35,7 @@ from music_ar.events import END, FINGERPRINT, PAD, START
 class Batch(TypedDict):
     """B windows. Inputs are `tokens[:, :-1]`, targets `tokens[:, -N:]` with their `weights`."""
 
-    tokens: Int[np.ndarray, "B M+1"]
+    tokens: Integer[np.ndarray, "B M+1"]
     weights: Float[np.ndarray, "B N"]
 
 
@@ -48,7 +48,7 @@ class Pieces:
         records: the manifest's record of each: name, notes, seconds.
     """
 
-    tokens: tuple[Int[np.ndarray, " _"], ...]
+    tokens: tuple[Integer[np.ndarray, " _"], ...]
     records: tuple[PieceRecord, ...]
 
     @classmethod

@@ -1,0 +1,242 @@
+"""Transposition and stretch of tokens against the same done to notes, on whole pieces and on windows of them."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.augment import PIANO_HIGH, PIANO_LOW, Augmentation, stretch, stretch_with_source, transpose
+from music_ar.events import END, NOTE_OFF, NOTE_ON, PAD, START, TIME_SHIFT, VELOCITY, EventError, encode
+from music_ar.midi import Performance
+
+# Factors that put no step exactly between two others, where seconds and steps may round apart.
+FACTORS = st.integers(0, 99).map(lambda percent: 0.9 + 0.002 * percent + 0.000246913)
+
+
+def on(pitch):
+    return NOTE_ON + pitch
+
+
+def off(pitch):
+    return NOTE_OFF + pitch
+
+
+def shift(steps):
+    return TIME_SHIFT + steps - 1
+
+
+def velocity(number):
+    return VELOCITY + number - 1
+
+
+@st.composite
+def performances(draw, lowest=0, highest=127):
+    """Notes on the 10 ms grid, as dense as real ones: chords, repeated keys, silences of more than a second."""
+    count = draw(st.integers(1, 60))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    gaps = rng.choice([0, 0, 1, 1, 2, 3, 9, 40, 100, 101, 250], count)
+    onset = np.cumsum(gaps)
+    pitch = rng.integers(lowest, highest, min(count, 12), np.int32, endpoint=True)[
+        rng.integers(0, min(count, 12), count)
+    ]
+    length = rng.choice([1, 1, 2, 3, 10, 50, 150], count)
+    # A key is struck again only after it came up: tokens cannot tell which of two notes of a pitch ends first.
+    for key in np.unique(pitch):
+        same = np.flatnonzero(pitch == key)
+        onset[same] = onset[same] + np.arange(len(same)) * 4
+        length[same[:-1]] = np.minimum(length[same[:-1]], np.diff(onset[same]))
+    return Performance(
+        onset_s=onset / 100,
+        offset_s=(onset + length) / 100,
+        pitch=pitch,
+        velocity=rng.choice(np.array([1, 40, 64, 127], np.int32), count),
+    )
+
+
+@st.composite
+def windows(draw):
+    tokens = encode(draw(performances()))
+    start, stop = sorted((draw(st.integers(0, len(tokens))), draw(st.integers(0, len(tokens)))))
+    return tokens[start:stop]
+
+
+def with_pitch(performance, pitch):
+    return Performance(
+        onset_s=performance.onset_s, offset_s=performance.offset_s, pitch=pitch, velocity=performance.velocity
+    )
+
+
+def slowed(performance, factor):
+    return Performance(
+        onset_s=performance.onset_s * factor,
+        offset_s=performance.offset_s * factor,
+        pitch=performance.pitch,
+        velocity=performance.velocity,
+    )
+
+
+# --- transposition ---------------------------------------------------------------------------------------------------
+
+
+@given(performances(PIANO_LOW + 6, PIANO_HIGH - 6), st.integers(-6, 6))
+def test_transposing_tokens_is_transposing_notes_and_back_is_the_identity(performance, semitones):
+    tokens = encode(performance)
+    moved = transpose(tokens, semitones)
+    np.testing.assert_array_equal(moved, encode(with_pitch(performance, performance.pitch + np.int32(semitones))))
+    np.testing.assert_array_equal(transpose(moved, -semitones), tokens)
+
+
+@given(performances(PIANO_LOW, PIANO_HIGH), st.integers(-87, 87))
+def test_transposition_goes_as_far_as_the_piano_does(performance, semitones):
+    moved_tokens = transpose(encode(performance), semitones)
+    pitch = moved_tokens[moved_tokens < TIME_SHIFT] % 128
+    assert pitch.min() >= PIANO_LOW
+    assert pitch.max() <= PIANO_HIGH
+    moved = int(pitch.min()) - int(performance.pitch.min())
+    reaches_the_edge = pitch.min() == PIANO_LOW if semitones < 0 else pitch.max() == PIANO_HIGH
+    assert moved == semitones or (reaches_the_edge and abs(moved) < abs(semitones))
+
+
+def test_notes_off_the_piano_forbid_only_going_further_out():
+    tokens = np.array([velocity(9), on(15), shift(5), off(15)])
+    np.testing.assert_array_equal(transpose(tokens, -2), tokens)
+    np.testing.assert_array_equal(transpose(tokens, 2), [velocity(9), on(17), shift(5), off(17)])
+
+
+def test_transposition_touches_nothing_but_notes():
+    tokens = np.array([PAD, START, velocity(3), on(60), shift(100), off(60), END, PAD], np.uint16)
+    moved = transpose(tokens, 5)
+    assert moved.dtype == np.uint16
+    np.testing.assert_array_equal(moved, [PAD, START, velocity(3), on(65), shift(100), off(65), END, PAD])
+    silence = np.array([PAD, shift(3)])
+    np.testing.assert_array_equal(transpose(silence, 5), silence)
+
+
+# --- stretch ---------------------------------------------------------------------------------------------------------
+
+
+@given(performances(), FACTORS)
+def test_stretching_tokens_is_stretching_notes(performance, factor):
+    np.testing.assert_array_equal(stretch(encode(performance), factor), encode(slowed(performance, factor)))
+
+
+@given(windows())
+def test_factor_one_changes_no_window(tokens):
+    stretched, source = stretch_with_source(tokens, 1.0)
+    np.testing.assert_array_equal(stretched, tokens)
+    is_event = (tokens < TIME_SHIFT) | (tokens >= VELOCITY)
+    np.testing.assert_array_equal(source[is_event], np.flatnonzero(is_event))
+
+
+@given(windows(), FACTORS)
+def test_stretching_a_window_keeps_its_events_and_knows_their_sources(tokens, factor):
+    stretched, source = stretch_with_source(tokens, factor)
+    assert stretched.shape == source.shape
+    is_shift = (stretched >= TIME_SHIFT) & (stretched < VELOCITY)
+    np.testing.assert_array_equal(stretched[~is_shift], tokens[source[~is_shift]])
+    events = np.flatnonzero((tokens < TIME_SHIFT) | (tokens >= VELOCITY))
+    np.testing.assert_array_equal(np.sort(source[~is_shift]), events)
+    # A shift's source is the next event's; the last shifts lead to an event beyond the window.
+    followed = is_shift[:-1]
+    inside = np.flatnonzero(followed)[source[:-1][followed] < len(tokens) - 1]
+    np.testing.assert_array_equal(source[inside], source[inside + 1])
+
+
+@given(windows(), FACTORS)
+def test_a_stretched_window_is_as_much_longer_as_it_should_be(tokens, factor):
+    def steps(events):
+        return sum(int(event) - TIME_SHIFT + 1 for event in events if TIME_SHIFT <= event < VELOCITY)
+
+    lost = 100 if len(tokens) and tokens[-1] == shift(100) else 0  # a silence that was cut keeps whole shifts only
+    assert factor * steps(tokens) - 1 - lost <= steps(stretch(tokens, factor)) <= factor * steps(tokens) + 1
+
+
+@pytest.mark.parametrize(
+    ("factor", "tokens", "expected"),
+    [
+        # Steps 5 and 6 both become 3: the note-off moves before the note-on of that step.
+        (
+            0.5,
+            [velocity(9), on(60), shift(5), on(62), shift(1), off(60), shift(4), off(62)],
+            [velocity(9), on(60), shift(3), off(60), on(62), shift(2), off(62)],
+        ),
+        # Note-offs that meet come in the order of their onsets.
+        (
+            0.5,
+            [velocity(9), on(60), on(62), shift(5), off(62), shift(1), off(60)],
+            [velocity(9), on(60), on(62), shift(3), off(60), off(62)],
+        ),
+        # A note never lasts less than a step.
+        (0.5, [velocity(9), on(60), shift(1), off(60)], [velocity(9), on(60), shift(1), off(60)]),
+        (0.5, [velocity(9), shift(3), on(60), shift(1), off(60)], [velocity(9), shift(2), on(60), shift(1), off(60)]),
+        # Longer than the longest shift, and back.
+        (2.0, [shift(60), on(60), shift(10), off(60)], [shift(100), shift(20), on(60), shift(20), off(60)]),
+        (0.5, [shift(100), shift(20), on(60)], [shift(60), on(60)]),
+        # The window ends in a silence: its length is known if its last shift is not a full one.
+        (0.9, [on(60), shift(100), shift(50)], [on(60), shift(100), shift(35)]),
+        (0.9, [on(60), shift(100), shift(100)], [on(60), shift(100)]),
+        # A note that began before the window has no onset to follow.
+        (
+            0.5,
+            [off(70), shift(1), off(71), on(60), shift(2), off(60)],
+            [off(70), shift(1), off(71), on(60), shift(1), off(60)],
+        ),
+    ],
+)
+def test_stretch_by_hand(factor, tokens, expected):
+    np.testing.assert_array_equal(stretch(np.array(tokens), factor), expected)
+
+
+def test_stretch_leaves_the_ends_in_place():
+    events = encode(
+        Performance(
+            **{
+                "onset_s": np.array([0.0, 1.0]),
+                "offset_s": np.array([1.2, 2.4]),
+                "pitch": np.array([60, 64], np.int32),
+                "velocity": np.array([64, 80], np.int32),
+            }
+        )
+    )
+    tokens = np.concatenate([[PAD, PAD, START], events, [END, PAD]]).astype(np.uint16)
+    stretched, source = stretch_with_source(tokens, 0.9)
+    assert stretched.dtype == np.uint16
+    np.testing.assert_array_equal(stretched, [PAD, PAD, START, *stretch(events, 0.9), END, PAD])
+    np.testing.assert_array_equal(tokens[source[[0, 1, 2, -2, -1]]], [PAD, PAD, START, END, PAD])
+    nothing = np.array([PAD, START, END])
+    np.testing.assert_array_equal(stretch(nothing, 0.9), nothing)
+    np.testing.assert_array_equal(stretch(nothing[:0], 0.9), nothing[:0])
+
+
+def test_stretch_refuses_what_has_no_meaning():
+    with pytest.raises(EventError, match="PAD, START or END between events"):
+        stretch(np.array([on(60), END, START, on(60)]), 1.1)
+    for factor in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"factor above 0, got {factor}"):
+            stretch(np.array([on(60)]), factor)
+
+
+# --- the draw --------------------------------------------------------------------------------------------------------
+
+
+def test_draws_are_uniform_and_reach_both_ends():
+    rng = np.random.default_rng(0)
+    draws = [Augmentation().draw(rng) for _ in range(6000)]
+    semitones, factors = np.array([draw[0] for draw in draws]), np.array([draw[1] for draw in draws])
+    values, counts = np.unique(semitones, return_counts=True)
+    np.testing.assert_array_equal(values, np.arange(-5, 7))
+    assert counts.min() > 400
+    assert counts.max() < 600
+    counts, _ = np.histogram(factors, bins=10, range=(0.9, 1.1))
+    assert counts.sum() == 6000
+    assert counts.min() > 500
+    assert counts.max() < 700
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"min_semitones": 1}, {"max_semitones": -1}, {"max_semitones": 88}, {"min_stretch": 1.05}, {"max_stretch": 3.0}],
+)
+def test_an_impossible_augmentation_is_refused(fields):
+    with pytest.raises(ValueError, match=r"expected .* got"):
+        Augmentation(**fields)
