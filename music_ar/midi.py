@@ -6,6 +6,7 @@ to the next 10 ms step. What a pedal does to a note is `apply_sustain_control_ch
 here as array operations (see `_fold_sustain`).
 """
 
+import io
 import os
 import secrets
 from collections import defaultdict
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int8, Int32, Int64
+from jaxtyping import Bool, Float, Float64, Int, Int8, Int32, Int64
 from symusic.core import NoteTickList, ScoreTick, TempoTick, TrackTick
 
 if TYPE_CHECKING:
     import pretty_midi
+
+# `io.BytesIO` is a BinaryIO to type checkers alone: at run time it lacks some of what that lists.
+BinaryFile = BinaryIO | io.BufferedIOBase
 
 MAX_BYTES = 16 * 2**20
 MAX_NOTES = 1_000_000
@@ -50,7 +54,7 @@ class MidiError(ValueError):
 class Performance:
     """Piano notes in the order of (onset, pitch); four read-only columns of equal length n.
 
-    The constructor converts the columns to the types below, sorts the notes (stably) and checks them.
+    The constructor copies the columns into the types below, sorts the notes (stably) and checks them.
 
     Attributes:
       onset_s: `float64 [n]`, when each note begins, in seconds, >= 0.
@@ -62,10 +66,10 @@ class Performance:
       MidiError: a column has another length, or a value outside its range.
     """
 
-    onset_s: Float64[np.ndarray, " n"]
-    offset_s: Float64[np.ndarray, " n"]
-    pitch: Int32[np.ndarray, " n"]
-    velocity: Int32[np.ndarray, " n"]
+    onset_s: Float[np.ndarray, " n"]
+    offset_s: Float[np.ndarray, " n"]
+    pitch: Int[np.ndarray, " n"]
+    velocity: Int[np.ndarray, " n"]
 
     def __post_init__(self) -> None:
         onset_s = np.array(self.onset_s, np.float64)
@@ -83,8 +87,8 @@ class Performance:
     @classmethod
     def empty(cls) -> "Performance":
         """A performance of no notes."""
-        none = np.zeros(0)
-        return cls(onset_s=none, offset_s=none, pitch=none, velocity=none)
+        no_times, no_numbers = np.zeros(0), np.zeros(0, np.int32)
+        return cls(onset_s=no_times, offset_s=no_times, pitch=no_numbers, velocity=no_numbers)
 
     def __len__(self) -> int:
         return len(self.pitch)
@@ -114,7 +118,7 @@ class Performance:
             velocity=self.velocity[kept],
         )
 
-    def shift(self, seconds: float) -> "Performance":
+    def shift(self, seconds: int | float) -> "Performance":
         """The same notes, `seconds` later (earlier if negative, not before time zero)."""
         return Performance(
             onset_s=self.onset_s + seconds,
@@ -123,7 +127,7 @@ class Performance:
             velocity=self.velocity,
         )
 
-    def crop(self, start_s: float = 0.0, end_s: float = np.inf) -> "Performance":
+    def crop(self, start_s: int | float = 0, end_s: int | float = np.inf) -> "Performance":
         """The notes that begin in [start_s, end_s), timed from `start_s`, the last ones cut at `end_s`."""
         inside = self.select((self.onset_s >= start_s) & (self.onset_s < end_s))
         return Performance(
@@ -160,11 +164,11 @@ def _check_columns(columns: dict[str, np.ndarray]) -> None:
 
 
 def read_midi(
-    source: str | os.PathLike[str] | bytes | BinaryIO,
+    source: str | os.PathLike[str] | bytes | BinaryFile,
     *,
     max_bytes: int = MAX_BYTES,
     max_notes: int = MAX_NOTES,
-    max_seconds: float = MAX_SECONDS,
+    max_seconds: int | float = MAX_SECONDS,
 ) -> Performance:
     """Reads the piano performance in a MIDI file.
 
@@ -202,9 +206,9 @@ def read_midi(
     return performance
 
 
-def _read_bytes(source: str | os.PathLike[str] | bytes | BinaryIO, max_bytes: int) -> bytes:
-    if isinstance(source, bytes | bytearray | memoryview):
-        data = bytes(source)
+def _read_bytes(source: str | os.PathLike[str] | bytes | BinaryFile, max_bytes: int) -> bytes:
+    if isinstance(source, bytes):
+        data = source
     elif isinstance(source, str | os.PathLike):
         try:
             with Path(source).open("rb") as file:
@@ -438,7 +442,7 @@ def _next_struck(
     return np.where(same_pitch, np.append(onset_s, np.inf)[following], np.inf)
 
 
-def write_midi(performance: Performance, target: str | os.PathLike[str] | BinaryIO) -> None:
+def write_midi(performance: Performance, target: str | os.PathLike[str] | BinaryFile) -> None:
     """Writes a format 1 file of one piano at 120 beats a minute, 0.5 ms a tick, without pedal events.
 
     Notes of one pitch that overlap go to further tracks and channels, since within a channel a note-off could not
