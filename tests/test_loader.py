@@ -1,0 +1,323 @@
+"""What an epoch adds up to, what a window holds, how a position is restored, and which folders are refused."""
+
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_maestro import archive_files, random_performance, write_zip
+
+from data_pipeline.augment import Augmentation
+from data_pipeline.loader import Pieces, batches, windows_per_epoch
+from data_pipeline.maestro import DatasetError
+from data_pipeline.prepare import PieceRecord, prepare_maestro
+from music_ar.events import END, NOTE_OFF, PAD, START, TIME_SHIFT, VELOCITY, encode
+
+CONTEXT, LATENTS = 24, 8
+# Shorter than, as long as, and longer than a block of targets; whole multiples and not; longer than the context.
+LENGTHS = (2, 5, 8, 9, 10, 16, 17, 24, 60, 101)
+
+
+def pieces_of(arrays):
+    records = [
+        PieceRecord(name=str(number), start=0, tokens=len(tokens) - 2, notes=1, seconds=1.0)
+        for number, tokens in enumerate(arrays)
+    ]
+    return Pieces(tokens=tuple(arrays), records=tuple(records))
+
+
+@pytest.fixture
+def numbered():
+    """Pieces whose tokens are all different numbers, so that a window shows where it was cut; no number is PAD."""
+    starts = 1000 + np.cumsum((0, *LENGTHS))
+    return pieces_of(
+        [np.arange(start, start + length, dtype=np.uint16) for start, length in zip(starts[:-1], LENGTHS, strict=True)]
+    )
+
+
+@pytest.fixture(scope="module")
+def music():
+    """Six pieces of real events."""
+    events = [encode(random_performance(seed, notes)) for seed, notes in enumerate((10, 40, 80, 160, 300, 500))]
+    return pieces_of([np.array([START, *tokens, END], np.uint16) for tokens in events])
+
+
+def make(pieces, *, batch_size=1, seed=0, **options):
+    return batches(pieces, context=CONTEXT, latents=LATENTS, batch_size=batch_size, seed=seed, **options)
+
+
+def rows(iterator, count):
+    """The next `count` windows of batches of any size, as (tokens, weights)."""
+    windows = (window for batch in iterator for window in zip(batch["tokens"], batch["weights"], strict=True))
+    return list(itertools.islice(windows, count))
+
+
+def epochs(pieces, count, **options):
+    """The first epochs, each a list of windows."""
+    size = windows_per_epoch(pieces, latents=LATENTS)
+    windows = rows(make(pieces, **options), size * count)
+    return [windows[start : start + size] for start in range(0, size * count, size)]
+
+
+def total_weights(windows):
+    totals = {}
+    for tokens, weights in windows:
+        for target, weight in zip(tokens[-LATENTS:].tolist(), weights.tolist(), strict=True):
+            totals[target] = totals.get(target, 0) + weight
+    return totals
+
+
+# --- what an epoch is ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_target_weighs_exactly_one_an_epoch(numbered, seed):
+    assert numbered.targets == sum(LENGTHS) - len(LENGTHS)
+    for windows in epochs(numbered, 5, seed=seed):
+        totals = total_weights(windows)
+        assert totals.pop(PAD, 0) == 0
+        for tokens in numbered.tokens:
+            # START, the first, is never a target; END, the last, is one.
+            assert totals.pop(int(tokens[0]), 0) == 0
+            assert [totals.pop(token) for token in tokens[1:].tolist()] == [1.0] * (len(tokens) - 1)
+        assert totals == {}
+
+
+def test_a_window_is_a_block_with_all_the_history_there_is_room_for(numbered):
+    for tokens, weights in epochs(numbered, 1)[0]:
+        piece = next(piece for piece in numbered.tokens if tokens[-1] in piece)
+        stop = int(np.flatnonzero(piece == tokens[-1])[0]) + 1
+        expected = piece[max(0, stop - CONTEXT - 1) : stop]
+        np.testing.assert_array_equal(tokens[-len(expected) :], expected)
+        assert (tokens[: -len(expected)] == PAD).all()
+        # No latent is wasted while the piece has targets for all.
+        assert (weights > 0).sum() == min(LATENTS, len(piece) - 1)
+
+
+def test_a_piece_begins_with_start_as_first_input_and_ends_with_end_as_last_target(music):
+    windows = epochs(music, 1)[0]
+    beginnings = [weights for tokens, weights in windows if START in tokens[-LATENTS - 1 : -1]]
+    endings = [weights for tokens, weights in windows if tokens[-1] == END]
+    assert len(beginnings) == len(endings) == len(music)
+    assert all(weights[0] == 1 for weights in beginnings)
+    assert all(weights[-1] == 1 for weights in endings)
+
+
+def test_epochs_are_cut_and_shuffled_anew(numbered):
+    orders = [[int(tokens[-1]) for tokens, _ in windows] for windows in epochs(numbered, 40)]
+    # The last piece but one has 59 targets in 8 blocks of 8: the second block ends with target 16, or up to 5 before.
+    first, last = numbered.tokens[-2][[0, -1]]
+    second_ends = {sorted(end - first for end in ends if first <= end <= last)[1] for ends in orders}
+    assert second_ends == {11, 12, 13, 14, 15, 16}
+    # Blocks of the shortest pieces never move, so their places tell of the order alone.
+    places = {tuple(ends.index(int(tokens[-1])) for tokens in numbered.tokens[:3]) for ends in orders}
+    assert len(places) > 30
+
+
+# --- augmentation ----------------------------------------------------------------------------------------------------
+
+
+def test_augmented_windows_are_full_of_music_and_weigh_what_their_events_did(music):
+    augmentation = Augmentation()
+    several = epochs(music, 4, augmentation=augmentation)
+    for tokens, weights in itertools.chain(*several):
+        assert ((tokens >= 0) & (tokens <= END)).all()
+        # Padding is only ever before the START of a piece: there was history enough to stretch.
+        padding = int((tokens == PAD).sum())
+        assert (tokens[:padding] == PAD).all()
+        assert padding == 0 or tokens[padding] == START
+        assert (weights[tokens[-LATENTS:] == PAD] == 0).all()
+        assert (weights[tokens[-LATENTS:] == START] == 0).all()
+    weighed = np.concatenate([weights for _, weights in itertools.chain(*several)]).sum() / len(several)
+    assert weighed == pytest.approx(music.targets, rel=0.02)
+    for windows in several:
+        assert sum(tokens[-1] == END for tokens, _ in windows) == len(music)
+        beginnings = [weights for tokens, weights in windows if START in tokens[-LATENTS - 1 : -1]]
+        assert len(beginnings) == len(music)
+
+
+def test_weights_follow_their_events_through_the_stretch():
+    keys = range(21, 45)
+    silence = [TIME_SHIFT + 99, TIME_SHIFT + 49]  # one shift or two, by the stretch
+    events = [event for key in keys for event in (key, *silence)] + [NOTE_OFF + key for key in keys]
+    pieces = pieces_of([np.array([START, VELOCITY, *events, END], np.uint16)])
+
+    def targets(windows):
+        return [list(zip(tokens[-LATENTS:].tolist(), weights.tolist(), strict=True)) for tokens, weights in windows]
+
+    plain = dict(itertools.chain(*targets(epochs(pieces, 1)[0])))  # every event has one key of its own
+    assert {0.5, 1.0} <= set(plain.values())
+    augmentation = Augmentation(min_semitones=0, max_semitones=0, min_stretch=0.5)
+    stretched = targets(epochs(pieces, 1, augmentation=augmentation)[0])
+    assert stretched != targets(epochs(pieces, 1)[0])
+    for window in stretched:
+        assert all(weight == plain.get(token, 0) for token, weight in window if not TIME_SHIFT <= token < VELOCITY)
+        for (token, weight), (_, following) in itertools.pairwise(window):
+            assert weight == following or not TIME_SHIFT <= token < VELOCITY
+
+
+def test_a_window_has_one_augmentation_and_another_epoch_another(music):
+    augmentation = Augmentation(min_stretch=1.0, max_stretch=1.0)
+    only_start = pieces_of([music.tokens[0][:8]])
+    plain = epochs(only_start, 1)[0][0][0]
+    moved = [windows[0][0] for windows in epochs(only_start, 100, augmentation=augmentation)]
+    is_note = plain < VELOCITY
+    shifts = {tuple(np.unique((tokens - plain)[is_note & (plain < TIME_SHIFT)])) for tokens in moved}
+    assert shifts == {(semitones,) for semitones in range(-5, 7)}
+    assert all(((tokens == plain) | is_note).all() for tokens in moved)
+
+
+# --- order, processes, state -----------------------------------------------------------------------------------------
+
+
+def assert_same(left, right):
+    for (left_tokens, left_weights), (right_tokens, right_weights) in zip(left, right, strict=True):
+        np.testing.assert_array_equal(left_tokens, right_tokens)
+        np.testing.assert_array_equal(left_weights, right_weights)
+
+
+def test_the_seed_and_not_the_threads_decide(music):
+    first = rows(make(music, batch_size=3, augmentation=Augmentation()), 90)
+    assert_same(first, rows(make(music, batch_size=3, augmentation=Augmentation(), threads=0), 90))
+    assert_same(first, rows(make(music, batch_size=5, augmentation=Augmentation(), threads=4), 90))
+    other = rows(make(music, batch_size=3, augmentation=Augmentation(), seed=1), 90)
+    assert any((left != right).any() for (left, _), (right, _) in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_one_order_between_them(music, processes):
+    augmentation = Augmentation()
+    alone = rows(make(music, augmentation=augmentation), 120)
+    parts = [
+        rows(make(music, augmentation=augmentation, process_index=index, process_count=processes), 120 // processes)
+        for index in range(processes)
+    ]
+    assert_same(alone, [window for windows in zip(*parts, strict=True) for window in windows])
+
+
+def test_processes_see_every_target_once(numbered):
+    count = windows_per_epoch(numbered, latents=LATENTS)
+    parts = [rows(make(numbered, process_index=index, process_count=2), count) for index in range(2)]
+    # Two epochs, half of their windows each.
+    totals = total_weights(parts[0] + parts[1])
+    assert all(totals[token] == 2.0 for tokens in numbered.tokens for token in tokens[1:].tolist())
+
+
+@pytest.mark.parametrize("position", [0, 1, 7, 60])
+def test_a_restored_position_goes_on_exactly(music, position):
+    iterator = make(music, batch_size=4, augmentation=Augmentation())
+    rows(iterator, 4 * position)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = rows(iterator, 20)
+    fresh = make(music, batch_size=4, augmentation=Augmentation())
+    rows(fresh, 12)
+    fresh.set_state(state)
+    assert_same(rows(fresh, 20), expected)
+
+
+def test_impossible_arguments_are_refused(music):
+    defaults: dict[str, Any] = {"context": CONTEXT, "latents": LATENTS, "batch_size": 1, "seed": 0}
+    for options, message in (
+        ({"latents": 0}, "1 <= latents <= context, got latents 0"),
+        ({"latents": 25}, "got latents 25 and context 24"),
+        ({"batch_size": 0}, "batch_size >= 1"),
+        ({"seed": -1}, "seed in .* got -1"),
+        ({"process_index": 2, "process_count": 2}, "process_index < process_count, got 2 of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            batches(music, **(defaults | options))
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    prepare_maestro(
+        write_zip(tmp_path / "maestro.zip", archive_files()), tmp_path / "tokens", workers=1, progress=False
+    )
+    return tmp_path / "tokens"
+
+
+def test_pieces_on_disk(folder):
+    pieces = Pieces.open(folder, "train")
+    assert [record.name for record in pieces.records] == ["2004/aria.midi", "2004/bagatelle.midi", "2006/caprice.midi"]
+    for tokens, record in zip(pieces.tokens, pieces.records, strict=True):
+        assert len(tokens) == record.tokens + 2
+        assert (tokens[0], tokens[-1]) == (START, END)
+        assert (tokens[1:-1] < PAD).all()
+    window = next(make(pieces, batch_size=2))
+    assert window["tokens"].shape == (2, CONTEXT + 1)
+    assert window["tokens"].dtype == np.int32
+    assert window["weights"].shape == (2, LATENTS)
+    assert window["weights"].dtype == np.float32
+
+
+def shard_of(folder, split):
+    return next(folder.glob(f"{split}-*.npy"))
+
+
+def truncate(folder):
+    path = shard_of(folder, "train")
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def edit(folder):
+    path = shard_of(folder, "train")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def remove(folder):
+    shard_of(folder, "train").unlink()
+
+
+def change_manifest(folder, change):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def foreign_vocabulary(folder):
+    change_manifest(folder, lambda manifest: manifest.update(fingerprint="0123456789abcdef"))
+
+
+def no_shards(folder):
+    change_manifest(folder, lambda manifest: manifest.update(shards=[]))
+
+
+def moved_pieces(folder):
+    def move(manifest):
+        first, second = manifest["shards"][0]["pieces"][:2]
+        first["tokens"] += 1
+        second["start"] += 1
+        second["tokens"] -= 1
+
+    change_manifest(folder, move)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, r"train-00000-\w+\.npy: expected \d+ bytes, found \d+: truncated"),
+        (edit, r"train-00000-\w+\.npy: expected SHA-256 .* found .* edited"),
+        (remove, r"train-00000-\w+\.npy: cannot be read \(No such file"),
+        (foreign_vocabulary, r"manifest\.json: of the event vocabulary 0123456789ab…, expected"),
+        (no_shards, r"manifest\.json: the train split is empty"),
+        (moved_pieces, r"train-00000-\w+\.npy: its pieces do not lie where the manifest says"),
+    ],
+)
+def test_damaged_data_is_refused_by_name(folder, damage, message):
+    damage(folder)
+    with pytest.raises(DatasetError, match=message):
+        Pieces.open(folder, "train")
+
+
+def test_only_what_is_opened_is_checked(folder):
+    truncate(folder)
+    assert len(Pieces.open(folder, "test")) == 1
+    with pytest.raises(DatasetError, match="expected a split of train, validation, test; got 'dev'"):
+        Pieces.open(folder, "dev")
