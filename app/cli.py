@@ -1,0 +1,376 @@
+"""The command `music-ar`: prepare | train | evaluate | generate | inspect.
+
+A command is a frozen dataclass: its fields are the options, its `run` does the work. Only the command that is asked for
+is loaded, and `run` imports what it needs when it needs it, so `music-ar --help` never waits for JAX.
+
+Exit codes: 0 done, 2 wrong use or bad input (said on standard error, never a traceback), 1 our own failure.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import tyro
+
+from app.console import CommandError, ProgressLine, clock, print_table
+
+if TYPE_CHECKING:
+    from music_ar.midi import Performance
+
+# Each command with the line that `music-ar --help` says about it, and where it is found.
+COMMANDS = {
+    "prepare": ("MIDI files -> token shards to train on", "app.cli:Prepare"),
+    "train": ("token shards -> a model", "app.train:Train"),
+    "evaluate": ("score a model on a split", "app.cli:Evaluate"),
+    "generate": ("a new piece, or the continuation of one, as MIDI", "app.cli:Generate"),
+    "inspect": ("what we read in a MIDI file", "app.cli:Inspect"),
+}
+
+PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+
+
+class Command(Protocol):
+    """What a command is: options in its fields, work in `run`."""
+
+    def run(self) -> None:
+        """Does the work and prints the result."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Turns MIDI files into token shards and a manifest that `music-ar train` reads.
+
+    Attributes:
+        output: folder to write.
+        maestro: the official MAESTRO zip, or the folder that it unpacks to; its official splits are kept.
+        midi: a folder or zip of your own MIDI files, dealt to splits by file name.
+        validation: share of your own files for the validation split.
+        test: share of your own files for the test split.
+        seed: another number deals your own files otherwise.
+        workers: processes; by default one a core.
+    """
+
+    output: Path
+    maestro: Path | None = None
+    midi: Path | None = None
+    validation: float = 0.1
+    test: float = 0.1
+    seed: int = 0
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.maestro is None) == (self.midi is None):
+            raise CommandError("give either --maestro or --midi")
+
+    def run(self) -> None:
+        """Writes the shards and prints a table of the splits."""
+        from data_pipeline.prepare import prepare_maestro, prepare_midi
+
+        if self.midi is None:
+            assert self.maestro is not None
+            manifest = prepare_maestro(self.maestro, self.output, workers=self.workers)
+        else:
+            manifest = prepare_midi(
+                self.midi,
+                self.output,
+                validation=self.validation,
+                test=self.test,
+                seed=self.seed,
+                workers=self.workers,
+            )
+        rows = [
+            (split, f"{count.pieces:,}", f"{count.hours:,.1f}", f"{count.notes:,}", f"{count.tokens:,}")
+            for split, count in manifest.splits.items()
+        ]
+        print_table(("split", "pieces", "hours", "notes", "tokens"), rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Scores a model on a split: how well it predicts each token of each piece, every token once.
+
+    Attributes:
+        data: folder that `music-ar prepare` wrote.
+        split: which of its splits.
+        checkpoint: name of a shipped model, a folder, or a hub id (owner/name); by default the shipped one.
+        context: M, how many tokens back the model reads; by default the model's own.
+        latents: N, how many of them are latents; by default the model's own.
+        stride: how many tokens each window of the model scores; a smaller one is slower and gives each more before it.
+        batch_size: windows at once.
+        max_pieces: score only so many pieces, the first ones.
+        output: JSON file to write the scores to.
+    """
+
+    data: Path
+    split: Literal["train", "validation", "test"] = "validation"
+    checkpoint: str | None = None
+    context: int | None = None
+    latents: int | None = None
+    stride: int = 512
+    batch_size: int = 32
+    max_pieces: int | None = None
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.max_pieces is not None and self.max_pieces < 1):
+            raise CommandError("--batch-size and --max-pieces must be at least 1")
+
+    def run(self) -> None:
+        """Prints the scores, and writes them if `output` says where."""
+        from data_pipeline.loader import Pieces
+        from music_ar.checkpoint import load_released, write_atomically
+        from music_ar.evaluation import score
+
+        if self.output is not None:
+            check_writable(self.output)
+        pieces = Pieces.open(self.data, self.split).tokens[: self.max_pieces]
+        model = load_released(self.checkpoint)
+        context = model.config.context if self.context is None else self.context
+        latents = min(model.config.latents, context) if self.latents is None else self.latents
+        if not 1 <= self.stride <= latents <= context:
+            raise CommandError(
+                "expected 1 <= --stride <= --latents <= --context, "
+                f"got a stride of {self.stride}, {latents} latents and a context of {context}"
+            )
+        sizes = {"context": context, "latents": latents, "stride": self.stride}
+        began_s = time.monotonic()
+        with ProgressLine(f"scoring {len(pieces)} pieces") as line:
+
+            def report(share: float) -> None:
+                left_s = (time.monotonic() - began_s) * (1 - share) / max(share, 1e-9)
+                line.report(share, f"scoring {len(pieces)} pieces, {clock(left_s)} left")
+
+            scores = score(model, pieces, **sizes, batch_size=self.batch_size, on_progress=report).report()
+        print_table((self.split, ""), [(name.replace("_", " "), f"{value:,.4g}") for name, value in scores.items()])
+        if self.output is not None:
+            write_atomically(self.output, json.dumps({self.split: scores, **sizes}, indent=2).encode() + b"\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Makes a piano piece, from nothing or going on from a prompt, and writes it as MIDI.
+
+    Attributes:
+        output: MIDI file to write.
+        prompt: MIDI file to go on from.
+        prompt_seconds: how many seconds of the prompt to use, from its beginning; by default all.
+        continuation_only: write what was made, without the prompt before it.
+        seconds: how many seconds of music to make; a piece may end sooner.
+        latents: latent budget: fewer are faster, more are better.
+        temperature: below 1 is more predictable, above 1 more daring; 0 takes the likeliest event each time.
+        top_k: keep only so many of the likeliest events.
+        top_p: keep only the likeliest events that together have this probability.
+        min_p: keep only events at least this likely, relative to the likeliest.
+        seed: the same seed gives the same piece; by default a new one, which is told.
+        checkpoint: name of a shipped model, a folder, or a hub id (owner/name).
+    """
+
+    output: Path
+    prompt: Path | None = None
+    prompt_seconds: float | None = None
+    continuation_only: bool = False
+    seconds: float = 60.0
+    latents: int = 1024
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = 0.98
+    min_p: float | None = None
+    seed: int | None = None
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt is None and (self.prompt_seconds is not None or self.continuation_only):
+            raise CommandError("--prompt-seconds and --continuation-only need a --prompt")
+
+    def run(self) -> None:
+        """Writes the piece and prints its length, the time it took and the seed."""
+        from music_ar import Generator, write_midi
+
+        check_writable(self.output)
+        prompt = None if self.prompt is None else read_performance(self.prompt)
+        seed = secrets.randbelow(2**31) if self.seed is None else self.seed
+        began_s = time.monotonic()
+        with ProgressLine("loading the model") as line:
+            generator = Generator.from_pretrained(self.checkpoint)
+            piece = generator.generate(
+                prompt,
+                seconds=self.seconds,
+                latents=self.latents,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                min_p=self.min_p,
+                seed=seed,
+                prompt_seconds=self.prompt_seconds,
+                continuation_only=self.continuation_only,
+                progress=lambda made: line.report(
+                    made.seconds_made / made.seconds_wanted,
+                    f"{made.seconds_made:.1f} of {made.seconds_wanted:g} s of music, "
+                    f"{made.tokens_per_s:.0f} tokens/s, {clock(made.eta_s)} left",
+                ),
+            )
+        write_midi(piece, self.output)
+        elapsed_s = time.monotonic() - began_s
+        print(
+            f"{self.output}: {len(piece)} notes, {piece.duration_s:.1f} s of music in {elapsed_s:.1f} s "
+            f"({piece.duration_s / elapsed_s:.1f} times real time); seed {seed}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Prints what we read in a MIDI file, the sustain pedal folded into the notes.
+
+    Attributes:
+        file: the MIDI file.
+        tokens: print its event tokens instead, one a line: time in seconds, id, meaning.
+    """
+
+    file: tyro.conf.Positional[Path]
+    tokens: bool = False
+
+    def run(self) -> None:
+        """Prints the summary or the tokens."""
+        performance = read_performance(self.file)
+        lines = token_lines(performance) if self.tokens else summary_lines(performance)
+        for line in lines:
+            print(line)
+
+
+def summary_lines(performance: "Performance") -> Iterator[str]:
+    """The figures that `music-ar inspect` prints, a line each."""
+    from music_ar.events import encode
+
+    duration_s = performance.duration_s
+    low, high = int(performance.pitch.min()), int(performance.pitch.max())
+    yield f"notes            {len(performance)}"
+    yield f"length           {duration_s:.2f} s ({clock(duration_s)})"
+    yield f"notes a second   {len(performance) / duration_s:.2f}"
+    yield f"pitches          {pitch_name(low)} to {pitch_name(high)} ({low} to {high})"
+    yield f"velocities       {performance.velocity.min()} to {performance.velocity.max()}"
+    yield f"event tokens     {len(encode(performance))}"
+    yield "sustain pedal    folded into the ends of the notes"
+
+
+def token_lines(performance: "Performance") -> Iterator[str]:
+    """The event tokens of a performance, readably: time in seconds, id, meaning."""
+    from music_ar.events import STEPS_PER_SECOND, encode, event_steps
+
+    tokens = encode(performance)
+    for step, token in zip(event_steps(tokens), tokens, strict=True):
+        yield f"{step / STEPS_PER_SECOND:9.2f}  {token:3}  {describe_token(int(token))}"
+
+
+def describe_token(token: int) -> str:
+    """What an event token says, such as "note-on 60 (C4)"."""
+    from music_ar import events
+
+    if token < events.NOTE_OFF:
+        return f"note-on {token - events.NOTE_ON} ({pitch_name(token - events.NOTE_ON)})"
+    if token < events.TIME_SHIFT:
+        return f"note-off {token - events.NOTE_OFF} ({pitch_name(token - events.NOTE_OFF)})"
+    if token < events.VELOCITY:
+        return f"wait {(token - events.TIME_SHIFT + 1) / events.STEPS_PER_SECOND:.2f} s"
+    return f"velocity {token - events.VELOCITY + 1} of {events.VELOCITY_BINS}"
+
+
+def pitch_name(pitch: int) -> str:
+    """The name of a MIDI pitch; 60 is C4."""
+    return f"{PITCH_CLASSES[pitch % 12]}{pitch // 12 - 1}"
+
+
+def read_performance(path: Path) -> "Performance":
+    """`read_midi` with errors that name the file.
+
+    Raises:
+        CommandError: there is no such file, or it is not usable MIDI.
+    """
+    from music_ar.midi import MidiError, read_midi
+
+    if not path.is_file():
+        raise CommandError(f"{path}: no such file")
+    try:
+        return read_midi(path)
+    except MidiError as error:
+        raise CommandError(f"{path}: {error}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Finds out before the work, not after it, that a file cannot be written.
+
+    Raises:
+        CommandError: `path` is a folder, or lies in one that is missing or read-only.
+    """
+    if path.is_dir():
+        raise CommandError(f"{path} is a folder; name the file to write")
+    if not path.parent.is_dir():
+        raise CommandError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise CommandError(f"cannot write {path}: the folder {path.parent} is read-only")
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """The command that the arguments ask for; loads that command only.
+
+    Raises:
+        SystemExit: with 0 after `--help` or `--version`, with 2 after saying what is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="music-ar",
+        description="Piano music with a long memory: Perceiver AR, MIDI in and MIDI out.",
+        epilog="`music-ar COMMAND --help` shows the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=metadata.version("music-ar"))
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (summary, _) in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    name = parser.parse_args(arguments[:1]).command
+    module, _, class_name = COMMANDS[name][1].partition(":")
+    command = getattr(importlib.import_module(module), class_name)
+    return tyro.cli(command, prog=f"music-ar {name}", args=arguments[1:], config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; an error that is our own failure is left to propagate."""
+    try:
+        parse(sys.argv[1:] if arguments is None else arguments).run()
+    except BrokenPipeError:  # the reader of our output, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("music-ar: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if not is_bad_input(error):
+            raise
+        print(f"music-ar: {error_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def is_bad_input(error: Exception) -> bool:
+    """Whether the person at the keyboard can mend it: a file's fault, or one of the error classes of our own packages.
+
+    Other libraries' ValueErrors are our bugs, and so is a bare ValueError.
+    """
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("app", "data_pipeline", "music_ar")
+
+
+def error_line(error: Exception) -> str:
+    """An error as one plain line."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

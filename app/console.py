@@ -1,0 +1,73 @@
+"""What the commands say: progress on standard error, tables of results on standard output."""
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+
+class CommandError(ValueError):
+    """A command cannot be carried out as it was given; the message says what to change."""
+
+
+class ProgressLine:
+    """A bar with a text beside it; where standard error is no terminal, the text alone on a line now and then.
+
+    Args:
+        title: what is going on, before the first report.
+        seconds_between_lines: without a terminal, how long to wait before the next line.
+    """
+
+    def __init__(self, title: str, *, seconds_between_lines: float = 5.0):
+        self._console = Console(stderr=True)
+        self._seconds_between_lines = seconds_between_lines
+        self._next_line_s = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=1.0)
+        if not self._console.is_terminal:
+            print(title, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def report(self, share: float, text: str) -> None:
+        """Shows that `share` (0..1) of the work is done, with `text` beside it."""
+        self._bar.update(self._task, completed=share, description=text)
+        now_s = time.monotonic()
+        if not self._console.is_terminal and now_s >= self._next_line_s:
+            print(text, file=sys.stderr, flush=True)
+            self._next_line_s = now_s + self._seconds_between_lines
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints columns to standard output, the first flush left, the others flush right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for line in lines:
+        cells = [cell.ljust(width) if column == 0 else cell.rjust(width)
+                 for column, (cell, width) in enumerate(zip(line, widths, strict=True))]  # fmt: skip
+        print("  ".join(cells).rstrip())
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

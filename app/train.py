@@ -1,0 +1,98 @@
+"""`music-ar train`: joins prepared data, a model and `training.fit`, which knows nothing of files."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import tyro
+from flax import nnx
+
+from app.console import CommandError, ProgressLine, clock
+from data_pipeline.augment import Augmentation
+from data_pipeline.loader import Pieces, batches
+from music_ar.checkpoint import save_released
+from music_ar.evaluation import score
+from music_ar.model import PRESETS, PerceiverAR, parameter_count
+from music_ar.training import Batches, Progress, TrainingConfig, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Trains a model on prepared data, for a number of steps or of minutes.
+
+    The run's folder gets training/ (states to resume from), log.jsonl, tensorboard/ and, at the end, model/ in
+    released form. SIGTERM saves the state and ends with exit code 0; `--resume` with the same options goes on.
+
+    Attributes:
+        data: folder that `music-ar prepare` wrote.
+        output: folder of the run.
+        preset: size of the model: small, small-decoder or tiny.
+        resume: go on from the newest state in `output`.
+        augment: transpose and stretch the pieces, but for the last part of the run.
+        training: how to train.
+        augmentation: how far to transpose and stretch.
+    """
+
+    data: Path
+    output: Path
+    preset: str = "small"
+    resume: bool = False
+    augment: bool = True
+    training: tyro.conf.OmitArgPrefixes[TrainingConfig]
+    augmentation: tyro.conf.OmitArgPrefixes[Augmentation] = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise CommandError(f"--preset must be one of {', '.join(PRESETS)}; got {self.preset}")
+
+    def run(self) -> None:
+        """Trains, and writes the model in released form if the run reached its end."""
+        pieces, held_out = Pieces.open(self.data, "train"), Pieces.open(self.data, "validation")
+        model = PerceiverAR(PRESETS[self.preset], rngs=nnx.Rngs(self.training.seed))
+        device = jax.devices()[0].device_kind
+        title = f"{parameter_count(model):,} parameters, {pieces.targets:,} tokens, {jax.device_count()} x {device}"
+        with ProgressLine(title) as line:
+            fitted = fit(
+                model,
+                self.training,
+                self._batches(pieces, self.augmentation if self.augment else None, self.training.seed),
+                final_batches=self._batches(pieces, None, self.training.seed + 1) if self.augment else None,
+                output=self.output,
+                resume=self.resume,
+                # A quick figure: every token once, but windows do not overlap, so some have few latents before them.
+                validate=lambda model: score(model, held_out.tokens, stride=model.config.latents).nats_per_token,
+                on_progress=lambda progress: line.report(_share(progress), _describe(progress)),
+            )
+        if not fitted.finished:
+            print(f"stopped at step {fitted.step}; the same command with --resume goes on from there")
+            return
+        released = self.output / "model"
+        save_released(fitted.model, released)
+        print(f"{fitted.step} steps in {clock(fitted.elapsed_s)}; the model is in {released}")
+
+    def _batches(self, pieces: Pieces, augmentation: Augmentation | None, seed: int) -> Batches:
+        config = PRESETS[self.preset]
+        return batches(
+            pieces,
+            context=config.context,
+            latents=config.latents,
+            batch_size=self.training.batch_size // jax.process_count(),
+            seed=seed,
+            augmentation=augmentation,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=min(8, os.cpu_count() or 1),
+        )
+
+
+def _share(progress: Progress) -> float:
+    return progress.elapsed_s / max(progress.elapsed_s + progress.eta_s, 1e-9)
+
+
+def _describe(progress: Progress) -> str:
+    mfu = "" if progress.mfu is None else f", MFU {progress.mfu:.0%}"
+    return (
+        f"step {progress.step}: loss {progress.loss:.3f}, {progress.tokens_per_s:,.0f} tokens/s{mfu}, "
+        f"{clock(progress.eta_s)} left"
+    )
