@@ -1,0 +1,76 @@
+"""What every test stands on: strict JAX on the CPU, hypothesis without deadlines, and small real inputs."""
+
+import os
+
+# Set before JAX is imported, and inherited by the processes that tests start.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from music_ar.midi import Performance, write_midi
+
+# Shared machines stall, and the first example pays for compilation: time says nothing about correctness here.
+settings.register_profile("music-ar", deadline=None, print_blob=True)
+settings.load_profile("music-ar")
+
+
+def make_performance(seed: int, notes: int = 200) -> Performance:
+    """A performance of random notes with the time step of the events, about 6 notes a second."""
+    rng = np.random.default_rng(seed)
+    onset_s = np.cumsum(rng.integers(0, 33, notes)) / 100
+    return Performance(
+        onset_s=onset_s,
+        offset_s=onset_s + rng.integers(5, 150, notes) / 100,
+        pitch=rng.integers(30, 100, notes),
+        velocity=rng.integers(20, 110, notes),
+    )
+
+
+@pytest.fixture
+def midi_file(tmp_path):
+    """A MIDI file of 200 notes, 30 to 40 seconds."""
+    path = tmp_path / "some notes.mid"
+    write_midi(make_performance(0), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def midi_folder(tmp_path_factory):
+    """A folder of ten MIDI files."""
+    folder = tmp_path_factory.mktemp("midi")
+    for seed in range(10):
+        write_midi(make_performance(seed), folder / f"piece {seed}.mid")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(midi_folder, tmp_path_factory):
+    """A prepared folder: eight pieces to train on, one to validate, one to test."""
+    from data_pipeline.prepare import prepare_midi
+
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare_midi(midi_folder, folder, workers=1, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A released model of the tiny preset with random weights everywhere."""
+    import jax
+    from flax import nnx
+
+    from music_ar.checkpoint import save_released
+    from music_ar.model import PRESETS, PerceiverAR
+
+    model = PerceiverAR(PRESETS["tiny"], rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model)
+    leaves, tree = jax.tree.flatten(params)
+    # A fresh model is the identity with uniform logits, which would hide mistakes.
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save_released(nnx.merge(graph, jax.tree.unflatten(tree, noisy)), folder)
+    return folder
