@@ -109,7 +109,7 @@ def batches(
     augmentation: Augmentation | None = None,
     process_index: int = 0,
     process_count: int = 1,
-    threads: int = 2,
+    threads: int = 1,
 ) -> grain.DatasetIterator[Batch]:
     """An endless iterator of batches, epoch after epoch, each shuffled anew.
 
@@ -126,7 +126,8 @@ def batches(
         process_index: which of `process_count` processes this is. Each gets every `process_count`-th window of
             the one shuffled order.
         process_count: number of processes that share the epochs.
-        threads: threads that prepare batches ahead.
+        threads: threads that prepare batches ahead; 0 prepares each when it is asked for. One makes over a million
+            targets a second; more mostly wait for each other (`benchmarks/loader.py`).
     """
     if not 1 <= latents <= context:
         raise ValueError(f"expected 1 <= latents <= context, got latents {latents} and context {context}")

@@ -218,13 +218,14 @@ def test_a_restored_position_goes_on_exactly(music, position):
 
 def test_impossible_arguments_are_refused(music):
     defaults: dict[str, Any] = {"context": CONTEXT, "latents": LATENTS, "batch_size": 1, "seed": 0}
-    for options, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"latents": 0}, "1 <= latents <= context, got latents 0"),
         ({"latents": 25}, "got latents 25 and context 24"),
         ({"batch_size": 0}, "batch_size >= 1"),
         ({"seed": -1}, "seed in .* got -1"),
         ({"process_index": 2, "process_count": 2}, "process_index < process_count, got 2 of 2"),
-    ):
+    ]
+    for options, message in cases:
         with pytest.raises(ValueError, match=message):
             batches(music, **(defaults | options))
 
