@@ -23,8 +23,10 @@ class Augmentation:
     """How far training windows are changed; both draws are uniform and their ends included.
 
     Attributes:
-        min_semitones, max_semitones: range of the transposition. -5..+6 reaches every key once.
-        min_stretch, max_stretch: range of the factor on all times; 1.1 is a tenth slower.
+        min_semitones: lowest transposition. From -5 to +6 a piece comes in each of the twelve keys once.
+        max_semitones: highest transposition.
+        min_stretch: lowest factor on all times; 0.9 is a tenth faster.
+        max_stretch: highest factor on all times; 1.1 is a tenth slower.
     """
 
     min_semitones: int = -5
