@@ -4,6 +4,11 @@ The 388 event classes, their order and the encoding are those of note-seq 0.0.5'
 `PerformanceOneHotEncoding(num_velocity_bins=32, max_shift_steps=100)` at 100 steps a second, as used by Music
 Transformer and Perceiver AR (Hawthorne et al. 2022, section 5.2); three control tokens follow them.
 Time is counted in steps of 10 ms.
+
+All 1276 files of MAESTRO v3.0.0 were read and encoded here and by note-seq: the times agree to the last bit and the
+tokens one for one. No time rounds the other way, because `music_ar.midi` computes seconds as pretty_midi does.
+Only one order is not note-seq's: that of two notes of one pitch which different instruments strike at the very
+same time.
 """
 
 import hashlib
@@ -11,7 +16,7 @@ import json
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32, Int64
+from jaxtyping import Bool, Int, Int32, Int64, Shaped
 
 from music_ar.midi import Performance
 
@@ -131,12 +136,12 @@ class DecodeReport(NamedTuple):
     unknown_tokens: int
 
 
-def decode(tokens: Int[np.ndarray, " T"]) -> Performance:
+def decode(tokens: Shaped[np.ndarray, "..."]) -> Performance:
     """The performance that event tokens describe; any integer array has one. See `decode_report`."""
     return decode_report(tokens)[0]
 
 
-def decode_report(tokens: Int[np.ndarray, " T"]) -> tuple[Performance, DecodeReport]:
+def decode_report(tokens: Shaped[np.ndarray, "..."]) -> tuple[Performance, DecodeReport]:
     """The performance that event tokens describe, and what had to be mended in them.
 
     A note-off ends the oldest held note of its pitch, as in note-seq. `PAD`, `START`, `END` and whatever is outside
@@ -271,18 +276,18 @@ def allowed_events(state: GrammarState, xp: Any = np) -> Bool[Any, "*batch 391"]
     )
 
 
-def advance(state: GrammarState, token: Int[Any, "*batch"], xp: Any = np) -> GrammarState:
+def advance(state: GrammarState, token: Int[Any, "*batch"] | int, xp: Any = np) -> GrammarState:
     """The state after `token`, allowed or not; `PAD` changes nothing, so neither does padding on either side."""
     held, velocity, previous = state
-    token = xp.asarray(token)
-    pitches = xp.arange(PITCHES).reshape((1,) * token.ndim + (PITCHES,))
-    begins = token[..., None] - NOTE_ON == pitches
-    ends = (token[..., None] - NOTE_OFF == pitches) & (held > 0)
-    is_velocity = (token >= VELOCITY) & (token < EVENT_CLASSES)
+    event: Any = xp.asarray(token, xp.int32)
+    pitches = xp.arange(PITCHES).reshape((1,) * event.ndim + (PITCHES,))
+    begins = event[..., None] - NOTE_ON == pitches
+    ends = (event[..., None] - NOTE_OFF == pitches) & (held > 0)
+    is_velocity = (event >= VELOCITY) & (event < EVENT_CLASSES)
     return GrammarState(
         held=held + begins.astype(held.dtype) - ends.astype(held.dtype),
-        velocity=xp.where(is_velocity, token - (VELOCITY - 1), velocity).astype(velocity.dtype),
-        previous=xp.where(token == PAD, previous, token).astype(previous.dtype),
+        velocity=xp.where(is_velocity, event - (VELOCITY - 1), velocity).astype(velocity.dtype),
+        previous=xp.where(event == PAD, previous, event).astype(previous.dtype),
     )
 
 
