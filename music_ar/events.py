@@ -16,7 +16,7 @@ import json
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32, Int64, Shaped
+from jaxtyping import Bool, Int32, Int64, Integer, Shaped
 
 from music_ar.midi import Performance
 
@@ -107,7 +107,7 @@ def encode(performance: Performance) -> Int32[np.ndarray, " T"]:
     return tokens
 
 
-def event_steps(tokens: Int[np.ndarray, " T"]) -> Int64[np.ndarray, " T"]:
+def event_steps(tokens: Integer[np.ndarray, " T"]) -> Int64[np.ndarray, " T"]:
     """The time of each token, in steps: the sum of the shifts before it."""
     tokens = _flat_integers(tokens)
     is_shift = (tokens >= TIME_SHIFT) & (tokens < VELOCITY)
@@ -276,7 +276,7 @@ def allowed_events(state: GrammarState, xp: Any = np) -> Bool[Any, "*batch 391"]
     )
 
 
-def advance(state: GrammarState, token: Int[Any, "*batch"] | int, xp: Any = np) -> GrammarState:
+def advance(state: GrammarState, token: Integer[Any, "*batch"] | int, xp: Any = np) -> GrammarState:
     """The state after `token`, allowed or not; `PAD` changes nothing, so neither does padding on either side."""
     held, velocity, previous = state
     event: Any = xp.asarray(token, xp.int32)
@@ -291,7 +291,7 @@ def advance(state: GrammarState, token: Int[Any, "*batch"] | int, xp: Any = np) 
     )
 
 
-def grammar_after(tokens: Int[np.ndarray, " T"]) -> GrammarState:
+def grammar_after(tokens: Integer[np.ndarray, " T"]) -> GrammarState:
     """The state after a token sequence: `advance` from `grammar_start`, over all tokens at once."""
     tokens = _flat_integers(tokens)
     notes = tokens[(tokens >= 0) & (tokens < TIME_SHIFT)]

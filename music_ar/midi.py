@@ -28,6 +28,7 @@ BinaryFile = BinaryIO | io.BufferedIOBase
 MAX_BYTES = 16 * 2**20
 MAX_NOTES = 1_000_000
 MAX_SECONDS = 6 * 3600.0
+MAX_TRACKS = 4096  # each costs time and memory of its own, whatever it holds
 
 SUSTAIN_CONTROLLER = 64
 PEDAL_DOWN_VALUE = 64  # a sustain controller value of 64..127 is a pressed pedal
@@ -253,9 +254,9 @@ def _normal_form(data: bytes) -> tuple[bytes, float | None]:
         raise MidiError(f"the file is truncated: its header promises {track_count} tracks, {len(tracks)} are there")
     if not tracks:
         raise MidiError("the MIDI file holds no tracks")
-    counts = [midi_format, min(len(tracks), 0xFFFF), division]
+    counts = [midi_format, len(tracks), division]
     header = b"MThd" + (6).to_bytes(4) + b"".join(count.to_bytes(2) for count in counts)
-    return header + b"".join(tracks[:0xFFFF]), fixed_tick_s
+    return header + b"".join(tracks), fixed_tick_s
 
 
 def _read_division(field: bytes) -> tuple[int, float | None]:
@@ -285,6 +286,8 @@ def _track_chunks(data: bytes, position: int) -> list[bytes]:
                     f"the file is truncated: a track of {length} bytes begins at byte {position},"
                     f" {len(data) - position - 8} bytes are left"
                 )
+            if len(tracks) == MAX_TRACKS:
+                raise MidiError(f"at most {MAX_TRACKS} tracks are accepted, the file has more")
             tracks.append(_release_all(data[position + 8 : end]))
         position = end
     return tracks

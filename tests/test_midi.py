@@ -253,10 +253,16 @@ def test_sustain_pedal_agrees_with_the_rule_told_event_by_event(rows, moves):
         (midi(track((0, on(60)), (2**28 - 1, off(60)))), "no notes"),
         (midi(track((2**28 - 1, on(60)), (2**28, off(60)))), "delta times"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "bytes",
 )
 def test_unusable_bytes_are_named(data, message):
     with pytest.raises(MidiError, match=message):
         read_midi(data)
+
+
+def test_too_many_tracks_are_refused_before_they_cost_anything():
+    with pytest.raises(MidiError, match="at most 4096 tracks"):
+        read_midi(midi(*[track((0, on(60)), (100, off(60)))] * 4097))
 
 
 def test_missing_files_and_folders_are_midi_errors(tmp_path):
