@@ -1,6 +1,5 @@
 """`music-ar train`: joins prepared data, a model and `training.fit`, which knows nothing of files."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,7 +81,6 @@ class Train:
             augmentation=augmentation,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            threads=min(8, os.cpu_count() or 1),
         )
 
 

@@ -25,6 +25,10 @@ from music_ar.model import ModelConfig, PerceiverAR
 
 FORMAT = "music-ar 1"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+DEFAULT_RELEASE = "maestro-small"
+_HERE = Path(__file__).resolve().parent
+SHIPPED_FOLDERS = (_HERE.parent / "checkpoints", _HERE / "checkpoints")
+"""Where the checkpoints that ship with the project lie: in a checkout, and in an installed wheel."""
 
 
 class CheckpointError(ValueError):
@@ -78,9 +82,7 @@ class TrainingCheckpoints:
         """Saves a pytree of arrays and a JSON-like position; returns where, at once."""
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_leaves(state)), position=ocp.args.JsonSave(position)
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(_leaves(state)), position=ocp.args.JsonSave(position)),
         )
         return str(self._folder / str(step))
 
@@ -91,9 +93,7 @@ class TrainingCheckpoints:
         try:
             restored = self._manager.restore(
                 step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
-                ),
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()),
             )
         except Exception as error:  # orbax, tensorstore and JSON each raise their own
             raise CheckpointError(f"cannot read the training checkpoint {self._folder / str(step)}: {error}") from error
@@ -136,11 +136,12 @@ def save_released(model: PerceiverAR, folder: Path, *, int8: bool = True) -> Non
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def load_released(source: str | os.PathLike[str], *, dtype: jnp.dtype | None = None) -> PerceiverAR:
+def load_released(source: str | os.PathLike[str] | None = None, *, dtype: jnp.dtype | None = None) -> PerceiverAR:
     """Reads a released model.
 
     Args:
-        source: a folder, or the id of a Hugging Face hub repository ("owner/name").
+        source: the name of a checkpoint that ships with the project, a folder, or the id of a Hugging Face hub
+            repository ("owner/name"); default: `DEFAULT_RELEASE`.
         dtype: what to compute in; default `model.default_dtype()`.
 
     Raises:
@@ -199,13 +200,21 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(file.name, path)
 
 
-def _folder_of(source: str | os.PathLike[str]) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    name = os.fspath(source)
+def _folder_of(source: str | os.PathLike[str] | None) -> Path:
+    name = DEFAULT_RELEASE if source is None else os.fspath(source)
+    for folder in (*(shipped / name for shipped in SHIPPED_FOLDERS), Path(name)):
+        if folder.is_dir():
+            return folder
+    if source is None:
+        raise CheckpointError(
+            f"the checkpoint {name} that ships with the project is missing: looked in "
+            + " and ".join(map(str, SHIPPED_FOLDERS))
+        )
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"{name} is neither a folder with a released model nor a hub id (owner/name)")
+        raise CheckpointError(
+            f"{name} is no checkpoint that ships with the project, no folder with a released model, and no hub id "
+            "(owner/name)"
+        )
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
     except Exception as error:  # the hub's client raises network, HTTP and file errors of many classes
@@ -222,7 +231,8 @@ def _read_config(path: Path) -> ModelConfig:
                 f"{path}: the model was trained on another event vocabulary (fingerprint "
                 f"{record['fingerprint'][:12]}..., here {events.FINGERPRINT[:12]}...)"
             )
-        return ModelConfig(**record["model"])
+        sizes = record["model"]
+        return ModelConfig(**sizes | {"cross_depths": tuple(sizes["cross_depths"])})  # JSON has no tuples
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent} has no {path.name}: it is not a released model") from error
     except CheckpointError:

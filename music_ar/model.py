@@ -58,7 +58,6 @@ class ModelConfig:
     vocabulary_size: int = events.VOCABULARY_SIZE
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cross_depths", tuple(self.cross_depths))  # JSON gives a list
         for name in ("context", "latents", "width", "layers", "heads", "kv_heads", "hidden", "conv_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -195,9 +194,7 @@ class Block(nnx.Module):
         return x_BxTxC.reshape(*x_BxTxC.shape[:-1], heads, -1)
 
     def _rotate(self, x_BxTxHxK: Array, positions_BxT: Array) -> Array:
-        return rotate(
-            x_BxTxHxK, positions_BxT, size=self.config.rotary_size, wavelength=self.config.rotary_wavelength
-        )
+        return rotate(x_BxTxHxK, positions_BxT, size=self.config.rotary_size, wavelength=self.config.rotary_wavelength)
 
 
 class PerceiverAR(nnx.Module):
@@ -209,9 +206,7 @@ class PerceiverAR(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype | None = None):
         self.config = config
         self.dtype = dtype = jnp.dtype(dtype) if dtype is not None else default_dtype()
-        self.embedding = nnx.Param(
-            nnx.initializers.normal(1.0)(rngs.params(), (config.vocabulary_size, config.width))
-        )
+        self.embedding = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (config.vocabulary_size, config.width)))
         if config.conv_width > 1:
             self.conv = nnx.Param(jnp.zeros((config.conv_width, config.width)))
         self.context_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
@@ -289,6 +284,14 @@ class PerceiverAR(nnx.Module):
             for back in range(self.config.conv_width)
         )
         return x_BxTxD + sum(shifted)
+
+    def embed_last(self, tokens_BxW: Int[Array, "B W"]) -> Float[Array, "B D"]:
+        """What `embed` gives for the last of a row's most recent W = conv_width tokens."""
+        rows_BxWxD = self.embedding[...][tokens_BxW].astype(self.dtype) * (tokens_BxW != events.PAD)[..., None]
+        if self.config.conv_width == 1:
+            return rows_BxWxD[:, -1]
+        taps_WxD = self.conv[...].astype(self.dtype)[::-1]
+        return rows_BxWxD[:, -1] + (rows_BxWxD * taps_WxD[None]).sum(axis=1)
 
     def logits(self, x_BxTxD: Array) -> Float[Array, "B T V"]:
         """float32 logits of the residual stream."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -77,10 +77,10 @@ class TrainingConfig:
     optimizer: str = "muon"
     matrix_learning_rate: float = 0.03
     learning_rate: float = 2e-3
-    weight_decay: float = 0.0
+    weight_decay: float = 0.1
     warmup_steps: int = 100
     decay_fraction: float = 0.6
-    final_fraction: float = 0.15
+    final_fraction: float = 0.08
     clip_norm: float = 1.0
     ema_decay: float = 0.998
     z_loss: float = 1e-4
@@ -89,7 +89,7 @@ class TrainingConfig:
     seed: int = 0
     log_every: int = 20
     checkpoint_minutes: float = 5.0
-    validate_every: int = 0
+    validate_every: int = 2000
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
@@ -115,6 +115,7 @@ class TrainingConfig:
         return warm * min(1.0, max(0.0, 1 - progress) / max(self.decay_fraction, 1e-9))
 
 
+@runtime_checkable
 class Batches(Protocol):
     """An iterator of batches whose position can be saved, such as grain's.
 
@@ -217,8 +218,9 @@ def _grouped(rule: optax.GradientTransformation) -> optax.GradientTransformation
     def ungroup(grouped: dict[str, dict[str, Array]], like: Any) -> Any:
         matrices = {shape: iter(stacked) for shape, stacked in grouped["matrices"].items()}
         leaves = [
-            grouped["rest"][name] if (name := jax.tree_util.keystr(path)) in grouped["rest"] else
-            next(matrices[str(leaf.shape)])
+            grouped["rest"][name]
+            if (name := jax.tree_util.keystr(path)) in grouped["rest"]
+            else next(matrices[str(leaf.shape)])
             for path, leaf in jax.tree_util.tree_leaves_with_path(like)
         ]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -274,7 +276,7 @@ def make_train_step(
         # Early on the average follows closely, so that it forgets the initial weights.
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-        metrics = {"loss": nats, "gradient_norm": optax.global_norm(grads)}
+        metrics = {"loss": nats, "gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, ema, optimizer_state), metrics
 
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
