@@ -10,7 +10,6 @@ import argparse
 import importlib
 import json
 import os
-import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -89,7 +88,7 @@ class Prepare:
                 workers=self.workers,
             )
         rows = [
-            (split, f"{count.pieces:,}", f"{count.hours:,.1f}", f"{count.notes:,}", f"{count.tokens:,}")
+            (split, f"{count.pieces:,}", f"{count.hours:,.2f}", f"{count.notes:,}", f"{count.tokens:,}")
             for split, count in manifest.splits.items()
         ]
         print_table(("split", "pieces", "hours", "notes", "tokens"), rows)
@@ -127,14 +126,17 @@ class Evaluate:
 
     def run(self) -> None:
         """Prints the scores, and writes them if `output` says where."""
+        import numpy as np
+
         from data_pipeline.loader import Pieces
-        from music_ar.checkpoint import load_released, write_atomically
+        from music_ar import Generator
+        from music_ar.checkpoint import write_atomically
         from music_ar.evaluation import score
 
         if self.output is not None:
             check_writable(self.output)
-        pieces = Pieces.open(self.data, self.split).tokens[: self.max_pieces]
-        model = load_released(self.checkpoint)
+        pieces = [piece.astype(np.int32) for piece in Pieces.open(self.data, self.split).tokens[: self.max_pieces]]
+        model = Generator.from_pretrained(self.checkpoint).model
         context = model.config.context if self.context is None else self.context
         latents = min(model.config.latents, context) if self.latents is None else self.latents
         if not 1 <= self.stride <= latents <= context:
@@ -166,11 +168,11 @@ class Generate:
         prompt_seconds: how many seconds of the prompt to use, from its beginning; by default all.
         continuation_only: write what was made, without the prompt before it.
         seconds: how many seconds of music to make; a piece may end sooner.
-        latents: latent budget: fewer are faster, more are better.
+        latents: the latent budget: fewer are faster, more are better; by default 1024, or what the model has.
         temperature: below 1 is more predictable, above 1 more daring; 0 takes the likeliest event each time.
-        top_k: keep only so many of the likeliest events.
-        top_p: keep only the likeliest events that together have this probability.
-        min_p: keep only events at least this likely, relative to the likeliest.
+        top_k: keep only so many of the likeliest events; 0 keeps all.
+        top_p: keep only the likeliest events that together have this probability; 1 keeps all.
+        min_p: keep only events at least this likely, relative to the likeliest; 0 keeps all.
         seed: the same seed gives the same piece; by default a new one, which is told.
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name).
     """
@@ -180,11 +182,11 @@ class Generate:
     prompt_seconds: float | None = None
     continuation_only: bool = False
     seconds: float = 60.0
-    latents: int = 1024
+    latents: int | None = None
     temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = 0.98
-    min_p: float | None = None
+    top_k: int = 0
+    top_p: float = 0.98
+    min_p: float = 0.0
     seed: int | None = None
     checkpoint: str | None = None
 
@@ -195,36 +197,38 @@ class Generate:
     def run(self) -> None:
         """Writes the piece and prints its length, the time it took and the seed."""
         from music_ar import Generator, write_midi
+        from music_ar.sampling import SamplingOptions
 
         check_writable(self.output)
+        options = SamplingOptions(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
         prompt = None if self.prompt is None else read_performance(self.prompt)
-        seed = secrets.randbelow(2**31) if self.seed is None else self.seed
         began_s = time.monotonic()
         with ProgressLine("loading the model") as line:
-            generator = Generator.from_pretrained(self.checkpoint)
-            piece = generator.generate(
+            stream = Generator.from_pretrained(self.checkpoint).stream(
                 prompt,
                 seconds=self.seconds,
                 latents=self.latents,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                min_p=self.min_p,
-                seed=seed,
+                options=options,
+                seed=self.seed,
                 prompt_seconds=self.prompt_seconds,
                 continuation_only=self.continuation_only,
-                progress=lambda made: line.report(
-                    made.seconds_made / made.seconds_wanted,
-                    f"{made.seconds_made:.1f} of {made.seconds_wanted:g} s of music, "
-                    f"{made.tokens_per_s:.0f} tokens/s, {clock(made.eta_s)} left",
-                ),
             )
-        write_midi(piece, self.output)
+            chunk = None
+            for chunk in stream:
+                line.report(
+                    chunk.seconds_made / chunk.seconds_wanted,
+                    f"{chunk.seconds_made:.1f} of {chunk.seconds_wanted:g} s of music, "
+                    f"{chunk.tokens_per_s:.0f} tokens/s, {clock(chunk.eta_s)} left",
+                )
+        assert chunk is not None  # a stream has at least one chunk
+        write_midi(chunk.performance, self.output)
         elapsed_s = time.monotonic() - began_s
+        print(f"{self.output}: {len(chunk.performance)} notes, {chunk.performance.duration_s:.1f} s")
         print(
-            f"{self.output}: {len(piece)} notes, {piece.duration_s:.1f} s of music in {elapsed_s:.1f} s "
-            f"({piece.duration_s / elapsed_s:.1f} times real time); seed {seed}"
+            f"made {chunk.seconds_made:.1f} s of music in {elapsed_s:.1f} s, loading included: "
+            f"{chunk.seconds_made / elapsed_s:.2f} times real time"
         )
+        print(f"seed {chunk.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,8 +253,11 @@ class Inspect:
 
 def summary_lines(performance: "Performance") -> Iterator[str]:
     """The figures that `music-ar inspect` prints, a line each."""
+    import numpy as np
+
     from music_ar.events import encode
 
+    silences_s = performance.onset_s[1:] - np.maximum.accumulate(performance.offset_s)[:-1]
     duration_s = performance.duration_s
     low, high = int(performance.pitch.min()), int(performance.pitch.max())
     yield f"notes            {len(performance)}"
@@ -258,6 +265,7 @@ def summary_lines(performance: "Performance") -> Iterator[str]:
     yield f"notes a second   {len(performance) / duration_s:.2f}"
     yield f"pitches          {pitch_name(low)} to {pitch_name(high)} ({low} to {high})"
     yield f"velocities       {performance.velocity.min()} to {performance.velocity.max()}"
+    yield f"longest silence  {silences_s.max(initial=0.0):.2f} s"
     yield f"event tokens     {len(encode(performance))}"
     yield "sustain pedal    folded into the ends of the notes"
 

@@ -1,15 +1,19 @@
 """`music-ar train`: joins prepared data, a model and `training.fit`, which knows nothing of files."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import jax
+import numpy as np
 import tyro
 from flax import nnx
 
 from app.console import CommandError, ProgressLine, clock
 from data_pipeline.augment import Augmentation
 from data_pipeline.loader import Pieces, batches
+from data_pipeline.prepare import Manifest
 from music_ar.checkpoint import save_released
 from music_ar.evaluation import score
 from music_ar.model import PRESETS, PerceiverAR, parameter_count
@@ -47,7 +51,7 @@ class Train:
 
     def run(self) -> None:
         """Trains, and writes the model in released form if the run reached its end."""
-        pieces, held_out = Pieces.open(self.data, "train"), Pieces.open(self.data, "validation")
+        pieces = Pieces.open(self.data, "train")
         model = PerceiverAR(PRESETS[self.preset], rngs=nnx.Rngs(self.training.seed))
         device = jax.devices()[0].device_kind
         title = f"{parameter_count(model):,} parameters, {pieces.targets:,} tokens, {jax.device_count()} x {device}"
@@ -58,9 +62,8 @@ class Train:
                 self._batches(pieces, self.augmentation if self.augment else None, self.training.seed),
                 final_batches=self._batches(pieces, None, self.training.seed + 1) if self.augment else None,
                 output=self.output,
+                validate=self._validation(),
                 resume=self.resume,
-                # A quick figure: every token once, but windows do not overlap, so some have few latents before them.
-                validate=lambda model: score(model, held_out.tokens, stride=model.config.latents).nats_per_token,
                 on_progress=lambda progress: line.report(_share(progress), _describe(progress)),
             )
         if not fitted.finished:
@@ -70,9 +73,20 @@ class Train:
         save_released(fitted.model, released)
         print(f"{fitted.step} steps in {clock(fitted.elapsed_s)}; the model is in {released}")
 
+    def _validation(self) -> Callable[[PerceiverAR], float] | None:
+        """A quick figure in nats a token to watch the run by, or None if there is nothing to validate on.
+
+        Every token counts once, but windows do not overlap, so some have few latents before them: `music-ar evaluate`
+        finds less.
+        """
+        if not Manifest.load(self.data).splits["validation"].pieces:  # as one's own data may
+            return None
+        tokens = [piece.astype(np.int32) for piece in Pieces.open(self.data, "validation").tokens]
+        return lambda model: score(model, tokens, stride=model.config.latents).nats_per_token
+
     def _batches(self, pieces: Pieces, augmentation: Augmentation | None, seed: int) -> Batches:
         config = PRESETS[self.preset]
-        return batches(
+        iterator = batches(
             pieces,
             context=config.context,
             latents=config.latents,
@@ -82,6 +96,7 @@ class Train:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        return cast(Batches, iterator)  # its batches are a TypedDict, which is a dict of arrays
 
 
 def _share(progress: Progress) -> float:

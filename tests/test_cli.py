@@ -1,0 +1,227 @@
+"""The command line, in this process: what it prints, what it refuses, and with which exit code."""
+
+import json
+
+import numpy as np
+import pytest
+
+from app import cli
+from music_ar import events
+from music_ar.midi import Performance, read_midi, write_midi
+
+
+def run(capsys, *arguments):
+    """(exit code, standard output, standard error) of `music-ar arguments`."""
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def refusal(capsys, *arguments):
+    """The one line on standard error with which `music-ar arguments` is refused as bad input."""
+    code, _, errors = run(capsys, *arguments)
+    lines = [line for line in errors.splitlines() if line.startswith("music-ar: ")]
+    assert code == 2
+    assert len(lines) == 1
+    assert "Traceback" not in errors
+    return lines[0]
+
+
+def test_help_names_every_command(capsys):
+    code, output, _ = run(capsys, "--help")
+    assert code == 0
+    assert all(command in output for command in ("prepare", "train", "evaluate", "generate", "inspect"))
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_its_options(capsys, command):
+    code, output, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert f"music-ar {command}" in output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["compose"],
+        ["inspect"],
+        ["inspect", "a.mid", "--loud"],
+        ["prepare", "--output", "x"],
+        ["prepare", "--output", "x", "--midi", "a", "--maestro", "b"],
+        ["generate"],
+        ["generate", "--output", "x.mid", "--seconds", "long"],
+        ["generate", "--output", "x.mid", "--continuation-only"],
+        ["train", "--data", "x", "--output", "y"],
+        ["train", "--data", "x", "--output", "y", "--steps", "1", "--preset", "huge"],
+        ["evaluate", "--data", "x", "--split", "rest"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_use_ends_with_2_and_an_explanation(capsys, arguments):
+    code, output, errors = run(capsys, *arguments)
+    assert code == 2
+    assert output == ""
+    assert errors
+    assert "Traceback" not in errors
+
+
+def test_inspect_tells_what_is_in_a_file(capsys, tmp_path):
+    piece = Performance(
+        onset_s=np.array([0.0, 1.0, 7.0]),
+        offset_s=np.array([2.0, 3.0, 8.0]),
+        pitch=np.array([60, 64, 21]),
+        velocity=np.array([40, 80, 60]),
+    )
+    write_midi(piece, tmp_path / "three.mid")
+    code, output, _ = run(capsys, "inspect", tmp_path / "three.mid")
+    figures = dict(line.split("  ", 1) for line in output.splitlines())
+    figures = {name.strip(): figure.strip() for name, figure in figures.items()}
+    assert code == 0
+    assert figures["notes"] == "3"
+    assert figures["length"] == "8.00 s (0:08)"
+    assert figures["notes a second"] == "0.38"
+    assert figures["pitches"] == "A0 to E4 (21 to 64)"
+    assert figures["velocities"] == "40 to 80"
+    assert figures["longest silence"] == "4.00 s"
+    assert figures["event tokens"] == str(len(events.encode(piece)))
+
+
+def test_inspect_prints_every_token_with_its_time(capsys, midi_file):
+    code, output, _ = run(capsys, "inspect", midi_file, "--tokens")
+    time_s, token, _ = zip(*(line.split(maxsplit=2) for line in output.splitlines()), strict=True)
+    expected = events.encode(read_midi(midi_file))
+    assert code == 0
+    np.testing.assert_array_equal(np.array(token, int), expected)
+    np.testing.assert_allclose(np.array(time_s, float), events.event_steps(expected) / events.STEPS_PER_SECOND)
+
+
+@pytest.mark.parametrize(
+    ("token", "meaning"),
+    [
+        (events.NOTE_ON + 60, "note-on 60 (C4)"),
+        (events.NOTE_OFF + 21, "note-off 21 (A0)"),
+        (events.NOTE_OFF - 1, "note-on 127 (G9)"),
+        (events.TIME_SHIFT, "wait 0.01 s"),
+        (events.VELOCITY - 1, "wait 1.00 s"),
+        (events.VELOCITY, "velocity 1 of 32"),
+        (events.EVENT_CLASSES - 1, "velocity 32 of 32"),
+    ],
+)
+def test_tokens_are_described(token, meaning):
+    assert cli.describe_token(token) == meaning
+
+
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["generate", "--output", "never.mid", "--prompt"]], ids=lambda c: c[0]
+)
+@pytest.mark.parametrize("content", [None, b"", b"RIFF and so on", b"MThd\0\0\0\6\0\1\0\1\1\xe0MTrk\0\0\1\0"])
+def test_a_file_that_is_not_midi_is_refused_by_name(capsys, tmp_path, monkeypatch, command, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "not a piece.mid"
+    if content is not None:
+        path.write_bytes(content)
+    assert str(path) in refusal(capsys, *command, path)
+    assert not (tmp_path / "never.mid").exists()
+
+
+@pytest.mark.parametrize("output", ["no such folder/piece.mid", "."])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    assert output in refusal(capsys, "generate", "--output", output, "--checkpoint", "never/read")
+
+
+def test_data_that_is_not_there_is_refused(capsys, tmp_path):
+    assert "no MIDI file" in refusal(capsys, "prepare", "--midi", tmp_path, "--output", tmp_path / "data")
+    assert "maestro" in refusal(capsys, "prepare", "--maestro", tmp_path, "--output", tmp_path / "data")
+    train = ["train", "--preset", "tiny", "--steps", "1", "--output", tmp_path / "run"]
+    assert "manifest.json" in refusal(capsys, *train, "--data", tmp_path / "nowhere")
+
+
+def test_a_checkpoint_that_is_not_one_is_refused(capsys, tmp_path, prepared):
+    refused = refusal(capsys, "generate", "--output", tmp_path / "piece.mid", "--checkpoint", tmp_path)
+    assert str(tmp_path) in refused
+    assert str(tmp_path) in refusal(capsys, "evaluate", "--data", prepared, "--checkpoint", tmp_path)
+
+
+@pytest.mark.parametrize("error", [ValueError("shapes do not match"), RuntimeError("out of memory"), KeyError("x")])
+def test_our_own_failures_are_not_called_bad_input(monkeypatch, midi_file, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "read_performance", fail)
+    with pytest.raises(type(error)):  # Python prints the traceback and ends with 1
+        cli.main(["inspect", str(midi_file)])
+
+
+def test_errors_are_one_line():
+    assert cli.error_line(ValueError("first\n  second")) == "first second"
+    assert cli.error_line(OSError(28, "No space left on device", "piece.mid")) == "piece.mid: No space left on device"
+
+
+def generate(capsys, tmp_path, checkpoint, *options, name="piece.mid"):
+    output = tmp_path / name
+    code, printed, errors = run(
+        capsys, "generate", "--output", output, "--checkpoint", checkpoint, "--seconds", 3, *options
+    )
+    assert code == 0, errors
+    return output, printed
+
+
+def test_the_seed_that_is_told_makes_the_piece_again(capsys, tmp_path, tiny_checkpoint):
+    first, printed = generate(capsys, tmp_path, tiny_checkpoint)
+    seed = printed.rpartition("seed ")[2].strip()
+    again, _ = generate(capsys, tmp_path, tiny_checkpoint, "--seed", seed, name="again.mid")
+    other, _ = generate(capsys, tmp_path, tiny_checkpoint, "--seed", int(seed) + 1, name="other.mid")
+    assert again.read_bytes() == first.read_bytes()
+    assert other.read_bytes() != first.read_bytes()
+    assert str(first) in printed
+    assert f"{len(read_midi(first))} notes" in printed
+
+
+def test_a_prompt_is_continued(capsys, tmp_path, tiny_checkpoint, midi_file):
+    options = ["--prompt", midi_file, "--prompt-seconds", 5, "--seed", 1]
+    whole = read_midi(generate(capsys, tmp_path, tiny_checkpoint, *options)[0])
+    prompt = read_midi(midi_file)
+    before = prompt.onset_s < 4.5  # notes that end within the prompt may be told apart from what follows
+    assert whole.duration_s > 5
+    np.testing.assert_array_equal(whole.pitch[: before.sum()], prompt.pitch[before])
+    alone = read_midi(generate(capsys, tmp_path, tiny_checkpoint, *options, "--continuation-only")[0])
+    assert len(alone) < len(whole)
+
+
+def test_evaluate_prints_and_writes_what_score_finds(capsys, tmp_path, prepared, tiny_checkpoint):
+    from data_pipeline.loader import Pieces
+    from music_ar.checkpoint import load_released
+    from music_ar.evaluation import score
+
+    written = tmp_path / "scores.json"
+    sizes = ["--context", 48, "--latents", 32, "--stride", 16, "--max-pieces", 1]
+    code, output, _ = run(
+        capsys,
+        "evaluate",
+        "--data",
+        prepared,
+        "--split",
+        "test",
+        "--checkpoint",
+        tiny_checkpoint,
+        "--output",
+        written,
+        *sizes,
+    )
+    pieces = [Pieces.open(prepared, "test").tokens[0].astype(np.int32)]
+    expected = score(load_released(tiny_checkpoint), pieces, context=48, latents=32, stride=16).report()
+    scores = json.loads(written.read_text())
+    assert code == 0
+    assert scores["test"] == pytest.approx(expected)
+    assert (scores["context"], scores["latents"], scores["stride"]) == (48, 32, 16)
+    assert f"{expected['nats_per_token']:.4g}" in output
+
+
+def test_evaluate_refuses_sizes_that_do_not_fit(capsys, prepared, tiny_checkpoint):
+    refused = refusal(capsys, "evaluate", "--data", prepared, "--checkpoint", tiny_checkpoint, "--stride", 33)
+    assert "--stride" in refused
+    assert "33" in refused

@@ -1,0 +1,114 @@
+"""The whole way in processes of its own: prepare, train, stop, resume, evaluate, generate, inspect; and the wheel."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MUSIC_AR = [sys.executable, "-m", "app.cli"]
+
+
+def music_ar(*arguments, expect=0):
+    """Standard output of `music-ar arguments`; fails unless it ends with `expect`, and never shows a traceback."""
+    result = subprocess.run(
+        [*MUSIC_AR, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == expect, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stdout if expect == 0 else result.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["prepare"], ["evaluate"], ["generate"], ["inspect"]], ids=" ".join)
+def test_help_loads_no_jax_and_no_numpy(command):
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", *MUSIC_AR[1:], *command, "--help"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "app.console" in imported  # or else we read the report wrongly
+    assert not imported & {"jax", "numpy", "flax"}
+    assert "--help" in result.stdout
+
+
+def test_closing_the_output_early_is_no_failure(midi_file):
+    process = subprocess.Popen(
+        [*MUSIC_AR, "inspect", str(midi_file), "--tokens"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+
+
+def test_the_whole_way(midi_folder, tmp_path):
+    data, run, piece = tmp_path / "data", tmp_path / "run", tmp_path / "piece.mid"
+    train = ["train", "--data", data, "--output", run, "--preset", "tiny", "--batch-size", 2, "--log-every", 1]
+
+    music_ar("prepare", "--midi", midi_folder, "--output", data)
+    assert "nothing to resume" in music_ar(*train, "--steps", 3, "--resume", expect=2)
+    stop_after_some_steps([*MUSIC_AR, *map(str, train), "--steps", "100000"], run / "log.jsonl")
+    stopped_at = logged_steps(run)[-1]
+    assert "resume it" in music_ar(*train, "--steps", 100000, expect=2)
+    assert "steps was 100000, is 3" in music_ar(*train, "--steps", 3, "--resume", expect=2)
+    stop_after_some_steps([*MUSIC_AR, *map(str, train), "--steps", "100000", "--resume"], run / "log.jsonl")
+    assert logged_steps(run) == list(range(1, logged_steps(run)[-1] + 1))
+    assert logged_steps(run)[-1] > stopped_at
+
+    run = tmp_path / "short run"
+    music_ar(*train[:4], run, *train[5:], "--steps", 3)
+    scores = music_ar("evaluate", "--data", data, "--split", "test", "--checkpoint", run / "model", "--stride", 32)
+    assert "nats per token" in scores
+    made = music_ar("generate", "--checkpoint", run / "model", "--output", piece, "--seconds", 5, "--seed", 7)
+    assert "seed 7" in made
+    assert "notes" in music_ar("inspect", piece)
+
+
+def stop_after_some_steps(command, log):
+    """Starts training, and sends SIGTERM once it has logged two steps more than before; it must end with 0."""
+    before = len(log.read_text().splitlines()) if log.exists() else 0
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < before + 2):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert "--resume" in output
+
+
+def logged_steps(run):
+    return [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unpacked_wheel(tmp_path_factory):
+    """The wheel, built and unpacked as an installer would."""
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder],
+        cwd=ROOT, capture_output=True, check=True,
+    )  # fmt: skip
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "installed")
+    return folder / "installed"
+
+
+def test_an_installed_wheel_finds_its_model(unpacked_wheel, tmp_path):
+    code = "import music_ar; music_ar.Generator.from_pretrained(); print(music_ar.__file__)"
+    environment = os.environ | {"PYTHONPATH": str(unpacked_wheel), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(str(unpacked_wheel))
