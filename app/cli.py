@@ -129,14 +129,13 @@ class Evaluate:
         import numpy as np
 
         from data_pipeline.loader import Pieces
-        from music_ar import Generator
-        from music_ar.checkpoint import write_atomically
+        from music_ar.checkpoint import load_released, write_atomically
         from music_ar.evaluation import score
 
         if self.output is not None:
             check_writable(self.output)
         pieces = [piece.astype(np.int32) for piece in Pieces.open(self.data, self.split).tokens[: self.max_pieces]]
-        model = Generator.from_pretrained(self.checkpoint).model
+        model = load_released(self.checkpoint)
         context = model.config.context if self.context is None else self.context
         latents = min(model.config.latents, context) if self.latents is None else self.latents
         if not 1 <= self.stride <= latents <= context:
