@@ -88,7 +88,7 @@ def ring_size(latents: int) -> int:
 
 def start(
     model: PerceiverAR,
-    prompts: list[Int[np.ndarray, " P"]],
+    prompts: list[Int[np.ndarray, " _P"]],
     *,
     latents: int,
     seeds: list[int],
@@ -196,10 +196,10 @@ def step(model: PerceiverAR, state: DecodeState) -> tuple[Float[Array, "B V"], D
     age_B = clock - state.birth_B
     starts_Bx2, active_B = window_starts(age_B, state.half_B)
     seen_BxM = _times(clock, M)[None] >= jnp.maximum(state.birth_B, 0)[:, None]
-    times_R = _times(clock, R)
+    times_1x1xR = _times(clock, R)[None, None]
     # A window that has not begun sees itself, so that its softmax has a key; nobody reads it.
-    in_window_Bx2xR = times_R >= (starts_Bx2 + state.birth_B[:, None])[..., None]
-    in_window_Bx2xR |= times_R == clock
+    in_window_Bx2xR = times_1x1xR >= (starts_Bx2 + state.birth_B[:, None])[..., None]
+    in_window_Bx2xR |= times_1x1xR == clock
 
     embedded_Bx1xD = model.embed_last(state.recent_BxW)[:, None]
     k, v = model.cross.keys_values(model.context_norm(embedded_Bx1xD), age_B[:, None])
@@ -226,9 +226,9 @@ def step(model: PerceiverAR, state: DecodeState) -> tuple[Float[Array, "B V"], D
         q_Bx2x1xHxK = block.queries(x_Bx2xD, ages_Bx2)[:, :, None]
         attended = _attend(q_Bx2x1xHxK, self_k[-1], self_v[-1], in_window_Bx2xR)
         x_Bx2xD = block.add(x_Bx2xD, attended[:, :, 0], _KEEP)
-    x_BxD = jnp.take_along_axis(x_Bx2xD, active_B[:, None, None], axis=1)[:, 0]
+    x_Bx1xD = jnp.take_along_axis(x_Bx2xD, active_B[:, None, None], axis=1)
     caches = Caches(cross_k, cross_v, tuple(self_k), tuple(self_v))
-    return model.logits(x_BxD), state._replace(clock=clock + 1, caches=caches)
+    return model.logits(x_Bx1xD)[:, 0], state._replace(clock=clock + 1, caches=caches)
 
 
 def window_starts(age_B: Int[Array, " B"], half_B: Int[Array, " B"]) -> tuple[Int[Array, "B 2"], Int[Array, " B"]]:
@@ -325,9 +325,9 @@ def _prefill_window(
     P, M = embedded_BxPxD.shape[1], model.config.context
     times_BxR = jnp.clip(rows_BxR, 0, P - 1)
     ages_BxR = rows_BxR - birth_B[:, None]
-    keys_P = jnp.arange(P)
-    seen_Bx1xRxP = (keys_P <= times_BxR[..., None]) & (keys_P > times_BxR[..., None] - M)
-    seen_Bx1xRxP &= (keys_P >= birth_B[:, None, None]) | (keys_P == times_BxR[..., None])
+    keys_1x1xP = jnp.arange(P)[None, None]
+    seen_Bx1xRxP = (keys_1x1xP <= times_BxR[..., None]) & (keys_1x1xP > times_BxR[..., None] - M)
+    seen_Bx1xRxP &= (keys_1x1xP >= birth_B[:, None, None]) | (keys_1x1xP == times_BxR[..., None])
     seen_Bx1xRxP = seen_Bx1xRxP[:, None]
 
     def attend_context(block: Block, x_BxRxD: Array) -> Array:

@@ -56,21 +56,26 @@ def prepared(midi_folder, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory):
-    """A released model of the tiny preset with random weights everywhere."""
+def noisy_model(config, seed=0):
+    """A model with random weights everywhere: a fresh one is the identity with uniform logits, which hides mistakes."""
     import jax
     from flax import nnx
 
-    from music_ar.checkpoint import save_released
-    from music_ar.model import PRESETS, PerceiverAR
+    from music_ar.model import PerceiverAR
 
-    model = PerceiverAR(PRESETS["tiny"], rngs=nnx.Rngs(0))
-    graph, params = nnx.split(model)
+    graph, params = nnx.split(PerceiverAR(config, rngs=nnx.Rngs(seed)))
     leaves, tree = jax.tree.flatten(params)
-    # A fresh model is the identity with uniform logits, which would hide mistakes.
-    keys = jax.random.split(jax.random.key(1), len(leaves))
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     noisy = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, noisy))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A released model of the tiny preset with random weights everywhere."""
+    from music_ar.checkpoint import save_released
+    from music_ar.model import PRESETS
+
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    save_released(nnx.merge(graph, jax.tree.unflatten(tree, noisy)), folder)
+    save_released(noisy_model(PRESETS["tiny"]), folder)
     return folder

@@ -1,0 +1,99 @@
+"""Sampling: each filter by a case worked out by hand, and what sampling promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from music_ar.sampling import SamplingError, SamplingOptions, filter_logits, sample
+
+# Probabilities 0.5, 0.25, 0.125, 0.0625, 0.0625, not in order.
+CHANCES = np.array([0.125, 0.5, 0.0625, 0.25, 0.0625])
+
+
+def kept(**options):
+    """Indices that the filters keep of CHANCES, all off but those given."""
+    filters = SamplingOptions(**({"top_p": 1.0} | options)).filters()
+    filtered = filter_logits(jnp.log(jnp.asarray(CHANCES))[None], filters)[0]
+    return np.flatnonzero(np.isfinite(filtered)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [0, 1, 3]),
+        ({"top_k": 4}, [0, 1, 2, 3, 4]),  # the fourth and the fifth are equally likely
+        ({"top_k": 9}, [0, 1, 2, 3, 4]),
+        ({"top_p": 0.4}, [1]),
+        ({"top_p": 0.6}, [1, 3]),  # 0.5 before the second is less than 0.6
+        ({"top_p": 0.76}, [0, 1, 3]),
+        ({"min_p": 0.4}, [1, 3]),  # at least 0.4 * 0.5
+        ({"min_p": 0.2}, [0, 1, 3]),
+        ({"min_p": 1.0}, [1]),
+        # Among the three likeliest the chances are 4/7, 2/7, 1/7, so 6/7 come before the third.
+        ({"top_k": 3, "top_p": 0.8}, [1, 3]),
+        ({"top_k": 3, "top_p": 0.9}, [0, 1, 3]),
+        ({"top_p": 0.9, "min_p": 0.4}, [1, 3]),
+        # At temperature 0.5 the chances go as 64, 16, 4, 1, 1: the first has 64/86 = 0.74.
+        ({"temperature": 0.5, "top_p": 0.7}, [1]),
+        ({"temperature": 0.5, "top_p": 0.8}, [1, 3]),
+        ({"temperature": 0.5, "min_p": 0.2}, [1, 3]),
+    ],
+)
+def test_filters_by_hand(options, expected):
+    assert kept(**options) == expected
+
+
+def test_kept_logits_are_divided_by_the_temperature():
+    logits = jnp.array([[1.0, 2.0, 3.0]])
+    filtered = filter_logits(logits, SamplingOptions(temperature=2.0, top_p=1.0, top_k=2).filters())
+    np.testing.assert_allclose(filtered, [[-np.inf, 1.0, 1.5]])
+
+
+def test_forbidden_tokens_stay_forbidden():
+    logits = jnp.array([[-jnp.inf, 0.0, -jnp.inf, -1.0]])
+    filters = SamplingOptions(top_p=1.0, temperature=5.0).filters()
+    keys = jax.random.split(jax.random.key(0), 64)
+    drawn = sample(keys, jnp.repeat(logits, 64, axis=0), filters)
+    assert set(np.asarray(drawn).tolist()) == {1, 3}
+
+
+def test_temperature_zero_ignores_the_key():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 391)), jnp.float32)
+    filters = SamplingOptions(temperature=0.0).filters()
+    drawn = sample(jax.random.split(jax.random.key(0), 16), jnp.repeat(logits, 16, axis=0), filters)
+    assert set(np.asarray(drawn).tolist()) == {int(logits.argmax())}
+
+
+def test_draws_follow_the_probabilities():
+    keys = jax.random.split(jax.random.key(1), 8000)
+    logits = jnp.repeat(jnp.log(jnp.asarray(CHANCES, jnp.float32))[None], 8000, axis=0)
+    drawn = np.asarray(sample(keys, logits, SamplingOptions(top_p=1.0).filters()))
+    shares = np.bincount(drawn, minlength=5) / 8000
+    np.testing.assert_allclose(shares, CHANCES, atol=0.025)  # more than four standard deviations
+
+
+def test_changed_options_compile_nothing_anew():
+    compiled = jax.jit(filter_logits)
+    logits = jnp.zeros((1, 391))
+    for options in ({}, {"temperature": 0.3}, {"top_k": 5, "top_p": 0.5}, {"min_p": 0.1, "temperature": 0.0}):
+        compiled(logits, SamplingOptions(**options).filters())
+    assert compiled._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": 2.0},
+    ],
+)
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(SamplingError, match=next(iter(options))):
+        SamplingOptions(**options)
