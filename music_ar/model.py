@@ -58,13 +58,19 @@ class ModelConfig:
     vocabulary_size: int = events.VOCABULARY_SIZE
 
     def __post_init__(self) -> None:
-        for name in ("context", "latents", "width", "layers", "heads", "kv_heads", "hidden", "conv_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
         if self.latents > self.context:
             raise ValueError(f"latents must be at most context = {self.context}, got {self.latents}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+        if not 0 <= self.rotary_fraction <= 1 or not self.rotary_wavelength > 0:
+            raise ValueError(
+                "rotary_fraction must lie in 0..1 and rotary_wavelength above 0, got "
+                f"{self.rotary_fraction} and {self.rotary_wavelength}"
+            )
         if self.rotary_size % 2:
             raise ValueError(
                 "rotary_fraction * head_size must be even, since channels turn in pairs; got "
@@ -72,6 +78,8 @@ class ModelConfig:
             )
         if any(not 0 <= depth < self.layers for depth in self.cross_depths):
             raise ValueError(f"cross_depths must lie in 0..{self.layers - 1}, got {self.cross_depths}")
+        if len(set(self.cross_depths)) < len(self.cross_depths):
+            raise ValueError(f"cross_depths must differ, got {self.cross_depths}")
 
     @property
     def rotary_size(self) -> int:
@@ -247,6 +255,8 @@ class PerceiverAR(nnx.Module):
         N = min(self.config.latents, M) if latents is None else latents
         if not 1 <= N <= M:
             raise ValueError(f"latents must lie in 1..{M}, the number of inputs; got {N}")
+        if key is None and dropout > 0:
+            raise ValueError(f"dropout = {dropout} needs a key")
         prefix_key, dropout_key = (None, None) if key is None else jax.random.split(key)
         drop = nnx.Dropout(dropout, deterministic=key is None, rngs=None if key is None else nnx.Rngs(dropout_key))
 
