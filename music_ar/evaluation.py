@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from music_ar import events
 from music_ar.model import PerceiverAR
@@ -57,7 +57,7 @@ class _Window(NamedTuple):
 
 def score(
     model: PerceiverAR,
-    pieces: Sequence[Int[np.ndarray, " T"]],
+    pieces: Sequence[Integer[np.ndarray, " T"]],
     *,
     context: int | None = None,
     latents: int | None = None,
@@ -81,7 +81,7 @@ def score(
         on_progress: called with the share that is done.
 
     Raises:
-        ValueError: sizes that do not fit together, or no pieces.
+        ValueError: sizes that do not fit together, no pieces, or one that is shorter than its start and end.
     """
     M = model.config.context if context is None else context
     N = min(model.config.latents, M) if latents is None else latents
@@ -89,8 +89,11 @@ def score(
         raise ValueError(f"expected 1 <= stride <= latents <= context, got {stride}, {N}, {M}")
     if not pieces:
         raise ValueError("there are no pieces to score")
+    if min(map(len, pieces)) < 2:
+        raise ValueError("expected pieces of at least a start and an end token")
     graph, params = nnx.split(model, nnx.Param)
     windows = list(_windows(pieces, stride))
+    batch_size = min(batch_size, len(windows))
     nats = 0.0
     waiting: list[Array] = []
     for first in range(0, len(windows), batch_size):
@@ -102,8 +105,10 @@ def score(
         if len(waiting) > 2:  # the device works on the next while we wait for this one
             nats += float(waiting.pop(0))
             if on_progress is not None:
-                on_progress(first / len(windows))
+                on_progress((first - batch_size) / len(windows))
     nats += math.fsum(float(value) for value in waiting)
+    if on_progress is not None:
+        on_progress(1.0)
     return Score(
         nats=nats,
         tokens=sum(len(piece) - 1 for piece in pieces),
