@@ -1,10 +1,11 @@
 """What is kept on disk: the training state (orbax) and released models (safetensors and JSON, no pickle).
 
-A released model is a folder with `config.json` (the ModelConfig, the vocabulary's fingerprint, the format) and
-`model.safetensors`; matrices are int8 with one float32 scale an output channel, the rest is float32.
+A released model is a folder with `config.json` (the ModelConfig, the vocabulary's fingerprint, the format, the weights'
+SHA-256) and `model.safetensors`; matrices are int8 with one float32 scale an output channel, the rest is float32.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
@@ -25,6 +26,7 @@ from music_ar.model import ModelConfig, PerceiverAR
 
 FORMAT = "music-ar 1"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+SETTINGS = "settings.json"
 DEFAULT_RELEASE = "maestro-small"
 _HERE = Path(__file__).resolve().parent
 SHIPPED_FOLDERS = (_HERE.parent / "checkpoints", _HERE / "checkpoints")
@@ -49,7 +51,7 @@ class TrainingCheckpoints:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool):
-        folder = folder.absolute()
+        self._folder = folder = folder.absolute()
         settings = json.loads(json.dumps(settings | {"fingerprint": events.FINGERPRINT}))
         folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
@@ -57,20 +59,36 @@ class TrainingCheckpoints:
             item_names=("state", "position"),
             options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True),
         )
-        self._folder = folder
-        newest = self._manager.latest_step()
-        if resume and newest is None:
-            raise CheckpointError(f"nothing to resume: {folder} holds no complete training checkpoint")
-        if not resume and newest is not None:
-            raise CheckpointError(f"{folder} already holds a run (step {newest}): resume it or name another folder")
-        settings_file = folder / "settings.json"
-        if resume:
-            before = json.loads(settings_file.read_text(encoding="utf-8"))
-            changed = sorted(_differences(before, settings))
-            if changed:
-                raise CheckpointError(f"{folder} holds a run with other settings: {', '.join(changed)}")
-        else:
-            write_atomically(settings_file, json.dumps(settings, indent=1).encode())
+        self._newest = self._manager.latest_step()
+        try:
+            if resume:
+                self._check_same(settings)
+            elif self._newest is not None:
+                raise CheckpointError(
+                    f"{folder} already holds a run (step {self._newest}): resume it or name another folder"
+                )
+            else:
+                write_atomically(folder / SETTINGS, json.dumps(settings, indent=1).encode())
+        except BaseException:
+            self._manager.close()
+            raise
+
+    def _check_same(self, settings: dict[str, Any]) -> None:
+        if self._newest is None:
+            raise CheckpointError(f"nothing to resume: {self._folder} holds no complete training checkpoint")
+        path = self._folder / SETTINGS
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {path}, which says how the run was made: {error}") from error
+        changed = sorted(_differences(before, settings))
+        if changed:
+            raise CheckpointError(f"{self._folder} holds a run with other settings: {', '.join(changed)}")
+
+    @property
+    def newest(self) -> str | None:
+        """Where the newest checkpoint is, even if it is still being written."""
+        return None if self._newest is None else str(self._folder / str(self._newest))
 
     def __enter__(self) -> "TrainingCheckpoints":
         return self
@@ -78,26 +96,26 @@ class TrainingCheckpoints:
     def __exit__(self, *_: object) -> None:
         self._manager.close()  # waits for what is being written
 
-    def save(self, step: int, state: Any, position: dict[str, Any]) -> str:
-        """Saves a pytree of arrays and a JSON-like position; returns where, at once."""
+    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
+        """Saves a pytree of arrays and a JSON-like position. Returns once the arrays may change again."""
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(_leaves(state)), position=ocp.args.JsonSave(position)),
         )
-        return str(self._folder / str(step))
+        self._newest = step
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
         """The newest state, in the structure and on the devices of `like`, and its position."""
-        step = self._manager.latest_step()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _leaves(like))
         try:
             restored = self._manager.restore(
-                step,
+                self._newest,
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()),
             )
         except Exception as error:  # orbax, tensorstore and JSON each raise their own
-            raise CheckpointError(f"cannot read the training checkpoint {self._folder / str(step)}: {error}") from error
-        return jax.tree.unflatten(jax.tree.structure(like), list(restored["state"].values())), restored["position"]
+            raise CheckpointError(f"cannot read the training checkpoint {self.newest}: {error}") from error
+        # The leaves of a dict come in the order of its keys, which is that of the numbers.
+        return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(restored["state"])), restored["position"]
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
@@ -130,9 +148,15 @@ def save_released(model: PerceiverAR, folder: Path, *, int8: bool = True) -> Non
             tensors[name], tensors[f"{name}.scale"] = quantize(array)
         else:
             tensors[name] = array
-    config = {"format": FORMAT, "fingerprint": events.FINGERPRINT, "model": dataclasses.asdict(model.config)}
+    weights = safetensors.numpy.save(tensors, metadata={"format": FORMAT})
+    config = {
+        "format": FORMAT,
+        "fingerprint": events.FINGERPRINT,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "model": dataclasses.asdict(model.config),
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / WEIGHTS, safetensors.numpy.save(tensors, metadata={"format": FORMAT}))
+    write_atomically(folder / WEIGHTS, weights)
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
@@ -149,22 +173,13 @@ def load_released(source: str | os.PathLike[str] | None = None, *, dtype: jnp.dt
             vocabulary.
     """
     folder = _folder_of(source)
-    config = _read_config(folder / CONFIG)
-    try:
-        tensors = safetensors.numpy.load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no {WEIGHTS}") from error
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is damaged: {error}. Fetch it again") from error
+    config, sha256 = _read_config(folder / CONFIG)
+    tensors = _read_tensors(folder / WEIGHTS, sha256)
     graph, params = nnx.split(nnx.eval_shape(lambda: PerceiverAR(config, rngs=nnx.Rngs(0), dtype=dtype)))
     flat = dict(nnx.to_flat_state(params))
     for path, variable in flat.items():
         name = _name(path)
-        array = tensors.pop(name, None)
-        if array is None:
-            raise CheckpointError(f"{folder / WEIGHTS} lacks the tensor {name}")
-        if array.dtype == np.int8:
-            array = dequantize(array, tensors.pop(f"{name}.scale"))
+        array = _take_tensor(tensors, name, folder / WEIGHTS)
         if array.shape != variable.shape:
             raise CheckpointError(
                 f"{folder / WEIGHTS}: {name} should have shape {variable.shape} by {CONFIG}, has {array.shape}"
@@ -173,6 +188,34 @@ def load_released(source: str | os.PathLike[str] | None = None, *, dtype: jnp.dt
     if tensors:
         raise CheckpointError(f"{folder / WEIGHTS} has tensors that {CONFIG} does not ask for: {sorted(tensors)}")
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _read_tensors(path: Path, sha256: str | None) -> dict[str, np.ndarray]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from error
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointError(f"{path} is not the file that {CONFIG} was written with: fetch both again")
+    try:
+        return safetensors.numpy.load(data)
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a type that NumPy has not
+        raise CheckpointError(f"{path} is damaged: {error}. Fetch it again") from error
+
+
+def _take_tensor(tensors: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:
+    """Removes a tensor, and its scale if it is int8, from `tensors`; returns it as float32."""
+    array = tensors.pop(name, None)
+    if array is None:
+        raise CheckpointError(f"{path} lacks the tensor {name}")
+    if array.dtype == np.int8:
+        scale = tensors.pop(f"{name}.scale", None)
+        if scale is None or scale.dtype != np.float32 or scale.shape != array.shape[1:]:
+            raise CheckpointError(f"{path}: {name} is int8 and needs {name}.scale, one float32 an output channel")
+        return dequantize(array, scale)
+    if array.dtype != np.float32:
+        raise CheckpointError(f"{path}: {name} should be int8 or float32, is {array.dtype}")
+    return array
 
 
 def quantize(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -189,15 +232,16 @@ def dequantize(array: np.ndarray, scale: np.ndarray) -> np.ndarray:
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file under a temporary name beside it, then renames: it is there whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
+        temporary = Path(file.name)
         try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
         except BaseException:
-            os.unlink(file.name)
+            temporary.unlink()
             raise
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 
 def _folder_of(source: str | os.PathLike[str] | None) -> Path:
@@ -221,7 +265,8 @@ def _folder_of(source: str | os.PathLike[str] | None) -> Path:
         raise CheckpointError(f"{name} is no folder here and could not be fetched from the hub: {error}") from error
 
 
-def _read_config(path: Path) -> ModelConfig:
+def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
+    """The model's sizes and, where it is told, the SHA-256 of its weights."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
@@ -232,7 +277,8 @@ def _read_config(path: Path) -> ModelConfig:
                 f"{record['fingerprint'][:12]}..., here {events.FINGERPRINT[:12]}...)"
             )
         sizes = record["model"]
-        return ModelConfig(**sizes | {"cross_depths": tuple(sizes["cross_depths"])})  # JSON has no tuples
+        config = ModelConfig(**sizes | {"cross_depths": tuple(sizes["cross_depths"])})  # JSON has no tuples
+        return config, record.get("weights_sha256")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent} has no {path.name}: it is not a released model") from error
     except CheckpointError:

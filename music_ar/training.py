@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from optax import contrib
 from tensorboardX import SummaryWriter
 
-from music_ar.checkpoint import TrainingCheckpoints
+from music_ar.checkpoint import TrainingCheckpoints, write_atomically
 from music_ar.model import PerceiverAR
 
 # Dense bfloat16 operations a second by the makers' data sheets, to show utilisation (MFU).
@@ -52,10 +52,10 @@ class TrainingConfig:
         minutes: wall-clock budget from the start of training, compilation included. Exactly one of the two.
         batch_size: windows a step, over all devices and processes.
         accumulation: parts that a batch is worked through in, to save memory; the gradient is the same.
-        optimizer: "muon" (Muon on matrices inside the blocks, AdamW on the rest) or "adamw".
+        optimizer: "muon" (Muon on all matrices but embedding and head, AdamW on the rest) or "adamw".
         matrix_learning_rate: peak rate of Muon.
         learning_rate: peak rate of AdamW.
-        weight_decay: of the matrices inside the blocks, times their learning rate.
+        weight_decay: of all matrices but embedding and head, times their learning rate.
         warmup_steps: linear warm-up.
         decay_fraction: share of the run, at its end, over which the rate falls linearly to zero.
         final_fraction: share of the run, at its end, that reads `final_batches` (data without augmentation).
@@ -65,7 +65,7 @@ class TrainingConfig:
         dropout: rate on what the blocks add to the residual stream.
         prefix_keep: share of the prefix (the M - N inputs that are not latents) that a row keeps.
         seed: of initialisation, dropout and prefix dropout.
-        log_every: steps between log lines.
+        log_every: steps that a log line tells the mean of.
         checkpoint_minutes: minutes between training checkpoints.
         validate_every: steps between calls of `validate`; 0 for never.
     """
@@ -94,15 +94,26 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
             raise TrainingError(f"give either steps or minutes; got steps={self.steps}, minutes={self.minutes}")
+        for name in ("steps", "batch_size", "accumulation", "log_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise TrainingError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("minutes", "clip_norm"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise TrainingError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("dropout", "prefix_keep", "decay_fraction", "final_fraction", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise TrainingError(f"{name} must lie in 0..1, got {getattr(self, name)}")
+        for name in ("matrix_learning_rate", "learning_rate", "weight_decay", "warmup_steps", "z_loss"):
+            if not getattr(self, name) >= 0:
+                raise TrainingError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**31:
+            raise TrainingError(f"seed must lie in 0..{2**31 - 1}, got {self.seed}")
         if self.optimizer not in ("muon", "adamw"):
             raise TrainingError(f'optimizer must be "muon" or "adamw", got {self.optimizer!r}')
         if self.batch_size % self.accumulation:
             raise TrainingError(
                 f"batch_size must be a multiple of accumulation, got {self.batch_size} and {self.accumulation}"
             )
-        for name in ("dropout", "prefix_keep", "decay_fraction", "final_fraction", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise TrainingError(f"{name} must lie in 0..1, got {getattr(self, name)}")
 
     def rate(self, step: int, progress: float) -> float:
         """Learning rate as a share of its peak: warm-up, constant, linear decay to zero.
@@ -124,8 +135,14 @@ class Batches(Protocol):
     """
 
     def __next__(self) -> dict[str, np.ndarray]: ...
-    def get_state(self) -> Any: ...
-    def set_state(self, state: Any) -> None: ...
+
+    def get_state(self) -> Any:
+        """The position, JSON-like."""
+        ...
+
+    def set_state(self, state: Any) -> None:
+        """Goes to a position that `get_state` gave."""
+        ...
 
 
 class TrainState(NamedTuple):
@@ -179,7 +196,7 @@ def token_loss(
 
 
 def build_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-    """Clipping, then Muon on the blocks' matrices and AdamW on the rest, or AdamW alone, at peak rates."""
+    """Clipping, then Muon on the matrices and AdamW on the rest, or AdamW alone, at peak rates."""
     if config.optimizer == "adamw":
         decayed = {"matrices": True, "rest": False}
         rule = optax.adamw(config.learning_rate, b2=0.99, weight_decay=config.weight_decay, mask=decayed)
@@ -189,19 +206,24 @@ def build_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
             weight_decay=config.weight_decay,
             adam_learning_rate=config.learning_rate,
             adam_b2=0.99,
-            muon_weight_dimension_numbers=lambda grouped: {
-                "matrices": {shape: contrib.MuonDimensionNumbers(1, 2) for shape in grouped["matrices"]},
-                "rest": dict.fromkeys(grouped["rest"]),
-            },
+            muon_weight_dimension_numbers=_muon_dimensions,
         )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), _grouped(rule))
+
+
+def _muon_dimensions(grouped: Any) -> Any:
+    """Which axes of a leaf of `_grouped` Muon multiplies; None for what AdamW trains."""
+    return {
+        "matrices": {shape: contrib.MuonDimensionNumbers(1, 2) for shape in grouped["matrices"]},
+        "rest": dict.fromkeys(grouped["rest"]),
+    }
 
 
 def _grouped(rule: optax.GradientTransformation) -> optax.GradientTransformation:
     """Shows `rule` the parameters as {"matrices": {shape: [count, in, out]}, "rest": {path: leaf}}.
 
     Matrices of one shape are stacked, so that Muon's iteration runs as a few batched products, not as a
-    thousand small ones. The head is no matrix here: its outputs are classes, not features.
+    thousand small ones. Embedding and head are no matrices here: their rows are classes, not features.
     """
 
     def group(tree: Any) -> dict[str, dict[str, Array]]:
@@ -215,7 +237,7 @@ def _grouped(rule: optax.GradientTransformation) -> optax.GradientTransformation
                 rest[name] = leaf
         return {"matrices": {shape: jnp.stack(leaves) for shape, leaves in matrices.items()}, "rest": rest}
 
-    def ungroup(grouped: dict[str, dict[str, Array]], like: Any) -> Any:
+    def ungroup(grouped: Any, like: Any) -> Any:
         matrices = {shape: iter(stacked) for shape, stacked in grouped["matrices"].items()}
         leaves = [
             grouped["rest"][name]
@@ -225,9 +247,9 @@ def _grouped(rule: optax.GradientTransformation) -> optax.GradientTransformation
         ]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = rule.update(group(grads), state, group(params))
-        return ungroup(updates, grads), state
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        grouped, state = rule.update(group(updates), state, group(params))
+        return ungroup(grouped, updates), state
 
     return optax.GradientTransformation(lambda params: rule.init(group(params)), update)
 
@@ -254,17 +276,18 @@ def make_train_step(
             (_, nats), grads = gradient_of(params, batch["tokens"], batch["weights"], key)
             return nats, grads
 
-        def add(sums, part):
+        def add(sums: Any, part: tuple[Array, Array, Array]) -> tuple[Any, None]:
             index, tokens, weights = part
             (_, nats), grads = gradient_of(params, tokens, weights, jax.random.fold_in(key, index))
             weighted = jax.tree.map(lambda x: x * weights.sum(), (nats, grads))
             return jax.tree.map(jnp.add, sums, (weights.sum(), *weighted)), None
 
-        parts = jax.tree.map(lambda x: x.reshape(config.accumulation, -1, *x.shape[1:]), batch)
+        # Each part takes every so-many-th window, so that it is spread over all devices as the batch is.
+        parts = jax.tree.map(lambda x: x.reshape(-1, config.accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
         zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         indices = jnp.arange(config.accumulation)
         (total, *sums), _ = jax.lax.scan(add, zeros, (indices, parts["tokens"], parts["weights"]))
-        nats, grads = jax.tree.map(lambda x: x / total, tuple(sums))
+        nats, grads = jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), tuple(sums))
         return nats, grads
 
     def step(state: TrainState, batch: dict[str, Array], rate: Array) -> tuple[TrainState, dict[str, Array]]:
@@ -272,7 +295,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), state.step)
         nats, grads = gradients(state.params, batch, key)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: u * rate, updates))
+        params: Any = optax.apply_updates(state.params, jax.tree.map(lambda u: u * rate, updates))
         # Early on the average follows closely, so that it forgets the initial weights.
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
@@ -295,6 +318,7 @@ def fit(
     *,
     output: Path,
     final_batches: Batches | None = None,
+    data: dict[str, Any] | None = None,
     resume: bool = False,
     validate: Callable[[PerceiverAR], float] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -302,87 +326,132 @@ def fit(
     """Trains `model` and returns it with averaged weights.
 
     Checkpoints go to `output`/training (asynchronously), logs to `output`/log.jsonl and `output`/tensorboard.
-    SIGTERM saves a checkpoint and returns early.
+    SIGTERM saves a checkpoint and returns early. However often a run is ended so, or killed, and resumed, its
+    log is that of one run.
 
     Args:
-        model: where to start from (ignored when resuming).
+        model: where to start from (ignored when resuming); left as it is.
         config: how to train.
         batches: the training data.
         output: folder of the run; made if it is missing.
         final_batches: data for the last `config.final_fraction` of the run; default: `batches` to the end.
+        data: what the batches are made of, JSON-like; saved, and compared when resuming.
         resume: go on from the newest checkpoint under `output`; exact to the bit for a run counted in steps.
-        validate: called with the averaged model every `config.validate_every` steps; its figure is logged.
+        validate: called with the averaged model every `config.validate_every` steps; its figure is logged. The
+            model is good until it returns.
         on_progress: called with each log line.
 
     Raises:
-        TrainingError: the loss stopped being finite; or `output` holds a run and `resume` is false.
-        CheckpointError: resuming found no checkpoint, or one of another configuration.
+        TrainingError: the loss or its gradient stopped being finite, or the devices cannot share the batch.
+        CheckpointError: `output` holds a run and `resume` is false; or it is true and there is no checkpoint, or
+            one of other settings.
     """
+    if config.batch_size % (config.accumulation * jax.device_count()):
+        raise TrainingError(
+            f"batch_size must be a multiple of accumulation * devices, got {config.batch_size}, "
+            f"{config.accumulation} and {jax.device_count()}"
+        )
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     graph, params = nnx.split(model, nnx.Param)
     optimizer = build_optimizer(config)
     train_step = make_train_step(graph, config, optimizer, mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    params = jax.device_put(params, everywhere)
-    state = TrainState(
-        step=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
-        params=params,
-        ema=jax.tree.map(jnp.copy, params),
-        optimizer=jax.jit(optimizer.init, out_shardings=everywhere)(params),
-    )
-    save_every_s = 60 * config.checkpoint_minutes
+    state = _initial_state(params, optimizer, mesh)
     sources = [batches] if final_batches is None else [batches, final_batches]
-    settings = {"model": dataclasses.asdict(model.config), "training": dataclasses.asdict(config)}
+    settings = {
+        "model": dataclasses.asdict(model.config),
+        "training": dataclasses.asdict(config),
+        "data": data or {},
+        "final_batches": final_batches is not None,
+    }
     with (
-        TrainingCheckpoints(output / "training", settings, resume=resume) as checkpoints,
-        _Log(output, model, config, on_progress) as log,
         _until_terminated() as terminated,
+        TrainingCheckpoints(output / "training", settings, resume=resume) as checkpoints,
     ):
+        position: dict[str, Any] = {"elapsed_s": 0.0, "unlogged": []}
         if resume:
             state, position = checkpoints.restore(state)
             for source, saved in zip(sources, position["batches"], strict=True):
                 source.set_state(saved)
-            log.elapsed_before_s = position["elapsed_s"]
-        step, rate, window, next_save_s = int(state.step), 0.0, (1, 1), log.elapsed_s + save_every_s
+        step = int(state.step)
+        with _Log(output, model, config, checkpoints, on_progress, step=step, position=position) as log:
+            next_save_s = log.elapsed_s + 60 * config.checkpoint_minutes
 
-        def save() -> None:
-            log.flush(rate, window)  # raises before a broken state is saved
-            position = {"batches": [s.get_state() for s in sources], "elapsed_s": log.elapsed_s}
-            log.last_checkpoint = checkpoints.save(step, state, position)
+            def save() -> None:
+                # Asking the log for its position raises before a broken state is saved.
+                checkpoints.save(step, state, log.position() | {"batches": [s.get_state() for s in sources]})
 
-        while (progress := log.share_done(step)) < 1 and not terminated():
-            batch = next(sources[-1] if progress >= 1 - config.final_fraction else sources[0])
-            window = batch["tokens"].shape[1] - 1, batch["weights"].shape[1]
-            rate = config.rate(step, progress)
-            state, metrics = train_step(state, _put_batch(batch, mesh), jnp.float32(rate))
-            step += 1
-            log.add(step, metrics, rate, window)
-            if validate is not None and config.validate_every and step % config.validate_every == 0:
-                log.write({"step": step, "validation": validate(nnx.merge(graph, state.ema))})
-            if log.elapsed_s >= next_save_s:
-                save()
-                next_save_s = log.elapsed_s + save_every_s
-        save()
-        return Fitted(nnx.merge(graph, state.ema), step, log.elapsed_s, finished=progress >= 1)
+            while (progress := log.share_done(step)) < 1 and not terminated():
+                batch = next(sources[-1] if progress >= 1 - config.final_fraction else sources[0])
+                rate = config.rate(step, progress)
+                state, metrics = train_step(state, _put_batch(batch, mesh), jnp.float32(rate))
+                step += 1
+                log.add(step, metrics, rate, batch)
+                if validate is not None and config.validate_every and step % config.validate_every == 0:
+                    log.write({"step": step, "validation": validate(nnx.merge(graph, state.ema))})
+                if log.elapsed_s >= next_save_s:
+                    save()
+                    next_save_s = log.elapsed_s + 60 * config.checkpoint_minutes
+            if progress >= 1:
+                log.flush()
+            save()
+            return Fitted(nnx.merge(graph, state.ema), step, log.elapsed_s, finished=progress >= 1)
+
+
+def _initial_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    # Copies, since a step's state is donated and the caller's model must outlive it.
+    params, ema = (jax.device_put(jax.tree.map(jnp.copy, params), everywhere) for _ in range(2))
+    return TrainState(
+        step=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
+        params=params,
+        ema=ema,
+        optimizer=jax.jit(optimizer.init, out_shardings=everywhere)(params),
+    )
+
+
+class _StepLog(NamedTuple):
+    """A step's metrics, once the device has told them."""
+
+    step: int
+    loss: float
+    gradient_norm: float
 
 
 class _Log:
-    """Gathers the steps' metrics without waiting for the device, and writes them every few steps."""
+    """Gathers the steps' metrics without waiting for the device, and writes them every `log_every` steps.
+
+    Args:
+        output: folder of the run.
+        model: for its size.
+        config: how the run is trained.
+        checkpoints: to name the last in an error.
+        on_progress: called with each line.
+        step: steps done before; what a killed run logged after them is removed, to be logged again.
+        position: what `position` gave at that step, or the like for a new run.
+    """
 
     def __init__(
         self,
         output: Path,
         model: PerceiverAR,
         config: TrainingConfig,
+        checkpoints: TrainingCheckpoints,
         on_progress: Callable[[Progress], None] | None,
+        *,
+        step: int,
+        position: dict[str, Any],
     ):
         self._model_config, self._config, self._on_progress = model.config, config, on_progress
-        self._file = (output / "log.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(output / "tensorboard"))
-        self._waiting: list[tuple[int, dict[str, Array]]] = []
+        self._checkpoints = checkpoints
+        self._elapsed_before_s = position["elapsed_s"]
         self._began_s = self._flushed_s = time.monotonic()
-        self.elapsed_before_s = 0.0
-        self.last_checkpoint = "there is none yet"
+        self._waiting: list[tuple[int, dict[str, Array]]] = []
+        self._unlogged = [_StepLog(*values) for values in position["unlogged"]]
+        self._steps_since_flush, self._rate, self._window = 0, 0.0, (1, 1)
+        path = output / "log.jsonl"
+        write_atomically(path, "".join(_lines_until(path, step)).encode())
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self) -> "_Log":
         return self
@@ -394,45 +463,69 @@ class _Log:
     @property
     def elapsed_s(self) -> float:
         """Seconds trained, those before resuming included."""
-        return self.elapsed_before_s + time.monotonic() - self._began_s
+        return self._elapsed_before_s + time.monotonic() - self._began_s
 
     def share_done(self, step: int) -> float:
-        """How much of the run is done, 0..1."""
+        """How much of the run is done, from 0; 1 or more at its end."""
         if self._config.minutes is not None:
             return self.elapsed_s / (60 * self._config.minutes)
-        return step / self._config.steps if self._config.steps else 1.0
+        assert self._config.steps is not None
+        return step / self._config.steps
 
-    def add(self, step: int, metrics: dict[str, Array], rate: float, window: tuple[int, int]) -> None:
-        """Takes a step's metrics, still on the device; `window` is M, N of its batch."""
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the log.
+
+        Raises:
+            TrainingError: as `flush`.
+        """
+        self._collect()
+        return {"elapsed_s": self.elapsed_s, "unlogged": [list(step) for step in self._unlogged]}
+
+    def add(self, step: int, metrics: dict[str, Array], rate: float, batch: dict[str, np.ndarray]) -> None:
+        """Takes a step's metrics, still on the device; writes a line if one is due."""
         self._waiting.append((step, metrics))
-        if len(self._waiting) >= self._config.log_every:
-            self.flush(rate, window)
+        self._steps_since_flush += 1
+        self._rate, self._window = rate, (batch["tokens"].shape[1] - 1, batch["weights"].shape[1])
+        if step % self._config.log_every == 0:
+            self.flush()
 
-    def flush(self, rate: float, window: tuple[int, int]) -> None:
-        """Waits for the steps gathered, checks them, writes one line."""
-        if not self._waiting:
-            return
-        steps, metrics = zip(*self._waiting, strict=True)
-        losses, norms = (np.array([float(m[name]) for m in metrics]) for name in ("loss", "gradient_norm"))
+    def _collect(self) -> None:
+        """Waits for the steps gathered and checks them."""
+        for step, metrics in self._waiting:
+            loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
+            if not (np.isfinite(loss) and np.isfinite(norm)):
+                raise TrainingError(
+                    f"training broke at step {step}: loss {loss}, norm of the gradient {norm}. The last good "
+                    f"checkpoint: {self._checkpoints.newest or 'none yet'}. Resuming would end the same way; start in "
+                    "another folder with lower learning rates"
+                )
+            self._unlogged.append(_StepLog(step, loss, norm))
         self._waiting.clear()
-        if not np.isfinite(losses).all():
-            raise TrainingError(
-                f"the loss stopped being finite at step {steps[int(np.argmin(np.isfinite(losses)))]}; the last "
-                f"good checkpoint: {self.last_checkpoint}. Resume from it with a lower learning rate"
-            )
+
+    def flush(self) -> None:
+        """Writes a line on the steps since the last one, if there are any.
+
+        Raises:
+            TrainingError: the loss or the gradient of one of them is not finite.
+        """
+        self._collect()
+        if not self._unlogged:
+            return
+        steps, losses, norms = zip(*self._unlogged, strict=True)
+        self._unlogged.clear()
         now_s = time.monotonic()
-        step_s, self._flushed_s = (now_s - self._flushed_s) / len(steps), now_s
-        M, N = window
-        tokens_per_s = self._config.batch_size * N / step_s
+        M, N = self._window
+        tokens_per_s = self._config.batch_size * N * self._steps_since_flush / max(now_s - self._flushed_s, 1e-9)
+        self._flushed_s, self._steps_since_flush = now_s, 0
         flops = self._model_config.flops_per_target(round((M - N) * self._config.prefix_keep))
         done = max(self.share_done(steps[-1]), 1e-9)
         progress = Progress(
             step=steps[-1],
-            loss=float(losses.mean()),
-            gradient_norm=float(norms.mean()),
+            loss=float(np.mean(losses)),
+            gradient_norm=float(np.mean(norms)),
             tokens_per_s=tokens_per_s,
             mfu=_utilisation(flops * tokens_per_s),
-            rate=rate,
+            rate=self._rate,
             elapsed_s=self.elapsed_s,
             eta_s=self.elapsed_s * max(0.0, 1 - done) / done,
         )
@@ -447,6 +540,16 @@ class _Log:
         for name, value in record.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(name, value, record["step"])
+
+
+def _lines_until(path: Path, step: int) -> Iterator[str]:
+    """The whole lines of a log that tell of `step` or earlier ones; of a new run, none."""
+    if step == 0 or not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut the last one
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                yield line
 
 
 def _utilisation(flops_per_s: float) -> float | None:
@@ -471,4 +574,4 @@ def _until_terminated() -> Iterator[Callable[[], bool]]:
     try:
         yield came.is_set
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
