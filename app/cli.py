@@ -252,19 +252,19 @@ class Inspect:
 
 def summary_lines(performance: "Performance") -> Iterator[str]:
     """The figures that `music-ar inspect` prints, a line each."""
-    import numpy as np
-
     from music_ar.events import encode
+    from music_ar.statistics import Statistics
 
-    silences_s = performance.onset_s[1:] - np.maximum.accumulate(performance.offset_s)[:-1]
-    duration_s = performance.duration_s
-    low, high = int(performance.pitch.min()), int(performance.pitch.max())
-    yield f"notes            {len(performance)}"
-    yield f"length           {duration_s:.2f} s ({clock(duration_s)})"
-    yield f"notes a second   {len(performance) / duration_s:.2f}"
+    figures = Statistics.of(performance)
+    low, high = figures.lowest_pitch, figures.highest_pitch
+    yield f"notes            {figures.notes}"
+    yield f"length           {performance.duration_s:.2f} s ({clock(performance.duration_s)})"
+    yield f"first note at    {performance.onset_s[0]:.2f} s"
+    yield f"notes a second   {figures.notes_per_s:.2f}"
+    yield f"notes at once    {figures.mean_polyphony:.2f} on average"
     yield f"pitches          {pitch_name(low)} to {pitch_name(high)} ({low} to {high})"
-    yield f"velocities       {performance.velocity.min()} to {performance.velocity.max()}"
-    yield f"longest silence  {silences_s.max(initial=0.0):.2f} s"
+    yield f"velocities       {figures.softest} to {figures.loudest}, median {figures.median_velocity:g}"
+    yield f"longest silence  {figures.longest_silence_s:.2f} s"
     yield f"event tokens     {len(encode(performance))}"
     yield "sustain pedal    folded into the ends of the notes"
 

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 
 class CommandError(ValueError):
@@ -27,9 +27,8 @@ class ProgressLine:
         self._seconds_between_lines = seconds_between_lines
         self._next_line_s = time.monotonic()
         self._bar = Progress(
+            BarColumn(bar_width=16),  # so that a training line fits in 80 columns
             TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,

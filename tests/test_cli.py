@@ -1,6 +1,9 @@
 """The command line, in this process: what it prints, what it refuses, and with which exit code."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +71,17 @@ def test_wrong_use_ends_with_2_and_an_explanation(capsys, arguments):
     assert "Traceback" not in errors
 
 
+def readme_commands():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    commands = re.findall(rf"music-ar ((?:{'|'.join(cli.COMMANDS)}) [^`\n]*)", text)
+    return [command for command in commands if "--help" not in command]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_commands_in_the_readme_can_be_typed(command):
+    assert type(cli.parse(shlex.split(command))).__name__.lower() == command.split()[0]
+
+
 def test_inspect_tells_what_is_in_a_file(capsys, tmp_path):
     piece = Performance(
         onset_s=np.array([0.0, 1.0, 7.0]),
@@ -82,9 +96,11 @@ def test_inspect_tells_what_is_in_a_file(capsys, tmp_path):
     assert code == 0
     assert figures["notes"] == "3"
     assert figures["length"] == "8.00 s (0:08)"
+    assert figures["first note at"] == "0.00 s"
     assert figures["notes a second"] == "0.38"
+    assert figures["notes at once"] == "0.62 on average"
     assert figures["pitches"] == "A0 to E4 (21 to 64)"
-    assert figures["velocities"] == "40 to 80"
+    assert figures["velocities"] == "40 to 80, median 60"
     assert figures["longest silence"] == "4.00 s"
     assert figures["event tokens"] == str(len(events.encode(piece)))
 

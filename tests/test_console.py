@@ -1,0 +1,30 @@
+"""What the commands say, where standard error is no terminal."""
+
+import pytest
+
+from app import console
+from app.console import ProgressLine, clock, print_table
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599, "59:59"), (36_610, "10:10:10")]
+)
+def test_clock(seconds, shown):
+    assert clock(seconds) == shown
+
+
+def test_tables_are_aligned(capsys):
+    print_table(("split", "notes"), [("train", "5,659"), ("test", "7")])
+    assert capsys.readouterr().out == "split  notes\ntrain  5,659\ntest       7\n"
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
+    now_s = 100.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now_s)
+    with ProgressLine("starting", seconds_between_lines=5) as line:
+        for second in range(11):
+            now_s = 100.0 + second
+            line.report(second / 10, f"after {second} s")
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == ["starting", "after 0 s", "after 5 s", "after 10 s"]
+    assert printed.out == ""
