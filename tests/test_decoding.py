@@ -1,6 +1,7 @@
 """Cached decoding equals the uncached model, whatever is prefilled, batched, or already out of reach."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,13 +170,14 @@ def test_a_row_stops_at_its_limit_and_leaves_the_others(model):
 
 def test_another_budget_within_a_ring_compiles_nothing_anew(model):
     filters = SamplingOptions().filters()
-    compiled = decoding._decode
+    compiled: Any = decoding._decode
+    counts = set()
     for latents in (16, 14, 10):
         state = decoding.start(model, [PIECE[:9]], latents=latents, seeds=[0], limit_steps=FOREVER)
         _, tokens = decoding.decode(model, state, filters, length=24)
-        before = compiled._cache_size() if latents == 16 else before
+        counts.add(compiled._cache_size())
         np.testing.assert_array_equal(np.asarray(tokens).shape, (1, 24))
-    assert compiled._cache_size() == before
+    assert len(counts) == 1
 
 
 def test_windows_by_hand():

@@ -1,5 +1,7 @@
 """Sampling: each filter by a case worked out by hand, and what sampling promises."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,8 @@ CHANCES = np.array([0.125, 0.5, 0.0625, 0.25, 0.0625])
 
 def kept(**options):
     """Indices that the filters keep of CHANCES, all off but those given."""
-    filters = SamplingOptions(**({"top_p": 1.0} | options)).filters()
+    all_off: dict[str, Any] = {"top_p": 1.0}
+    filters = SamplingOptions(**(all_off | options)).filters()
     filtered = filter_logits(jnp.log(jnp.asarray(CHANCES))[None], filters)[0]
     return np.flatnonzero(np.isfinite(filtered)).tolist()
 
@@ -76,9 +79,15 @@ def test_draws_follow_the_probabilities():
 
 
 def test_changed_options_compile_nothing_anew():
-    compiled = jax.jit(filter_logits)
+    compiled: Any = jax.jit(filter_logits)
     logits = jnp.zeros((1, 391))
-    for options in ({}, {"temperature": 0.3}, {"top_k": 5, "top_p": 0.5}, {"min_p": 0.1, "temperature": 0.0}):
+    cases: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.3},
+        {"top_k": 5, "top_p": 0.5},
+        {"min_p": 0.1, "temperature": 0.0},
+    ]
+    for options in cases:
         compiled(logits, SamplingOptions(**options).filters())
     assert compiled._cache_size() == 1
 
