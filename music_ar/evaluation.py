@@ -57,7 +57,7 @@ class _Window(NamedTuple):
 
 def score(
     model: PerceiverAR,
-    pieces: Sequence[Integer[np.ndarray, " T"]],
+    pieces: Sequence[Integer[np.ndarray, " _"]],
     *,
     context: int | None = None,
     latents: int | None = None,

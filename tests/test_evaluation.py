@@ -1,0 +1,110 @@
+"""Scores against one forward pass a token, for windows of many shapes."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_performance, noisy_model
+from reference_model import reference
+
+from music_ar import events
+from music_ar.evaluation import score
+from music_ar.model import PRESETS
+
+CONFIG = dataclasses.replace(PRESETS["tiny"], context=12, latents=8, layers=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return noisy_model(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """Pieces shorter than a stride, than the latents, than the context, and longer, to the token and not."""
+    encoded = events.encode(make_performance(3))
+    return [
+        np.array([events.START, *encoded[:length], events.END], np.uint16) for length in (0, 1, 3, 6, 10, 11, 12, 37)
+    ]
+
+
+def brute_force(model, piece, context, latents, stride):
+    """Nats of each target by a forward pass of its own, whose inputs and latents are counted from the definition."""
+    nats = []
+    for target in range(1, len(piece)):
+        end = min(-(-target // stride) * stride, len(piece) - 1)  # the last target of this target's window
+        first_input = max(0, end - context)
+        first_latent = max(end - latents, first_input)
+        logits = reference(model, piece[first_input:target], latents=target - first_latent)[-1]
+        nats.append(np.log(np.exp(logits).sum()) - logits[piece[target]])
+    return nats
+
+
+@pytest.mark.parametrize(
+    ("context", "latents", "stride"), [(None, None, 8), (12, 8, 3), (16, 5, 5), (8, 8, 4), (4, 1, 1)]
+)
+def test_equals_a_forward_pass_a_token(model, pieces, context, latents, stride):
+    expected = [brute_force(model, piece, context or 12, latents or 8, stride) for piece in pieces]
+    found = score(model, pieces, context=context, latents=latents, stride=stride, batch_size=7)
+    assert found.nats == pytest.approx(sum(map(sum, expected)), rel=1e-4)
+    assert found.tokens == sum(map(len, expected)) == sum(len(piece) - 1 for piece in pieces)
+
+
+@pytest.mark.parametrize("batch_size", [1, 100])
+def test_windows_at_once_change_nothing(model, pieces, batch_size):
+    expected = sum(sum(brute_force(model, piece, 12, 8, 3)) for piece in pieces)
+    assert score(model, pieces, stride=3, batch_size=batch_size).nats == pytest.approx(expected, rel=1e-5)
+
+
+def test_pieces_are_scored_by_themselves(model, pieces):
+    alone = [score(model, [piece], stride=3, batch_size=1).nats for piece in pieces]
+    assert score(model, pieces[::-1], stride=3, batch_size=1).nats == pytest.approx(sum(alone), rel=1e-5)
+
+
+def test_the_report_divides_by_tokens_notes_and_seconds(model):
+    performance = make_performance(1, notes=10)
+    piece = np.array([events.START, *events.encode(performance), events.END], np.int32)
+    found = score(model, [piece, piece], stride=8)
+    report = found.report()
+    assert report["tokens"] == 2 * (len(piece) - 1)
+    assert report["notes"] == 20
+    assert report["seconds"] == pytest.approx(2 * performance.duration_s, abs=0.01)
+    for unit in ("token", "note", "second"):
+        assert report[f"nats_per_{unit}"] * report[f"{unit}s"] == pytest.approx(found.nats)
+
+
+def test_a_uniform_model_scores_the_logarithm_of_the_vocabulary(model, pieces):
+    uniform = noisy_model(CONFIG)
+    uniform.head.kernel[...] = jnp.zeros_like(uniform.head.kernel[...])
+    assert uniform.head.bias is not None
+    uniform.head.bias[...] = jnp.zeros_like(uniform.head.bias[...])
+    assert score(uniform, pieces, stride=8).nats_per_token == pytest.approx(np.log(events.VOCABULARY_SIZE), rel=1e-6)
+
+
+def test_progress_rises_to_one(model, pieces):
+    shares = []
+    score(model, pieces, stride=3, batch_size=1, on_progress=shares.append)
+    assert len(shares) > 3
+    assert shares == sorted(shares)
+    assert 0 <= shares[0] < shares[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"stride": 0}, "got 0, 8, 12"),
+        ({"stride": 9}, "got 9, 8, 12"),
+        ({"stride": 1, "latents": 13}, "got 1, 13, 12"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(model, pieces, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        score(model, pieces, **sizes)
+
+
+def test_nothing_to_score_is_refused(model):
+    with pytest.raises(ValueError, match="no pieces"):
+        score(model, [], stride=8)
+    with pytest.raises(ValueError, match="a start and an end"):
+        score(model, [np.array([events.START])], stride=8)
