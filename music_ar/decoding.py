@@ -39,15 +39,18 @@ _NEVER = np.int32(2**30)
 class Caches(NamedTuple):
     """Rotated keys and values; each is laid out so that a step reads it in order.
 
+    Batch, window and key head are one axis. That is not for brevity: XLA drops an axis of length 1 (a batch of one)
+    by a reshape, fuses the reshape with the write of the new entry, and then copies the whole cache at each token.
+
     Attributes:
-        cross_k, cross_v: of the inputs, [B, G, K, M] and [B, G, M, K]; time t is in slot t mod M.
-        self_k, self_v: of the latents, one array a layer, [B, 2, G, K, R] and [B, 2, G, R, K].
+        cross_k, cross_v: of the inputs, [B G, K, M] and [B G, M, K]; time t is in slot t mod M.
+        self_k, self_v: of the latents, one array a layer, [B 2 G, K, R] and [B 2 G, R, K].
     """
 
-    cross_k: Float[Array, "B G K M"]
-    cross_v: Float[Array, "B G M K"]
-    self_k: tuple[Float[Array, "B 2 G K R"], ...]
-    self_v: tuple[Float[Array, "B 2 G R K"], ...]
+    cross_k: Float[Array, "BG K M"]
+    cross_v: Float[Array, "BG M K"]
+    self_k: tuple[Float[Array, "B2G K R"], ...]
+    self_v: tuple[Float[Array, "B2G R K"], ...]
 
 
 class DecodeState(NamedTuple):
@@ -191,44 +194,41 @@ def take(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
 def step(model: PerceiverAR, state: DecodeState) -> tuple[Float[Array, "B V"], DecodeState]:
     """Runs the pending token through the model: logits of what follows it, and the state one tick later."""
     clock, caches = state.clock, state.caches
-    B, _, _, M = caches.cross_k.shape
-    R = caches.self_k[0].shape[-1]
+    M, R = caches.cross_k.shape[-1], caches.self_k[0].shape[-1]
+    B = state.birth_B.shape[0]
     age_B = clock - state.birth_B
     starts_Bx2, active_B = window_starts(age_B, state.half_B)
     seen_BxM = _times(clock, M)[None] >= jnp.maximum(state.birth_B, 0)[:, None]
-    times_1x1xR = _times(clock, R)[None, None]
+    times_1xR = _times(clock, R)[None]
     # A window that has not begun sees itself, so that its softmax has a key; nobody reads it.
-    in_window_Bx2xR = times_1x1xR >= (starts_Bx2 + state.birth_B[:, None])[..., None]
-    in_window_Bx2xR |= times_1x1xR == clock
+    in_window_B2xR = times_1xR >= (starts_Bx2 + state.birth_B[:, None]).reshape(-1, 1)
+    in_window_B2xR |= times_1xR == clock
 
     embedded_Bx1xD = model.embed_last(state.recent_BxW)[:, None]
     k, v = model.cross.keys_values(model.context_norm(embedded_Bx1xD), age_B[:, None])
-    cross_k = _write(caches.cross_k, k[:, 0, :, :, None], clock % M, axis=3)
-    cross_v = _write(caches.cross_v, v[:, 0, :, None, :], clock % M, axis=2)
+    cross_k, cross_v = _write(caches.cross_k, caches.cross_v, k, v, clock % M)
 
     def attend_context(block: Block, x_BxTxD: Array, ages_BxT: Array) -> Array:
-        q = block.queries(x_BxTxD, ages_BxT)
-        return block.add(
-            x_BxTxD, _attend(q[:, None], cross_k[:, None], cross_v[:, None], seen_BxM[:, None])[:, 0], _KEEP
-        )
+        q_BxTxHxK = block.queries(x_BxTxD, ages_BxT)
+        return block.add(x_BxTxD, _attend(q_BxTxHxK, cross_k, cross_v, seen_BxM), _KEEP)
 
     x_Bx1xD = attend_context(model.cross, model.latent(embedded_Bx1xD), age_B[:, None])
-    x_Bx2xD = jnp.broadcast_to(x_Bx1xD, (B, WINDOWS, x_Bx1xD.shape[-1]))
-    ages_Bx2 = jnp.broadcast_to(age_B[:, None], (B, WINDOWS))
+    x_B2x1xD = jnp.repeat(x_Bx1xD, WINDOWS, axis=0)
+    ages_B2x1 = jnp.repeat(age_B, WINDOWS)[:, None]
     further = dict(zip(model.config.cross_depths, model.further_crosses, strict=True))
     self_k, self_v = [], []
     for depth, block in enumerate(model.blocks):
         if depth in further:
-            x_Bx2xD = attend_context(further[depth], x_Bx2xD, ages_Bx2)
-        k, v = block.keys_values(block.attention_norm(x_Bx2xD), ages_Bx2)
-        self_k.append(_write(caches.self_k[depth], k[..., None], clock % R, axis=4))
-        self_v.append(_write(caches.self_v[depth], v[..., None, :], clock % R, axis=3))
-        q_Bx2x1xHxK = block.queries(x_Bx2xD, ages_Bx2)[:, :, None]
-        attended = _attend(q_Bx2x1xHxK, self_k[-1], self_v[-1], in_window_Bx2xR)
-        x_Bx2xD = block.add(x_Bx2xD, attended[:, :, 0], _KEEP)
-    x_Bx1xD = jnp.take_along_axis(x_Bx2xD, active_B[:, None, None], axis=1)
+            x_Bx2xD = attend_context(further[depth], x_B2x1xD.reshape(B, WINDOWS, -1), ages_B2x1.reshape(B, WINDOWS))
+            x_B2x1xD = x_Bx2xD.reshape(x_B2x1xD.shape)
+        k, v = block.keys_values(block.attention_norm(x_B2x1xD), ages_B2x1)
+        written = _write(caches.self_k[depth], caches.self_v[depth], k, v, clock % R)
+        x_B2x1xD = block.add(x_B2x1xD, _attend(block.queries(x_B2x1xD, ages_B2x1), *written, in_window_B2xR), _KEEP)
+        self_k.append(written[0])
+        self_v.append(written[1])
+    predicting_Bx1xD = x_B2x1xD[jnp.arange(B) * WINDOWS + active_B]
     caches = Caches(cross_k, cross_v, tuple(self_k), tuple(self_v))
-    return model.logits(x_Bx1xD)[:, 0], state._replace(clock=clock + 1, caches=caches)
+    return model.logits(predicting_Bx1xD)[:, 0], state._replace(clock=clock + 1, caches=caches)
 
 
 def window_starts(age_B: Int[Array, " B"], half_B: Int[Array, " B"]) -> tuple[Int[Array, "B 2"], Int[Array, " B"]]:
@@ -251,21 +251,27 @@ def _times(clock: Array, size: int) -> Int[Array, " size"]:
     return clock - (clock - jnp.arange(size)) % size
 
 
-def _write(cache: Array, entry: Array, slot: Array, *, axis: int) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(cache, entry.astype(cache.dtype), slot, axis)
+def _write(
+    k_cache_BGxKxR: Array, v_cache_BGxRxK: Array, k_Bx1xGxK: Array, v_Bx1xGxK: Array, slot: Array
+) -> tuple[Array, Array]:
+    """The caches with the key and value of one time in `slot`."""
+    K = k_Bx1xGxK.shape[-1]
+    return (
+        jax.lax.dynamic_update_slice_in_dim(k_cache_BGxKxR, k_Bx1xGxK.reshape(-1, K, 1), slot, axis=2),
+        jax.lax.dynamic_update_slice_in_dim(v_cache_BGxRxK, v_Bx1xGxK.reshape(-1, 1, K), slot, axis=1),
+    )
 
 
-def _attend(q_BxwxTxHxK: Array, k_BxwxGxKxR: Array, v_BxwxGxRxK: Array, seen_BxwxR: Array) -> Array:
-    """Attention of T queries a window to its ring; float32 softmax. [B, w, T, H, K]."""
-    B, w, T, H, K = q_BxwxTxHxK.shape
-    G = k_BxwxGxKxR.shape[2]
-    q = q_BxwxTxHxK.reshape(B, w, T, G, H // G, K)
-    q = q.transpose(0, 1, 3, 2, 4, 5).reshape(B, w, G, T * (H // G), K)
-    scores = jnp.einsum("bwgqk,bwgkr->bwgqr", q, k_BxwxGxKxR, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen_BxwxR[:, :, None, None], scores * K**-0.5, -jnp.inf)
-    chances = jax.nn.softmax(scores, axis=-1).astype(v_BxwxGxRxK.dtype)
-    found = jnp.einsum("bwgqr,bwgrk->bwgqk", chances, v_BxwxGxRxK)
-    return found.reshape(B, w, G, T, H // G, K).transpose(0, 1, 3, 2, 4, 5).reshape(B, w, T, H, K)
+def _attend(q_BxTxHxK: Array, k_BGxKxR: Array, v_BGxRxK: Array, seen_BxR: Array) -> Float[Array, "B T H K"]:
+    """Attention of T queries a row to that row's ring; float32 softmax."""
+    B, T, H, K = q_BxTxHxK.shape
+    G = k_BGxKxR.shape[0] // B
+    q_BGxQxK = q_BxTxHxK.reshape(B, T, G, H // G, K).swapaxes(1, 2).reshape(B * G, -1, K)
+    scores = jnp.einsum("eqk,ekr->eqr", q_BGxQxK, k_BGxKxR, preferred_element_type=jnp.float32)
+    seen_BGx1xR = jnp.repeat(seen_BxR, G, axis=0)[:, None]
+    chances = jax.nn.softmax(jnp.where(seen_BGx1xR, scores * K**-0.5, -jnp.inf), axis=-1)
+    found_BGxQxK = jnp.einsum("eqr,erk->eqk", chances.astype(v_BGxRxK.dtype), v_BGxRxK)
+    return found_BGxQxK.reshape(B, G, T, H // G, K).swapaxes(1, 2).reshape(B, T, H, K)
 
 
 def _empty_caches(model: PerceiverAR, B: int, R: int) -> Caches:
@@ -273,10 +279,10 @@ def _empty_caches(model: PerceiverAR, B: int, R: int) -> Caches:
     G, K, M = config.kv_heads, config.head_size, config.context
     layers = range(config.layers)
     return Caches(
-        cross_k=jnp.zeros((B, G, K, M), model.dtype),
-        cross_v=jnp.zeros((B, G, M, K), model.dtype),
-        self_k=tuple(jnp.zeros((B, WINDOWS, G, K, R), model.dtype) for _ in layers),
-        self_v=tuple(jnp.zeros((B, WINDOWS, G, R, K), model.dtype) for _ in layers),
+        cross_k=jnp.zeros((B * G, K, M), model.dtype),
+        cross_v=jnp.zeros((B * G, M, K), model.dtype),
+        self_k=tuple(jnp.zeros((B * WINDOWS * G, K, R), model.dtype) for _ in layers),
+        self_v=tuple(jnp.zeros((B * WINDOWS * G, R, K), model.dtype) for _ in layers),
     )
 
 
@@ -295,27 +301,37 @@ def _prefill(graph: nnx.GraphDef[PerceiverAR], params: nnx.State, state: DecodeS
     embedded_BxPxD = model.embed(tokens_BxP)
     k_BxPxGxK, v_BxPxGxK = model.cross.keys_values(model.context_norm(embedded_BxPxD), ages_BxP)
 
+    # The R latents from each window's start; those at or after P are in the future and are masked later.
     starts_Bx2, _ = window_starts(P - 1 - state.birth_B, state.half_B)
-    self_k, self_v = state.caches.self_k, state.caches.self_v
-    for window in range(WINDOWS):
-        # The R latents from the window's start; those at or after P are in the future and are masked later.
-        first_B = starts_Bx2[:, window] + state.birth_B
-        rows_BxR = first_B[:, None] + jnp.arange(R)[None]
-        filled = _prefill_window(model, embedded_BxPxD, k_BxPxGxK, v_BxPxGxK, state.birth_B, rows_BxR)
-        slots_BxR = rows_BxR % R
-        for depth, (k_BxRxGxK, v_BxRxGxK) in enumerate(filled):
-            put = jax.vmap(lambda ring, slots, entries: ring.at[..., slots, :].set(entries))
-            k = put(jnp.swapaxes(self_k[depth][:, window], -1, -2), slots_BxR, jnp.swapaxes(k_BxRxGxK, 1, 2))
-            v = put(self_v[depth][:, window], slots_BxR, jnp.swapaxes(v_BxRxGxK, 1, 2))
-            self_k = _replaced(self_k, depth, self_k[depth].at[:, window].set(jnp.swapaxes(k, -1, -2)))
-            self_v = _replaced(self_v, depth, self_v[depth].at[:, window].set(v))
+    rows_Bx2xR = (starts_Bx2 + state.birth_B[:, None])[..., None] + jnp.arange(R)[None, None]
+    windows = [
+        _prefill_window(model, embedded_BxPxD, k_BxPxGxK, v_BxPxGxK, state.birth_B, rows_Bx2xR[:, window])
+        for window in range(WINDOWS)
+    ]
+    slots_B2xR = rows_Bx2xR.reshape(-1, R) % R
+    in_slots = jax.vmap(lambda entries_RxGxK, slots_R: jnp.zeros_like(entries_RxGxK).at[slots_R].set(entries_RxGxK))
+    self_k, self_v = [], []
+    for layer in zip(*windows, strict=True):  # the two windows' keys and values of one layer
+        k_B2xRxGxK, v_B2xRxGxK = (
+            in_slots(jnp.stack(pair, axis=1).reshape(-1, *pair[0].shape[1:]), slots_B2xR)
+            for pair in zip(*layer, strict=True)
+        )
+        self_k.append(_key_layout(k_B2xRxGxK))
+        self_v.append(_value_layout(v_B2xRxGxK))
 
     M = config.context
-    slots_M = np.arange(max(0, P - M), P) % M
-    k, v = (x[:, -M:].transpose(0, 2, 1, 3) for x in (k_BxPxGxK, v_BxPxGxK))
-    cross_v = state.caches.cross_v.at[:, :, slots_M].set(v)
-    cross_k = state.caches.cross_k.at[:, :, :, slots_M].set(jnp.swapaxes(k, -1, -2))
-    return state._replace(caches=Caches(cross_k, cross_v, self_k, self_v))
+    slots = np.arange(max(0, P - M), P) % M
+    cross_k = state.caches.cross_k.at[:, :, slots].set(_key_layout(k_BxPxGxK[:, -M:]))
+    cross_v = state.caches.cross_v.at[:, slots].set(_value_layout(v_BxPxGxK[:, -M:]))
+    return state._replace(caches=Caches(cross_k, cross_v, tuple(self_k), tuple(self_v)))
+
+
+def _key_layout(k_BxTxGxK: Array) -> Float[Array, "BG K T"]:
+    return k_BxTxGxK.transpose(0, 2, 3, 1).reshape(-1, k_BxTxGxK.shape[-1], k_BxTxGxK.shape[1])
+
+
+def _value_layout(v_BxTxGxK: Array) -> Float[Array, "BG T K"]:
+    return v_BxTxGxK.swapaxes(1, 2).reshape(-1, v_BxTxGxK.shape[1], v_BxTxGxK.shape[-1])
 
 
 def _prefill_window(
@@ -344,7 +360,3 @@ def _prefill_window(
         filled.append(block.keys_values(block.attention_norm(x_BxRxD), ages_BxR))
         x_BxRxD = block.attend_self(x_BxRxD, ages_BxR, _KEEP)
     return filled
-
-
-def _replaced(arrays: tuple[Array, ...], index: int, array: Array) -> tuple[Array, ...]:
-    return (*arrays[:index], array, *arrays[index + 1 :])
