@@ -79,7 +79,7 @@ def readme_commands():
 
 @pytest.mark.parametrize("command", readme_commands())
 def test_commands_in_the_readme_can_be_typed(command):
-    assert type(cli.parse(shlex.split(command))).__name__.lower() == command.split()[0]
+    assert type(cli.parse(shlex.split(command, comments=True))).__name__.lower() == command.split()[0]
 
 
 def test_inspect_tells_what_is_in_a_file(capsys, tmp_path):
