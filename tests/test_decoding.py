@@ -52,52 +52,63 @@ def window_start(time):
     return max(time // half - 1, 0) * half
 
 
-def uncached(model, tokens):
-    """Logits after the last of `tokens`, by plain dense attention over whole arrays: no cache, ring or window trick.
+@pytest.fixture(scope="module")
+def uncached(model):
+    """Logits after the last of some tokens, by dense masked attention over the whole piece: no cache, no ring.
 
     Each latent sees the CONTEXT inputs up to its own; the latents before the predicting window's start do not exist.
     """
-    time = len(tokens) - 1
-    first = window_start(time)
-    ages = jnp.arange(time + 1)[None]
-    embedded = model.embed(jnp.asarray(tokens)[None])
-    k, v = model.cross.keys_values(model.context_norm(embedded), ages)
-    latents = ages[:, first:]
-    distance = latents[0][:, None] - ages[0][None]
-    seen = ((distance >= 0) & (distance < CONTEXT))[None, None]
+    graph, params = nnx.split(model)
+    ages = jnp.arange(len(PIECE))[None]
+    behind = ages[0][:, None] - ages
     off = nnx.Dropout(0.0, deterministic=True)
 
-    def attend_context(block, x):
-        return block.add(x, jax.nn.dot_product_attention(block.queries(x, latents), k, v, mask=seen), off)
+    @jax.jit
+    def logits(params, tokens, first):
+        model = nnx.merge(graph, params)
+        embedded = model.embed(tokens[None])
+        context = model.cross.keys_values(model.context_norm(embedded), ages)
 
-    x = attend_context(model.cross, model.latent(embedded[:, first:]))
-    for depth, block in enumerate(model.blocks):
-        if depth in CONFIG.cross_depths:
-            x = attend_context(model.further_crosses[CONFIG.cross_depths.index(depth)], x)
-        x = block.attend_self(x, latents, off)
-    return np.asarray(model.logits(x)[0, -1])
+        def attend(block, x, keys_values, seen):
+            return block.add(x, jax.nn.dot_product_attention(block.queries(x, ages), *keys_values, mask=seen), off)
+
+        in_context = ((behind >= 0) & (behind < CONTEXT))[None, None]
+        # A latent before the window sees itself, so that its softmax has a key; no latent in the window sees it.
+        in_window = ((behind >= 0) & (ages >= first) | (behind == 0))[None, None]
+        x = attend(model.cross, model.latent(embedded), context, in_context)
+        for depth, block in enumerate(model.blocks):
+            if depth in CONFIG.cross_depths:
+                x = attend(model.further_crosses[CONFIG.cross_depths.index(depth)], x, context, in_context)
+            x = attend(block, x, block.keys_values(block.attention_norm(x), ages), in_window)
+        return model.logits(x)[0]
+
+    def after_last(tokens):
+        padded = np.pad(tokens, (0, len(PIECE) - len(tokens)))  # later tokens are never seen
+        return np.asarray(logits(params, padded, window_start(len(tokens) - 1))[len(tokens) - 1])
+
+    return after_last
 
 
 # First tokens; around the first window's half and end; around the end of the context; several contexts later.
-@pytest.mark.parametrize("time", [0, 7, 8, 15, 16, 24, 47, 48, 49, 97, 129])
-def test_cached_equals_uncached(model, stepped, time):
-    np.testing.assert_allclose(stepped[time], uncached(model, PIECE[: time + 1]), atol=2e-5)
+@pytest.mark.parametrize("time", [0, 1, 7, 8, 9, 15, 16, 17, 23, 24, 31, 46, 47, 48, 49, 64, 97, 129])
+def test_cached_equals_uncached(uncached, stepped, time):
+    np.testing.assert_allclose(stepped[time], uncached(PIECE[: time + 1]), atol=2e-5)
 
 
-@pytest.mark.parametrize("time", [0, 15, 16, 47])
+@pytest.mark.parametrize("time", [15, 47])
 def test_cached_equals_the_model_as_trained(model, stepped, time):
     expected = model(jnp.asarray(PIECE)[None, : time + 1], latents=time + 1 - window_start(time))[0, -1]
     np.testing.assert_allclose(stepped[time], expected, atol=2e-5)
 
 
-def test_the_reference_is_not_blind(model):
+def test_the_reference_is_not_blind(uncached):
     """Context and window both matter at the sizes tested; otherwise the tests above could not fail."""
     far_changed = PIECE[:50].copy()
     far_changed[3] = (far_changed[3] + 1) % 128
-    assert np.abs(uncached(model, far_changed) - uncached(model, PIECE[:50])).max() > 1e-3
+    assert np.abs(uncached(far_changed) - uncached(PIECE[:50])).max() > 1e-3
     out_of_reach = PIECE[:120].copy()
     out_of_reach[3] = (out_of_reach[3] + 1) % 128
-    np.testing.assert_array_equal(uncached(model, out_of_reach), uncached(model, PIECE[:120]))
+    np.testing.assert_array_equal(uncached(out_of_reach), uncached(PIECE[:120]))
 
 
 @pytest.mark.parametrize("length", [2, 8, 9, 16, 17, 48, 49, 130])
@@ -110,20 +121,19 @@ def test_prefill_equals_stepping(model, step, stepped, length):
 
 
 def test_a_batch_of_different_lengths_equals_one_by_one(model):
-    prompts = [PIECE[:1], PIECE[:5], PIECE[:30], PIECE[:100]]
+    prompts = [PIECE[:1], PIECE[:5], PIECE[:100], PIECE[:5]]
     filters = SamplingOptions().filters()
 
     def tokens(prompts, seeds):
         state = decoding.start(model, prompts, latents=BUDGET, seeds=seeds, limit_steps=FOREVER)
         return np.asarray(decoding.decode(model, state, filters, length=24)[1])
 
-    together = tokens(prompts, [3, 1, 4, 1])
-    for row, prompt, seed in zip(together, prompts, [3, 1, 4, 1], strict=True):
+    seeds = [3, 1, 1, 4]
+    together = tokens(prompts, seeds)
+    for row, prompt, seed in zip(together[:3], prompts, seeds, strict=False):
         np.testing.assert_array_equal(tokens([prompt], [seed])[0], row)
-    # Two rows have one seed but not one prompt, and rows of one prompt differ by seed.
-    assert not np.array_equal(together[1], together[3])
-    same_prompt = tokens([PIECE[:5]] * 2, [1, 2])
-    assert not np.array_equal(same_prompt[0], same_prompt[1])
+    assert not np.array_equal(together[1], together[2])  # one seed, two prompts
+    assert not np.array_equal(together[1], together[3])  # one prompt, two seeds
 
 
 def test_chunks_do_not_matter(model):
