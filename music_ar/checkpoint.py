@@ -23,6 +23,7 @@ from huggingface_hub import snapshot_download
 
 from music_ar import events
 from music_ar.model import ModelConfig, PerceiverAR
+from music_ar.quantization import dequantize, quantize
 
 FORMAT = "music-ar 1"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -216,17 +217,6 @@ def _take_tensor(tensors: dict[str, np.ndarray], name: str, path: Path) -> np.nd
     if array.dtype != np.float32:
         raise CheckpointError(f"{path}: {name} should be int8 or float32, is {array.dtype}")
     return array
-
-
-def quantize(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A float matrix [in, out] as int8 and float32 scales [out]: value = int8 * scale."""
-    scale = np.maximum(np.abs(array).max(axis=0), 1e-12).astype(np.float32) / 127
-    return np.round(array / scale).astype(np.int8), scale
-
-
-def dequantize(array: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The inverse of `quantize`, to half a step."""
-    return array.astype(np.float32) * scale
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -132,7 +132,7 @@ def start(
     )
     if P == 0:
         return state
-    graph, params = nnx.split(model, nnx.Param)
+    graph, params = nnx.split(model)
     return _prefill(graph, params, state, jnp.asarray(tokens_BxP[:, W - 1 : -1]))
 
 
@@ -150,7 +150,7 @@ def decode(
     Returns:
         The state, whose pending tokens are the last sampled, and the tokens, `events.PAD` after a row is done.
     """
-    graph, params = nnx.split(model, nnx.Param)
+    graph, params = nnx.split(model)
     return _decode(graph, params, state, filters, length)
 
 

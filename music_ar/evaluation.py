@@ -91,7 +91,7 @@ def score(
         raise ValueError("there are no pieces to score")
     if min(map(len, pieces)) < 2:
         raise ValueError("expected pieces of at least a start and an end token")
-    graph, params = nnx.split(model, nnx.Param)
+    graph, params = nnx.split(model)
     windows = list(_windows(pieces, stride))
     batch_size = min(batch_size, len(windows))
     nats = 0.0

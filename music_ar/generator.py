@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -15,6 +16,7 @@ from music_ar import decoding, events
 from music_ar.checkpoint import load_released
 from music_ar.midi import Performance, read_midi
 from music_ar.model import PerceiverAR
+from music_ar.quantization import with_int8_weights
 from music_ar.sampling import SamplingOptions
 
 DEFAULT_LATENTS = 1024
@@ -76,7 +78,9 @@ class Generator:
         Raises:
             CheckpointError: it is not there, damaged, or of another vocabulary.
         """
-        return cls(load_released(source))
+        model = load_released(source)
+        # On a CPU a token waits for the weights to come from memory; a GPU computes in bfloat16 instead.
+        return cls(with_int8_weights(model) if jax.default_backend() == "cpu" else model)
 
     def generate(
         self,

@@ -1,0 +1,80 @@
+"""Int8 weights: small on disk, and when decoding as good as the floats they stand for."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import noisy_model
+from flax import nnx
+
+from music_ar import decoding, events
+from music_ar.model import PRESETS
+from music_ar.quantization import Int8Linear, dequantize, quantize, with_int8_weights
+from music_ar.sampling import SamplingOptions
+
+
+def exact_linear(inputs, outputs, *, use_bias, seed=0):
+    """A linear layer whose matrix int8 holds without rounding."""
+    rng = np.random.default_rng(seed)
+    layer = nnx.Linear(inputs, outputs, use_bias=use_bias, rngs=nnx.Rngs(0))
+    whole = rng.integers(-127, 128, (inputs, outputs))
+    whole[0] = 127  # so that quantising finds the same scale
+    layer.kernel[...] = jnp.asarray(whole * rng.uniform(1e-4, 1e-2, outputs), jnp.float32)
+    if use_bias:
+        layer.bias[...] = jnp.asarray(rng.normal(size=outputs), jnp.float32)
+    return layer
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, 65])  # integer products up to 64 rows, float ones beyond
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_an_int8_layer_equals_the_layer(rows, use_bias):
+    layer = exact_linear(384, 96, use_bias=use_bias)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(rows, 384)) ** 3, jnp.float32)  # with far outliers
+    expected, found = np.asarray(layer(x)), np.asarray(Int8Linear(layer)(x))
+    np.testing.assert_allclose(found, expected, atol=3e-4 * np.abs(expected).max())
+
+
+def test_rows_have_their_own_scale():
+    layer = exact_linear(64, 32, use_bias=False)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 64)), jnp.float32) * jnp.array([[1e6], [1e-6]])
+    expected, found = np.asarray(layer(x)), np.asarray(Int8Linear(layer)(x))
+    for row in range(2):
+        np.testing.assert_allclose(found[row], expected[row], atol=3e-4 * np.abs(expected[row]).max())
+    np.testing.assert_array_equal(Int8Linear(layer)(jnp.zeros((3, 64))), np.zeros((3, 32)))
+
+
+def test_quantising_what_was_quantised_changes_nothing():
+    stored, scale = quantize(np.random.default_rng(0).normal(size=(50, 20)))
+    again, same_scale = quantize(dequantize(stored, scale))
+    np.testing.assert_array_equal(again, stored)
+    np.testing.assert_allclose(same_scale, scale, rtol=1e-6)
+
+
+def test_decoding_with_int8_weights_follows_the_released_weights():
+    rounded = with_int8_weights(noisy_model(dataclasses.replace(PRESETS["tiny"], context=48)))
+    assert rounded.blocks[0].query.kernel_IxO[...].dtype == jnp.int8
+    # The same rounded weights in floats: every matrix replaced by what its int8 form stands for.
+    floats = noisy_model(dataclasses.replace(PRESETS["tiny"], context=48))
+    for _, module in list(nnx.iter_modules(floats)):
+        for child in list(vars(module).values()):
+            if isinstance(child, nnx.Linear):
+                child.kernel[...] = jnp.asarray(dequantize(*quantize(np.asarray(child.kernel[...]))))
+    tokens = np.concatenate([[events.START], np.random.default_rng(0).integers(0, 388, 60)]).astype(np.int32)
+    logits = []
+    for model in (floats, rounded):
+        state = decoding.start(model, [tokens], latents=16, seeds=[0], limit_steps=100)
+        logits.append(np.asarray(decoding.step(model, state)[0]))
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-3 * np.abs(logits[0]).max())
+
+
+def test_an_int8_model_obeys_the_grammar_and_its_seed():
+    model = with_int8_weights(noisy_model(PRESETS["tiny"]))
+
+    def tokens(seed):
+        start = np.array([events.START], np.int32)
+        state = decoding.start(model, [start], latents=16, seeds=[seed], limit_steps=10_000)
+        return np.asarray(decoding.decode(model, state, SamplingOptions().filters(), length=24)[1][0])
+
+    np.testing.assert_array_equal(tokens(1), tokens(1))
+    assert not np.array_equal(tokens(1), tokens(2))
