@@ -196,7 +196,10 @@ def token_loss(
 
 
 def build_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-    """Clipping, then Muon on the matrices and AdamW on the rest, or AdamW alone, at peak rates."""
+    """Clipping, then Muon on the matrices and AdamW on the rest, or AdamW alone, at peak rates.
+
+    Beside Muon, AdamW has Nesterov's momentum too, as Optax builds it.
+    """
     if config.optimizer == "adamw":
         decayed = {"matrices": True, "rest": False}
         rule = optax.adamw(config.learning_rate, b2=0.99, weight_decay=config.weight_decay, mask=decayed)
