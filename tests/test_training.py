@@ -355,6 +355,11 @@ def test_the_rate_scales_the_step(take_step):
         np.testing.assert_allclose(part - old, (one - old) / 2, atol=1e-6)
 
 
+def test_each_step_draws_its_own_dropout(take_step):
+    losses = [float(take_step(TRAINING, done=done)[2]["loss"]) for done in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
 @pytest.mark.parametrize(("done", "decay"), [(0, 0.1), (10, 11 / 20), (10**6, 0.998)])
 def test_the_average_follows_the_weights(take_step, done, decay):
     _, after, _ = take_step(EXACT, done=done)
