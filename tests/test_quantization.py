@@ -21,7 +21,7 @@ def exact_linear(inputs, outputs, *, use_bias, seed=0):
     whole = rng.integers(-127, 128, (inputs, outputs))
     whole[0] = 127  # so that quantising finds the same scale
     layer.kernel[...] = jnp.asarray(whole * rng.uniform(1e-4, 1e-2, outputs), jnp.float32)
-    if use_bias:
+    if layer.bias is not None:
         layer.bias[...] = jnp.asarray(rng.normal(size=outputs), jnp.float32)
     return layer
 
@@ -53,7 +53,9 @@ def test_quantising_what_was_quantised_changes_nothing():
 
 def test_decoding_with_int8_weights_follows_the_released_weights():
     rounded = with_int8_weights(noisy_model(dataclasses.replace(PRESETS["tiny"], context=48)))
-    assert rounded.blocks[0].query.kernel_IxO[...].dtype == jnp.int8
+    query = rounded.blocks[0].query
+    assert isinstance(query, Int8Linear)
+    assert query.kernel_IxO[...].dtype == jnp.int8
     # The same rounded weights in floats: every matrix replaced by what its int8 form stands for.
     floats = noisy_model(dataclasses.replace(PRESETS["tiny"], context=48))
     for _, module in list(nnx.iter_modules(floats)):
