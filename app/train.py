@@ -1,9 +1,9 @@
 """`music-ar train`: joins prepared data, a model and `training.fit`, which knows nothing of files."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ class Train:
     """Trains a model on prepared data, for a number of steps or of minutes.
 
     The run's folder gets training/ (states to resume from), log.jsonl, tensorboard/ and, at the end, model/ in
-    released form. SIGTERM saves the state and ends with exit code 0; `--resume` with the same options goes on.
+    released form. SIGTERM or Ctrl-C saves the state and ends with exit code 0; `--resume` and the same options go on.
 
     Attributes:
         data: folder that `music-ar prepare` wrote.
@@ -61,6 +61,7 @@ class Train:
                 self.training,
                 self._batches(pieces, self.augmentation if self.augment else None, self.training.seed),
                 final_batches=self._batches(pieces, None, self.training.seed + 1) if self.augment else None,
+                data=self._description(),
                 output=self.output,
                 validate=self._validation(),
                 resume=self.resume,
@@ -72,6 +73,11 @@ class Train:
         released = self.output / "model"
         save_released(fitted.model, released)
         print(f"{fitted.step} steps in {clock(fitted.elapsed_s)}; the model is in {released}")
+
+    def _description(self) -> dict[str, Any]:
+        """What the batches are made of, so that a run is not resumed with other data."""
+        shards = [shard.sha256 for shard in Manifest.load(self.data).shards if shard.split == "train"]
+        return {"shards": shards, "augmentation": asdict(self.augmentation) if self.augment else None}
 
     def _validation(self) -> Callable[[PerceiverAR], float] | None:
         """A quick figure in nats a token to watch the run by, or None if there is nothing to validate on.

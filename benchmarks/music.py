@@ -61,7 +61,8 @@ def main() -> None:
     if arguments.picture is not None:
         draw(real[:: len(real) // 2][:2], generated[:2], arguments.seconds, arguments.picture)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("maestro", "picture")}
-    print(json.dumps({"benchmark": "music", **settings, "seconds_spent": round(spent_s, 1), **figures}))
+    spreads = {kind: {name: spread(values) for name, values in of.items()} for kind, of in figures.items()}
+    print(json.dumps({"benchmark": "music", **settings, "seconds_spent": round(spent_s, 1), **spreads}))
 
 
 def real_beginnings(maestro: Path, seconds: float) -> list[Performance]:

@@ -80,7 +80,7 @@ class TrainingConfig:
     weight_decay: float = 0.1
     warmup_steps: int = 100
     decay_fraction: float = 0.6
-    final_fraction: float = 0.08
+    final_fraction: float = 0.0
     clip_norm: float = 1.0
     ema_decay: float = 0.998
     z_loss: float = 1e-4
@@ -329,7 +329,7 @@ def fit(
     """Trains `model` and returns it with averaged weights.
 
     Checkpoints go to `output`/training (asynchronously), logs to `output`/log.jsonl and `output`/tensorboard.
-    SIGTERM saves a checkpoint and returns early. However often a run is ended so, or killed, and resumed, its
+    SIGTERM or Ctrl-C saves a checkpoint and returns early. However often a run is ended so, or killed, and resumed, its
     log is that of one run.
 
     Args:
@@ -568,13 +568,23 @@ def _put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
 
 @contextlib.contextmanager
 def _until_terminated() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGTERM has come; outside the main thread it never does."""
+    """Yields a function that tells whether SIGTERM or Ctrl-C has come; outside the main thread neither is noticed.
+
+    A second Ctrl-C interrupts at once, as it would without us.
+    """
     came = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield came.is_set
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+
+    def note(number: int, _: object) -> None:
+        if number == signal.SIGINT and came.is_set():
+            raise KeyboardInterrupt
+        came.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield came.is_set
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)

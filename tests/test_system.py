@@ -64,11 +64,13 @@ def test_the_whole_way(midi_folder, tmp_path):
 
     music_ar("prepare", "--midi", midi_folder, "--output", data)
     assert "nothing to resume" in music_ar(*train, "--steps", 3, "--resume", expect=2)
-    stop_after_some_steps([*MUSIC_AR, *map(str, train), "--steps", "100000"], run / "log.jsonl")
+    stop_after_some_steps([*MUSIC_AR, *map(str, train), "--steps", "100000"], run / "log.jsonl", signal.SIGTERM)
     stopped_at = logged_steps(run)[-1]
     assert "resume it" in music_ar(*train, "--steps", 100000, expect=2)
     assert "steps was 100000, is 3" in music_ar(*train, "--steps", 3, "--resume", expect=2)
-    stop_after_some_steps([*MUSIC_AR, *map(str, train), "--steps", "100000", "--resume"], run / "log.jsonl")
+    assert "augmentation" in music_ar(*train, "--steps", 100000, "--resume", "--no-augment", expect=2)
+    resumed = [*MUSIC_AR, *map(str, train), "--steps", "100000", "--resume"]
+    stop_after_some_steps(resumed, run / "log.jsonl", signal.SIGINT)
     assert logged_steps(run) == list(range(1, logged_steps(run)[-1] + 1))
     assert logged_steps(run)[-1] > stopped_at
 
@@ -81,14 +83,14 @@ def test_the_whole_way(midi_folder, tmp_path):
     assert "notes" in music_ar("inspect", piece)
 
 
-def stop_after_some_steps(command, log):
-    """Starts training, and sends SIGTERM once it has logged two steps more than before; it must end with 0."""
+def stop_after_some_steps(command, log, number):
+    """Starts training, and sends a signal once it has logged two steps more than before; it must end with 0."""
     before = len(log.read_text().splitlines()) if log.exists() else 0
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < before + 2):
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         output, errors = process.communicate(timeout=120)
     finally:
         process.kill()
