@@ -1,0 +1,121 @@
+"""Times the training step alone, on made-up tokens: milliseconds, target tokens a second, operations a second.
+
+    python benchmarks/train_step.py [--preset small] [--batch-size 32] [--dropout 0.1] [--steps 12] [--kernels 20]
+
+Prints a table (with --kernels, also where the device's time goes) and, last, one line of JSON.
+"""
+
+import argparse
+import collections
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from music_ar.model import PRESETS, PerceiverAR
+from music_ar.training import TrainingConfig, TrainState, build_optimizer, make_train_step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--kernels", type=int, default=0, help="show so many of the kernels that take longest")
+    arguments = parser.parse_args()
+
+    model_config = PRESETS[arguments.preset]
+    config = TrainingConfig(steps=1, batch_size=arguments.batch_size, dropout=arguments.dropout)
+    began = time.perf_counter()
+    run = step_runner(PerceiverAR(model_config, rngs=nnx.Rngs(0)), config)
+    run()
+    compilation_s = time.perf_counter() - began
+    step_s = statistics.median(timed(run) for _ in range(arguments.steps))
+    targets_per_s = config.batch_size * model_config.latents / step_s
+    kept = round((model_config.context - model_config.latents) * config.prefix_keep)
+    tflops = model_config.flops_per_target(kept) * targets_per_s / 1e12
+
+    table = Table("preset", "batch", "dropout", "compilation s", "ms a step", "M targets/s", "TFLOP/s")
+    table.add_row(
+        arguments.preset,
+        f"{config.batch_size}",
+        f"{config.dropout}",
+        f"{compilation_s:.1f}",
+        f"{step_s * 1e3:.1f}",
+        f"{targets_per_s / 1e6:.3f}",
+        f"{tflops:.1f}",
+    )
+    Console().print(f"{jax.device_count()} x {jax.devices()[0].device_kind}")
+    Console().print(table)
+    if arguments.kernels:
+        for name, count, milliseconds in longest_kernels(run, arguments.kernels):
+            print(f"{milliseconds:8.2f} ms  {count:5} x  {name[:90]}")
+    result = {
+        "benchmark": "train_step",
+        "device": jax.devices()[0].device_kind,
+        "compilation_s": round(compilation_s, 1),
+        "step_ms": round(step_s * 1e3, 2),
+        "targets_per_s": round(targets_per_s),
+        "tflop_per_s": round(tflops, 1),
+    }
+    print(json.dumps(vars(arguments) | result))
+
+
+def step_runner(model: PerceiverAR, config: TrainingConfig) -> Callable[[], None]:
+    """A function that runs one training step and waits for it."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    graph, params = nnx.split(model, nnx.Param)
+    optimizer = build_optimizer(config)
+    train_step = make_train_step(graph, config, optimizer, mesh)
+    ema = jax.tree.map(jnp.copy, params)
+    state = TrainState(jnp.zeros((), jnp.int32), params, ema, jax.jit(optimizer.init)(params))
+    size = (config.batch_size, model.config.context + 1)
+    batch = {
+        "tokens": np.random.default_rng(0).integers(0, 388, size).astype(np.int32),
+        "weights": np.ones((config.batch_size, model.config.latents), np.float32),
+    }
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = train_step(state, jax.tree.map(jnp.asarray, batch), jnp.float32(0.1))
+        jax.block_until_ready(metrics)
+
+    return run
+
+
+def timed(run: Callable[[], None]) -> float:
+    """Seconds that `run` takes."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def longest_kernels(run: Callable[[], None], most: int) -> Iterator[tuple[str, int, float]]:
+    """(name, count, milliseconds) of the kernels of one step, longest first."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        [file] = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        total_ns: collections.Counter[str] = collections.Counter()
+        count: collections.Counter[str] = collections.Counter()
+        for line in (line for plane in planes if "GPU" in plane.name for line in plane.lines if "Stream" in line.name):
+            for event in line.events:
+                total_ns[event.name] += event.duration_ns
+                count[event.name] += 1
+    for name, nanoseconds in total_ns.most_common(most):
+        yield name, count[name], nanoseconds / 1e6
+
+
+if __name__ == "__main__":
+    main()
