@@ -1,4 +1,4 @@
-"""The command `music-ar`: prepare | train | evaluate | generate | inspect.
+"""The command `music-ar`: prepare | train | evaluate | generate | inspect | bench.
 
 A command is a frozen dataclass: its fields are the options, its `run` does the work. Only the command that is asked for
 is loaded, and `run` imports what it needs when it needs it, so `music-ar --help` never waits for JAX.
@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": ("score a model on a split", "app.cli:Evaluate"),
     "generate": ("a new piece, or the continuation of one, as MIDI", "app.cli:Generate"),
     "inspect": ("what we read in a MIDI file", "app.cli:Inspect"),
+    "bench": ("how fast this machine decodes", "app.bench:Bench"),
 }
 
 PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
@@ -326,6 +327,14 @@ def check_writable(path: Path) -> None:
         raise CommandError(f"cannot write {path}: the folder {path.parent} is read-only")
 
 
+class _ShowVersion(argparse.Action):
+    """Asks for the version only when it is to be shown: a bare copy of the code has none."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(metadata.version("music-ar"))
+        parser.exit()
+
+
 def parse(arguments: Sequence[str]) -> Command:
     """The command that the arguments ask for; loads that command only.
 
@@ -337,7 +346,7 @@ def parse(arguments: Sequence[str]) -> Command:
         description="Piano music with a long memory: Perceiver AR, MIDI in and MIDI out.",
         epilog="`music-ar COMMAND --help` shows the options of a command.",
     )
-    parser.add_argument("--version", action="version", version=metadata.version("music-ar"))
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and stop")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (summary, _) in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
-from music_ar import events
+from music_ar import decoding, events
 from music_ar.model import PerceiverAR
 from music_ar.training import token_nats
 
@@ -109,6 +109,58 @@ def score(
     nats += math.fsum(float(value) for value in waiting)
     if on_progress is not None:
         on_progress(1.0)
+    return _score_of(nats, pieces)
+
+
+def score_decoding(
+    model: PerceiverAR, pieces: Sequence[Integer[np.ndarray, " _"]], *, latents: int, batch_size: int = 8
+) -> Score:
+    """Scores pieces through the caches that generation uses, token by token from each piece's start.
+
+    What `score` says of the model, this says of decoding it under a latent budget: each prediction has between half
+    the budget and the whole of it behind it, and a context that rolls on.
+
+    Args:
+        model: the model.
+        pieces: token arrays, each beginning with `events.START`; they may be cut short.
+        latents: the latent budget.
+        batch_size: pieces at once.
+    """
+    graph, params = nnx.split(model)
+    nats = 0.0
+    for first in range(0, len(pieces), batch_size):
+        batch = pieces[first : first + batch_size]
+        longest = -(-max(len(piece) - 1 for piece in batch) // _FORCED_LENGTH) * _FORCED_LENGTH
+        targets_BxT = np.full((len(batch), longest), events.PAD, np.int32)
+        for row, piece in zip(targets_BxT, batch, strict=True):
+            row[: len(piece) - 1] = piece[1:]
+        starts = [piece[:1].astype(np.int32) for piece in batch]
+        state = decoding.start(model, starts, latents=latents, seeds=[0] * len(batch), limit_steps=2**30)
+        for targets_BxF in np.split(targets_BxT, longest // _FORCED_LENGTH, axis=1):
+            state, part = _forced_nats(graph, params, state, targets_BxF)
+            nats += float(part)
+    return _score_of(nats, pieces)
+
+
+_FORCED_LENGTH = 256
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _forced_nats(
+    graph: nnx.GraphDef[PerceiverAR], params: nnx.State, state: decoding.DecodeState, targets_BxT: Array
+) -> tuple[decoding.DecodeState, Float[Array, ""]]:
+    model = nnx.merge(graph, params)
+
+    def one_token(state: decoding.DecodeState, target_B: Array) -> tuple[decoding.DecodeState, Array]:
+        logits_BxV, state = decoding.step(model, state)
+        nats_B = token_nats(logits_BxV[:, None], target_B[:, None])[:, 0]
+        return decoding.take(state, target_B), jax.numpy.where(target_B == events.PAD, 0.0, nats_B).sum()
+
+    state, nats_T = jax.lax.scan(one_token, state, targets_BxT.T)
+    return state, nats_T.sum()
+
+
+def _score_of(nats: float, pieces: Sequence[np.ndarray]) -> Score:
     return Score(
         nats=nats,
         tokens=sum(len(piece) - 1 for piece in pieces),

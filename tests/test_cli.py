@@ -35,7 +35,7 @@ def refusal(capsys, *arguments):
 def test_help_names_every_command(capsys):
     code, output, _ = run(capsys, "--help")
     assert code == 0
-    assert all(command in output for command in ("prepare", "train", "evaluate", "generate", "inspect"))
+    assert all(command in output for command in ("prepare", "train", "evaluate", "generate", "inspect", "bench"))
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -241,3 +241,28 @@ def test_evaluate_refuses_sizes_that_do_not_fit(capsys, prepared, tiny_checkpoin
     refused = refusal(capsys, "evaluate", "--data", prepared, "--checkpoint", tiny_checkpoint, "--stride", 33)
     assert "--stride" in refused
     assert "33" in refused
+
+
+def test_bench_times_and_scores_each_budget(capsys, tmp_path, tiny_checkpoint, prepared):
+    written = tmp_path / "bench.json"
+    code, output, errors = run(
+        capsys, "bench", "decode", "--checkpoint", tiny_checkpoint, "--latents", 8, 16, "--batch", 1, 2, "--tokens", 1,
+        "--data", prepared, "--piece-tokens", 100, "--output", written,
+    )  # fmt: skip
+    assert code == 0, errors
+    result = json.loads(output.splitlines()[-1])
+    assert json.loads(written.read_text()) == result
+    assert [(row["latents"], row["batch"]) for row in result["rows"]] == [(8, 1), (8, 2), (16, 1), (16, 2)]
+    assert all(row["tokens_per_s"] > 0 and row["first_note_s"] > 0 for row in result["rows"])
+    assert result["rows"][0]["nats_per_token"] == result["rows"][1]["nats_per_token"]  # of the budget, not the batch
+    assert result["rows"][0]["nats_per_token"] != result["rows"][2]["nats_per_token"]
+
+
+def test_bench_refuses_more_latents_than_were_trained(capsys, tiny_checkpoint):
+    assert "at most 32" in refusal(capsys, "bench", "decode", "--checkpoint", tiny_checkpoint, "--latents", 64)
+
+
+def test_the_version_is_told(capsys):
+    code, output, _ = run(capsys, "--version")
+    assert code == 0
+    assert output[0].isdigit()

@@ -9,7 +9,7 @@ from conftest import make_performance, noisy_model
 from reference_model import reference
 
 from music_ar import events
-from music_ar.evaluation import score
+from music_ar.evaluation import score, score_decoding
 from music_ar.model import PRESETS
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], context=12, latents=8, layers=1)
@@ -108,3 +108,18 @@ def test_nothing_to_score_is_refused(model):
         score(model, [], stride=8)
     with pytest.raises(ValueError, match="a start and an end"):
         score(model, [np.array([events.START])], stride=8)
+
+
+def test_scoring_through_the_decoder(model):
+    """Token by token through the caches, for pieces of many lengths at once and a budget that rolls over."""
+    budget, encoded = 4, events.encode(make_performance(3))
+    pieces = [np.array([events.START, *encoded[:length], events.END], np.uint16) for length in (1, 6, 11)]
+    nats = []
+    for piece in pieces:  # none is longer than the context, so that the model as trained is the reference
+        for target in range(1, len(piece)):
+            first_latent = max((target - 1) // (budget // 2) - 1, 0) * (budget // 2)
+            logits = reference(model, piece[:target], latents=target - first_latent)[-1]
+            nats.append(np.log(np.exp(logits).sum()) - logits[piece[target]])
+    found = score_decoding(model, pieces, latents=budget, batch_size=2)
+    assert found.tokens == len(nats)
+    assert found.nats == pytest.approx(sum(nats), rel=1e-4)
