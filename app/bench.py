@@ -112,7 +112,7 @@ class Bench:
         if self.data is None:
             return []
         held_out = Pieces.open(self.data, "validation").tokens[: self.pieces]
-        return [tokens[: self.piece_tokens].astype(np.int32) for tokens in held_out]
+        return [tokens[: self.piece_tokens] for tokens in held_out]
 
     def _row(self, model: PerceiverAR, latents: int, batch: int, nats: float | None, bytes_per_s: float) -> Row:
         prompts = [_some_prompt(model.config.context)] * batch

@@ -127,15 +127,13 @@ class Evaluate:
 
     def run(self) -> None:
         """Prints the scores, and writes them if `output` says where."""
-        import numpy as np
-
         from data_pipeline.loader import Pieces
         from music_ar.checkpoint import load_released, write_atomically
         from music_ar.evaluation import score
 
         if self.output is not None:
             check_writable(self.output)
-        pieces = [piece.astype(np.int32) for piece in Pieces.open(self.data, self.split).tokens[: self.max_pieces]]
+        pieces = Pieces.open(self.data, self.split).tokens[: self.max_pieces]
         model = load_released(self.checkpoint)
         context = model.config.context if self.context is None else self.context
         latents = min(model.config.latents, context) if self.latents is None else self.latents

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
-import numpy as np
 import tyro
 from flax import nnx
 
@@ -32,7 +31,7 @@ class Train:
         output: folder of the run.
         preset: size of the model: small, small-decoder or tiny.
         resume: go on from the newest state in `output`.
-        augment: transpose and stretch the pieces, but for the last part of the run.
+        augment: transpose and stretch the pieces, but for the run's `final_fraction`.
         training: how to train.
         augmentation: how far to transpose and stretch.
     """
@@ -51,7 +50,7 @@ class Train:
 
     def run(self) -> None:
         """Trains, and writes the model in released form if the run reached its end."""
-        pieces = Pieces.open(self.data, "train")
+        pieces, manifest = Pieces.open(self.data, "train"), Manifest.load(self.data)
         model = PerceiverAR(PRESETS[self.preset], rngs=nnx.Rngs(self.training.seed))
         device = jax.devices()[0].device_kind
         title = f"{parameter_count(model):,} parameters, {pieces.targets:,} tokens, {jax.device_count()} x {device}"
@@ -61,9 +60,9 @@ class Train:
                 self.training,
                 self._batches(pieces, self.augmentation if self.augment else None, self.training.seed),
                 final_batches=self._batches(pieces, None, self.training.seed + 1) if self.augment else None,
-                data=self._description(),
+                data=self._description(manifest),
                 output=self.output,
-                validate=self._validation(),
+                validate=self._validation(manifest),
                 resume=self.resume,
                 on_progress=lambda progress: line.report(_share(progress), _describe(progress)),
             )
@@ -74,20 +73,20 @@ class Train:
         save_released(fitted.model, released)
         print(f"{fitted.step} steps in {clock(fitted.elapsed_s)}; the model is in {released}")
 
-    def _description(self) -> dict[str, Any]:
+    def _description(self, manifest: Manifest) -> dict[str, Any]:
         """What the batches are made of, so that a run is not resumed with other data."""
-        shards = [shard.sha256 for shard in Manifest.load(self.data).shards if shard.split == "train"]
+        shards = [shard.sha256 for shard in manifest.shards if shard.split == "train"]
         return {"shards": shards, "augmentation": asdict(self.augmentation) if self.augment else None}
 
-    def _validation(self) -> Callable[[PerceiverAR], float] | None:
+    def _validation(self, manifest: Manifest) -> Callable[[PerceiverAR], float] | None:
         """A quick figure in nats a token to watch the run by, or None if there is nothing to validate on.
 
         Every token counts once, but windows do not overlap, so some have few latents before them: `music-ar evaluate`
         finds less.
         """
-        if not Manifest.load(self.data).splits["validation"].pieces:  # as one's own data may
+        if not manifest.splits["validation"].pieces:  # as one's own data may
             return None
-        tokens = [piece.astype(np.int32) for piece in Pieces.open(self.data, "validation").tokens]
+        tokens = Pieces.open(self.data, "validation").tokens
         return lambda model: score(model, tokens, stride=model.config.latents).nats_per_token
 
     def _batches(self, pieces: Pieces, augmentation: Augmentation | None, seed: int) -> Batches:

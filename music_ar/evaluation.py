@@ -49,6 +49,10 @@ class Score:
         }
 
 
+# Tokens a call of the compiled loop of `score_decoding`; pieces are padded to a multiple of it.
+_FORCED_LENGTH = 256
+
+
 class _Window(NamedTuple):
     piece: int
     end: int  # index of the last target in its piece
@@ -140,9 +144,6 @@ def score_decoding(
             state, part = _forced_nats(graph, params, state, targets_BxF)
             nats += float(part)
     return _score_of(nats, pieces)
-
-
-_FORCED_LENGTH = 256
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -166,7 +166,7 @@ def decode_report(tokens: Shaped[np.ndarray, "..."]) -> tuple[Performance, Decod
     # The k-th note-off of a pitch ends its k-th note-on.
     rank = np.arange(len(off)) - np.searchsorted(off_pitch, off_pitch)
     ended = np.searchsorted(on_pitch, off_pitch) + rank
-    off_step = np.full(len(on), _last_step(tokens))
+    off_step = np.full(len(on), length_steps(tokens))
     off_step[ended] = step[off]
     performance = Performance(
         onset_s=step[on] / STEPS_PER_SECOND,
@@ -178,7 +178,9 @@ def decode_report(tokens: Shaped[np.ndarray, "..."]) -> tuple[Performance, Decod
     return performance, DecodeReport(len(on) - len(off), int(stray.sum()), unknown)
 
 
-def _last_step(tokens: Int64[np.ndarray, " T"]) -> int:
+def length_steps(tokens: Integer[np.ndarray, " T"]) -> int:
+    """The time after the last token, in steps: the sum of all shifts."""
+    tokens = _flat_integers(tokens)
     is_shift = (tokens >= TIME_SHIFT) & (tokens < VELOCITY)
     return int((tokens[is_shift] - (TIME_SHIFT - 1)).sum())
 

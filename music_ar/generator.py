@@ -176,7 +176,7 @@ class Generator:
         seed: int,
         continuation_only: bool,
     ) -> Iterator[Chunk]:
-        prompt_tokens, join_s = len(tokens), _length_s(tokens)
+        prompt_tokens, join_s = len(tokens), events.length_steps(tokens) / events.STEPS_PER_SECOND
         limit_steps = max(1, round(seconds * events.STEPS_PER_SECOND))
         most_tokens = round(seconds * MAX_TOKENS_PER_S) + MAX_TOKENS_PER_S
         state = decoding.start(self.model, [tokens], latents=latents, seeds=[seed], limit_steps=limit_steps)
@@ -188,7 +188,7 @@ class Generator:
             tokens = np.concatenate([tokens, new[new != events.PAD]])
             made = len(tokens) - prompt_tokens
             finished = bool(state.done_B[0]) or made >= most_tokens
-            made_s = min(_length_s(tokens) - join_s, seconds)
+            made_s = min(events.length_steps(tokens) / events.STEPS_PER_SECOND - join_s, seconds)
             spent_s = time.monotonic() - began_s
             yield Chunk(
                 performance=events.decode(tokens).crop(join_s if continuation_only else 0, join_s + seconds),
@@ -218,9 +218,3 @@ def _prompt_tokens(prompt: Prompt | None, prompt_seconds: float | None) -> Int[n
         where = "the prompt" if prompt_seconds is None else f"the first {prompt_seconds:g} s of the prompt"
         raise GenerationError(f"there are no notes in {where} to go on from")
     return tokens[: usable[-1] + 1]
-
-
-def _length_s(tokens: Int[np.ndarray, " T"]) -> float:
-    """Time after all shifts, in seconds."""
-    shifts = tokens[(tokens >= events.TIME_SHIFT) & (tokens < events.VELOCITY)]
-    return float((shifts - (events.TIME_SHIFT - 1)).sum()) / events.STEPS_PER_SECOND
