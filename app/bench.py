@@ -1,6 +1,7 @@
 """`music-ar bench`: how fast this machine decodes, and what each latent budget costs in likelihood."""
 
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -16,14 +17,14 @@ from flax import nnx
 
 from app.console import CommandError, ProgressLine, print_table
 from data_pipeline.loader import Pieces
-from music_ar import decoding, events
-from music_ar.checkpoint import write_atomically
+from music_ar import events
+from music_ar.checkpoint import load_released, write_atomically
+from music_ar.decoding import Decoder, DecodeState, WindowMode
 from music_ar.evaluation import score_decoding
-from music_ar.generator import CHUNK_TOKENS, Generator
+from music_ar.generator import CHUNK_TOKENS, MAESTRO_TOKENS_PER_S
 from music_ar.model import PerceiverAR
 from music_ar.sampling import SamplingOptions
 
-MAESTRO_TOKENS_PER_S = 40.0  # of music, on average over the train split
 _BANDWIDTH_SIZE = 8192
 
 
@@ -53,6 +54,7 @@ class Bench:
         what: what to time.
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name); by default the shipped one.
         latents: latent budgets.
+        mode: how the windows of latents go on once they are full.
         context: contexts to give the model; by default its own.
         batch: pieces at once.
         tokens: tokens a piece to time, after the first chunk.
@@ -65,6 +67,7 @@ class Bench:
     what: tyro.conf.Positional[Literal["decode"]]
     checkpoint: str | None = None
     latents: tuple[int, ...] = (64, 256, 1024, 2048)
+    mode: tuple[WindowMode, ...] = ("sliding",)
     context: tuple[int, ...] = ()
     batch: tuple[int, ...] = (1, 4)
     tokens: int = 256
@@ -79,19 +82,20 @@ class Bench:
 
     def run(self) -> None:
         """Prints the table and the line of JSON."""
-        model = Generator.from_pretrained(self.checkpoint).model
+        model = load_released(self.checkpoint)
         if max(self.latents) > model.config.latents:
             raise CommandError(f"--latents must be at most {model.config.latents}, got {max(self.latents)}")
         pieces = self._pieces()
         bytes_per_s = read_bandwidth()
         rows = []
         with ProgressLine(f"memory reads {bytes_per_s / 1e9:.1f} GB/s") as line:
-            for context in self.context or (model.config.context,):
-                seeing = with_context(model, context)
-                for latents in self.latents:
-                    line.report(0.0, f"context {context}, {latents} latents")
-                    nats = score_decoding(seeing, pieces, latents=latents).nats_per_token if pieces else None
-                    rows += [self._row(seeing, latents, batch, nats, bytes_per_s) for batch in self.batch]
+            for context, mode, latents in itertools.product(
+                self.context or (model.config.context,), self.mode, self.latents
+            ):
+                decoder = Decoder(with_context(model, context))
+                line.report(0.0, f"context {context}, {mode}, {latents} latents")
+                nats = score_decoding(decoder, pieces, latents=latents, mode=mode).nats_per_token if pieces else None
+                rows += [self._row(decoder, latents, mode, batch, nats, bytes_per_s) for batch in self.batch]
         names = [field.name for field in dataclasses.fields(Row)]
         print_table(
             [name.replace("_", " ") for name in names], [[_cell(getattr(row, n)) for n in names] for row in rows]
@@ -114,21 +118,37 @@ class Bench:
         held_out = Pieces.open(self.data, "validation").tokens[: self.pieces]
         return [tokens[: self.piece_tokens] for tokens in held_out]
 
-    def _row(self, model: PerceiverAR, latents: int, batch: int, nats: float | None, bytes_per_s: float) -> Row:
-        prompts = [_some_prompt(model.config.context)] * batch
-        _first_chunk(model, prompts, latents)  # compiles
-        state, first_note_s = _first_chunk(model, prompts, latents)
+    def _row(
+        self, decoder: Decoder, latents: int, mode: WindowMode, batch: int, nats: float | None, bytes_per_s: float
+    ) -> Row:
+        prompt = _some_prompt(decoder.config.context)
+
+        def first_chunk() -> tuple[DecodeState, float]:
+            """The state after prefill and a first chunk, as `Generator` would hand it out, and the seconds it took."""
+            began = time.perf_counter()
+            state = decoder.start([prompt] * batch, latents=latents, seeds=range(batch), limit_steps=2**30, mode=mode)
+            state, _ = next_chunk(state)
+            return state, time.perf_counter() - began
+
+        def next_chunk(state: DecodeState) -> tuple[DecodeState, float]:
+            began = time.perf_counter()
+            state, tokens = decoder.decode(state, SamplingOptions().filters(), length=CHUNK_TOKENS)
+            tokens.block_until_ready()
+            return state, time.perf_counter() - began
+
+        first_chunk()  # compiles
+        state, first_note_s = first_chunk()
         chunk_s = []
         for _ in range(-(-self.tokens // CHUNK_TOKENS)):
-            state, seconds = _next_chunk(model, state)
+            state, seconds = next_chunk(state)
             chunk_s.append(seconds)
         step_s = statistics.median(chunk_s) / CHUNK_TOKENS
-        read = sum(leaf.nbytes for leaf in jax.tree.leaves((nnx.state(model), state.caches)))
+        read = sum(leaf.nbytes for leaf in jax.tree.leaves((decoder.params, state.caches)))
         return Row(
-            context=model.config.context,
+            context=decoder.config.context,
             latents=latents,
             batch=batch,
-            mode="exact",
+            mode=mode,
             tokens_per_s=batch / step_s,
             first_note_s=first_note_s,
             times_real_time=1 / step_s / MAESTRO_TOKENS_PER_S,
@@ -157,22 +177,6 @@ def read_bandwidth() -> float:
         product(matrix, vector).block_until_ready()
         seconds.append(time.perf_counter() - began)
     return matrix.nbytes / min(seconds)
-
-
-def _first_chunk(model: PerceiverAR, prompts: list[np.ndarray], latents: int) -> tuple[decoding.DecodeState, float]:
-    """The state after prefill and a first chunk, as `Generator` would hand it out, and the seconds it took."""
-    began = time.perf_counter()
-    seeds = list(range(len(prompts)))
-    state = decoding.start(model, prompts, latents=latents, seeds=seeds, limit_steps=2**30)
-    state, _ = _next_chunk(model, state)
-    return state, time.perf_counter() - began
-
-
-def _next_chunk(model: PerceiverAR, state: decoding.DecodeState) -> tuple[decoding.DecodeState, float]:
-    began = time.perf_counter()
-    state, tokens = decoding.decode(model, state, SamplingOptions().filters(), length=CHUNK_TOKENS)
-    tokens.block_until_ready()
-    return state, time.perf_counter() - began
 
 
 def _some_prompt(length: int) -> np.ndarray:

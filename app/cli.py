@@ -158,15 +158,21 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Makes a piano piece, from nothing or going on from a prompt, and writes it as MIDI.
+    """Makes piano pieces, from nothing or going on from a prompt, and writes them as MIDI.
+
+    Example: music-ar generate --prompt mine.mid --prompt-seconds 20 --seconds 120 --latents auto --output longer.mid
 
     Attributes:
-        output: MIDI file to write.
+        output: MIDI file to write. Several variations get a number before the ending: piece-1.mid, piece-2.mid, …
         prompt: MIDI file to go on from.
         prompt_seconds: how many seconds of the prompt to use, from its beginning; by default all.
         continuation_only: write what was made, without the prompt before it.
         seconds: how many seconds of music to make; a piece may end sooner.
-        latents: the latent budget: fewer are faster, more are better; by default 1024, or what the model has.
+        variations: how many pieces to make at once, with the seeds that follow `seed`.
+        latents: the latent budget: fewer are faster, more are better; by default 1024, or what the model has. "auto"
+            takes the most that keep `speed` on this machine.
+        speed: with "auto", how many seconds of music to make in a second; by default 1.5.
+        mode: how the window of latents goes on once it is full: sliding, or exact as in training.
         temperature: below 1 is more predictable, above 1 more daring; 0 takes the likeliest event each time.
         top_k: keep only so many of the likeliest events; 0 keeps all.
         top_p: keep only the likeliest events that together have this probability; 1 keeps all.
@@ -180,7 +186,10 @@ class Generate:
     prompt_seconds: float | None = None
     continuation_only: bool = False
     seconds: float = 60.0
-    latents: int | None = None
+    variations: int = 1
+    latents: int | Literal["auto"] | None = None
+    speed: float | None = None
+    mode: Literal["sliding", "exact"] = "sliding"
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 0.98
@@ -193,40 +202,44 @@ class Generate:
             raise CommandError("--prompt-seconds and --continuation-only need a --prompt")
 
     def run(self) -> None:
-        """Writes the piece and prints its length, the time it took and the seed."""
+        """Writes the pieces and prints their length, the time they took and the seeds."""
         from music_ar import Generator, write_midi
         from music_ar.sampling import SamplingOptions
 
         check_writable(self.output)
         options = SamplingOptions(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
         prompt = None if self.prompt is None else read_performance(self.prompt)
-        began_s = time.monotonic()
+        began_s, first_s, chunk = time.monotonic(), None, None
         with ProgressLine("loading the model") as line:
-            stream = Generator.from_pretrained(self.checkpoint).stream(
+            generator = Generator.from_pretrained(self.checkpoint)
+            composition = generator.compose(
                 prompt,
-                seconds=self.seconds,
                 latents=self.latents,
+                speed=self.speed,
+                mode=self.mode,
                 options=options,
                 seed=self.seed,
+                variations=self.variations,
                 prompt_seconds=self.prompt_seconds,
                 continuation_only=self.continuation_only,
             )
-            chunk = None
-            for chunk in stream:
+            for chunk in composition.stream(self.seconds):
+                first_s = time.monotonic() - began_s if first_s is None else first_s
                 line.report(
                     chunk.seconds_made / chunk.seconds_wanted,
                     f"{chunk.seconds_made:.1f} of {chunk.seconds_wanted:g} s of music, "
                     f"{chunk.tokens_per_s:.0f} tokens/s, {clock(chunk.eta_s)} left",
                 )
         assert chunk is not None  # a stream has at least one chunk
-        write_midi(chunk.performance, self.output)
         elapsed_s = time.monotonic() - began_s
-        print(f"{self.output}: {len(chunk.performance)} notes, {chunk.performance.duration_s:.1f} s")
+        for number, (seed, piece) in enumerate(zip(chunk.seeds, chunk.performances, strict=True), start=1):
+            path = self.output if len(chunk.seeds) == 1 else self.output.with_stem(f"{self.output.stem}-{number}")
+            write_midi(piece, path)
+            print(f"{path}: {len(piece)} notes, {piece.duration_s:.1f} s, seed {seed}")
         print(
-            f"made {chunk.seconds_made:.1f} s of music in {elapsed_s:.1f} s, loading included: "
-            f"{chunk.seconds_made / elapsed_s:.2f} times real time"
+            f"made {chunk.seconds_made:.1f} s of music in {elapsed_s:.1f} s, {chunk.seconds_made / elapsed_s:.2f} times "
+            f"real time; first notes after {first_s:.1f} s; {composition.latents} latents"
         )
-        print(f"seed {chunk.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,38 +1,46 @@
 """Cached decoding, one token at a time, under a latent budget.
 
-The latent budget n is how many latents may stand behind a prediction. Training computes the latent at time t in a
-window that began at some earlier time s; a cached latent is exact only for the s it was computed with, so dropping
-the oldest latent of a full window would not be what the model was trained to do. Instead two windows run side by
-side, staggered by n / 2. Each begins anew every n tokens, so one of them always holds n / 2 to n latents, and that
-one makes the prediction:
+The latent budget n is how many latents may stand behind a prediction. There are two ways to go on once there are n:
+
+"sliding": a window that forgets its oldest latent. Training never did that (it computes the latent at time t in a window
+that begins at a fixed time s), but measured on real music it predicts as well or better, because it always has n latents
+behind it, for half the work. It is the default.
+
+"exact": what training computes, without a stall. Two windows run side by side, staggered by n / 2. Each begins anew every
+n tokens, so one of them always holds n / 2 to n latents, and that one makes the prediction:
 
     time      0      n/2      n      3n/2     2n
     window 0  [---------------)[---------------)
     window 1         [---------------)[-----------
     predicts  0       0       1       0       1
 
+`evaluation.score_decoding` measures what each costs in likelihood; the figures are in docs/decoding.md.
+
 The keys and values of the cross-attention depend on nothing but the token, its near predecessors and its position:
 they are computed once and kept in a ring of the last M. A window is a ring too; when it begins anew nothing is
 moved, its older entries are masked.
 
-Dimension key, beside that of `model.py`: P prompt tokens, R latents that a window's ring can hold, W conv taps,
-Q query heads that share a key head.
+Dimension key, beside that of `model.py`: P prompt tokens, R latents that a window's ring can hold, W windows,
+L conv taps, Q query heads that share a key head, E rows of a cache (batch, window and key head as one axis).
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from music_ar import events
 from music_ar.model import Block, PerceiverAR
+from music_ar.quantization import with_int8_weights
 from music_ar.sampling import Filters, sample
 
-WINDOWS = 2
+WindowMode = Literal["exact", "sliding"]
+WINDOW_MODES: tuple[WindowMode, ...] = get_args(WindowMode)
 _NEVER = np.int32(2**30)
 
 
@@ -44,13 +52,13 @@ class Caches(NamedTuple):
 
     Attributes:
         cross_k, cross_v: of the inputs, [B G, K, M] and [B G, M, K]; time t is in slot t mod M.
-        self_k, self_v: of the latents, one array a layer, [B 2 G, K, R] and [B 2 G, R, K].
+        self_k, self_v: of the latents, one array a layer, [B W G, K, R] and [B W G, R, K].
     """
 
     cross_k: Float[Array, "BG K M"]
     cross_v: Float[Array, "BG M K"]
-    self_k: tuple[Float[Array, "B2G K R"], ...]
-    self_v: tuple[Float[Array, "B2G R K"], ...]
+    self_k: tuple[Float[Array, "E K R"], ...]
+    self_v: tuple[Float[Array, "E R K"], ...]
 
 
 class DecodeState(NamedTuple):
@@ -62,26 +70,174 @@ class DecodeState(NamedTuple):
     Attributes:
         clock: time of `pending`, counted over the batch.
         birth_B: clock at which the row's piece began; negative if its start lies before what was prefilled.
-        half_B: half of the latent budget, n / 2.
-        recent_BxW: the last tokens, `pending` last: what the convolution reads.
+        budget_B: the latent budget n.
+        recent_BxL: the last tokens, `pending` last: what the convolution reads.
         caches: keys and values of all tokens before `pending`.
         grammar: what may follow `pending`.
         steps_B: music made so far, in steps of 10 ms.
-        limit_B: a row is done once its music is this long.
+        limit_B: a row has enough once its music is this long. It goes on as long as others have not.
         keys_B: each row's own source of chance.
-        done_B: whether the piece has ended.
+        ended_B: whether the piece has ended by itself; from then on its tokens are `events.PAD`.
     """
 
     clock: Int[Array, ""]
     birth_B: Int[Array, " B"]
-    half_B: Int[Array, " B"]
-    recent_BxW: Int[Array, "B W"]
+    budget_B: Int[Array, " B"]
+    recent_BxL: Int[Array, "B L"]
     caches: Caches
     grammar: events.GrammarState
     steps_B: Int[Array, " B"]
     limit_B: Int[Array, " B"]
     keys_B: Array
-    done_B: Array
+    ended_B: Bool[Array, " B"]
+
+    @property
+    def done_B(self) -> Bool[Array, " B"]:
+        """Which rows have ended or have enough music."""
+        return self.ended_B | (self.steps_B >= self.limit_B)
+
+    def with_limit(self, limit_steps: int) -> "DecodeState":
+        """The state with another limit: a row is done once it has made `limit_steps` of music after its prompt."""
+        return self._replace(limit_B=jnp.full_like(self.limit_B, limit_steps))
+
+    def rows(self, rows: Sequence[int]) -> "DecodeState":
+        """A copy of the state of some rows of the batch, in this order; a row may be taken more than once."""
+        B = self.birth_B.shape[0]
+        index = np.asarray(rows, np.int32)
+
+        def of_rows(leaf: Array) -> Array:
+            each = leaf.shape[0] // B  # cache rows a batch row
+            return leaf.reshape(B, each, *leaf.shape[1:])[index].reshape(-1, *leaf.shape[1:])
+
+        return DecodeState(jnp.copy(self.clock), *jax.tree.map(of_rows, tuple(self)[1:]))
+
+
+class Decoder:
+    """A model made ready to decode.
+
+    Args:
+        model: the model; it is not changed.
+        int8: whether to hold matrices as int8, which is exact for a released model. Default: on a CPU, where a token
+            waits for the weights to come from memory.
+    """
+
+    def __init__(self, model: PerceiverAR, *, int8: bool | None = None):
+        self.config, self.dtype = model.config, model.dtype
+        if jax.default_backend() == "cpu" if int8 is None else int8:
+            model = with_int8_weights(model)
+        graph, self.params = nnx.split(model)
+        self.graph = _Graph(graph)
+
+    def start(
+        self,
+        prompts: Sequence[Int[np.ndarray, " _P"]],
+        *,
+        latents: int,
+        seeds: Sequence[int],
+        limit_steps: int,
+        mode: WindowMode = "sliding",
+    ) -> DecodeState:
+        """A state that holds all of each prompt but its last token, which is pending.
+
+        Args:
+            prompts: one token array a row, each beginning with `events.START`. Equal ones are prefilled once.
+            latents: the budget n; at least 2, and an odd one acts as n - 1 in exact mode.
+            seeds: one a row; a row's tokens depend on its own prompt, seed and options alone.
+            limit_steps: a row is done when this much music (in steps of 10 ms) follows its prompt.
+            mode: how the windows of latents go on once they are full.
+        """
+        if len(prompts) != len(seeds):
+            raise ValueError(f"expected a seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
+        numbers: dict[bytes, int] = {}
+        index = [numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in prompts]
+        different = [prompts[index.index(number)] for number in range(len(numbers))]
+        state = self._prefilled(different, latents, limit_steps, 1 if mode == "sliding" else 2)
+        if index != list(range(len(numbers))):
+            state = state.rows(index)
+        return state._replace(keys_B=jnp.stack([jax.random.key(seed) for seed in seeds]))
+
+    def _prefilled(
+        self, prompts: list[Int[np.ndarray, " _P"]], latents: int, limit_steps: int, windows: int
+    ) -> DecodeState:
+        config = self.config
+        B, R, L = len(prompts), ring_size(latents), config.conv_width
+        longest = max(len(prompt) for prompt in prompts) - 1
+        # What a latent still in a window could see, and the taps before that.
+        reach = config.context + R + L
+        P = 0 if longest == 0 else min(reach, max(16, 1 << (longest - 1).bit_length()))
+        tokens_BxP = np.full((B, P + L), events.PAD, np.int32)
+        for row, prompt in zip(tokens_BxP, prompts, strict=True):
+            kept = prompt[-(P + L) :]
+            row[P + L - len(kept) :] = kept
+        grammars = [events.grammar_after(prompt) for prompt in prompts]
+        state = DecodeState(
+            clock=jnp.int32(P),
+            birth_B=jnp.array([P + 1 - len(prompt) for prompt in prompts], jnp.int32),
+            budget_B=jnp.full(B, max(2, latents), jnp.int32),
+            recent_BxL=jnp.asarray(tokens_BxP[:, P:]),
+            caches=self._empty_caches(B, R, windows),
+            grammar=jax.tree.map(lambda *rows: jnp.stack([jnp.asarray(row) for row in rows]), *grammars),
+            steps_B=jnp.zeros(B, jnp.int32),
+            limit_B=jnp.full(B, limit_steps, jnp.int32),
+            keys_B=jax.random.split(jax.random.key(0), B),
+            ended_B=jnp.zeros(B, bool),
+        )
+        if P == 0:
+            return state
+        return _prefill(self.graph, self.params, state, jnp.asarray(tokens_BxP[:, L - 1 : -1]))
+
+    def _empty_caches(self, B: int, R: int, windows: int) -> Caches:
+        config, dtype = self.config, self.dtype
+        G, K, M = config.kv_heads, config.head_size, config.context
+        return Caches(
+            cross_k=jnp.zeros((B * G, K, M), dtype),
+            cross_v=jnp.zeros((B * G, M, K), dtype),
+            self_k=tuple(jnp.zeros((B * windows * G, K, R), dtype) for _ in range(config.layers)),
+            self_v=tuple(jnp.zeros((B * windows * G, R, K), dtype) for _ in range(config.layers)),
+        )
+
+    def decode(
+        self, state: DecodeState, filters: Filters, *, length: int
+    ) -> tuple[DecodeState, Int[Array, "B length"]]:
+        """Samples up to `length` tokens a row; stops sooner once all rows are done.
+
+        Args:
+            state: where to go on from; donated.
+            filters: how to sample.
+            length: tokens a row; it is compiled in.
+
+        Returns:
+            The state, whose pending tokens are the last sampled, and the tokens, `events.PAD` after a row has ended
+            or all are done.
+        """
+        return _decode(self.graph, self.params, state, filters, length)
+
+    def force(
+        self, state: DecodeState, tokens_BxT: Int[np.ndarray, "B T"]
+    ) -> tuple[DecodeState, Float[Array, "B T V"]]:
+        """Takes given tokens in place of sampled ones, `events.PAD` after a row's end.
+
+        Args:
+            state: where to go on from; donated.
+            tokens_BxT: the tokens.
+
+        Returns:
+            The state, and the logits that each token was predicted with.
+        """
+        return _force(self.graph, self.params, state, jnp.asarray(tokens_BxT))
+
+
+class _Graph:
+    """A model's structure as a static argument: what JAX hashes and compares at each call is kept."""
+
+    def __init__(self, graph: nnx.GraphDef[PerceiverAR]):
+        self.graph, self._hash = graph, hash(graph)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Graph) and self.graph == other.graph)
 
 
 def ring_size(latents: int) -> int:
@@ -89,76 +245,11 @@ def ring_size(latents: int) -> int:
     return max(8, 1 << (latents - 1).bit_length())
 
 
-def start(
-    model: PerceiverAR,
-    prompts: list[Int[np.ndarray, " _P"]],
-    *,
-    latents: int,
-    seeds: list[int],
-    limit_steps: int,
-) -> DecodeState:
-    """A state that holds all of each prompt but its last token, which is pending.
-
-    Args:
-        model: the model.
-        prompts: one token array a row, each beginning with `events.START`.
-        latents: the budget n; at least 2, odd ones act as n - 1.
-        seeds: one a row; a row's tokens depend on its own prompt, seed and options alone.
-        limit_steps: stop a row when this much music (in steps of 10 ms) follows its prompt.
-    """
-    config = model.config
-    R, W = ring_size(latents), config.conv_width
-    longest = max(len(prompt) for prompt in prompts) - 1
-    # What a latent still in a window could see, and the taps before that.
-    reach = config.context + R + W
-    P = 0 if longest == 0 else min(reach, max(16, 1 << (longest - 1).bit_length()))
-    tokens_BxP = np.full((len(prompts), P + W), events.PAD, np.int32)
-    for row, prompt in zip(tokens_BxP, prompts, strict=True):
-        kept = prompt[-(P + W) :]
-        row[P + W - len(kept) :] = kept
-    grammars = [events.grammar_after(prompt) for prompt in prompts]
-    B = len(prompts)
-    state = DecodeState(
-        clock=jnp.int32(P),
-        birth_B=jnp.array([P + 1 - len(prompt) for prompt in prompts], jnp.int32),
-        half_B=jnp.full(B, max(1, latents // 2), jnp.int32),
-        recent_BxW=jnp.asarray(tokens_BxP[:, P:]),
-        caches=_empty_caches(model, B, R),
-        grammar=jax.tree.map(lambda *rows: jnp.stack([jnp.asarray(row) for row in rows]), *grammars),
-        steps_B=jnp.zeros(B, jnp.int32),
-        limit_B=jnp.full(B, limit_steps, jnp.int32),
-        keys_B=jnp.stack([jax.random.key(seed) for seed in seeds]),
-        done_B=jnp.zeros(B, bool),
-    )
-    if P == 0:
-        return state
-    graph, params = nnx.split(model)
-    return _prefill(graph, params, state, jnp.asarray(tokens_BxP[:, W - 1 : -1]))
-
-
-def decode(
-    model: PerceiverAR, state: DecodeState, filters: Filters, *, length: int
-) -> tuple[DecodeState, Int[Array, "B length"]]:
-    """Samples up to `length` tokens a row.
-
-    Args:
-        model: the model.
-        state: where to go on from; donated.
-        filters: how to sample.
-        length: tokens a row; it is compiled in.
-
-    Returns:
-        The state, whose pending tokens are the last sampled, and the tokens, `events.PAD` after a row is done.
-    """
-    graph, params = nnx.split(model)
-    return _decode(graph, params, state, filters, length)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def _decode(
-    graph: nnx.GraphDef[PerceiverAR], params: nnx.State, state: DecodeState, filters: Filters, length: int
+    graph: _Graph, params: nnx.State, state: DecodeState, filters: Filters, length: int
 ) -> tuple[DecodeState, Array]:
-    model = nnx.merge(graph, params)
+    model = nnx.merge(graph.graph, params)
 
     def unfinished(carry: tuple[Array, DecodeState, Array]) -> Array:
         index, state, _ = carry
@@ -171,40 +262,54 @@ def _decode(
         age_B = state.clock - state.birth_B
         drawn_B = sample(jax.vmap(jax.random.fold_in)(state.keys_B, age_B), logits_BxV, filters)
         state = take(state, drawn_B)
-        return index + 1, state, tokens.at[:, index].set(state.recent_BxW[:, -1])
+        return index + 1, state, tokens.at[:, index].set(state.recent_BxL[:, -1])
 
-    tokens = jnp.full((state.done_B.shape[0], length), events.PAD, jnp.int32)
+    tokens = jnp.full((state.ended_B.shape[0], length), events.PAD, jnp.int32)
     _, state, tokens = jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state, tokens))
     return state, tokens
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _force(
+    graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxT: Int[Array, "B T"]
+) -> tuple[DecodeState, Array]:
+    model = nnx.merge(graph.graph, params)
+
+    def one_token(state: DecodeState, token_B: Array) -> tuple[DecodeState, Array]:
+        logits_BxV, state = step(model, state)
+        return take(state, token_B), logits_BxV
+
+    state, logits_TxBxV = jax.lax.scan(one_token, state, tokens_BxT.T)
+    return state, logits_TxBxV.swapaxes(0, 1)
+
+
 def take(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
-    """Makes `token_B` pending (`events.PAD` in rows that are done) and keeps the grammar and the time."""
-    token_B = jnp.where(state.done_B, events.PAD, token_B)
+    """Makes `token_B` pending (`events.PAD` in rows that have ended) and keeps the grammar and the time."""
+    token_B = jnp.where(state.ended_B, events.PAD, token_B)
     is_shift_B = (token_B >= events.TIME_SHIFT) & (token_B < events.VELOCITY)
-    steps_B = state.steps_B + jnp.where(is_shift_B, token_B - events.TIME_SHIFT + 1, 0)
     return state._replace(
-        recent_BxW=jnp.concatenate([state.recent_BxW[:, 1:], token_B[:, None]], axis=1),
+        recent_BxL=jnp.concatenate([state.recent_BxL[:, 1:], token_B[:, None]], axis=1),
         grammar=events.advance(state.grammar, token_B, jnp),
-        steps_B=steps_B,
-        done_B=state.done_B | (token_B == events.END) | (steps_B >= state.limit_B),
+        steps_B=state.steps_B + jnp.where(is_shift_B, token_B - events.TIME_SHIFT + 1, 0),
+        ended_B=state.ended_B | (token_B == events.END),
     )
 
 
 def step(model: PerceiverAR, state: DecodeState) -> tuple[Float[Array, "B V"], DecodeState]:
     """Runs the pending token through the model: logits of what follows it, and the state one tick later."""
     clock, caches = state.clock, state.caches
-    M, R = caches.cross_k.shape[-1], caches.self_k[0].shape[-1]
+    M, R = caches.cross_v.shape[1], caches.self_v[0].shape[1]
     B = state.birth_B.shape[0]
+    W = caches.self_v[0].shape[0] // caches.cross_v.shape[0]
     age_B = clock - state.birth_B
-    starts_Bx2, active_B = window_starts(age_B, state.half_B)
+    starts_BxW, active_B = window_starts(age_B, state.budget_B, W)
     seen_BxM = _times(clock, M)[None] >= jnp.maximum(state.birth_B, 0)[:, None]
     times_1xR = _times(clock, R)[None]
     # A window that has not begun sees itself, so that its softmax has a key; nobody reads it.
-    in_window_B2xR = times_1xR >= (starts_Bx2 + state.birth_B[:, None]).reshape(-1, 1)
-    in_window_B2xR |= times_1xR == clock
+    in_window_BWxR = times_1xR >= (starts_BxW + state.birth_B[:, None]).reshape(-1, 1)
+    in_window_BWxR |= times_1xR == clock
 
-    embedded_Bx1xD = model.embed_last(state.recent_BxW)[:, None]
+    embedded_Bx1xD = model.embed_last(state.recent_BxL)[:, None]
     k, v = model.cross.keys_values(model.context_norm(embedded_Bx1xD), age_B[:, None])
     cross_k, cross_v = _write(caches.cross_k, caches.cross_v, k, v, clock % M)
 
@@ -213,32 +318,37 @@ def step(model: PerceiverAR, state: DecodeState) -> tuple[Float[Array, "B V"], D
         return block.add(x_BxTxD, _attend(q_BxTxHxK, cross_k, cross_v, seen_BxM), _KEEP)
 
     x_Bx1xD = attend_context(model.cross, model.latent(embedded_Bx1xD), age_B[:, None])
-    x_B2x1xD = jnp.repeat(x_Bx1xD, WINDOWS, axis=0)
-    ages_B2x1 = jnp.repeat(age_B, WINDOWS)[:, None]
+    x_BWx1xD = jnp.repeat(x_Bx1xD, W, axis=0)
+    ages_BWx1 = jnp.repeat(age_B, W)[:, None]
     further = dict(zip(model.config.cross_depths, model.further_crosses, strict=True))
     self_k, self_v = [], []
     for depth, block in enumerate(model.blocks):
         if depth in further:
-            x_Bx2xD = attend_context(further[depth], x_B2x1xD.reshape(B, WINDOWS, -1), ages_B2x1.reshape(B, WINDOWS))
-            x_B2x1xD = x_Bx2xD.reshape(x_B2x1xD.shape)
-        k, v = block.keys_values(block.attention_norm(x_B2x1xD), ages_B2x1)
+            x_BxWxD = attend_context(further[depth], x_BWx1xD.reshape(B, W, -1), ages_BWx1.reshape(B, W))
+            x_BWx1xD = x_BxWxD.reshape(x_BWx1xD.shape)
+        k, v = block.keys_values(block.attention_norm(x_BWx1xD), ages_BWx1)
         written = _write(caches.self_k[depth], caches.self_v[depth], k, v, clock % R)
-        x_B2x1xD = block.add(x_B2x1xD, _attend(block.queries(x_B2x1xD, ages_B2x1), *written, in_window_B2xR), _KEEP)
+        x_BWx1xD = block.add(x_BWx1xD, _attend(block.queries(x_BWx1xD, ages_BWx1), *written, in_window_BWxR), _KEEP)
         self_k.append(written[0])
         self_v.append(written[1])
-    predicting_Bx1xD = x_B2x1xD[jnp.arange(B) * WINDOWS + active_B]
+    predicting_Bx1xD = x_BWx1xD[jnp.arange(B) * W + active_B]
     caches = Caches(cross_k, cross_v, tuple(self_k), tuple(self_v))
     return model.logits(predicting_Bx1xD)[:, 0], state._replace(clock=clock + 1, caches=caches)
 
 
-def window_starts(age_B: Int[Array, " B"], half_B: Int[Array, " B"]) -> tuple[Int[Array, "B 2"], Int[Array, " B"]]:
-    """When the two windows that a latent of this age is in began, and which of them predicts.
+def window_starts(
+    age_B: Int[Array, " B"], budget_B: Int[Array, " B"], windows: int
+) -> tuple[Int[Array, "B W"], Int[Array, " B"]]:
+    """When the windows that a latent of this age is in began, and which of them predicts.
 
-    Window w begins at the multiples of n / 2 whose number is even (w = 0) or odd (w = 1); before n / 2, window 1
-    has not begun.
+    Of two (exact), window w begins at the multiples of n / 2 whose number is even (w = 0) or odd (w = 1); before
+    n / 2, window 1 has not begun. A single one (sliding) begins n - 1 tokens ago.
     """
+    if windows == 1:
+        return jnp.maximum(age_B - budget_B + 1, 0)[:, None], jnp.zeros_like(age_B)
+    half_B = budget_B // 2
     count_B = age_B // half_B
-    numbers_Bx2 = count_B[:, None] - (count_B[:, None] - jnp.arange(WINDOWS)[None]) % 2
+    numbers_Bx2 = count_B[:, None] - (count_B[:, None] - jnp.arange(2)[None]) % 2
     starts_Bx2 = jnp.where(numbers_Bx2 >= 0, numbers_Bx2 * half_B[:, None], _NEVER)
     return starts_Bx2, jnp.where(count_B == 0, 0, (count_B + 1) % 2)
 
@@ -252,103 +362,104 @@ def _times(clock: Array, size: int) -> Int[Array, " size"]:
 
 
 def _write(
-    k_cache_BGxKxR: Array, v_cache_BGxRxK: Array, k_Bx1xGxK: Array, v_Bx1xGxK: Array, slot: Array
+    k_cache_ExKxR: Array, v_cache_ExRxK: Array, k_Bx1xGxK: Array, v_Bx1xGxK: Array, slot: Array
 ) -> tuple[Array, Array]:
     """The caches with the key and value of one time in `slot`."""
     K = k_Bx1xGxK.shape[-1]
     return (
-        jax.lax.dynamic_update_slice_in_dim(k_cache_BGxKxR, k_Bx1xGxK.reshape(-1, K, 1), slot, axis=2),
-        jax.lax.dynamic_update_slice_in_dim(v_cache_BGxRxK, v_Bx1xGxK.reshape(-1, 1, K), slot, axis=1),
+        jax.lax.dynamic_update_slice_in_dim(k_cache_ExKxR, k_Bx1xGxK.reshape(-1, K, 1), slot, axis=2),
+        jax.lax.dynamic_update_slice_in_dim(v_cache_ExRxK, v_Bx1xGxK.reshape(-1, 1, K), slot, axis=1),
     )
 
 
-def _attend(q_BxTxHxK: Array, k_BGxKxR: Array, v_BGxRxK: Array, seen_BxR: Array) -> Float[Array, "B T H K"]:
+def _attend(q_BxTxHxK: Array, k_ExKxR: Array, v_ExRxK: Array, seen_BxR: Array) -> Float[Array, "B T H K"]:
     """Attention of T queries a row to that row's ring; float32 softmax."""
     B, T, H, K = q_BxTxHxK.shape
-    G = k_BGxKxR.shape[0] // B
-    q_BGxQxK = q_BxTxHxK.reshape(B, T, G, H // G, K).swapaxes(1, 2).reshape(B * G, -1, K)
-    scores = jnp.einsum("eqk,ekr->eqr", q_BGxQxK, k_BGxKxR, preferred_element_type=jnp.float32)
-    seen_BGx1xR = jnp.repeat(seen_BxR, G, axis=0)[:, None]
-    chances = jax.nn.softmax(jnp.where(seen_BGx1xR, scores * K**-0.5, -jnp.inf), axis=-1)
-    found_BGxQxK = jnp.einsum("eqr,erk->eqk", chances.astype(v_BGxRxK.dtype), v_BGxRxK)
-    return found_BGxQxK.reshape(B, G, T, H // G, K).swapaxes(1, 2).reshape(B, T, H, K)
-
-
-def _empty_caches(model: PerceiverAR, B: int, R: int) -> Caches:
-    config = model.config
-    G, K, M = config.kv_heads, config.head_size, config.context
-    layers = range(config.layers)
-    return Caches(
-        cross_k=jnp.zeros((B * G, K, M), model.dtype),
-        cross_v=jnp.zeros((B * G, M, K), model.dtype),
-        self_k=tuple(jnp.zeros((B * WINDOWS * G, K, R), model.dtype) for _ in layers),
-        self_v=tuple(jnp.zeros((B * WINDOWS * G, R, K), model.dtype) for _ in layers),
-    )
+    G = k_ExKxR.shape[0] // B
+    q_ExQxK = q_BxTxHxK.reshape(B, T, G, H // G, K).swapaxes(1, 2).reshape(B * G, -1, K)
+    scores_ExQxR = jnp.einsum("eqk,ekr->eqr", q_ExQxK, k_ExKxR, preferred_element_type=jnp.float32)
+    seen_Ex1xR = jnp.repeat(seen_BxR, G, axis=0)[:, None]
+    chances_ExQxR = jax.nn.softmax(jnp.where(seen_Ex1xR, scores_ExQxR * K**-0.5, -jnp.inf), axis=-1)
+    found_ExQxK = jnp.einsum("eqr,erk->eqk", chances_ExQxR.astype(v_ExRxK.dtype), v_ExRxK)
+    return found_ExQxK.reshape(B, G, T, H // G, K).swapaxes(1, 2).reshape(B, T, H, K)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(graph: nnx.GraphDef[PerceiverAR], params: nnx.State, state: DecodeState, tokens_BxP: Array) -> DecodeState:
-    """Fills the caches with P tokens at once, to what P steps would have left there.
+def _prefill(graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxP: Array) -> DecodeState:
+    """Fills the caches with P tokens at once.
+
+    In exact mode they hold what P steps would have left there; in sliding mode, the last n latents as the model was
+    trained to compute them.
 
     `tokens_BxP` are left-padded; their last has time clock - 1.
     """
-    model = nnx.merge(graph, params)
-    config = model.config
+    model = nnx.merge(graph.graph, params)
+    caches = state.caches
     B, P = tokens_BxP.shape
-    R = state.caches.self_k[0].shape[-1]
+    M, R = caches.cross_v.shape[1], caches.self_v[0].shape[1]
+    W = caches.self_v[0].shape[0] // caches.cross_v.shape[0]
     times_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
     ages_BxP = times_BxP - state.birth_B[:, None]
     embedded_BxPxD = model.embed(tokens_BxP)
     k_BxPxGxK, v_BxPxGxK = model.cross.keys_values(model.context_norm(embedded_BxPxD), ages_BxP)
 
-    # The R latents from each window's start; those at or after P are in the future and are masked later.
-    starts_Bx2, _ = window_starts(P - 1 - state.birth_B, state.half_B)
-    rows_Bx2xR = (starts_Bx2 + state.birth_B[:, None])[..., None] + jnp.arange(R)[None, None]
-    windows = [
-        _prefill_window(model, embedded_BxPxD, k_BxPxGxK, v_BxPxGxK, state.birth_B, rows_Bx2xR[:, window])
-        for window in range(WINDOWS)
-    ]
-    slots_B2xR = rows_Bx2xR.reshape(-1, R) % R
-    in_slots = jax.vmap(lambda entries_RxGxK, slots_R: jnp.zeros_like(entries_RxGxK).at[slots_R].set(entries_RxGxK))
-    self_k, self_v = [], []
-    for layer in zip(*windows, strict=True):  # the two windows' keys and values of one layer
-        k_B2xRxGxK, v_B2xRxGxK = (
-            in_slots(jnp.stack(pair, axis=1).reshape(-1, *pair[0].shape[1:]), slots_B2xR)
-            for pair in zip(*layer, strict=True)
-        )
-        self_k.append(_key_layout(k_B2xRxGxK))
-        self_v.append(_value_layout(v_B2xRxGxK))
+    # The latents from each window's start; those at or after P are in the future and are masked later. The one that
+    # predicts comes first; of two, the other holds at most half the budget.
+    starts_BxW, active_B = window_starts(P - 1 - state.birth_B, state.budget_B, W)
+    by_age = []
+    for turn in range(W):
+        start_B = jnp.take_along_axis(starts_BxW, (active_B[:, None] + turn) % W, axis=1)[:, 0] + state.birth_B
+        times_BxR = start_B[:, None] + jnp.arange(R >> turn)[None]
+        filled = _prefill_window(model, embedded_BxPxD, k_BxPxGxK, v_BxPxGxK, state.birth_B, times_BxR)
+        by_age.append([[_in_slots(x, times_BxR % R, R) for x in layer] for layer in filled])
+    order_BxW = (jnp.arange(W)[None] - active_B[:, None]) % W
 
-    M = config.context
-    slots = np.arange(max(0, P - M), P) % M
-    cross_k = state.caches.cross_k.at[:, :, slots].set(_key_layout(k_BxPxGxK[:, -M:]))
-    cross_v = state.caches.cross_v.at[:, slots].set(_value_layout(v_BxPxGxK[:, -M:]))
-    return state._replace(caches=Caches(cross_k, cross_v, tuple(self_k), tuple(self_v)))
+    def by_window(turns: Sequence[Array]) -> Array:
+        stacked_BxWxRxGxK = jnp.stack(turns, axis=1)
+        in_order = jnp.take_along_axis(stacked_BxWxRxGxK, order_BxW[:, :, None, None, None], axis=1)
+        return in_order.reshape(B * W, *in_order.shape[2:])
+
+    layers = [[by_window(pair) for pair in zip(*turns, strict=True)] for turns in zip(*by_age, strict=True)]
+    last_1xM = jnp.arange(max(0, P - M), P)[None]
+    cross_k, cross_v = (_in_slots(x[:, -M:], last_1xM % M, M) for x in (k_BxPxGxK, v_BxPxGxK))
+    caches = Caches(
+        cross_k=_key_layout(cross_k),
+        cross_v=_value_layout(cross_v),
+        self_k=tuple(_key_layout(k) for k, _ in layers),
+        self_v=tuple(_value_layout(v) for _, v in layers),
+    )
+    return state._replace(caches=caches)
 
 
-def _key_layout(k_BxTxGxK: Array) -> Float[Array, "BG K T"]:
-    return k_BxTxGxK.transpose(0, 2, 3, 1).reshape(-1, k_BxTxGxK.shape[-1], k_BxTxGxK.shape[1])
+def _in_slots(x_BxTxGxK: Array, slots_BxT: Array, size: int) -> Float[Array, "B size G K"]:
+    """Entries put into the slots of a ring; the others are zero."""
+    empty = jnp.zeros((size, *x_BxTxGxK.shape[2:]), x_BxTxGxK.dtype)
+    slots_BxT = jnp.broadcast_to(slots_BxT, x_BxTxGxK.shape[:2])
+    return jax.vmap(lambda x, slots: empty.at[slots].set(x))(x_BxTxGxK, slots_BxT)
 
 
-def _value_layout(v_BxTxGxK: Array) -> Float[Array, "BG T K"]:
-    return v_BxTxGxK.swapaxes(1, 2).reshape(-1, v_BxTxGxK.shape[1], v_BxTxGxK.shape[-1])
+def _key_layout(k_BxRxGxK: Array) -> Float[Array, "BG K R"]:
+    return k_BxRxGxK.transpose(0, 2, 3, 1).reshape(-1, k_BxRxGxK.shape[-1], k_BxRxGxK.shape[1])
+
+
+def _value_layout(v_BxRxGxK: Array) -> Float[Array, "BG R K"]:
+    return v_BxRxGxK.swapaxes(1, 2).reshape(-1, v_BxRxGxK.shape[1], v_BxRxGxK.shape[-1])
 
 
 def _prefill_window(
-    model: PerceiverAR, embedded_BxPxD: Array, k: Array, v: Array, birth_B: Array, rows_BxR: Array
+    model: PerceiverAR, embedded_BxPxD: Array, k: Array, v: Array, birth_B: Array, times_BxR: Array
 ) -> list[tuple[Array, Array]]:
-    """Keys and values [B, R, G, K], a pair a layer, of the latents at times `rows_BxR`."""
+    """Keys and values [B, R, G, K], a pair a layer, of the latents at `times_BxR`."""
     P, M = embedded_BxPxD.shape[1], model.config.context
-    times_BxR = jnp.clip(rows_BxR, 0, P - 1)
-    ages_BxR = rows_BxR - birth_B[:, None]
+    ages_BxR = times_BxR - birth_B[:, None]
+    times_BxR = jnp.clip(times_BxR, 0, P - 1)
     keys_1x1xP = jnp.arange(P)[None, None]
-    seen_Bx1xRxP = (keys_1x1xP <= times_BxR[..., None]) & (keys_1x1xP > times_BxR[..., None] - M)
-    seen_Bx1xRxP &= (keys_1x1xP >= birth_B[:, None, None]) | (keys_1x1xP == times_BxR[..., None])
-    seen_Bx1xRxP = seen_Bx1xRxP[:, None]
+    seen_BxRxP = (keys_1x1xP <= times_BxR[..., None]) & (keys_1x1xP > times_BxR[..., None] - M)
+    seen_BxRxP &= (keys_1x1xP >= birth_B[:, None, None]) | (keys_1x1xP == times_BxR[..., None])
 
     def attend_context(block: Block, x_BxRxD: Array) -> Array:
         q = block.queries(x_BxRxD, ages_BxR)
-        return block.add(x_BxRxD, jax.nn.dot_product_attention(q, k, v, mask=seen_Bx1xRxP), _KEEP)
+        return block.add(x_BxRxD, jax.nn.dot_product_attention(q, k, v, mask=seen_BxRxP[:, None]), _KEEP)
 
     x_BxRxD = jnp.take_along_axis(embedded_BxPxD, times_BxR[..., None], axis=1)
     x_BxRxD = attend_context(model.cross, model.latent(x_BxRxD))

@@ -117,20 +117,24 @@ def score(
 
 
 def score_decoding(
-    model: PerceiverAR, pieces: Sequence[Integer[np.ndarray, " _"]], *, latents: int, batch_size: int = 8
+    decoder: decoding.Decoder,
+    pieces: Sequence[Integer[np.ndarray, " _"]],
+    *,
+    latents: int,
+    mode: decoding.WindowMode = "exact",
+    batch_size: int = 8,
 ) -> Score:
     """Scores pieces through the caches that generation uses, token by token from each piece's start.
 
-    What `score` says of the model, this says of decoding it under a latent budget: each prediction has between half
-    the budget and the whole of it behind it, and a context that rolls on.
+    What `score` says of the model, this says of decoding it under a latent budget, with a context that rolls on.
 
     Args:
-        model: the model.
+        decoder: the model, ready to decode.
         pieces: token arrays, each beginning with `events.START`; they may be cut short.
         latents: the latent budget.
+        mode: how the windows of latents go on once they are full.
         batch_size: pieces at once.
     """
-    graph, params = nnx.split(model)
     nats = 0.0
     for first in range(0, len(pieces), batch_size):
         batch = pieces[first : first + batch_size]
@@ -139,26 +143,12 @@ def score_decoding(
         for row, piece in zip(targets_BxT, batch, strict=True):
             row[: len(piece) - 1] = piece[1:]
         starts = [piece[:1].astype(np.int32) for piece in batch]
-        state = decoding.start(model, starts, latents=latents, seeds=[0] * len(batch), limit_steps=2**30)
+        state = decoder.start(starts, latents=latents, seeds=[0] * len(batch), limit_steps=2**30, mode=mode)
         for targets_BxF in np.split(targets_BxT, longest // _FORCED_LENGTH, axis=1):
-            state, part = _forced_nats(graph, params, state, targets_BxF)
-            nats += float(part)
+            state, logits_BxFxV = decoder.force(state, targets_BxF)
+            nats_BxF = np.asarray(token_nats(logits_BxFxV, jax.numpy.asarray(targets_BxF)))
+            nats += float(nats_BxF[targets_BxF != events.PAD].sum())
     return _score_of(nats, pieces)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _forced_nats(
-    graph: nnx.GraphDef[PerceiverAR], params: nnx.State, state: decoding.DecodeState, targets_BxT: Array
-) -> tuple[decoding.DecodeState, Float[Array, ""]]:
-    model = nnx.merge(graph, params)
-
-    def one_token(state: decoding.DecodeState, target_B: Array) -> tuple[decoding.DecodeState, Array]:
-        logits_BxV, state = decoding.step(model, state)
-        nats_B = token_nats(logits_BxV[:, None], target_B[:, None])[:, 0]
-        return decoding.take(state, target_B), jax.numpy.where(target_B == events.PAD, 0.0, nats_B).sum()
-
-    state, nats_T = jax.lax.scan(one_token, state, targets_BxT.T)
-    return state, nats_T.sum()
 
 
 def _score_of(nats: float, pieces: Sequence[np.ndarray]) -> Score:

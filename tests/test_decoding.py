@@ -11,12 +11,14 @@ from conftest import noisy_model
 from flax import nnx
 
 from music_ar import decoding, events
+from music_ar.decoding import Decoder
 from music_ar.model import PRESETS
 from music_ar.sampling import SamplingOptions
 
 CONTEXT, BUDGET = 48, 16
 CONFIG = dataclasses.replace(PRESETS["tiny"], context=CONTEXT, latents=32, cross_depths=(1,))
 FOREVER = 2**30
+FILTERS = SamplingOptions().filters()
 PIECE = np.concatenate([[events.START], np.random.default_rng(0).integers(0, events.EVENT_CLASSES, 130)]).astype(
     np.int32
 )
@@ -28,22 +30,22 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def step(model):
-    graph, params = nnx.split(model)
-    compiled = jax.jit(lambda params, state: decoding.step(nnx.merge(graph, params), state))
-    return lambda state: compiled(params, state)
+def decoder(model):
+    return Decoder(model, int8=False)
+
+
+def start(decoder, prompts, *, seeds=None, latents=BUDGET, limit_steps=FOREVER, mode="exact"):
+    seeds = [0] * len(prompts) if seeds is None else seeds
+    return decoder.start(prompts, latents=latents, seeds=seeds, limit_steps=limit_steps, mode=mode)
 
 
 @pytest.fixture(scope="module")
-def stepped(model, step):
-    """Logits after each token of PIECE, token by token from nothing."""
-    state = decoding.start(model, [PIECE[:1]], latents=BUDGET, seeds=[0], limit_steps=FOREVER)
-    rows = []
-    for token in PIECE[1:]:
-        logits, state = step(state)
-        rows.append(np.asarray(logits[0]))
-        state = decoding.take(state, jnp.array([token]))
-    return np.stack(rows)
+def stepped(decoder):
+    """Logits after each token of PIECE, token by token from nothing, by mode."""
+    return {
+        mode: np.asarray(decoder.force(start(decoder, [PIECE[:1]], mode=mode), PIECE[None, 1:])[1][0])
+        for mode in decoding.WINDOW_MODES
+    }
 
 
 def window_start(time):
@@ -56,7 +58,8 @@ def window_start(time):
 def uncached(model):
     """Logits after the last of some tokens, by dense masked attention over the whole piece: no cache, no ring.
 
-    Each latent sees the CONTEXT inputs up to its own; the latents before the predicting window's start do not exist.
+    Each latent sees the CONTEXT inputs up to its own. Latents before `first` do not exist; by default that is where the
+    predicting window starts. A latent sees no more than the `seen` latest latents.
     """
     graph, params = nnx.split(model)
     ages = jnp.arange(len(PIECE))[None]
@@ -64,17 +67,17 @@ def uncached(model):
     off = nnx.Dropout(0.0, deterministic=True)
 
     @jax.jit
-    def logits(params, tokens, first):
+    def logits(params, tokens, first, seen):
         model = nnx.merge(graph, params)
         embedded = model.embed(tokens[None])
         context = model.cross.keys_values(model.context_norm(embedded), ages)
 
-        def attend(block, x, keys_values, seen):
-            return block.add(x, jax.nn.dot_product_attention(block.queries(x, ages), *keys_values, mask=seen), off)
+        def attend(block, x, keys_values, mask):
+            return block.add(x, jax.nn.dot_product_attention(block.queries(x, ages), *keys_values, mask=mask), off)
 
         in_context = ((behind >= 0) & (behind < CONTEXT))[None, None]
         # A latent before the window sees itself, so that its softmax has a key; no latent in the window sees it.
-        in_window = ((behind >= 0) & (ages >= first) | (behind == 0))[None, None]
+        in_window = ((behind >= 0) & (behind < seen) & (ages >= first) | (behind == 0))[None, None]
         x = attend(model.cross, model.latent(embedded), context, in_context)
         for depth, block in enumerate(model.blocks):
             if depth in CONFIG.cross_depths:
@@ -82,23 +85,37 @@ def uncached(model):
             x = attend(block, x, block.keys_values(block.attention_norm(x), ages), in_window)
         return model.logits(x)[0]
 
-    def after_last(tokens):
+    def after_last(tokens, first=None, seen=FOREVER):
         padded = np.pad(tokens, (0, len(PIECE) - len(tokens)))  # later tokens are never seen
-        return np.asarray(logits(params, padded, window_start(len(tokens) - 1))[len(tokens) - 1])
+        first = window_start(len(tokens) - 1) if first is None else first
+        return np.asarray(logits(params, padded, first, seen)[len(tokens) - 1])
 
     return after_last
 
 
 # First tokens; around the first window's half and end; around the end of the context; several contexts later.
-@pytest.mark.parametrize("time", [0, 1, 7, 8, 9, 15, 16, 17, 23, 24, 31, 46, 47, 48, 49, 64, 97, 129])
+TIMES = [0, 1, 7, 8, 9, 15, 16, 17, 23, 24, 31, 46, 47, 48, 49, 64, 97, 129]
+
+
+@pytest.mark.parametrize("time", TIMES)
 def test_cached_equals_uncached(uncached, stepped, time):
-    np.testing.assert_allclose(stepped[time], uncached(PIECE[: time + 1]), atol=2e-5)
+    np.testing.assert_allclose(stepped["exact"][time], uncached(PIECE[: time + 1]), atol=2e-5)
+
+
+@pytest.mark.parametrize("time", TIMES)
+def test_a_sliding_window_equals_a_band_of_attention(uncached, stepped, time):
+    expected = uncached(PIECE[: time + 1], first=0, seen=BUDGET)
+    np.testing.assert_allclose(stepped["sliding"][time], expected, atol=2e-5)
+    if time < BUDGET // 2:  # nothing has slid or begun anew yet
+        np.testing.assert_allclose(stepped["sliding"][time], stepped["exact"][time], atol=2e-5)
+    if time >= BUDGET:
+        assert np.abs(stepped["sliding"][time] - stepped["exact"][time]).max() > 1e-3
 
 
 @pytest.mark.parametrize("time", [15, 47])
 def test_cached_equals_the_model_as_trained(model, stepped, time):
     expected = model(jnp.asarray(PIECE)[None, : time + 1], latents=time + 1 - window_start(time))[0, -1]
-    np.testing.assert_allclose(stepped[time], expected, atol=2e-5)
+    np.testing.assert_allclose(stepped["exact"][time], expected, atol=2e-5)
 
 
 def test_the_reference_is_not_blind(uncached):
@@ -111,39 +128,65 @@ def test_the_reference_is_not_blind(uncached):
     np.testing.assert_array_equal(uncached(out_of_reach), uncached(PIECE[:120]))
 
 
-@pytest.mark.parametrize("length", [2, 8, 9, 16, 17, 48, 49, 130])
-def test_prefill_equals_stepping(model, step, stepped, length):
-    state = decoding.start(model, [PIECE[:length]], latents=BUDGET, seeds=[0], limit_steps=FOREVER)
-    for time in range(length - 1, min(length + 10, len(PIECE) - 1)):  # and stays equal over the next hand-over
-        logits, state = step(state)
-        np.testing.assert_allclose(logits[0], stepped[time], atol=2e-5)
-        state = decoding.take(state, jnp.array([PIECE[time + 1]]))
+PROMPT_LENGTHS = [2, 8, 9, 16, 17, 48, 49, 130]
 
 
-def test_a_batch_of_different_lengths_equals_one_by_one(model):
+@pytest.mark.parametrize("length", PROMPT_LENGTHS)
+def test_prefill_equals_stepping(decoder, stepped, length):
+    after = PIECE[None, length : length + 11]  # and stays equal over the next hand-over
+    _, logits = decoder.force(start(decoder, [PIECE[:length]]), after)
+    np.testing.assert_allclose(logits[0], stepped["exact"][length - 1 :][: after.shape[1]], atol=2e-5)
+
+
+@pytest.mark.parametrize("length", PROMPT_LENGTHS)
+def test_prefill_of_a_sliding_window_is_the_model_as_trained(decoder, uncached, length):
+    """The last n latents in a window that begins with them; from there it slides."""
+    first = max(length - 1 - BUDGET, 0)  # the last token is pending: it comes after them
+    after = PIECE[None, length : length + 11]
+    _, logits = decoder.force(start(decoder, [PIECE[:length]], mode="sliding"), after)
+    for ahead, row in enumerate(logits[0]):
+        np.testing.assert_allclose(row, uncached(PIECE[: length + ahead], first=first, seen=BUDGET), atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", decoding.WINDOW_MODES)
+def test_a_batch_of_different_lengths_equals_one_by_one(decoder, mode):
     prompts = [PIECE[:1], PIECE[:5], PIECE[:100], PIECE[:5]]
-    filters = SamplingOptions().filters()
 
     def tokens(prompts, seeds):
-        state = decoding.start(model, prompts, latents=BUDGET, seeds=seeds, limit_steps=FOREVER)
-        return np.asarray(decoding.decode(model, state, filters, length=24)[1])
+        return np.asarray(decoder.decode(start(decoder, prompts, seeds=seeds, mode=mode), FILTERS, length=24)[1])
 
     seeds = [3, 1, 1, 4]
     together = tokens(prompts, seeds)
-    for row, prompt, seed in zip(together[:3], prompts, seeds, strict=False):
+    for row, prompt, seed in zip(together, prompts, seeds, strict=True):
         np.testing.assert_array_equal(tokens([prompt], [seed])[0], row)
     assert not np.array_equal(together[1], together[2])  # one seed, two prompts
     assert not np.array_equal(together[1], together[3])  # one prompt, two seeds
 
 
-def test_chunks_do_not_matter(model):
-    filters = SamplingOptions().filters()
+def test_equal_prompts_are_prefilled_once(decoder):
+    compiled: Any = decoding._prefill
+    start(decoder, [PIECE[:20]])
+    before = compiled._cache_size()
+    state = start(decoder, [PIECE[:20]] * 5, seeds=range(5))
+    assert compiled._cache_size() == before  # the shape of one prompt
+    assert state.ended_B.shape == (5,)
 
+
+def test_rows_go_on_as_they_would_have(decoder):
+    state = start(decoder, [PIECE[:5], PIECE[:60], PIECE[:9]], seeds=[0, 1, 2])
+    state, _ = decoder.decode(state, FILTERS, length=24)
+    chosen = state.rows([2, 1, 2])
+    _, all_tokens = decoder.decode(state, FILTERS, length=24)
+    _, tokens = decoder.decode(chosen, FILTERS, length=24)
+    np.testing.assert_array_equal(tokens, np.asarray(all_tokens)[[2, 1, 2]])
+
+
+def test_chunks_do_not_matter(decoder):
     def tokens(*lengths):
-        state = decoding.start(model, [PIECE[:9]], latents=BUDGET, seeds=[5], limit_steps=FOREVER)
+        state = start(decoder, [PIECE[:9]], seeds=[5])
         parts = []
         for length in lengths:
-            state, part = decoding.decode(model, state, filters, length=length)
+            state, part = decoder.decode(state, FILTERS, length=length)
             parts.append(np.asarray(part[0]))
         return np.concatenate(parts)
 
@@ -151,10 +194,10 @@ def test_chunks_do_not_matter(model):
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 3.0, "top_p": 1.0}, {"temperature": 0.0}])
-def test_every_sampled_token_obeys_the_grammar(model, options):
+def test_every_sampled_token_obeys_the_grammar(decoder, options):
     prompts = [np.array([events.START], np.int32)] * 3
-    state = decoding.start(model, prompts, latents=BUDGET, seeds=[0, 1, 2], limit_steps=2000)
-    _, tokens = decoding.decode(model, state, SamplingOptions(**options).filters(), length=160)
+    state = start(decoder, prompts, seeds=[0, 1, 2], limit_steps=2000)
+    _, tokens = decoder.decode(state, SamplingOptions(**options).filters(), length=160)
     for row in np.asarray(tokens):
         grammar = events.grammar_after(prompts[0])
         for token in row[row != events.PAD]:
@@ -162,38 +205,66 @@ def test_every_sampled_token_obeys_the_grammar(model, options):
             grammar = events.advance(grammar, token)
 
 
-def test_a_row_stops_at_its_limit_and_leaves_the_others(model):
+def test_a_batch_stops_when_every_row_has_enough(decoder):
     prompts = [np.array([events.START], np.int32)] * 2
-    state = decoding.start(model, prompts, latents=BUDGET, seeds=[0, 1], limit_steps=FOREVER)
-    state = state._replace(limit_B=jnp.array([100, FOREVER], jnp.int32))
-    state, tokens = decoding.decode(model, state, SamplingOptions().filters(), length=96)
-    short, long = np.asarray(tokens)
-    stop = int(np.argmax(short == events.PAD))
-    steps = events.event_steps(short[: stop + 1])  # the time at which the padding begins
-    assert 0 < stop < 96
-    assert steps[-1] >= 100
-    assert (steps[:-1] < 100).all()
-    assert (short[stop:] == events.PAD).all()
-    assert (long != events.PAD).all() or events.END in long
-    assert np.asarray(state.done_B).tolist()[0]
+
+    def made(*limits):
+        state = start(decoder, prompts, seeds=[0, 1])._replace(limit_B=jnp.array(limits, jnp.int32))
+        state, tokens = decoder.decode(state, FILTERS, length=96)
+        return state, np.asarray(tokens)
+
+    def enough(row, limit):
+        """How many tokens it takes to make so much music."""
+        return int(np.argmax(np.append(events.event_steps(row)[1:], events.length_steps(row)) >= limit)) + 1
+
+    _, free = made(FOREVER, FOREVER)
+    state, both = made(100, 200)
+    stop = max(enough(free[0], 100), enough(free[1], 200))
+    assert stop < 96
+    np.testing.assert_array_equal(both[:, :stop], free[:, :stop])  # a row that has enough goes on with the others
+    assert (both[:, stop:] == events.PAD).all()
+    assert np.asarray(state.done_B).all()
+    # With a higher limit it goes on as if nothing had been.
+    _, more = decoder.decode(state.with_limit(FOREVER), FILTERS, length=24)
+    np.testing.assert_array_equal(np.concatenate([both[:, :stop], more], axis=1), free[:, : stop + 24])
 
 
-def test_another_budget_within_a_ring_compiles_nothing_anew(model):
-    filters = SamplingOptions().filters()
+def test_a_piece_that_ended_is_followed_by_padding_and_leaves_the_others(decoder):
+    prompts = [PIECE[:9], PIECE[:5]]
+    state = start(decoder, prompts, seeds=[0, 1])
+    _, free = decoder.decode(start(decoder, prompts, seeds=[0, 1]), FILTERS, length=24)
+    _, tokens = decoder.decode(state._replace(ended_B=jnp.array([True, False])), FILTERS, length=24)
+    assert (np.asarray(tokens[0]) == events.PAD).all()
+    np.testing.assert_array_equal(tokens[1], free[1])
+
+
+def test_another_budget_within_a_ring_compiles_nothing_anew(decoder):
     compiled: Any = decoding._decode
     counts = set()
-    for latents in (16, 14, 10):
-        state = decoding.start(model, [PIECE[:9]], latents=latents, seeds=[0], limit_steps=FOREVER)
-        _, tokens = decoding.decode(model, state, filters, length=24)
+    for latents, options in (
+        (16, SamplingOptions()),
+        (14, SamplingOptions(top_k=3)),
+        (10, SamplingOptions(temperature=0.5, min_p=0.1)),
+    ):
+        state = start(decoder, [PIECE[:9]], latents=latents)
+        _, tokens = decoder.decode(state, options.filters(), length=24)
         counts.add(compiled._cache_size())
         np.testing.assert_array_equal(np.asarray(tokens).shape, (1, 24))
     assert len(counts) == 1
 
 
+def test_a_seed_for_each_prompt(decoder):
+    with pytest.raises(ValueError, match="a seed for each prompt, got 2 prompts and 1 seeds"):
+        start(decoder, [PIECE[:2], PIECE[:3]], seeds=[0])
+
+
 def test_windows_by_hand():
     ages = jnp.arange(10)
-    starts, active = decoding.window_starts(ages, jnp.full(10, 2))
+    starts, active = decoding.window_starts(ages, jnp.full(10, 4), 2)
     never = int(decoding._NEVER)
     np.testing.assert_array_equal(starts[:, 0], [0, 0, 0, 0, 4, 4, 4, 4, 8, 8])
     np.testing.assert_array_equal(starts[:, 1], [never, never, 2, 2, 2, 2, 6, 6, 6, 6])
     np.testing.assert_array_equal(active, [0, 0, 0, 0, 1, 1, 0, 0, 1, 1])
+    starts, active = decoding.window_starts(ages, jnp.full(10, 4), 1)
+    np.testing.assert_array_equal(starts[:, 0], [0, 0, 0, 0, 1, 2, 3, 4, 5, 6])
+    np.testing.assert_array_equal(active, 0)

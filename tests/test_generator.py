@@ -1,14 +1,17 @@
 """`Generator`: prompts, joins, seeds, limits, and what it refuses."""
 
+import gc
 import io
 
+import jax
 import numpy as np
 import pytest
 from conftest import make_performance
+from jaxtyping import TypeCheckError
 
 from music_ar import events
 from music_ar.checkpoint import CheckpointError
-from music_ar.generator import GenerationError, Generator
+from music_ar.generator import MAESTRO_TOKENS_PER_S, GenerationError, Generator, final_until_s
 from music_ar.midi import MidiError, Performance, write_midi
 from music_ar.sampling import SamplingOptions
 
@@ -111,6 +114,129 @@ def test_music_longer_than_the_context_goes_on(generator):
     assert chunks[-1].tokens > 3 * generator.model.config.context
 
 
+def test_variations_are_the_pieces_of_their_seeds(generator, prompt):
+    chunks = list(generator.stream(prompt, seconds=3.0, seed=5, variations=3))
+    assert chunks[-1].seeds == (5, 6, 7)
+    assert len({len(piece) for piece in chunks[-1].performances}) > 1
+    for seed, piece in zip(chunks[-1].seeds, chunks[-1].performances, strict=True):
+        assert piece == generator.generate(prompt, seconds=3.0, seed=seed)
+
+
+@pytest.mark.parametrize("mode", ["exact", "sliding"])
+@pytest.mark.parametrize("variations", [1, 2])
+def test_extending_is_as_if_never_interrupted(generator, prompt, mode, variations):
+    """Three times past the context, with notes that sound at each join."""
+    options = {"seed": 3, "mode": mode, "variations": variations, "options": SamplingOptions(top_p=1.0)}
+    composition = generator.compose(prompt, **options)
+    for seconds in (5.0, 7.0, 9.0):
+        extended = list(composition.stream(seconds))[-1]
+    whole = list(generator.stream(prompt, seconds=21.0, **options))[-1]
+    assert extended.performances == whole.performances
+    assert extended.seconds_wanted == 21.0
+    joins_s = [prompt.duration_s + 5.0, prompt.duration_s + 12.0]
+    piece = whole.performance
+    assert all(((piece.onset_s < join_s) & (piece.offset_s > join_s)).any() for join_s in joins_s)
+
+
+def test_a_stream_that_is_stopped_is_the_beginning_of_the_whole(generator):
+    composition = generator.compose(seed=2, options=SamplingOptions(top_p=1.0))
+    whole = list(generator.stream(seconds=20.0, seed=2, options=SamplingOptions(top_p=1.0)))
+    first = next(composition.stream(20.0))
+    assert first.performance == whole[0].performance
+    assert not first.finished
+    rest = list(composition.stream(20.0 - first.seconds_made))  # goes on from there
+    assert rest[-1].performance == whole[-1].performance
+
+
+def test_closing_frees_the_device(generator):
+    def live_bytes():
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    list(generator.stream(seconds=20.0, seed=2))  # whatever is made once and kept
+    before = live_bytes()
+    composition = generator.compose(seed=2)
+    stream = composition.stream(20.0)
+    next(stream)
+    assert live_bytes() > before + 10_000  # the caches
+    composition.close()
+    assert live_bytes() <= before + 1000  # the sampling options
+    assert list(stream) == []
+    with pytest.raises(GenerationError, match="closed"):
+        composition.stream(1.0)
+    dropped = generator.stream(seconds=20.0, seed=2)
+    next(dropped)
+    dropped.close()
+    assert live_bytes() <= before + 1000
+
+
+def test_going_on_with_chosen_variations(generator, prompt):
+    composition = generator.compose(prompt, seed=5, variations=3)
+    list(composition.stream(3.0))
+    composition.keep([2, 0])
+    last = list(composition.stream(2.0))[-1]
+    assert last.seeds == (7, 5)
+    for seed, piece in zip(last.seeds, last.performances, strict=True):
+        assert piece == generator.generate(prompt, seconds=5.0, seed=seed)
+    for wrong in ([], [2], [-1]):
+        with pytest.raises(GenerationError, match=r"0\.\.1"):
+            composition.keep(wrong)
+
+
+def test_final_notes_do_not_change(generator, prompt):
+    chunks = list(generator.stream(prompt, seconds=20.0, seed=4))
+    whole = chunks[-1].performance
+    finals = [chunk.final_s[0] for chunk in chunks]
+    assert finals == sorted(finals)
+    for chunk in chunks:
+        final = chunk.performance.onset_s < chunk.final_s[0]
+        assert chunk.performance.select(final) == whole.select(whole.onset_s < chunk.final_s[0])
+    assert any((chunk.performance.onset_s >= chunk.final_s[0]).any() for chunk in chunks)  # some still sound
+
+
+def test_until_when_music_is_final():
+    on, off, wait = events.NOTE_ON, events.NOTE_OFF, events.TIME_SHIFT + 99  # a second
+    tokens = [events.START, events.VELOCITY, on + 60, wait, on + 64, wait, on + 60, wait]
+    after = {
+        8: 0.0,
+        9: 1.0,
+        10: 2.0,
+        11: 3.0,
+    }  # note-offs end the older of the two at pitch 60, then 64, then the other
+    for length, until_s in after.items():
+        made = np.array([*tokens, off + 60, off + 64, off + 60][:length])
+        assert final_until_s(made) == until_s
+
+
+def test_the_budget_that_keeps_a_speed(generator, monkeypatch):
+    seconds = {8: 0.001, 16: 0.0025, 32: 0.004}  # a token; interpolation promises 0.002 at 16
+    asked = []
+
+    def seconds_per_token(latents, variations=1, mode="sliding"):
+        asked.append((latents, variations, mode))
+        return seconds[latents]
+
+    monkeypatch.setattr(generator, "seconds_per_token", seconds_per_token)
+    monkeypatch.setattr("music_ar.generator._SMALLEST_AUTO", 8)
+    fastest = 1 / (MAESTRO_TOKENS_PER_S * 0.001)  # times real time at 8 latents
+    assert generator.calibrate(fastest * 0.2) == 32
+    assert generator.calibrate(fastest * 0.3) == 16
+    assert generator.calibrate(fastest * 0.4) == 8  # 16 does not keep what the interpolation promised
+    assert generator.calibrate(fastest * 0.8, variations=4, mode="exact") == 8
+    assert generator.calibrate(fastest * 5) == 8  # none keeps it
+    assert (8, 4, "exact") in asked
+    dense = np.concatenate([[events.START], np.tile([200, 100, 258], 500)])  # more tokens a second than MAESTRO
+    assert generator.calibrate(fastest * 0.2, dense) < 32
+
+
+def test_auto_calibrates_on_this_machine(generator):
+    slow = generator.compose(latents="auto", speed=1e-6, seed=1)
+    assert slow.latents == generator.model.config.latents
+    assert generator.compose(latents="auto", speed=1e6, seed=1).latents <= slow.latents
+    expected = generator.generate(seconds=3.0, latents=slow.latents, seed=1)
+    assert generator.generate(seconds=3.0, latents="auto", speed=1e-6, seed=1) == expected
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -120,12 +246,21 @@ def test_music_longer_than_the_context_goes_on(generator):
         ({"seconds": float("inf")}, "seconds"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**31}, "seed"),
+        ({"seed": 2**31 - 2, "variations": 3}, "seed"),
+        ({"variations": 0}, "variations"),
+        ({"speed": 2.0}, "auto"),
+        ({"latents": "auto", "speed": 0.0}, "speed"),
         ({"prompt_seconds": 3.0}, "prompt"),
     ],
 )
 def test_requests_that_cannot_be_met(generator, options, message):
     with pytest.raises(GenerationError, match=message):
         generator.stream(**options)
+
+
+def test_an_unknown_mode(generator):
+    with pytest.raises((GenerationError, TypeCheckError), match="exact"):  # the tests check types before we can
+        generator.stream(mode="other")
 
 
 def test_prompts_that_cannot_be_used(generator, prompt):

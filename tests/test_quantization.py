@@ -8,7 +8,8 @@ import pytest
 from conftest import noisy_model
 from flax import nnx
 
-from music_ar import decoding, events
+from music_ar import events
+from music_ar.decoding import Decoder
 from music_ar.model import PRESETS
 from music_ar.quantization import Int8Linear, dequantize, quantize, with_int8_weights
 from music_ar.sampling import SamplingOptions
@@ -65,18 +66,19 @@ def test_decoding_with_int8_weights_follows_the_released_weights():
     tokens = np.concatenate([[events.START], np.random.default_rng(0).integers(0, 388, 60)]).astype(np.int32)
     logits = []
     for model in (floats, rounded):
-        state = decoding.start(model, [tokens], latents=16, seeds=[0], limit_steps=100)
-        logits.append(np.asarray(decoding.step(model, state)[0]))
+        decoder = Decoder(model, int8=False)
+        state = decoder.start([tokens], latents=16, seeds=[0], limit_steps=100)
+        logits.append(np.asarray(decoder.force(state, tokens[None, 1:2])[1][0]))
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-3 * np.abs(logits[0]).max())
 
 
 def test_an_int8_model_obeys_the_grammar_and_its_seed():
-    model = with_int8_weights(noisy_model(PRESETS["tiny"]))
+    decoder = Decoder(noisy_model(PRESETS["tiny"]), int8=True)
 
     def tokens(seed):
         start = np.array([events.START], np.int32)
-        state = decoding.start(model, [start], latents=16, seeds=[seed], limit_steps=10_000)
-        return np.asarray(decoding.decode(model, state, SamplingOptions().filters(), length=24)[1][0])
+        state = decoder.start([start], latents=16, seeds=[seed], limit_steps=10_000)
+        return np.asarray(decoder.decode(state, SamplingOptions().filters(), length=24)[1][0])
 
     np.testing.assert_array_equal(tokens(1), tokens(1))
     assert not np.array_equal(tokens(1), tokens(2))

@@ -602,10 +602,10 @@ def test_the_training_step_lowers_for_tpu():
 
 def test_the_decoding_loop_lowers_for_tpu():
     model = PerceiverAR(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16))
-    graph, params = nnx.split(model, nnx.Param)
-    state = decoding.start(model, [np.array([events.START])], latents=N, seeds=[0], limit_steps=100)
+    decoder = decoding.Decoder(model, int8=False)
+    state = decoder.start([np.array([events.START])], latents=N, seeds=[0], limit_steps=100)
     exported = jax.export.export(decoding._decode, platforms=["tpu"])(
-        graph, shapes(params), shapes(state), shapes(SamplingOptions().filters()), 16
+        decoder.graph, shapes(decoder.params), shapes(state), shapes(SamplingOptions().filters()), 16
     )
     assert exported.platforms == ("tpu",)
     assert "stablehlo.while" in exported.mlir_module()
