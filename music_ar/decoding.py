@@ -2,12 +2,12 @@
 
 The latent budget n is how many latents may stand behind a prediction. There are two ways to go on once there are n:
 
-"sliding": a window that forgets its oldest latent. Training never did that (it computes the latent at time t in a window
-that begins at a fixed time s), but measured on real music it predicts as well or better, because it always has n latents
-behind it, for half the work. It is the default.
+"sliding": a window that forgets its oldest latent. Training never did that (it computes the latent at time t in a
+window that begins at a fixed time s), but on real music it predicts as well or better, because it always has n latents
+behind it, and for half the work. It is the default.
 
-"exact": what training computes, without a stall. Two windows run side by side, staggered by n / 2. Each begins anew every
-n tokens, so one of them always holds n / 2 to n latents, and that one makes the prediction:
+"exact": what training computes, without a stall. Two windows run side by side, staggered by n / 2. Each begins anew
+every n tokens, so one of them always holds n / 2 to n latents, and that one makes the prediction:
 
     time      0      n/2      n      3n/2     2n
     window 0  [---------------)[---------------)
