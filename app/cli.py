@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import platformdirs
 import tyro
 
 from app.console import CommandError, ProgressLine, clock, print_table
@@ -160,7 +161,7 @@ class Evaluate:
 class Generate:
     """Makes piano pieces, from nothing or going on from a prompt, and writes them as MIDI.
 
-    Example: music-ar generate --prompt mine.mid --prompt-seconds 20 --seconds 120 --latents auto --output longer.mid
+    Example: music-ar generate --output longer.mid --prompt mine.mid --prompt-seconds 20 --seconds 120 --latents auto
 
     Attributes:
         output: MIDI file to write. Several variations get a number before the ending: piece-1.mid, piece-2.mid, …
@@ -237,8 +238,9 @@ class Generate:
             write_midi(piece, path)
             print(f"{path}: {len(piece)} notes, {piece.duration_s:.1f} s, seed {seed}")
         print(
-            f"made {chunk.seconds_made:.1f} s of music in {elapsed_s:.1f} s, {chunk.seconds_made / elapsed_s:.2f} times "
-            f"real time; first notes after {first_s:.1f} s; {composition.latents} latents"
+            f"made {chunk.seconds_made:.1f} s of music in {elapsed_s:.1f} s, loading included: "
+            f"{chunk.seconds_made / elapsed_s:.2f} times real time, first notes after {first_s:.1f} s, "
+            f"{composition.latents} latents"
         )
 
 
@@ -369,6 +371,8 @@ def parse(arguments: Sequence[str]) -> Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; an error that is our own failure is left to propagate."""
+    # What JAX compiles is kept for the next start. JAX reads this when it is imported, which is later.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", platformdirs.user_cache_dir("music-ar", appauthor=False))
     try:
         parse(sys.argv[1:] if arguments is None else arguments).run()
     except BrokenPipeError:  # the reader of our output, `head` for example, has seen enough

@@ -188,7 +188,7 @@ def generate(capsys, tmp_path, checkpoint, *options, name="piece.mid"):
 
 def test_the_seed_that_is_told_makes_the_piece_again(capsys, tmp_path, tiny_checkpoint):
     first, printed = generate(capsys, tmp_path, tiny_checkpoint)
-    seed = printed.rpartition("seed ")[2].strip()
+    seed = printed.rpartition("seed ")[2].split()[0]
     again, _ = generate(capsys, tmp_path, tiny_checkpoint, "--seed", seed, name="again.mid")
     other, _ = generate(capsys, tmp_path, tiny_checkpoint, "--seed", int(seed) + 1, name="other.mid")
     assert again.read_bytes() == first.read_bytes()

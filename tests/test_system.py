@@ -19,6 +19,7 @@ MUSIC_AR = [sys.executable, "-m", "app.cli"]
 def shared_compilations(tmp_path_factory):
     """What one process compiles, the next ones load: this file is mostly compilation otherwise."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
@@ -81,6 +82,20 @@ def test_the_whole_way(midi_folder, tmp_path):
     made = music_ar("generate", "--checkpoint", run / "model", "--output", piece, "--seconds", 5, "--seed", 7)
     assert "seed 7" in made
     assert "notes" in music_ar("inspect", piece)
+
+
+def test_what_was_compiled_is_kept_for_the_next_start(tmp_path, tiny_checkpoint):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    command = [*MUSIC_AR, "generate", "--checkpoint", tiny_checkpoint, "--seconds", "1", "--seed", "1", "--output"]
+    pieces, kept = [], []
+    for name in ("first.mid", "second.mid"):
+        subprocess.run([*command, tmp_path / name], cwd=ROOT, env=environment, capture_output=True, check=True)
+        pieces.append((tmp_path / name).read_bytes())
+        kept.append({path.name for path in (tmp_path / "music-ar").glob("jit__decode*-cache")})
+    assert pieces[0] == pieces[1]
+    assert len(kept[0]) == 1
+    assert kept[1] == kept[0]
 
 
 def stop_after_some_steps(command, log, number):
