@@ -1,7 +1,7 @@
-"""Transposition and time stretch of event tokens: pure functions on whole pieces and on any window cut from one.
+"""Transposition, time stretch and loudness of event tokens: pure functions on whole pieces and on any window of one.
 
-Both are what Oore et al. ("This Time with Feeling", 2018) do to performances, done to tokens: a transposed window costs
-a few additions, a stretched one a sort. Stretching re-quantises: event times in steps are scaled and rounded, and the
+The first two are what Oore et al. ("This Time with Feeling", 2018) do to performances, done to tokens: a transposed or
+louder window costs a few additions, a stretched one a sort. Stretching re-quantises: event times in steps are scaled and rounded, and the
 events are written again as `music_ar.events.encode` would write them.
 """
 
@@ -13,26 +13,37 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Integer
 
-from music_ar.events import EVENT_CLASSES, MAX_SHIFT_STEPS, NOTE_OFF, PITCHES, TIME_SHIFT, VELOCITY, EventError
+from music_ar.events import (
+    EVENT_CLASSES,
+    MAX_SHIFT_STEPS,
+    NOTE_OFF,
+    PITCHES,
+    TIME_SHIFT,
+    VELOCITY,
+    VELOCITY_BINS,
+    EventError,
+)
 
 PIANO_LOW, PIANO_HIGH = 21, 108  # A0 and C8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How far training windows are changed; both draws are uniform and their ends included.
+    """How far training windows are changed; all draws are uniform and their ends included.
 
     Attributes:
         min_semitones: lowest transposition. From -5 to +6 a piece comes in each of the twelve keys once.
         max_semitones: highest transposition.
         min_stretch: lowest factor on all times; 0.9 is a tenth faster.
         max_stretch: highest factor on all times; 1.1 is a tenth slower.
+        velocity_bins: how many of the 32 velocity bins a window may become louder or softer.
     """
 
     min_semitones: int = -5
     max_semitones: int = 6
     min_stretch: float = 0.9
     max_stretch: float = 1.1
+    velocity_bins: int = 0
 
     def __post_init__(self) -> None:
         if not -87 <= self.min_semitones <= 0 <= self.max_semitones <= 87:
@@ -45,10 +56,15 @@ class Augmentation:
                 f"expected 0.5 <= min_stretch <= 1 <= max_stretch <= 2; got {self.min_stretch} and {self.max_stretch}"
             )
 
-    def draw(self, rng: np.random.Generator) -> tuple[int, float]:
-        """A transposition in semitones and a stretch factor."""
+        if not 0 <= self.velocity_bins < VELOCITY_BINS:
+            raise ValueError(f"expected 0 <= velocity_bins < {VELOCITY_BINS}; got {self.velocity_bins}")
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, float, int]:
+        """A transposition in semitones, a stretch factor and a number of velocity bins."""
         semitones = rng.integers(self.min_semitones, self.max_semitones, endpoint=True)
-        return int(semitones), float(rng.uniform(self.min_stretch, self.max_stretch))
+        factor = rng.uniform(self.min_stretch, self.max_stretch)
+        louder = rng.integers(-self.velocity_bins, self.velocity_bins, endpoint=True) if self.velocity_bins else 0
+        return int(semitones), float(factor), int(louder)
 
 
 def transpose(tokens: Integer[np.ndarray, " T"], semitones: int) -> Integer[np.ndarray, " T"]:
@@ -71,6 +87,26 @@ def transpose(tokens: Integer[np.ndarray, " T"], semitones: int) -> Integer[np.n
     highest = max(0, PIANO_HIGH - int(pitches.max()))
     shift = np.int32(min(max(semitones, lowest), highest))  # signed, where the tokens may not be
     return np.where(is_note, tokens + shift, tokens).astype(tokens.dtype)
+
+
+def louden(tokens: Integer[np.ndarray, " T"], bins: int) -> Integer[np.ndarray, " T"]:
+    """Moves every velocity by `bins`, or by as much of it as keeps the softest and the loudest of them in range.
+
+    So dynamics keep their shape, and two different velocities stay different.
+
+    Args:
+        tokens: event ids; other ids than velocities stay.
+        bins: positive is louder.
+
+    Returns:
+        A new array of the same shape and type.
+    """
+    is_velocity = (tokens >= VELOCITY) & (tokens < EVENT_CLASSES)
+    levels = tokens[is_velocity].astype(np.int64) - VELOCITY
+    if len(levels) == 0:
+        return tokens.copy()
+    shift = np.int32(min(max(bins, -int(levels.min())), VELOCITY_BINS - 1 - int(levels.max())))
+    return np.where(is_velocity, tokens + shift, tokens).astype(tokens.dtype)
 
 
 def stretch(tokens: Integer[np.ndarray, " T"], factor: float) -> Integer[np.ndarray, " S"]:

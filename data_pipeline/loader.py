@@ -26,7 +26,7 @@ import grain
 import numpy as np
 from jaxtyping import Float, Integer
 
-from data_pipeline.augment import Augmentation, stretch_with_source, transpose
+from data_pipeline.augment import Augmentation, louden, stretch_with_source, transpose
 from data_pipeline.maestro import SPLITS, DatasetError
 from data_pipeline.prepare import MANIFEST_NAME, Manifest, PieceRecord, ShardRecord, shard_path
 from music_ar.events import END, FINGERPRINT, PAD, START
@@ -203,8 +203,8 @@ class _Windows:
         """Draws the augmentation, applies it, and pads to M + 1 tokens and N weights."""
         tokens, weights = cut.tokens, cut.weights
         if self.augmentation is not None:
-            semitones, factor = self.augmentation.draw(rng)
-            tokens, source = stretch_with_source(transpose(tokens, semitones), factor)
+            semitones, factor, louder = self.augmentation.draw(rng)
+            tokens, source = stretch_with_source(louden(transpose(tokens, semitones), louder), factor)
             weights = weights[source]
         if cut.is_first:
             tokens, weights = tokens[: self.latents + 1], weights[: self.latents + 1]

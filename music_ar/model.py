@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from music_ar import events
 
@@ -236,6 +236,7 @@ class PerceiverAR(nnx.Module):
         latents: int | None = None,
         kept_prefix: int | None = None,
         dropout: float = 0.0,
+        input_dropout: float = 0.0,
         key: Array | None = None,
     ) -> Float[Array, "B N V"]:
         """Logits of the token that follows each of the last N inputs.
@@ -246,7 +247,8 @@ class PerceiverAR(nnx.Module):
             kept_prefix: training only: how many of the M - N prefix positions to keep, drawn anew for each row
                 (cross-attend dropout by gather: dropped positions cost nothing). Default: all. Needs `key`.
             dropout: rate of the residual dropout. Needs `key`.
-            key: randomness for the two.
+            input_dropout: share of the inputs that are hidden: their embedding is zero. Needs `key`.
+            key: randomness for these three.
 
         Returns:
             float32 logits [B, N, V]; row k belongs to input position M - N + k. Rows at padding mean nothing.
@@ -255,12 +257,15 @@ class PerceiverAR(nnx.Module):
         N = min(self.config.latents, M) if latents is None else latents
         if not 1 <= N <= M:
             raise ValueError(f"latents must lie in 1..{M}, the number of inputs; got {N}")
-        if key is None and dropout > 0:
-            raise ValueError(f"dropout = {dropout} needs a key")
-        prefix_key, dropout_key = (None, None) if key is None else jax.random.split(key)
+        if key is None and max(dropout, input_dropout) > 0:
+            raise ValueError(f"dropout = {dropout} and input_dropout = {input_dropout} need a key")
+        prefix_key, dropout_key, input_key = (None, None, None) if key is None else jax.random.split(key, 3)
         drop = nnx.Dropout(dropout, deterministic=key is None, rngs=None if key is None else nnx.Rngs(dropout_key))
 
-        embedded_BxMxD = self.embed(tokens_BxM)
+        hidden_BxM = None
+        if input_key is not None and input_dropout > 0:
+            hidden_BxM = jax.random.bernoulli(input_key, input_dropout, tokens_BxM.shape)
+        embedded_BxMxD = self.embed(tokens_BxM, hidden_BxM)
         rows = _lay_out(tokens_BxM, N, kept_prefix, prefix_key)
         embedded_BxSxD = _take(embedded_BxMxD, rows.positions_BxS)
 
@@ -275,12 +280,16 @@ class PerceiverAR(nnx.Module):
             x_BxNxD = block.attend_self(x_BxNxD, positions_BxN, drop)
         return self.logits(_take(x_BxNxD, rows.right_aligned_BxN))
 
-    def embed(self, tokens_BxT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token embeddings with the causal depthwise convolution over them; padding is zero.
+    def embed(
+        self, tokens_BxT: Int[Array, "B T"], hidden_BxT: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Token embeddings with the causal depthwise convolution over them; padding is zero, and so is what is hidden.
 
         The look-up is a product with one-hot rows: exact, and its gradient is a product too, where a gather's
         would be a scatter into 391 crowded rows.
         """
+        if hidden_BxT is not None:
+            tokens_BxT = jnp.where(hidden_BxT, events.PAD, tokens_BxT)
         one_hot_BxTxV = jax.nn.one_hot(tokens_BxT, self.config.vocabulary_size, dtype=self.dtype)
         table_VxD = self.embedding[...].at[events.PAD].set(0.0).astype(self.dtype)
         x_BxTxD = one_hot_BxTxV @ table_VxD

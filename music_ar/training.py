@@ -63,8 +63,10 @@ class TrainingConfig:
         ema_decay: of the exponential moving average of the weights, which is what is evaluated and released.
         z_loss: weight of the squared log-partition, which keeps logits from drifting.
         dropout: rate on what the blocks add to the residual stream.
+        input_dropout: share of the input tokens that are hidden from the model: their embedding is zero, much as in
+            AWD-LSTM (Merity et al., arXiv 1708.02182).
         prefix_keep: share of the prefix (the M - N inputs that are not latents) that a row keeps.
-        seed: of initialisation, dropout and prefix dropout.
+        seed: of initialisation and of all dropout.
         log_every: steps that a log line tells the mean of.
         checkpoint_minutes: minutes between training checkpoints.
         validate_every: steps between calls of `validate`; 0 for never.
@@ -85,6 +87,7 @@ class TrainingConfig:
     ema_decay: float = 0.998
     z_loss: float = 1e-4
     dropout: float = 0.1
+    input_dropout: float = 0.0
     prefix_keep: float = 0.5
     seed: int = 0
     log_every: int = 20
@@ -100,7 +103,7 @@ class TrainingConfig:
         for name in ("minutes", "clip_norm"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise TrainingError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("dropout", "prefix_keep", "decay_fraction", "final_fraction", "ema_decay"):
+        for name in ("dropout", "input_dropout", "prefix_keep", "decay_fraction", "final_fraction", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainingError(f"{name} must lie in 0..1, got {getattr(self, name)}")
         for name in ("matrix_learning_rate", "learning_rate", "weight_decay", "warmup_steps", "z_loss"):
@@ -169,9 +172,18 @@ class Progress:
 
 
 class Fitted(NamedTuple):
-    """The outcome of `fit`: the model with averaged weights, and whether the run reached its end."""
+    """The outcome of `fit`.
+
+    Attributes:
+        model: the averaged weights: of the step that validated best, or of the last one if none was validated.
+        model_step: the step that they are of.
+        step: steps done.
+        elapsed_s: seconds trained.
+        finished: whether the run reached its end.
+    """
 
     model: PerceiverAR
+    model_step: int
     step: int
     elapsed_s: float
     finished: bool
@@ -270,7 +282,14 @@ def make_train_step(
         model = nnx.merge(graph, params)
         N, M = weights.shape[1], tokens.shape[1] - 1
         kept = round((M - N) * config.prefix_keep)
-        logits = model(tokens[:, :-1], latents=N, kept_prefix=kept, dropout=config.dropout, key=key)
+        logits = model(
+            tokens[:, :-1],
+            latents=N,
+            kept_prefix=kept,
+            dropout=config.dropout,
+            input_dropout=config.input_dropout,
+            key=key,
+        )
         return token_loss(logits, tokens[:, -N:], weights, config.z_loss)
 
     def gradients(params: nnx.State, batch: dict[str, Array], key: Array) -> tuple[Array, nnx.State]:
@@ -340,8 +359,8 @@ def fit(
         final_batches: data for the last `config.final_fraction` of the run; default: `batches` to the end.
         data: what the batches are made of, JSON-like; saved, and compared when resuming.
         resume: go on from the newest checkpoint under `output`; exact to the bit for a run counted in steps.
-        validate: called with the averaged model every `config.validate_every` steps; its figure is logged. The
-            model is good until it returns.
+        validate: called with the averaged model every `config.validate_every` steps and at the end; its figure is
+            logged, and the model with the lowest is returned. The model is good until it returns.
         on_progress: called with each log line.
 
     Raises:
@@ -370,18 +389,30 @@ def fit(
         _until_terminated() as terminated,
         TrainingCheckpoints(output / "training", settings, resume=resume) as checkpoints,
     ):
-        position: dict[str, Any] = {"elapsed_s": 0.0, "unlogged": []}
+        position: dict[str, Any] = {"elapsed_s": 0.0, "unlogged": [], "best": None}
+        best = jax.tree.map(jnp.copy, state.ema)
         if resume:
-            state, position = checkpoints.restore(state)
+            (state, best), position = checkpoints.restore((state, best))
             for source, saved in zip(sources, position["batches"], strict=True):
                 source.set_state(saved)
         step = int(state.step)
+        best_figure = None if position["best"] is None else _Figure(**position["best"])
         with _Log(output, model, config, checkpoints, on_progress, step=step, position=position) as log:
             next_save_s = log.elapsed_s + 60 * config.checkpoint_minutes
 
             def save() -> None:
                 # Asking the log for its position raises before a broken state is saved.
-                checkpoints.save(step, state, log.position() | {"batches": [s.get_state() for s in sources]})
+                figure = None if best_figure is None else best_figure._asdict()
+                reading = {"batches": [source.get_state() for source in sources], "best": figure}
+                checkpoints.save(step, (state, best), log.position() | reading)
+
+            def check() -> None:
+                nonlocal best, best_figure
+                assert validate is not None
+                figure = _Figure(step, validate(nnx.merge(graph, state.ema)))
+                log.write({"step": step, "validation": figure.value})
+                if best_figure is None or figure.value < best_figure.value:
+                    best, best_figure = jax.tree.map(jnp.copy, state.ema), figure
 
             while (progress := log.share_done(step)) < 1 and not terminated():
                 batch = next(sources[-1] if progress >= 1 - config.final_fraction else sources[0])
@@ -389,15 +420,17 @@ def fit(
                 state, metrics = train_step(state, _put_batch(batch, mesh), jnp.float32(rate))
                 step += 1
                 log.add(step, metrics, rate, batch)
-                if validate is not None and config.validate_every and step % config.validate_every == 0:
-                    log.write({"step": step, "validation": validate(nnx.merge(graph, state.ema))})
+                if validate is not None and config.validate_every:
+                    if step % config.validate_every == 0 or log.share_done(step) >= 1:
+                        check()
                 if log.elapsed_s >= next_save_s:
                     save()
                     next_save_s = log.elapsed_s + 60 * config.checkpoint_minutes
             if progress >= 1:
                 log.flush()
             save()
-            return Fitted(nnx.merge(graph, state.ema), step, log.elapsed_s, finished=progress >= 1)
+            chosen, chosen_step = (state.ema, step) if best_figure is None else (best, best_figure.step)
+            return Fitted(nnx.merge(graph, chosen), chosen_step, step, log.elapsed_s, finished=progress >= 1)
 
 
 def _initial_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -410,6 +443,13 @@ def _initial_state(params: nnx.State, optimizer: optax.GradientTransformation, m
         ema=ema,
         optimizer=jax.jit(optimizer.init, out_shardings=everywhere)(params),
     )
+
+
+class _Figure(NamedTuple):
+    """What `validate` said of a step."""
+
+    step: int
+    value: float
 
 
 class _StepLog(NamedTuple):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.augment import PIANO_HIGH, PIANO_LOW, Augmentation, stretch, stretch_with_source, transpose
-from music_ar.events import END, NOTE_OFF, NOTE_ON, PAD, START, TIME_SHIFT, VELOCITY, EventError, encode
+from data_pipeline.augment import PIANO_HIGH, PIANO_LOW, Augmentation, louden, stretch, stretch_with_source, transpose
+from music_ar.events import END, NOTE_OFF, NOTE_ON, PAD, START, TIME_SHIFT, VELOCITY, EventError, decode, encode
 from music_ar.midi import Performance
 
 # Factors that put no step exactly between two others, where seconds and steps may round apart.
@@ -216,6 +216,26 @@ def test_stretch_refuses_what_has_no_meaning():
             stretch(np.array([on(60)]), factor)
 
 
+# --- loudness --------------------------------------------------------------------------------------------------------
+
+
+def test_louder_by_hand():
+    piece = np.array([START, velocity(30), on(60), shift(5), velocity(3), on(64), END], np.uint16)
+    for bins, softest, loudest in ((1, 4, 31), (2, 5, 32), (3, 5, 32), (-1, 2, 29), (-2, 1, 28), (-9, 1, 28)):
+        expected = piece.copy()
+        expected[1], expected[4] = velocity(loudest), velocity(softest)
+        np.testing.assert_array_equal(louden(piece, bins), expected)
+        assert louden(piece, bins).dtype == np.uint16
+
+
+@given(performances(), st.integers(-31, 31))
+def test_louder_tokens_are_a_valid_encoding(performance, bins):
+    tokens = encode(performance)
+    changed = louden(tokens, bins)
+    np.testing.assert_array_equal(encode(decode(changed)), changed)
+    np.testing.assert_array_equal(changed[tokens < VELOCITY], tokens[tokens < VELOCITY])
+
+
 # --- the draw --------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +248,11 @@ def test_draws_are_uniform_and_reach_both_ends():
     assert counts.min() > 400
     assert counts.max() < 600
     counts, _ = np.histogram(factors, bins=10, range=(0.9, 1.1))
+    assert {draw[2] for draw in draws} == {0}
+    louder = [Augmentation(velocity_bins=2).draw(rng)[2] for _ in range(1000)]
+    values, sizes = np.unique(louder, return_counts=True)
+    np.testing.assert_array_equal(values, np.arange(-2, 3))
+    assert sizes.min() > 130
     assert counts.sum() == 6000
     assert counts.min() > 500
     assert counts.max() < 700
@@ -235,7 +260,15 @@ def test_draws_are_uniform_and_reach_both_ends():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"min_semitones": 1}, {"max_semitones": -1}, {"max_semitones": 88}, {"min_stretch": 1.05}, {"max_stretch": 3.0}],
+    [
+        {"min_semitones": 1},
+        {"max_semitones": -1},
+        {"max_semitones": 88},
+        {"min_stretch": 1.05},
+        {"max_stretch": 3.0},
+        {"velocity_bins": -1},
+        {"velocity_bins": 32},
+    ],
 )
 def test_an_impossible_augmentation_is_refused(fields):
     with pytest.raises(ValueError, match=r"expected .* got"):

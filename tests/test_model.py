@@ -40,7 +40,7 @@ def padded(tokens, length):
     return np.concatenate([np.full(length - len(tokens), events.PAD), tokens]).astype(np.int32)[None]
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "latents", "kept_prefix", "dropout"))
+@functools.partial(jax.jit, static_argnames=("graph", "latents", "kept_prefix", "dropout", "input_dropout"))
 def compiled(graph, params, tokens, key=None, **options):
     return nnx.merge(graph, params)(tokens, key=key, **options)
 
@@ -164,6 +164,18 @@ def test_jit_equals_no_jit():
     np.testing.assert_allclose(logits_of(model, DISTINCT, latents=N), without_jit, rtol=1e-4, atol=1e-4)
 
 
+def test_hidden_inputs_are_not_seen():
+    def logits(tokens, rate, seed=0):
+        return logits_of(model_of(PLAIN), tokens, latents=N, input_dropout=rate, key=jax.random.key(seed))
+
+    others = (DISTINCT + 1) % events.EVENT_CLASSES
+    np.testing.assert_array_equal(logits(DISTINCT, 1.0), logits(others, 1.0))
+    assert np.abs(logits(DISTINCT, 0.0) - logits(others, 0.0)).max() > 1e-3
+    half = logits(DISTINCT, 0.5)
+    assert np.abs(half - logits(DISTINCT, 0.5, seed=1)).max() > 1e-3
+    assert np.abs(half - logits(DISTINCT, 0.0)).max() > 1e-3
+
+
 def test_dropout_is_drawn_from_the_key():
     def dropped(seed):
         return logits_of(model_of(PLAIN), DISTINCT, latents=N, dropout=0.3, key=jax.random.key(seed))
@@ -273,7 +285,8 @@ def test_sizes_that_cannot_be_are_refused(changes, message):
         ({"latents": 0}, r"latents must lie in 1\.\.16.*got 0"),
         ({"latents": M + 1}, r"latents must lie in 1\.\.16.*got 17"),
         ({"kept_prefix": 3}, "needs a key"),
-        ({"dropout": 0.1}, "needs a key"),
+        ({"dropout": 0.1}, "need a key"),
+        ({"input_dropout": 0.1}, "need a key"),
     ],
 )
 def test_calls_that_cannot_be_are_refused(options, message):

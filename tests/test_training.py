@@ -67,11 +67,16 @@ class CountingBatches:
 def compilations(tmp_path_factory):
     """Compiles each training step once, however many runs and processes use it; returns the folder."""
     folder = tmp_path_factory.mktemp("compilations")
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_enable_compilation_cache",
+    )
     before = [getattr(jax.config, name) for name in names]
     compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_enable_compilation_cache", True)
     yield folder
     compilation_cache.reset_cache()
     for name, value in zip(names, before, strict=True):
@@ -197,6 +202,7 @@ def in_a_process(code, compilations, **environment):
         cwd=Path(__file__).parents[1],
         env=os.environ
         | {"JAX_COMPILATION_CACHE_DIR": str(compilations), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+        | {"JAX_ENABLE_COMPILATION_CACHE": "true"}
         | environment,
         capture_output=True,
         text=True,
@@ -257,8 +263,31 @@ def test_the_averaged_model_is_validated_and_returned(every_step):
     output, validated, fitted = every_step
     logged = [line for line in log_of(output, "step", "validation") if line[1] is not None]
     assert logged == [(3, 1.0), (6, 2.0)]
-    np.testing.assert_array_equal(validated[1], fitted.model.head.bias[...])
+    np.testing.assert_array_equal(validated[0], fitted.model.head.bias[...])  # the one with the lowest figure
+    assert fitted.model_step == 3
     assert (validated[0] != validated[1]).any()
+
+
+def test_the_model_that_validated_best_survives_a_stop(tmp_path):
+    """Figures 3, 1, 2, 2.5, …, with a stop after each of them; the end of the run is validated too."""
+    figures, biases = iter([3.0, 1.0, 2.0, 2.5]), []
+    config = dataclasses.replace(TRAINING, steps=7, validate_every=2)
+
+    def validate(model):
+        biases.append(np.asarray(model.head.bias[...]))
+        return next(figures)
+
+    for steps, model_step in ((2, 2), (2, 4), (2, 4), (2, 4)):
+        StoppingBatches.left = steps
+        batches, final = StoppingBatches(), StoppingBatches()
+        resume = (tmp_path / "training").exists()
+        fitted = fit(
+            fresh_model(), config, batches, final_batches=final, output=tmp_path, resume=resume, validate=validate
+        )
+        assert fitted.model_step == model_step
+    assert fitted.finished
+    assert (7, 2.5) in log_of(tmp_path, "step", "validation")
+    np.testing.assert_array_equal(fitted.model.head.bias[...], biases[1])
 
 
 def test_the_end_of_a_run_reads_the_final_batches(uninterrupted):
