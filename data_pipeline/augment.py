@@ -1,8 +1,8 @@
 """Transposition, time stretch and loudness of event tokens: pure functions on whole pieces and on any window of one.
 
 The first two are what Oore et al. ("This Time with Feeling", 2018) do to performances, done to tokens: a transposed or
-louder window costs a few additions, a stretched one a sort. Stretching re-quantises: event times in steps are scaled and rounded, and the
-events are written again as `music_ar.events.encode` would write them.
+louder window costs a few additions, a stretched one a sort. Stretching re-quantises: event times in steps are scaled
+and rounded, and the events are written again as `music_ar.events.encode` would write them.
 """
 
 from __future__ import annotations

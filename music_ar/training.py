@@ -420,9 +420,9 @@ def fit(
                 state, metrics = train_step(state, _put_batch(batch, mesh), jnp.float32(rate))
                 step += 1
                 log.add(step, metrics, rate, batch)
-                if validate is not None and config.validate_every:
-                    if step % config.validate_every == 0 or log.share_done(step) >= 1:
-                        check()
+                validating = validate is not None and config.validate_every > 0
+                if validating and (step % config.validate_every == 0 or log.share_done(step) >= 1):
+                    check()
                 if log.elapsed_s >= next_save_s:
                     save()
                     next_save_s = log.elapsed_s + 60 * config.checkpoint_minutes
