@@ -1,0 +1,151 @@
+"""Decoding speed beside what a user would pick instead, at the same size: side by side in one run, on the CPU.
+
+    pip install -c requirements.lock . && pip install torch transformers einops fairscale
+    pip install --no-deps --ignore-requires-python perceiver-io==0.11.0
+    python benchmarks/peers.py
+
+- music-ar: the shipped model, 4,096 tokens of context, 1,024 latents, int8 weights.
+- perceiver-io 0.11 (Krasser and Stumpf; PyTorch): a Perceiver AR with its key/value cache, same widths and latents.
+- GPT-2 of Hugging Face's transformers (PyTorch): its cache, same width and depth, 2,048 tokens behind it.
+
+Their weights are random, since time does not depend on them, and they draw from the bare softmax. The tools take turns,
+so that a noisy machine is unjust to all of them alike.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+from perceiver.model.core.config import CausalSequenceModelConfig  # pyright: ignore[reportMissingImports]
+from perceiver.model.core.modules import CausalSequenceModel  # pyright: ignore[reportMissingImports]
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
+
+from music_ar import events
+from music_ar.checkpoint import load_released
+from music_ar.decoding import Decoder
+from music_ar.model import ModelConfig
+from music_ar.sampling import SamplingOptions
+
+# Makes so many more tokens, each from the ones before it.
+Make = Callable[[], None]
+
+
+def music_ar_decoder(latents: int, batch: int, tokens: int) -> Make:
+    """Ours, as `Generator` uses it."""
+    decoder, filters = Decoder(load_released()), SamplingOptions().filters()
+    prompt = np.resize(np.array([events.NOTE_ON + 60, events.TIME_SHIFT + 19, events.NOTE_OFF + 60]), 4096)
+    prompt[:2] = events.START, events.VELOCITY + 15
+    prompts = [prompt.astype(np.int32)] * batch
+    state = decoder.start(prompts, latents=latents, seeds=range(batch), limit_steps=2**30)
+
+    def make() -> None:
+        nonlocal state
+        state, made = decoder.decode(state, filters, length=tokens)
+        jax.block_until_ready(made)
+
+    return make
+
+
+def perceiver_io(config: ModelConfig, latents: int, tokens: int) -> tuple[Make, int]:
+    """perceiver-io's model in its steady state: both caches are full and cut by one at each token, as it does."""
+    model = CausalSequenceModel(
+        CausalSequenceModelConfig(
+            vocab_size=config.vocabulary_size,
+            max_seq_len=config.context,
+            max_latents=latents,
+            num_channels=config.width,
+            num_heads=config.heads,
+            num_self_attention_layers=config.layers,
+            num_self_attention_rotary_layers=-1,
+        )
+    ).eval()
+    prefix = config.context - latents
+    with torch.inference_mode():
+        output = model(torch.randint(0, 388, (1, config.context)), prefix_len=prefix, kv_cache=[])
+    token, cache = _draw(output.logits), output.kv_cache
+
+    def make() -> None:
+        nonlocal token, cache
+        with torch.inference_mode():
+            for _ in range(tokens):
+                kept = [config.context - 1, *[latents - 1] * config.layers]
+                cache = [(k[:, -n:], v[:, -n:]) for (k, v), n in zip(cache, kept, strict=True)]
+                output = model(token, prefix_len=prefix, kv_cache=cache)
+                token, cache = _draw(output.logits), output.kv_cache
+
+    return make, sum(p.numel() for p in model.parameters())
+
+
+def gpt2(config: ModelConfig, behind: int, tokens: int) -> tuple[Make, int]:
+    """GPT-2 with `behind` tokens in its cache at the start of each call."""
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocabulary_size,
+            n_positions=behind + tokens + 1,
+            n_embd=config.width,
+            n_layer=config.layers,
+            n_head=config.heads,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
+    cache = DynamicCache()
+    with torch.inference_mode():
+        token = _draw(model(torch.randint(0, 388, (1, behind)), past_key_values=cache, use_cache=True).logits)
+
+    def make() -> None:
+        nonlocal token
+        if made := cache.get_seq_length() - behind:
+            cache.crop(-made)
+        with torch.inference_mode():
+            for _ in range(tokens):
+                token = _draw(model(token, past_key_values=cache, use_cache=True).logits)
+
+    return make, sum(p.numel() for p in model.parameters())
+
+
+def _draw(logits: torch.Tensor) -> torch.Tensor:
+    return torch.multinomial(torch.softmax(logits[:, -1], dim=-1), 1)
+
+
+def main() -> None:
+    """Prints a table and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latents", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    config, latents, tokens = load_released().config, arguments.latents, 32
+    size = sum(array.size for array in jax.tree.leaves(Decoder(load_released(), int8=False).params))
+    ours, four = music_ar_decoder(latents, 1, tokens), music_ar_decoder(latents, 4, tokens)
+    perceiver, perceiver_size = perceiver_io(config, latents, tokens)
+    transformer, transformer_size = gpt2(config, 2048, tokens)
+    tools = {
+        "music-ar": (ours, tokens, size),
+        "music-ar, four pieces at once": (four, 4 * tokens, size),
+        "perceiver-io 0.11": (perceiver, tokens, perceiver_size),
+        "GPT-2, transformers": (transformer, tokens, transformer_size),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in tools}
+    for turn in range(arguments.rounds + 1):
+        for name, (make, _, _) in tools.items():
+            began = time.perf_counter()
+            make()
+            if turn:  # the first one compiles and warms up
+                seconds[name].append(time.perf_counter() - began)
+    rows = []
+    print(f"{'':32}{'parameters':>12}{'tokens/s':>10}{'ours is':>10}")
+    first = tokens / statistics.median(seconds["music-ar"])
+    for name, (_, made, parameters) in tools.items():
+        speed = made / statistics.median(seconds[name])
+        print(f"{name:32}{parameters:12,}{speed:10.1f}{first / speed:9.1f}x")
+        rows.append({"tool": name, "parameters": parameters, "tokens_per_s": speed})
+    print(json.dumps({"latents": latents, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
