@@ -1,9 +1,10 @@
-"""The command `music-ar`: prepare | train | evaluate | generate | inspect | bench.
+"""The command `music-ar`: prepare | train | evaluate | generate | render | inspect | bench.
 
 A command is a frozen dataclass: its fields are the options, its `run` does the work. Only the command that is asked for
 is loaded, and `run` imports what it needs when it needs it, so `music-ar --help` never waits for JAX.
 
-Exit codes: 0 done, 2 wrong use or bad input (said on standard error, never a traceback), 1 our own failure.
+Exit codes: 0 done, 2 wrong use or bad input (said on standard error, never a traceback), 3 some of many pieces failed,
+1 our own failure.
 """
 
 import argparse
@@ -31,6 +32,7 @@ COMMANDS = {
     "train": ("token shards -> a model", "app.train:Train"),
     "evaluate": ("score a model on a split", "app.cli:Evaluate"),
     "generate": ("a new piece, or the continuation of one, as MIDI", "app.cli:Generate"),
+    "render": ("many pieces, unattended and resumable", "app.batch:Render"),
     "inspect": ("what we read in a MIDI file", "app.cli:Inspect"),
     "bench": ("how fast this machine decodes", "app.bench:Bench"),
 }
@@ -41,8 +43,8 @@ PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B"
 class Command(Protocol):
     """What a command is: options in its fields, work in `run`."""
 
-    def run(self) -> None:
-        """Does the work and prints the result."""
+    def run(self) -> int | None:
+        """Does the work and prints the result; returns the exit code if that is not 0."""
         ...
 
 
@@ -237,8 +239,8 @@ class Generate:
             write_midi(piece, path)
             print(f"{path}: {len(piece)} notes, {piece.duration_s:.1f} s, seed {seed}")
         print(
-            f"made {chunk.seconds_made:.1f} s of music in {elapsed_s:.1f} s, {chunk.seconds_made / elapsed_s:.2f} times "
-            f"real time; first notes after {first_s:.1f} s; {composition.latents} latents"
+            f"made {chunk.seconds_made:.1f} s of music in {elapsed_s:.1f} s, {chunk.seconds_made / elapsed_s:.2f} "
+            f"times real time; first notes after {first_s:.1f} s; {composition.latents} latents"
         )
 
 
@@ -370,7 +372,7 @@ def parse(arguments: Sequence[str]) -> Command:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; an error that is our own failure is left to propagate."""
     try:
-        parse(sys.argv[1:] if arguments is None else arguments).run()
+        return parse(sys.argv[1:] if arguments is None else arguments).run() or 0
     except BrokenPipeError:  # the reader of our output, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
