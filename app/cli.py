@@ -246,41 +246,99 @@ class Generate:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Prints what we read in a MIDI file, the sustain pedal folded into the notes.
+    """Prints what we read in a MIDI file, beside MAESTRO's figures; the sustain pedal is folded into the notes.
+
+    Example: music-ar inspect mine.mid longer.mid --plot rolls.png
 
     Attributes:
         file: the MIDI file.
+        other: another one, to set beside it.
         tokens: print its event tokens instead, one a line: time in seconds, id, meaning.
+        plot: picture of the piano rolls to write, PNG, SVG or PDF; needs the extra `plot`.
     """
 
     file: tyro.conf.Positional[Path]
+    other: tyro.conf.Positional[Path | None] = None
     tokens: bool = False
+    plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens and self.other is not None:
+            raise CommandError("--tokens prints one file")
 
     def run(self) -> None:
-        """Prints the summary or the tokens."""
-        performance = read_performance(self.file)
-        lines = token_lines(performance) if self.tokens else summary_lines(performance)
-        for line in lines:
-            print(line)
+        """Prints the summary or the tokens, and draws."""
+        files = [self.file] if self.other is None else [self.file, self.other]
+        if self.plot is not None:
+            check_writable(self.plot)
+        performances = [read_performance(file) for file in files]
+        if self.tokens:
+            for line in token_lines(performances[0]):
+                print(line)
+        else:
+            columns = [summary(performance) for performance in performances]
+            real = {name: maestro_figure(name) for name in columns[0]}
+            header = ["", *(file.name for file in files), "MAESTRO: least / median / most"]
+            print_table(header, [[name, *(column[name] for column in columns), real[name]] for name in columns[0]])
+            if self.other is not None:
+                print(f"notes in common  {common_notes(*performances)}")
+        if self.plot is not None:
+            from app.piano_roll import draw
+
+            draw([(str(file), piece) for file, piece in zip(files, performances, strict=True)], self.plot)
 
 
-def summary_lines(performance: "Performance") -> Iterator[str]:
-    """The figures that `music-ar inspect` prints, a line each."""
+def summary(performance: "Performance") -> dict[str, str]:
+    """The figures that `music-ar inspect` prints, by their names."""
     from music_ar.events import encode
     from music_ar.statistics import Statistics
 
     figures = Statistics.of(performance)
     low, high = figures.lowest_pitch, figures.highest_pitch
-    yield f"notes            {figures.notes}"
-    yield f"length           {performance.duration_s:.2f} s ({clock(performance.duration_s)})"
-    yield f"first note at    {performance.onset_s[0]:.2f} s"
-    yield f"notes a second   {figures.notes_per_s:.2f}"
-    yield f"notes at once    {figures.mean_polyphony:.2f} on average"
-    yield f"pitches          {pitch_name(low)} to {pitch_name(high)} ({low} to {high})"
-    yield f"velocities       {figures.softest} to {figures.loudest}, median {figures.median_velocity:g}"
-    yield f"longest silence  {figures.longest_silence_s:.2f} s"
-    yield f"event tokens     {len(encode(performance))}"
-    yield "sustain pedal    folded into the ends of the notes"
+    return {
+        "notes": f"{figures.notes}",
+        "length": f"{performance.duration_s:.2f} s ({clock(performance.duration_s)})",
+        "first note at": f"{performance.onset_s[0]:.2f} s",
+        "notes a second": f"{figures.notes_per_s:.2f}",
+        "notes at once": f"{figures.mean_polyphony:.2f} on average",
+        "lowest pitch": f"{pitch_name(low)} ({low})",
+        "highest pitch": f"{pitch_name(high)} ({high})",
+        "softest velocity": f"{figures.softest}",
+        "median velocity": f"{figures.median_velocity:g}",
+        "loudest velocity": f"{figures.loudest}",
+        "longest silence": f"{figures.longest_silence_s:.2f} s",
+        "event tokens": f"{len(encode(performance))}",
+    }
+
+
+def maestro_figure(name: str) -> str:
+    """What a figure of `summary` is in the beginnings of real pieces, if that was measured."""
+    from music_ar.statistics import MAESTRO
+
+    fields = {
+        "notes a second": "notes_per_s",
+        "notes at once": "mean_polyphony",
+        "lowest pitch": "lowest_pitch",
+        "highest pitch": "highest_pitch",
+        "softest velocity": "softest",
+        "median velocity": "median_velocity",
+        "loudest velocity": "loudest",
+        "longest silence": "longest_silence_s",
+    }
+    return " / ".join(f"{value:g}" for value in MAESTRO[fields[name]]) if name in fields else ""
+
+
+def common_notes(first: "Performance", second: "Performance") -> str:
+    """How many notes begin in both at the same time (in steps of 10 ms) and pitch, and until when all do."""
+    import numpy as np
+
+    from music_ar.events import quantize
+
+    struck = [set(zip(quantize(p.onset_s).tolist(), p.pitch.tolist(), strict=True)) for p in (first, second)]
+    both = struck[0] & struck[1]
+    parting = min(struck[0] ^ struck[1], default=None)
+    until = "throughout" if parting is None else f"and all until {np.round(parting[0] / 100, 2):.2f} s"
+    return f"{len(both)} of {len(struck[0])} and {len(struck[1])}, {until}"
 
 
 def token_lines(performance: "Performance") -> Iterator[str]:
