@@ -115,7 +115,7 @@ class _Batch:
         self._options = [SamplingOptions()] * rows
         self._filters = _stacked(self._options)
         self._making: dict[int, Job] = {}
-        self._parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self._parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._prefilled: tuple[tuple[bytes, int], DecodeState] | None = None
 
     @property
@@ -134,7 +134,7 @@ class _Batch:
         self._state = self._state.replaced(row, self._started(job))
         self._options[row] = job.options
         self._filters = _stacked(self._options)
-        self._making[row], self._parts[row] = job, []
+        self._making[row], self._parts[row] = job, (np.zeros(0, np.int32), np.zeros(0, np.float32))
 
     def _started(self, job: Job) -> DecodeState:
         """The job's first state; variations of one prompt, which mostly come one after another, share its prefill."""
@@ -152,20 +152,25 @@ class _Batch:
         steps, finished = 0, []
         for row, job in list(self._making.items()):
             real = tokens_BxT[row] != events.PAD
-            parts = self._parts[row]
-            parts.append((tokens_BxT[row][real], nats_BxT[row][real]))
-            steps += events.length_steps(parts[-1][0])
-            tokens, nats = (np.concatenate(part) for part in zip(*parts, strict=True))
+            before, before_nats = self._parts[row]
+            tokens = np.concatenate([before, tokens_BxT[row][real]])
+            nats = np.concatenate([before_nats, nats_BxT[row][real]])
+            steps += _music_steps(tokens, job) - _music_steps(before, job)
             end = _finished_at(tokens, job)
             if end is not None:
                 finished.append(Made(job, tokens[:end], nats[:end]))
                 del self._making[row], self._parts[row]
             else:
-                self._parts[row] = [(tokens, nats)]
+                self._parts[row] = tokens, nats
         if finished:  # an idle row costs its share of a step, but waits for nobody and keeps nobody waiting
             idle = np.array([row not in self._making for row in range(self._rows)])
             self._state = self._state._replace(ended_B=jnp.asarray(idle))
         return steps, finished
+
+
+def _music_steps(tokens: Int[np.ndarray, " T"], job: Job) -> int:
+    """Of the music in the tokens, what was asked for."""
+    return min(events.length_steps(tokens), job.limit_steps)
 
 
 def _finished_at(tokens: Int[np.ndarray, " T"], job: Job) -> int | None:
