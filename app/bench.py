@@ -1,10 +1,11 @@
-"""`music-ar bench`: how fast this machine decodes, and what each latent budget costs in likelihood."""
+"""`music-ar bench`: how fast this machine decodes and renders, and what each latent budget costs in likelihood."""
 
 import dataclasses
 import itertools
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from music_ar import events
 from music_ar.checkpoint import load_released, write_atomically
 from music_ar.decoding import Decoder, DecodeState, WindowMode
 from music_ar.evaluation import score_decoding
-from music_ar.generator import CHUNK_TOKENS, MAESTRO_TOKENS_PER_S
+from music_ar.generator import CHUNK_TOKENS, MAESTRO_TOKENS_PER_S, Chunk, Generator, Piece, Request
 from music_ar.model import PerceiverAR
 from music_ar.sampling import SamplingOptions
 
@@ -44,11 +45,32 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
-    """Times decoding under latent budgets; with prepared data, also scores each budget through the decoder.
+class RenderRow:
+    """One way to make many pieces, as in the JSON line."""
 
-    Prints a table and, last, one line of JSON. The limit is the machine's memory bandwidth, measured in the same run by
-    a large matrix-vector product: a step must read every weight and every cache once.
+    way: str
+    latents: int
+    batch: int
+    pieces: int
+    seconds_of_music: float
+    seconds_spent: float
+    tokens_per_s: float
+    times_real_time: float
+    times_the_loop: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Times decoding under latent budgets, or rendering many pieces.
+
+    Example: music-ar bench render --latents 1024 --made 32 --seconds 60
+
+    decode: with prepared data, also scores each budget through the decoder.
+    render: `Generator.generate_many`, which `music-ar render` is made of, beside a plain loop over `generate`; both
+    warmed up, both with the seeds 0, 1, ….
+
+    Prints a table and, last, one line of JSON. For decode, the limit is the machine's memory bandwidth, measured in the
+    same run by a large matrix-vector product: a step must read every weight and every cache once.
 
     Attributes:
         what: what to time.
@@ -56,35 +78,62 @@ class Bench:
         latents: latent budgets.
         mode: how the windows of latents go on once they are full.
         context: contexts to give the model; by default its own.
-        batch: pieces at once.
+        batch: pieces at once; by default 1 and 4 to decode, and what `music-ar render` takes to render.
         tokens: tokens a piece to time, after the first chunk.
         data: folder that `music-ar prepare` wrote; without it there is no score.
         pieces: validation pieces to score.
         piece_tokens: how much of each, from its start.
+        made: render: pieces to make.
+        looped: render: how many of them the plain loop makes; it is timed by these.
+        seconds: render: music a piece.
         output: JSON file to write as well.
     """
 
-    what: tyro.conf.Positional[Literal["decode"]]
+    what: tyro.conf.Positional[Literal["decode", "render"]]
     checkpoint: str | None = None
     latents: tuple[int, ...] = (64, 256, 1024, 2048)
     mode: tuple[WindowMode, ...] = ("sliding",)
     context: tuple[int, ...] = ()
-    batch: tuple[int, ...] = (1, 4)
+    batch: tuple[int, ...] = ()
     tokens: int = 256
     data: Path | None = None
     pieces: int = 8
     piece_tokens: int = 4096
+    made: int = 32
+    looped: int = 4
+    seconds: float = 60.0
     output: Path | None = None
 
     def __post_init__(self) -> None:
         if min((self.tokens, self.pieces, self.piece_tokens, *self.latents, *self.context, *self.batch)) < 1:
             raise CommandError("every number must be at least 1")
+        if not 1 <= self.looped <= self.made or not 0 < self.seconds < float("inf"):
+            raise CommandError("expected 1 <= --looped <= --made and --seconds above 0")
 
     def run(self) -> None:
         """Prints the table and the line of JSON."""
         model = load_released(self.checkpoint)
         if max(self.latents) > model.config.latents:
             raise CommandError(f"--latents must be at most {model.config.latents}, got {max(self.latents)}")
+        rows, facts = self._render(model) if self.what == "render" else self._decode(model)
+        names = [field.name for field in dataclasses.fields(rows[0])]
+        print_table(
+            [name.replace("_", " ") for name in names], [[_cell(getattr(row, n)) for n in names] for row in rows]
+        )
+        result = json.dumps(
+            {
+                "benchmark": self.what,
+                "device": jax.devices()[0].device_kind,
+                "checkpoint": self.checkpoint,
+                **facts,
+                "rows": [dataclasses.asdict(row) for row in rows],
+            }
+        )
+        if self.output is not None:
+            write_atomically(self.output, result.encode() + b"\n")
+        print(result)
+
+    def _decode(self, model: PerceiverAR) -> tuple[list[Row], dict[str, float]]:
         pieces = self._pieces()
         bytes_per_s = read_bandwidth()
         rows = []
@@ -95,22 +144,64 @@ class Bench:
                 decoder = Decoder(with_context(model, context))
                 line.report(0.0, f"context {context}, {mode}, {latents} latents")
                 nats = score_decoding(decoder, pieces, latents=latents, mode=mode).nats_per_token if pieces else None
-                rows += [self._row(decoder, latents, mode, batch, nats, bytes_per_s) for batch in self.batch]
-        names = [field.name for field in dataclasses.fields(Row)]
-        print_table(
-            [name.replace("_", " ") for name in names], [[_cell(getattr(row, n)) for n in names] for row in rows]
+                batches = self.batch or (1, 4)
+                rows += [self._row(decoder, latents, mode, batch, nats, bytes_per_s) for batch in batches]
+        return rows, {"bytes_per_s": round(bytes_per_s)}
+
+    def _render(self, model: PerceiverAR) -> tuple[list[RenderRow], dict[str, float]]:
+        generator, rows = Generator(model), []
+        with ProgressLine("rendering") as line:
+            for latents, mode in itertools.product(self.latents, self.mode):
+                loop = self._loop(generator, latents, mode)
+                rows.append(loop)
+                line.report(0.0, f"a plain loop: {loop.tokens_per_s:.0f} tokens/s")
+                batches = self.batch or (generator.batch_size(latents, mode),)
+                rows += [self._many(generator, latents, mode, batch, loop) for batch in batches]
+        return rows, {"seconds": self.seconds}
+
+    def _loop(self, generator: Generator, latents: int, mode: WindowMode) -> RenderRow:
+        generator.generate(seconds=0.1, latents=latents, mode=mode, seed=0)  # compiles
+        tokens, music_s, began = 0, 0.0, time.perf_counter()
+        for seed in range(self.looped):
+            chunks: list[Chunk] = []
+            generator.generate(seconds=self.seconds, latents=latents, mode=mode, seed=seed, progress=chunks.append)
+            tokens += chunks[-1].tokens
+            music_s += chunks[-1].seconds_made
+        spent_s = time.perf_counter() - began
+        return RenderRow(
+            way="loop",
+            latents=latents,
+            batch=1,
+            pieces=self.looped,
+            seconds_of_music=music_s,
+            seconds_spent=spent_s,
+            tokens_per_s=tokens / spent_s,
+            times_real_time=music_s / spent_s,
+            times_the_loop=1.0,
         )
-        result = json.dumps(
-            {
-                "device": jax.devices()[0].device_kind,
-                "checkpoint": self.checkpoint,
-                "bytes_per_s": round(bytes_per_s),
-                "rows": [dataclasses.asdict(row) for row in rows],
-            }
+
+    def _many(self, generator: Generator, latents: int, mode: WindowMode, batch: int, loop: RenderRow) -> RenderRow:
+        def pieces(seconds: float) -> Iterator[Piece]:
+            requests = (Request(seconds=seconds, latents=latents, mode=mode, seed=seed) for seed in range(self.made))
+            return generator.generate_many(requests, batch_size=batch)
+
+        next(pieces(0.1))  # compiles
+        tokens, music_s, began = 0, 0.0, time.perf_counter()
+        for piece in pieces(self.seconds):
+            tokens += piece.tokens
+            music_s += min(piece.continuation.duration_s, self.seconds)
+        spent_s = time.perf_counter() - began
+        return RenderRow(
+            way="render",
+            latents=latents,
+            batch=batch,
+            pieces=self.made,
+            seconds_of_music=music_s,
+            seconds_spent=spent_s,
+            tokens_per_s=tokens / spent_s,
+            times_real_time=music_s / spent_s,
+            times_the_loop=tokens / spent_s / loop.tokens_per_s,
         )
-        if self.output is not None:
-            write_atomically(self.output, result.encode() + b"\n")
-        print(result)
 
     def _pieces(self) -> list[np.ndarray]:
         if self.data is None:

@@ -1,9 +1,10 @@
-"""The command `music-ar`: prepare | train | evaluate | generate | inspect | bench.
+"""The command `music-ar`: prepare | train | evaluate | generate | render | inspect | bench.
 
 A command is a frozen dataclass: its fields are the options, its `run` does the work. Only the command that is asked for
 is loaded, and `run` imports what it needs when it needs it, so `music-ar --help` never waits for JAX.
 
-Exit codes: 0 done, 2 wrong use or bad input (said on standard error, never a traceback), 1 our own failure.
+Exit codes: 0 done, 2 wrong use or bad input (said on standard error, never a traceback), 3 some of many pieces failed,
+1 our own failure.
 """
 
 import argparse
@@ -32,6 +33,7 @@ COMMANDS = {
     "train": ("token shards -> a model", "app.train:Train"),
     "evaluate": ("score a model on a split", "app.cli:Evaluate"),
     "generate": ("a new piece, or the continuation of one, as MIDI", "app.cli:Generate"),
+    "render": ("many pieces, unattended and resumable", "app.batch:Render"),
     "inspect": ("what we read in a MIDI file", "app.cli:Inspect"),
     "bench": ("how fast this machine decodes", "app.bench:Bench"),
 }
@@ -42,8 +44,8 @@ PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B"
 class Command(Protocol):
     """What a command is: options in its fields, work in `run`."""
 
-    def run(self) -> None:
-        """Does the work and prints the result."""
+    def run(self) -> int | None:
+        """Does the work and prints the result; returns the exit code if that is not 0."""
         ...
 
 
@@ -246,41 +248,99 @@ class Generate:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Prints what we read in a MIDI file, the sustain pedal folded into the notes.
+    """Prints what we read in a MIDI file, beside MAESTRO's figures; the sustain pedal is folded into the notes.
+
+    Example: music-ar inspect mine.mid longer.mid --plot rolls.png
 
     Attributes:
         file: the MIDI file.
+        other: another one, to set beside it.
         tokens: print its event tokens instead, one a line: time in seconds, id, meaning.
+        plot: picture of the piano rolls to write, PNG, SVG or PDF; needs the extra `plot`.
     """
 
     file: tyro.conf.Positional[Path]
+    other: tyro.conf.Positional[Path | None] = None
     tokens: bool = False
+    plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens and self.other is not None:
+            raise CommandError("--tokens prints one file")
 
     def run(self) -> None:
-        """Prints the summary or the tokens."""
-        performance = read_performance(self.file)
-        lines = token_lines(performance) if self.tokens else summary_lines(performance)
-        for line in lines:
-            print(line)
+        """Prints the summary or the tokens, and draws."""
+        files = [self.file] if self.other is None else [self.file, self.other]
+        if self.plot is not None:
+            check_writable(self.plot)
+        performances = [read_performance(file) for file in files]
+        if self.tokens:
+            for line in token_lines(performances[0]):
+                print(line)
+        else:
+            columns = [summary(performance) for performance in performances]
+            real = {name: maestro_figure(name) for name in columns[0]}
+            header = ["", *(file.name for file in files), "MAESTRO: least / median / most"]
+            print_table(header, [[name, *(column[name] for column in columns), real[name]] for name in columns[0]])
+            if self.other is not None:
+                print(f"notes in common  {common_notes(*performances)}")
+        if self.plot is not None:
+            from app.piano_roll import draw
+
+            draw([(str(file), piece) for file, piece in zip(files, performances, strict=True)], self.plot)
 
 
-def summary_lines(performance: "Performance") -> Iterator[str]:
-    """The figures that `music-ar inspect` prints, a line each."""
+def summary(performance: "Performance") -> dict[str, str]:
+    """The figures that `music-ar inspect` prints, by their names."""
     from music_ar.events import encode
     from music_ar.statistics import Statistics
 
     figures = Statistics.of(performance)
     low, high = figures.lowest_pitch, figures.highest_pitch
-    yield f"notes            {figures.notes}"
-    yield f"length           {performance.duration_s:.2f} s ({clock(performance.duration_s)})"
-    yield f"first note at    {performance.onset_s[0]:.2f} s"
-    yield f"notes a second   {figures.notes_per_s:.2f}"
-    yield f"notes at once    {figures.mean_polyphony:.2f} on average"
-    yield f"pitches          {pitch_name(low)} to {pitch_name(high)} ({low} to {high})"
-    yield f"velocities       {figures.softest} to {figures.loudest}, median {figures.median_velocity:g}"
-    yield f"longest silence  {figures.longest_silence_s:.2f} s"
-    yield f"event tokens     {len(encode(performance))}"
-    yield "sustain pedal    folded into the ends of the notes"
+    return {
+        "notes": f"{figures.notes}",
+        "length": f"{performance.duration_s:.2f} s ({clock(performance.duration_s)})",
+        "first note at": f"{performance.onset_s[0]:.2f} s",
+        "notes a second": f"{figures.notes_per_s:.2f}",
+        "notes at once": f"{figures.mean_polyphony:.2f} on average",
+        "lowest pitch": f"{pitch_name(low)} ({low})",
+        "highest pitch": f"{pitch_name(high)} ({high})",
+        "softest velocity": f"{figures.softest}",
+        "median velocity": f"{figures.median_velocity:g}",
+        "loudest velocity": f"{figures.loudest}",
+        "longest silence": f"{figures.longest_silence_s:.2f} s",
+        "event tokens": f"{len(encode(performance))}",
+    }
+
+
+def maestro_figure(name: str) -> str:
+    """What a figure of `summary` is in the beginnings of real pieces, if that was measured."""
+    from music_ar.statistics import MAESTRO
+
+    fields = {
+        "notes a second": "notes_per_s",
+        "notes at once": "mean_polyphony",
+        "lowest pitch": "lowest_pitch",
+        "highest pitch": "highest_pitch",
+        "softest velocity": "softest",
+        "median velocity": "median_velocity",
+        "loudest velocity": "loudest",
+        "longest silence": "longest_silence_s",
+    }
+    return " / ".join(f"{value:g}" for value in MAESTRO[fields[name]]) if name in fields else ""
+
+
+def common_notes(first: "Performance", second: "Performance") -> str:
+    """How many notes begin in both at the same time (in steps of 10 ms) and pitch, and until when all do."""
+    import numpy as np
+
+    from music_ar.events import quantize
+
+    struck = [set(zip(quantize(p.onset_s).tolist(), p.pitch.tolist(), strict=True)) for p in (first, second)]
+    both = struck[0] & struck[1]
+    parting = min(struck[0] ^ struck[1], default=None)
+    until = "throughout" if parting is None else f"and all until {np.round(parting[0] / 100, 2):.2f} s"
+    return f"{len(both)} of {len(struck[0])} and {len(struck[1])}, {until}"
 
 
 def token_lines(performance: "Performance") -> Iterator[str]:
@@ -374,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What JAX compiles is kept for the next start. JAX reads this when it is imported, which is later.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", platformdirs.user_cache_dir("music-ar", appauthor=False))
     try:
-        parse(sys.argv[1:] if arguments is None else arguments).run()
+        return parse(sys.argv[1:] if arguments is None else arguments).run() or 0
     except BrokenPipeError:  # the reader of our output, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

@@ -12,11 +12,11 @@ import json
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from app.piano_roll import draw
 from data_pipeline.maestro import MidiFiles, read_table
 from music_ar import Generator, Performance, read_midi
 from music_ar.statistics import Statistics
@@ -59,7 +59,8 @@ def main() -> None:
         table.add_row(name.replace("_", " "), spread(figures["real"][name]), spread(figures["generated"][name]))
     Console().print(table)
     if arguments.picture is not None:
-        draw(real[:: len(real) // 2][:2], generated[:2], arguments.seconds, arguments.picture)
+        rolls = [("MAESTRO test", piece) for piece in real[:: len(real) // 2][:2]]
+        draw(rolls + [("generated", piece) for piece in generated[:2]], arguments.picture, seconds=arguments.seconds)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("maestro", "picture")}
     spreads = {kind: {name: spread(values) for name, values in of.items()} for kind, of in figures.items()}
     print(json.dumps({"benchmark": "music", **settings, "seconds_spent": round(spent_s, 1), **spreads}))
@@ -75,26 +76,6 @@ def real_beginnings(maestro: Path, seconds: float) -> list[Performance]:
 def spread(values: list[float]) -> str:
     """Minimum, median and maximum."""
     return " / ".join(f"{value:.4g}" for value in (min(values), float(np.median(values)), max(values)))
-
-
-def draw(real: list[Performance], generated: list[Performance], seconds: float, picture: Path) -> None:
-    """Piano rolls, one below the other; darker is louder."""
-    rows = [("MAESTRO test", piece) for piece in real] + [("generated", piece) for piece in generated]
-    figure, axes = plt.subplots(len(rows), 1, figsize=(12, 2.1 * len(rows)), sharex=True, layout="constrained")
-    for axis, (title, piece) in zip(np.atleast_1d(axes), rows, strict=True):
-        axis.barh(
-            piece.pitch,
-            piece.offset_s - piece.onset_s,
-            left=piece.onset_s,
-            height=1.0,
-            color=plt.get_cmap("viridis_r")(piece.velocity / 127),
-        )
-        axis.set(ylim=(20, 109), yticks=range(24, 109, 12), ylabel="MIDI pitch", xlim=(0, seconds))
-        axis.set_title(title, loc="left", fontsize=10)
-        axis.grid(axis="y", linewidth=0.3)
-    np.atleast_1d(axes)[-1].set_xlabel("seconds")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
 
 
 if __name__ == "__main__":

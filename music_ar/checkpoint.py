@@ -191,6 +191,16 @@ def load_released(source: str | os.PathLike[str] | None = None, *, dtype: jnp.dt
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
+def identity(source: str | os.PathLike[str] | None = None) -> dict[str, str | None]:
+    """Which model `load_released` would load: its name, and the SHA-256 of its weights.
+
+    Raises:
+        CheckpointError: as `load_released`, of the config alone.
+    """
+    _, sha256 = _read_config(_folder_of(source) / CONFIG)
+    return {"name": DEFAULT_RELEASE if source is None else Path(source).name, "weights_sha256": sha256}
+
+
 def _read_tensors(path: Path, sha256: str | None) -> dict[str, np.ndarray]:
     try:
         data = path.read_bytes()

@@ -64,11 +64,12 @@ class Caches(NamedTuple):
 class DecodeState(NamedTuple):
     """All that decoding carries from token to token; one pytree, donated to each call.
 
-    The rows of a batch share a clock, so that all write the same slot; each has its own time of birth, and what it
-    computes depends on the time since then alone.
+    Each row has its own clock, which says the slots of its rings, and its own time of birth; what it computes depends
+    on the time since then alone. So a row can be replaced at any time, and its sums run over the slots in one order
+    whatever its batch-mates do: a piece is the same to the last bit in whichever row, and whenever, it is made.
 
     Attributes:
-        clock: time of `pending`, counted over the batch.
+        clock_B: time of `pending`.
         birth_B: clock at which the row's piece began; negative if its start lies before what was prefilled.
         budget_B: the latent budget n.
         recent_BxL: the last tokens, `pending` last: what the convolution reads.
@@ -80,7 +81,7 @@ class DecodeState(NamedTuple):
         ended_B: whether the piece has ended by itself; from then on its tokens are `events.PAD`.
     """
 
-    clock: Int[Array, ""]
+    clock_B: Int[Array, " B"]
     birth_B: Int[Array, " B"]
     budget_B: Int[Array, " B"]
     recent_BxL: Int[Array, "B L"]
@@ -109,7 +110,17 @@ class DecodeState(NamedTuple):
             each = leaf.shape[0] // B  # cache rows a batch row
             return leaf.reshape(B, each, *leaf.shape[1:])[index].reshape(-1, *leaf.shape[1:])
 
-        return DecodeState(jnp.copy(self.clock), *jax.tree.map(of_rows, tuple(self)[1:]))
+        return jax.tree.map(of_rows, self)
+
+    def replaced(self, row: int, newcomer: "DecodeState") -> "DecodeState":
+        """The state with another piece in one row, as `Decoder.start` made it alone; the other rows go on as they were.
+
+        Args:
+            row: whose place the newcomer takes.
+            newcomer: a state of one row, with rings and windows of the same size; it can be used again. The state that
+                is replaced cannot: its buffers are taken over.
+        """
+        return _replace_row(self, row, newcomer)
 
 
 class Decoder:
@@ -171,7 +182,7 @@ class Decoder:
             row[P + L - len(kept) :] = kept
         grammars = [events.grammar_after(prompt) for prompt in prompts]
         state = DecodeState(
-            clock=jnp.int32(P),
+            clock_B=jnp.full(B, P, jnp.int32),
             birth_B=jnp.array([P + 1 - len(prompt) for prompt in prompts], jnp.int32),
             budget_B=jnp.full(B, max(2, latents), jnp.int32),
             recent_BxL=jnp.asarray(tokens_BxP[:, P:]),
@@ -203,12 +214,23 @@ class Decoder:
 
         Args:
             state: where to go on from; donated.
-            filters: how to sample.
+            filters: how to sample; all rows alike, or arrays with one entry a row.
             length: tokens a row; it is compiled in.
 
         Returns:
             The state, whose pending tokens are the last sampled, and the tokens, `events.PAD` after a row has ended
             or all are done.
+        """
+        return self.decode_scored(state, filters, length=length)[:2]
+
+    def decode_scored(
+        self, state: DecodeState, filters: Filters, *, length: int
+    ) -> tuple[DecodeState, Int[Array, "B length"], Float[Array, "B length"]]:
+        """Like `decode`, and says how surprising each token was.
+
+        Returns:
+            The state, the tokens, and for each token -log p in nats under the model itself: before grammar,
+            temperature and filters, as `evaluation` scores.
         """
         return _decode(self.graph, self.params, state, filters, length)
 
@@ -225,6 +247,16 @@ class Decoder:
             The state, and the logits that each token was predicted with.
         """
         return _force(self.graph, self.params, state, jnp.asarray(tokens_BxT))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _replace_row(state: DecodeState, row: Int[Array, ""] | int, newcomer: DecodeState) -> DecodeState:
+    B = state.birth_B.shape[0]
+
+    def with_row(leaf: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(leaf, new, row * (leaf.shape[0] // B), axis=0)
+
+    return jax.tree.map(with_row, state, newcomer)
 
 
 class _Graph:
@@ -248,25 +280,28 @@ def ring_size(latents: int) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def _decode(
     graph: _Graph, params: nnx.State, state: DecodeState, filters: Filters, length: int
-) -> tuple[DecodeState, Array]:
+) -> tuple[DecodeState, Array, Array]:
     model = nnx.merge(graph.graph, params)
 
-    def unfinished(carry: tuple[Array, DecodeState, Array]) -> Array:
-        index, state, _ = carry
+    def unfinished(carry: tuple[Array, DecodeState, Array, Array]) -> Array:
+        index, state, *_ = carry
         return (index < length) & ~state.done_B.all()
 
-    def one_token(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
-        index, state, tokens = carry
+    def one_token(carry: tuple[Array, DecodeState, Array, Array]) -> tuple[Array, DecodeState, Array, Array]:
+        index, state, tokens, nats = carry
         logits_BxV, state = step(model, state)
-        logits_BxV = jnp.where(events.allowed_events(state.grammar, jnp), logits_BxV, -jnp.inf)
-        age_B = state.clock - state.birth_B
-        drawn_B = sample(jax.vmap(jax.random.fold_in)(state.keys_B, age_B), logits_BxV, filters)
+        allowed_BxV = jnp.where(events.allowed_events(state.grammar, jnp), logits_BxV, -jnp.inf)
+        age_B = state.clock_B - state.birth_B
+        drawn_B = sample(jax.vmap(jax.random.fold_in)(state.keys_B, age_B), allowed_BxV, filters)
+        drawn_logit_B = jnp.take_along_axis(logits_BxV, drawn_B[:, None], axis=1)[:, 0]
+        nats_B = jax.nn.logsumexp(logits_BxV, axis=1) - drawn_logit_B
         state = take(state, drawn_B)
-        return index + 1, state, tokens.at[:, index].set(state.recent_BxL[:, -1])
+        return index + 1, state, tokens.at[:, index].set(state.recent_BxL[:, -1]), nats.at[:, index].set(nats_B)
 
-    tokens = jnp.full((state.ended_B.shape[0], length), events.PAD, jnp.int32)
-    _, state, tokens = jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state, tokens))
-    return state, tokens
+    B = state.ended_B.shape[0]
+    tokens, nats = jnp.full((B, length), events.PAD, jnp.int32), jnp.zeros((B, length))
+    _, state, tokens, nats = jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state, tokens, nats))
+    return state, tokens, nats
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -297,21 +332,21 @@ def take(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
 
 def step(model: PerceiverAR, state: DecodeState) -> tuple[Float[Array, "B V"], DecodeState]:
     """Runs the pending token through the model: logits of what follows it, and the state one tick later."""
-    clock, caches = state.clock, state.caches
+    clock_B, caches = state.clock_B, state.caches
     M, R = caches.cross_v.shape[1], caches.self_v[0].shape[1]
     B = state.birth_B.shape[0]
     W = caches.self_v[0].shape[0] // caches.cross_v.shape[0]
-    age_B = clock - state.birth_B
+    age_B = clock_B - state.birth_B
     starts_BxW, active_B = window_starts(age_B, state.budget_B, W)
-    seen_BxM = _times(clock, M)[None] >= jnp.maximum(state.birth_B, 0)[:, None]
-    times_1xR = _times(clock, R)[None]
+    seen_BxM = _times(clock_B, M) >= jnp.maximum(state.birth_B, 0)[:, None]
+    times_BWxR = jnp.repeat(_times(clock_B, R), W, axis=0)
     # A window that has not begun sees itself, so that its softmax has a key; nobody reads it.
-    in_window_BWxR = times_1xR >= (starts_BxW + state.birth_B[:, None]).reshape(-1, 1)
-    in_window_BWxR |= times_1xR == clock
+    in_window_BWxR = times_BWxR >= (starts_BxW + state.birth_B[:, None]).reshape(-1, 1)
+    in_window_BWxR |= times_BWxR == jnp.repeat(clock_B, W)[:, None]
 
     embedded_Bx1xD = model.embed_last(state.recent_BxL)[:, None]
     k, v = model.cross.keys_values(model.context_norm(embedded_Bx1xD), age_B[:, None])
-    cross_k, cross_v = _write(caches.cross_k, caches.cross_v, k, v, clock % M)
+    cross_k, cross_v = _write(caches.cross_k, caches.cross_v, k, v, clock_B % M)
 
     def attend_context(block: Block, x_BxTxD: Array, ages_BxT: Array) -> Array:
         q_BxTxHxK = block.queries(x_BxTxD, ages_BxT)
@@ -327,13 +362,13 @@ def step(model: PerceiverAR, state: DecodeState) -> tuple[Float[Array, "B V"], D
             x_BxWxD = attend_context(further[depth], x_BWx1xD.reshape(B, W, -1), ages_BWx1.reshape(B, W))
             x_BWx1xD = x_BxWxD.reshape(x_BWx1xD.shape)
         k, v = block.keys_values(block.attention_norm(x_BWx1xD), ages_BWx1)
-        written = _write(caches.self_k[depth], caches.self_v[depth], k, v, clock % R)
+        written = _write(caches.self_k[depth], caches.self_v[depth], k, v, clock_B % R)
         x_BWx1xD = block.add(x_BWx1xD, _attend(block.queries(x_BWx1xD, ages_BWx1), *written, in_window_BWxR), _KEEP)
         self_k.append(written[0])
         self_v.append(written[1])
     predicting_Bx1xD = x_BWx1xD[jnp.arange(B) * W + active_B]
     caches = Caches(cross_k, cross_v, tuple(self_k), tuple(self_v))
-    return model.logits(predicting_Bx1xD)[:, 0], state._replace(clock=clock + 1, caches=caches)
+    return model.logits(predicting_Bx1xD)[:, 0], state._replace(clock_B=clock_B + 1, caches=caches)
 
 
 def window_starts(
@@ -356,19 +391,20 @@ def window_starts(
 _KEEP = nnx.Dropout(0.0, deterministic=True)
 
 
-def _times(clock: Array, size: int) -> Int[Array, " size"]:
-    """The time that each slot of a ring holds, once the slot of `clock` is written."""
-    return clock - (clock - jnp.arange(size)) % size
+def _times(clock_B: Array, size: int) -> Int[Array, "B size"]:
+    """The time that each slot of a ring holds, once the slot of `clock_B` is written."""
+    return clock_B[:, None] - (clock_B[:, None] - jnp.arange(size)[None]) % size
 
 
 def _write(
-    k_cache_ExKxR: Array, v_cache_ExRxK: Array, k_Bx1xGxK: Array, v_Bx1xGxK: Array, slot: Array
+    k_cache_ExKxR: Array, v_cache_ExRxK: Array, k_Bx1xGxK: Array, v_Bx1xGxK: Array, slot_B: Array
 ) -> tuple[Array, Array]:
-    """The caches with the key and value of one time in `slot`."""
-    K = k_Bx1xGxK.shape[-1]
+    """The caches with the key and value of one time in each row's slot."""
+    E, K, _ = k_cache_ExKxR.shape
+    slot_E = jnp.repeat(slot_B, E // len(slot_B))
     return (
-        jax.lax.dynamic_update_slice_in_dim(k_cache_ExKxR, k_Bx1xGxK.reshape(-1, K, 1), slot, axis=2),
-        jax.lax.dynamic_update_slice_in_dim(v_cache_ExRxK, v_Bx1xGxK.reshape(-1, 1, K), slot, axis=1),
+        k_cache_ExKxR.at[jnp.arange(E), :, slot_E].set(k_Bx1xGxK.reshape(E, K)),
+        v_cache_ExRxK.at[jnp.arange(E), slot_E].set(v_Bx1xGxK.reshape(E, K)),
     )
 
 
@@ -391,7 +427,7 @@ def _prefill(graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxP: A
     In exact mode they hold what P steps would have left there; in sliding mode, the last n latents as the model was
     trained to compute them.
 
-    `tokens_BxP` are left-padded; their last has time clock - 1.
+    `tokens_BxP` are left-padded; their last has time clock_B - 1.
     """
     model = nnx.merge(graph.graph, params)
     caches = state.caches

@@ -5,22 +5,22 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from jaxtyping import Int
 
-from music_ar import decoding, events
+from music_ar import batching, decoding, events
 from music_ar.checkpoint import load_released
 from music_ar.decoding import WINDOW_MODES, Decoder, WindowMode
-from music_ar.midi import Performance, read_midi
+from music_ar.midi import MidiError, Performance, read_midi
 from music_ar.model import PerceiverAR
 from music_ar.sampling import SamplingOptions
 
 DEFAULT_LATENTS = 1024
 DEFAULT_SPEED = 1.5
-CHUNK_TOKENS = 64
+CHUNK_TOKENS = batching.CHUNK_TOKENS
 MAESTRO_TOKENS_PER_S = 40.0
 """Event tokens in a second of real music, on average over MAESTRO's train split."""
 # A stuck model could play notes for ever without letting time pass; the densest MAESTRO second has fewer tokens.
@@ -75,6 +75,56 @@ class Chunk:
     def seed(self) -> int:
         """The first variation's seed."""
         return self.seeds[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One piece to make, for `Generator.generate_many`. See `Generator.compose` for what the fields mean.
+
+    Attributes:
+        prompt, latents, mode, options, seed, prompt_seconds, continuation_only: as in `compose`; latents is a number.
+        seconds: music to make after the prompt.
+        tag: anything; handed back with the piece.
+    """
+
+    prompt: Prompt | None = None
+    seconds: float = 60.0
+    latents: int | None = None
+    mode: WindowMode = "sliding"
+    options: SamplingOptions = SamplingOptions()
+    seed: int = 0
+    prompt_seconds: float | None = None
+    continuation_only: bool = False
+    tag: Any = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < math.inf:
+            raise GenerationError(f"seconds must be more than 0, got {self.seconds}")
+        if self.mode not in WINDOW_MODES:
+            raise GenerationError(f"mode must be one of {', '.join(WINDOW_MODES)}, got {self.mode!r}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise GenerationError(f"seeds must lie in 0..{MAX_SEED}, got {self.seed}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What became of a request.
+
+    Attributes:
+        request: what was asked for.
+        performance: the piece as asked for; empty if it could not be made.
+        continuation: what was made alone, timed from the end of the prompt.
+        tokens: event tokens made.
+        nats_per_token: -log p of a token made, on average, under the model itself: before temperature and filters.
+        error: why it could not be made, or None.
+    """
+
+    request: Request
+    performance: Performance
+    continuation: Performance
+    tokens: int
+    nats_per_token: float
+    error: str | None = None
 
 
 class Composition:
@@ -373,6 +423,111 @@ class Generator:
             continuation_only=continuation_only,
         )
 
+    def generate_many(
+        self,
+        prompts: Iterable[Prompt | Request | None],
+        *,
+        variations: int = 1,
+        seconds: float = 60.0,
+        latents: int | None = None,
+        mode: WindowMode = "sliding",
+        options: SamplingOptions = SamplingOptions(),
+        seed: int | None = None,
+        prompt_seconds: float | None = None,
+        continuation_only: bool = False,
+        batch_size: int | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> Iterator[Piece]:
+        """Makes many pieces in a batch that is kept full, and hands out each when it is finished.
+
+        A piece depends on its own prompt, seed and settings, and in the last bit of its logits on the size of the batch
+        (see `batching`): with one batch size it is always the same, whatever else is made, before it or beside it.
+
+        Args:
+            prompts: performances or MIDI files to go on from, None for a piece from nothing, or whole `Request`s with
+                their own settings. Taken one by one, as rows become free. Requests with budgets of one power of two
+                and one mode should follow each other: they share a batch.
+            variations: pieces of each prompt, with the seeds `seed`, `seed` + 1 and so on; of a `Request` always one.
+            seconds, latents, mode, options, seed, prompt_seconds, continuation_only: of prompts that are no `Request`;
+                see `compose`.
+            batch_size: pieces at once; default: see `batching.batch_size`.
+            progress: called after each chunk with the seconds of music made since the last call.
+
+        Raises:
+            GenerationError: an option out of range. What is wrong with one prompt is told by its `Piece.error`.
+        """
+        if variations < 1 or (batch_size is not None and batch_size < 1):
+            raise GenerationError(f"variations and batch_size must be at least 1, got {variations} and {batch_size}")
+        first = secrets.randbelow(MAX_SEED + 1 - variations) if seed is None else seed
+        shared = Request(
+            seconds=seconds,
+            latents=self._check_latents(latents),
+            mode=mode,
+            options=options,
+            seed=first,
+            prompt_seconds=prompt_seconds,
+            continuation_only=continuation_only,
+        )
+
+        def requests() -> Iterator[Request]:
+            for prompt in prompts:
+                if isinstance(prompt, Request):
+                    yield prompt
+                else:
+                    for number in range(variations):
+                        yield dataclasses.replace(shared, prompt=prompt, seed=first + number)
+
+        return self._pieces(requests(), batch_size, progress)
+
+    def _pieces(
+        self, requests: Iterator[Request], batch_size: int | None, progress: Callable[[float], None] | None
+    ) -> Iterator[Piece]:
+        failed: list[Piece] = []
+        nothing = Performance.empty()
+
+        def jobs() -> Iterator[batching.Job]:
+            for request in requests:
+                try:
+                    yield self._job(request)
+                except (GenerationError, MidiError, events.EventError) as error:
+                    failed.append(
+                        Piece(
+                            request=request,
+                            performance=nothing,
+                            continuation=nothing,
+                            tokens=0,
+                            nats_per_token=math.nan,
+                            error=str(error),
+                        )
+                    )
+
+        def on_chunk(steps: int) -> None:
+            if progress is not None:
+                progress(steps / events.STEPS_PER_SECOND)
+
+        for made in batching.make(self.decoder, jobs(), rows=batch_size, on_chunk=on_chunk):
+            yield from failed
+            failed.clear()
+            yield _piece(made)
+        yield from failed
+
+    def _job(self, request: Request) -> batching.Job:
+        prompt = np.concatenate([[events.START], _prompt_tokens(request.prompt, request.prompt_seconds)])
+        return batching.Job(
+            prompt=prompt.astype(np.int32),
+            seed=request.seed,
+            latents=self._check_latents(request.latents),
+            mode=request.mode,
+            options=request.options,
+            limit_steps=max(1, round(request.seconds * events.STEPS_PER_SECOND)),
+            most_tokens=round(request.seconds * MAX_TOKENS_PER_S) + MAX_TOKENS_PER_S,
+            tag=request,
+        )
+
+    def batch_size(self, latents: int | None = None, mode: WindowMode = "sliding") -> int:
+        """How many pieces `generate_many` makes at once with these settings, if it is not told."""
+        return batching.batch_size(self.decoder, self._check_latents(latents), mode)
+
     def _check_latents(self, latents: int | None) -> int:
         most = self.model.config.latents
         if latents is None:
@@ -436,6 +591,20 @@ class Generator:
                 spent_s.append((time.perf_counter() - began_s) / made)
             self._seconds_per_token[key] = float(np.median(spent_s[1:]))  # the first one compiles
         return self._seconds_per_token[key]
+
+
+def _piece(made: batching.Made) -> Piece:
+    request: Request = made.job.tag
+    join_s = events.length_steps(made.job.prompt) / events.STEPS_PER_SECOND
+    whole = events.decode(np.concatenate([made.job.prompt, made.tokens]))
+    continuation = whole.crop(join_s, join_s + request.seconds)
+    return Piece(
+        request=request,
+        performance=continuation if request.continuation_only else whole.crop(0, join_s + request.seconds),
+        continuation=continuation,
+        tokens=len(made.tokens),
+        nats_per_token=float(np.mean(made.nats, dtype=np.float64)),
+    )
 
 
 def _prompt_tokens(prompt: Prompt | None, prompt_seconds: float | None) -> Int[np.ndarray, " P"]:

@@ -53,30 +53,32 @@ class SamplingOptions:
 
 
 class Filters(NamedTuple):
-    """`SamplingOptions` as traced scalars."""
+    """`SamplingOptions` as traced arrays: scalars for all rows, or one entry a row."""
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    min_p: Float[Array, ""]
+    temperature: Float[Array, "*rows"]
+    top_k: Int[Array, "*rows"]
+    top_p: Float[Array, "*rows"]
+    min_p: Float[Array, "*rows"]
 
 
 def filter_logits(logits_BxV: Float[Array, "B V"], filters: Filters) -> Float[Array, "B V"]:
     """Logits divided by the temperature, with -inf for tokens that are filtered out. The likeliest always stays."""
+    temperature, top_k, top_p, min_p = (option.reshape(-1, 1) for option in filters)  # [1, 1], or [B, 1]
     # A temperature of 0 is the limit: the likeliest stays, everything else is infinitely far below it.
-    scaled_BxV = logits_BxV / jnp.maximum(filters.temperature, 1e-6)
-    V = logits_BxV.shape[-1]
+    scaled_BxV = logits_BxV / jnp.maximum(temperature, 1e-6)
+    B, V = logits_BxV.shape
     falling_BxV = jnp.sort(scaled_BxV, axis=-1, descending=True)
-    kth_B = falling_BxV[:, jnp.clip(filters.top_k, 1, V) - 1]
-    falling_BxV = jnp.where(falling_BxV >= kth_B[:, None], falling_BxV, -jnp.inf)
+    last_Bx1 = jnp.broadcast_to(jnp.clip(top_k, 1, V) - 1, (B, 1))
+    kth_Bx1 = jnp.take_along_axis(falling_BxV, last_Bx1, axis=1)
+    falling_BxV = jnp.where(falling_BxV >= kth_Bx1, falling_BxV, -jnp.inf)
     chance_BxV = jax.nn.softmax(falling_BxV, axis=-1)
     before_BxV = jnp.cumsum(chance_BxV, axis=-1) - chance_BxV
     # Float sums may pass 1 a little early: at top_p = 1 nothing is cut.
-    kept_BxV = (before_BxV < filters.top_p) | (filters.top_p >= 1)
-    nucleus_B = jnp.min(jnp.where(kept_BxV, falling_BxV, jnp.inf), axis=-1)
-    near_B = falling_BxV[:, 0] + jnp.log(filters.min_p)
-    lowest_B = jnp.minimum(jnp.maximum(jnp.maximum(kth_B, nucleus_B), near_B), falling_BxV[:, 0])
-    return jnp.where(scaled_BxV >= lowest_B[:, None], scaled_BxV, -jnp.inf)
+    kept_BxV = (before_BxV < top_p) | (top_p >= 1)
+    nucleus_Bx1 = jnp.min(jnp.where(kept_BxV, falling_BxV, jnp.inf), axis=-1, keepdims=True)
+    near_Bx1 = falling_BxV[:, :1] + jnp.log(min_p)
+    lowest_Bx1 = jnp.minimum(jnp.maximum(jnp.maximum(kth_Bx1, nucleus_Bx1), near_Bx1), falling_BxV[:, :1])
+    return jnp.where(scaled_BxV >= lowest_Bx1, scaled_BxV, -jnp.inf)
 
 
 def sample(keys_B: Array, logits_BxV: Float[Array, "B V"], filters: Filters) -> Int[Array, " B"]:

@@ -1,10 +1,26 @@
 """What a performance is like, in a few figures: to look at one, and to set generated music beside real music."""
 
 import dataclasses
+import math
 
 import numpy as np
 
 from music_ar.midi import Performance
+
+MAESTRO: dict[str, tuple[float, float, float]] = {
+    "notes_per_s": (1.42, 10.2, 23.2),
+    "lowest_pitch": (23, 32, 52),
+    "highest_pitch": (74, 89, 104),
+    "softest": (1, 7, 39),
+    "median_velocity": (37.5, 63.5, 84),
+    "loudest": (67, 99, 123),
+    "longest_silence_s": (0, 0.31, 5.14),
+    "mean_polyphony": (1.0, 3.9, 16.7),
+}
+"""Minimum, median and maximum of some figures over the first 60 s of the 177 pieces of MAESTRO's test split."""
+
+# Nats a token of what was made, by a model of some 1.7 nats on real music, at temperature 1 and top-p 0.98.
+_USUAL_NATS = 1.6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,3 +75,28 @@ class Statistics:
             longest_silence_s=float(gaps_s.max(initial=0.0)),
             mean_polyphony=float((offset_s - onset_s).sum() / duration_s),
         )
+
+
+def likeness(performance: Performance, nats_per_token: float) -> float:
+    """How much made music is like real music, to rank several tries; 0 at best, and lower the less so.
+
+    For notes a second, notes at once and median velocity: how far it is, in logarithm, from MAESTRO's median towards
+    MAESTRO's minimum or maximum, which is 1; for the longest silence: the share by which it passes MAESTRO's longest;
+    for the model's surprise: how many halves of a nat it lies from 1.6, since far below that music goes round in
+    circles and far above it has lost its thread. The score is minus the sum of the squares.
+
+    Music without notes has minus infinity.
+    """
+    if not len(performance):
+        return -math.inf
+    figures = Statistics.of(performance)
+    far = [
+        (nats_per_token - _USUAL_NATS) / 0.5,
+        max(0.0, figures.longest_silence_s / MAESTRO["longest_silence_s"][2] - 1),
+    ]
+    for name in ("notes_per_s", "mean_polyphony", "median_velocity"):
+        low, usual, high = MAESTRO[name]
+        value = max(float(getattr(figures, name)), 1e-3)
+        edge = high if value > usual else low
+        far.append(math.log(value / usual) / abs(math.log(edge / usual)))
+    return -sum(each**2 for each in far)

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,9 @@ def refusal(capsys, *arguments):
 def test_help_names_every_command(capsys):
     code, output, _ = run(capsys, "--help")
     assert code == 0
-    assert all(command in output for command in ("prepare", "train", "evaluate", "generate", "inspect", "bench"))
+    assert all(
+        command in output for command in ("prepare", "train", "evaluate", "generate", "render", "inspect", "bench")
+    )
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -91,18 +94,35 @@ def test_inspect_tells_what_is_in_a_file(capsys, tmp_path):
     )
     write_midi(piece, tmp_path / "three.mid")
     code, output, _ = run(capsys, "inspect", tmp_path / "three.mid")
-    figures = dict(line.split("  ", 1) for line in output.splitlines())
-    figures = {name.strip(): figure.strip() for name, figure in figures.items()}
+    figures = {line[:18].strip(): line[18:].strip() for line in output.splitlines()[1:]}
+    figures = {name: re.split("  +", figure) for name, figure in figures.items()}
     assert code == 0
-    assert figures["notes"] == "3"
-    assert figures["length"] == "8.00 s (0:08)"
-    assert figures["first note at"] == "0.00 s"
-    assert figures["notes a second"] == "0.38"
-    assert figures["notes at once"] == "0.62 on average"
-    assert figures["pitches"] == "A0 to E4 (21 to 64)"
-    assert figures["velocities"] == "40 to 80, median 60"
-    assert figures["longest silence"] == "4.00 s"
-    assert figures["event tokens"] == str(len(events.encode(piece)))
+    assert figures["notes"] == ["3"]
+    assert figures["length"] == ["8.00 s (0:08)"]
+    assert figures["first note at"] == ["0.00 s"]
+    assert figures["notes a second"] == ["0.38", "1.42 / 10.2 / 23.2"]
+    assert figures["notes at once"] == ["0.62 on average", "1 / 3.9 / 16.7"]
+    assert figures["lowest pitch"] == ["A0 (21)", "23 / 32 / 52"]
+    assert figures["highest pitch"] == ["E4 (64)", "74 / 89 / 104"]
+    assert figures["median velocity"] == ["60", "37.5 / 63.5 / 84"]
+    assert figures["longest silence"] == ["4.00 s", "0 / 0.31 / 5.14"]
+    assert figures["event tokens"] == [str(len(events.encode(piece)))]
+
+
+def test_inspect_compares_and_draws(capsys, tmp_path, midi_file):
+    piece = read_midi(midi_file)
+    write_midi(piece.crop(0, 10), tmp_path / "beginning.mid")
+    picture = tmp_path / "rolls.png"
+    code, output, _ = run(capsys, "inspect", midi_file, tmp_path / "beginning.mid", "--plot", picture)
+    both = len(piece.crop(0, 10))
+    assert code == 0
+    assert f"{both} of {len(piece)} and {both}, and all until" in output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_without_matplotlib_is_refused_plainly(capsys, monkeypatch, tmp_path, midi_file):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "music-ar[plot]" in refusal(capsys, "inspect", midi_file, "--plot", tmp_path / "roll.png")
 
 
 def test_inspect_prints_every_token_with_its_time(capsys, midi_file):
@@ -256,6 +276,21 @@ def test_bench_times_and_scores_each_budget(capsys, tmp_path, tiny_checkpoint, p
     assert all(row["tokens_per_s"] > 0 and row["first_note_s"] > 0 for row in result["rows"])
     assert result["rows"][0]["nats_per_token"] == result["rows"][1]["nats_per_token"]  # of the budget, not the batch
     assert result["rows"][0]["nats_per_token"] != result["rows"][2]["nats_per_token"]
+
+
+def test_bench_render_sets_the_batch_beside_a_loop(capsys, tiny_checkpoint):
+    code, output, errors = run(
+        capsys, "bench", "render", "--checkpoint", tiny_checkpoint, "--latents", 8, "--batch", 2, 3,
+        "--made", 4, "--looped", 1, "--seconds", 1,
+    )  # fmt: skip
+    assert code == 0, errors
+    rows = json.loads(output.splitlines()[-1])["rows"]
+    assert [(row["way"], row["batch"], row["pieces"]) for row in rows] == [
+        ("loop", 1, 1),
+        ("render", 2, 4),
+        ("render", 3, 4),
+    ]
+    assert all(row["tokens_per_s"] > 0 and row["seconds_of_music"] > 0 for row in rows)
 
 
 def test_bench_refuses_more_latents_than_were_trained(capsys, tiny_checkpoint):

@@ -181,6 +181,52 @@ def test_rows_go_on_as_they_would_have(decoder):
     np.testing.assert_array_equal(tokens, np.asarray(all_tokens)[[2, 1, 2]])
 
 
+@pytest.mark.parametrize("mode", decoding.WINDOW_MODES)
+@pytest.mark.parametrize("before", [1, 24, 71])
+def test_a_piece_enters_a_running_batch(decoder, mode, before):
+    """It makes what it makes alone, and its batch-mates go on as if nothing had been, bit for bit."""
+    seeds, rows = [0, 1, 2, 3], [PIECE[:3], PIECE[:100], PIECE[:9], PIECE[:20]]
+    for newcomer in (PIECE[:1], PIECE[:12], PIECE[:70], PIECE):  # shorter and longer than the context
+
+        def running():
+            state = start(decoder, rows, seeds=seeds, mode=mode)
+            return decoder.decode(state, FILTERS, length=before)[0]
+
+        _, undisturbed, _ = decoder.decode_scored(running(), FILTERS, length=60)
+        alone = start(decoder, [newcomer], seeds=[7], mode=mode)
+        state = running().replaced(0, alone).replaced(2, alone)  # the newcomer's state can be used again
+        _, tokens, nats = decoder.decode_scored(state, FILTERS, length=60)
+        np.testing.assert_array_equal(tokens[1::2], undisturbed[1::2])
+        np.testing.assert_array_equal(tokens[0], decoder.decode(alone, FILTERS, length=60)[1][0])
+        np.testing.assert_array_equal(tokens[0], tokens[2])
+        np.testing.assert_array_equal(nats[0], nats[2])  # to the last bit, in whichever row
+
+
+def test_each_row_has_its_own_options(decoder):
+    options = [
+        SamplingOptions(temperature=0.0),
+        SamplingOptions(),
+        SamplingOptions(top_k=2),
+        SamplingOptions(min_p=0.3),
+    ]
+    each = [option.filters() for option in options]
+    prompts, seeds = [PIECE[:9]] * 4, [1, 2, 3, 4]
+    by_row = jax.tree.map(lambda *rows: jnp.stack(rows), *each)
+    _, tokens = decoder.decode(start(decoder, prompts, seeds=seeds), by_row, length=40)
+    for row, filters in enumerate(each):
+        _, alike = decoder.decode(start(decoder, prompts, seeds=seeds), filters, length=40)
+        np.testing.assert_array_equal(tokens[row], alike[row])
+
+
+def test_the_surprise_of_each_token_is_the_model_s_own(decoder):
+    options = SamplingOptions(temperature=0.5, top_k=5).filters()
+    prompts = [PIECE[:9], PIECE[:60]]
+    _, tokens, nats = decoder.decode_scored(start(decoder, prompts), options, length=20)
+    _, logits = decoder.force(start(decoder, prompts), np.asarray(tokens))
+    expected = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(nats, expected, atol=1e-4)
+
+
 def test_chunks_do_not_matter(decoder):
     def tokens(*lengths):
         state = start(decoder, [PIECE[:9]], seeds=[5])

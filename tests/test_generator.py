@@ -11,7 +11,7 @@ from jaxtyping import TypeCheckError
 
 from music_ar import events
 from music_ar.checkpoint import CheckpointError
-from music_ar.generator import MAESTRO_TOKENS_PER_S, GenerationError, Generator, final_until_s
+from music_ar.generator import MAESTRO_TOKENS_PER_S, GenerationError, Generator, Request, final_until_s
 from music_ar.midi import MidiError, Performance, write_midi
 from music_ar.sampling import SamplingOptions
 
@@ -276,3 +276,35 @@ def test_prompts_that_cannot_be_used(generator, prompt):
 def test_a_checkpoint_that_is_not_there():
     with pytest.raises(CheckpointError, match="no-such-model"):
         Generator.from_pretrained("no-such-model")
+
+
+def test_many_pieces_are_what_they_are_alone(generator, midi_file):
+    """Whatever is made before and beside them, in the same size of batch."""
+    requests = [
+        Request(seed=0, seconds=2.0, latents=32),
+        Request(seed=1, prompt=midi_file, seconds=1.0, latents=20, options=SamplingOptions(temperature=0.7)),
+        Request(seed=2, seconds=4.0, latents=32, options=SamplingOptions(top_k=5)),
+        Request(seed=3, prompt=midi_file, seconds=3.0, latents=32, options=SamplingOptions(top_p=0.5)),
+        Request(seed=4, seconds=1.0, latents=8, mode="exact"),
+    ]
+    together = {piece.request.seed: piece for piece in generator.generate_many(requests, batch_size=2)}
+    assert sorted(together) == [0, 1, 2, 3, 4]
+    for request in requests:
+        [alone] = generator.generate_many([request], batch_size=2)
+        made = together[request.seed]
+        assert made.performance == alone.performance
+        assert (made.tokens, made.nats_per_token) == (alone.tokens, alone.nats_per_token)
+        assert made.continuation.duration_s <= request.seconds
+
+
+def test_many_pieces_are_what_generate_makes(generator):
+    pieces = list(generator.generate_many([None], variations=3, seconds=2.0, seed=5, batch_size=3))
+    for piece in pieces:
+        assert piece.performance == generator.generate(seconds=2.0, seed=piece.request.seed)
+
+
+def test_a_bad_prompt_costs_nobody_else(generator, midi_file):
+    prompts = [b"no MIDI", midi_file, b""]
+    pieces = list(generator.generate_many(prompts, seconds=1.0, seed=0, batch_size=2))
+    assert [piece.error is None for piece in pieces].count(True) == 1
+    assert any("not a MIDI file" in (piece.error or "") for piece in pieces)
