@@ -37,6 +37,7 @@ FileKind = Literal["mid", "wav", "mp3", "zip"]
 _LIVE_COMPOSITIONS = 4
 _MAX_SESSIONS = 500
 _MAX_TAKES = 30
+_SECONDS_BETWEEN_TAKES = 0.4  # a small model is faster than a page can draw
 
 
 class StudioError(ValueError):
@@ -399,10 +400,13 @@ class Studio:
         for other in crowd:
             self._let_go(other)
         before = list(session.takes)[-_MAX_TAKES:]
-        began_s = time.monotonic()
+        began_s, shown_s = time.monotonic(), -math.inf
         for chunk in composition.stream(settings.seconds):
             if session.run is not run:  # stopped, or the page is gone; what was shown last stays
                 return
+            if not chunk.finished and time.monotonic() < shown_s + _SECONDS_BETWEEN_TAKES:
+                continue
+            shown_s = time.monotonic()
             take = Take(
                 number=session.runs,
                 piece=piece,

@@ -46,13 +46,16 @@ WARNING = (
 )
 CSS = """
 .gradio-container { max-width: 1500px !important; margin: 0 auto !important; }
+:root { --body-text-color-subdued: #586479; }
+.dark { --body-text-color-subdued: #a3afc2; }
+.player { --prompt-note: #64748b; --made-note: #4f46e5; --sounding-note: #c2410c; }
+.dark .player { --prompt-note: #94a3b8; --made-note: #a5b4fc; --sounding-note: #fdba74; }
 #title h1 { margin: 4px 0 0 0; }
 #title p { margin: 0; color: var(--body-text-color-subdued); }
 #cost p, #status p { font-size: 14px; margin: 0; }
 #status { min-height: 44px; }
 #saved { position: absolute; left: -10000px; }
-#file { min-height: 90px; }
-footer { font-size: 13px; }
+@media (min-width: 900px) { #result { position: sticky; top: 8px; } }
 """
 
 
@@ -117,7 +120,7 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=320):
             example = gr.Dropdown([NO_PROMPT, *prompts], value=NO_PROMPT, label="Begin with", elem_id="example")
-            file = gr.File(label="… or a MIDI file of yours", file_types=[".mid", ".midi"], height=100, elem_id="file")
+            file = gr.File(label="… or a MIDI file of yours", file_types=[".mid", ".midi"], height=140, elem_id="file")
             with gr.Group(visible=False) as prompt_box:
                 prompt_player = _player("prompt", "Prompt", "Drag over the roll to choose the part to go on from.")
                 with gr.Row():
@@ -149,17 +152,17 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
             with gr.Row():
                 generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=150)
                 stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=90)
-        with gr.Column(scale=3, min_width=320):
+        with gr.Column(scale=3, min_width=320, elem_id="result"):
             player = _player("piece", "Piece", "Space plays and pauses, ← and → go 5 seconds; click the roll to seek.")
             status = gr.Markdown("", elem_id="status")
-            with gr.Row():
-                more_s = gr.Number(30, label="Seconds more", minimum=1, maximum=MAX_SECONDS, min_width=110)
-                extend = gr.Button("Extend", interactive=False, elem_id="extend", min_width=110)
-                undo = gr.Button("Undo", interactive=False, elem_id="undo", min_width=110)
+            with gr.Row(equal_height=True):
+                more_s = gr.Number(30, label="Seconds more", minimum=1, maximum=MAX_SECONDS, min_width=80)
+                extend = gr.Button("Extend", interactive=False, elem_id="extend", min_width=80)
+                undo = gr.Button("Undo", interactive=False, elem_id="undo", min_width=80)
             with gr.Row():
                 downloads = {
-                    kind: gr.Button(label, interactive=False, elem_id=f"download-{kind}", size="sm", min_width=80)
-                    for kind, label in {"mid": "MIDI", "wav": "WAV", "mp3": "MP3", "zip": "Everything (ZIP)"}.items()
+                    kind: gr.Button(label, interactive=False, elem_id=f"download-{kind}", size="sm", min_width=60)
+                    for kind, label in {"mid": "MIDI", "wav": "WAV", "mp3": "MP3", "zip": "ZIP of all"}.items()
                 }
             saved = gr.DownloadButton("Save", elem_id="saved")
             with gr.Accordion("The model, its licence and data", open=False, elem_id="about"):
@@ -278,8 +281,9 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
     undo.click(on_undo, None, shown, **QUICK)
     player.choose(on_choose, None, None, **QUICK)
     prompt_shown = [prompt_box, prompt_player, start_s, end_s]
-    file.change(on_file, [file, example], prompt_shown, **QUICK)
-    example.input(on_file, [file, example], prompt_shown, **QUICK)
+    told: dict[str, Any] = {**QUICK, "queue": True, "concurrency_limit": None}  # warnings need the queue
+    file.change(on_file, [file, example], prompt_shown, **told)
+    example.input(on_file, [file, example], prompt_shown, **told)
     prompt_player.crop(on_crop, None, [start_s, end_s], **QUICK)
     for limit in (start_s, end_s):
         limit.input(on_limits, [start_s, end_s], prompt_player, **QUICK)

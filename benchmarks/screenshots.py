@@ -40,7 +40,6 @@ def main() -> None:
                 first_sound_s.append(play_something(page))
                 page.wait_for_timeout(6000)
                 page.screenshot(path=folder / f"{size}-{scheme}.png", full_page=size == "phone")
-                page.locator("#stop").click()
                 context.close()
         browser.close()
     print(json.dumps({"first_sound_s": [round(seconds, 2) for seconds in first_sound_s]}))

@@ -112,7 +112,11 @@ function receive() {
   const begins = value.autoplay && (fresh || !making);
   making = value.making;
   // A new piece is heard from the end of its prompt, an extension from where it goes on.
-  if (begins && !playing) { position = Math.max(0, (fresh ? value.join : was) - 2); play(); }
+  if (begins && !playing) {
+    position = Math.max(0, (fresh ? value.join : was) - 2);
+    play();
+    root.scrollIntoView({ block: 'nearest', behavior: 'smooth' });
+  }
   if (playing) settle();
   buildStrips();
   dirty = true;
