@@ -110,8 +110,8 @@ def _number(name: str, value: Any) -> Any:
     if name == "continuation_only":
         return value in (True, "True", "true", "1")
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = float(str(value))
+    except ValueError:
         raise StudioError(f"{name.replace('_', ' ')} must be a number, got {value!r}") from None
     if not math.isfinite(number) or (whole and number != int(number)):
         raise StudioError(f"{name.replace('_', ' ')} must be a {'whole ' * whole}number, got {value!r}")

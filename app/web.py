@@ -16,6 +16,7 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
 
 import gradio as gr
+from gradio.themes import Base
 from gradio.utils import get_upload_folder
 
 from app.studio import (
@@ -80,7 +81,7 @@ def serve(app: gr.Blocks, *, queue_size: int = 20, **launch: Any) -> str:
     # Gradio would look for Node.js to render pages on the server, and link to its own site.
     app.queue(max_size=queue_size, default_concurrency_limit=4)
     _, address, _ = app.launch(
-        theme=gr.themes.Base(
+        theme=Base(
             primary_hue="indigo",
             neutral_hue="slate",
             font=["system-ui", "sans-serif"],

@@ -5,12 +5,13 @@ third key. The keys between are the next sample played a semitone faster or slow
 """
 
 import functools
+import io
 import math
 import os
 import secrets
 from importlib import resources
 from pathlib import Path
-from typing import BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import soundfile
@@ -89,8 +90,8 @@ def _release(free: bool) -> Float32[np.ndarray, "frames 1"]:
 def _key(pitch: int) -> tuple[Int16[np.ndarray, "frames 2"], Int16[np.ndarray, "frames 2"]]:
     """The sound of a key held down, as it was recorded and without its upper partials; 16 bits, to save memory."""
     nearest = min(_SAMPLED_PITCHES, key=lambda sampled: abs(sampled - pitch))
-    with resources.files("music_ar").joinpath(f"samples/{nearest}.ogg").open("rb") as file:
-        recording, rate = soundfile.read(file, frames=_READ_FRAMES, dtype="float32")
+    data = resources.files("music_ar").joinpath(f"samples/{nearest}.ogg").read_bytes()
+    recording, rate = soundfile.read(io.BytesIO(data), frames=_READ_FRAMES, dtype="float32")
     loud = np.abs(recording).max(axis=1)
     first = max(0, int(np.argmax(loud > 0.02 * loud.max())) - rate // 500)
     recording = recording[first:]
@@ -149,7 +150,7 @@ def write_audio(
 
 
 def _checked(format: str | None) -> str:
-    if format not in get_args(AudioFormat):
+    if format is None or format not in get_args(AudioFormat):
         raise AudioError(f"sound is written as {', '.join(get_args(AudioFormat))}, got {format!r}; name one of these")
     return format
 
@@ -164,7 +165,8 @@ def _write(
     chosen = _checked(format)
     sound = render(performance)
     subtype = "MPEG_LAYER_III" if chosen == "mp3" else "PCM_16"
-    with soundfile.SoundFile(file, "w", SAMPLE_RATE, 2, subtype, format=chosen.upper()) as output:
+    stream: Any = file  # its stubs know fewer kinds of files than it takes
+    with soundfile.SoundFile(stream, "w", SAMPLE_RATE, 2, subtype, format=chosen.upper()) as output:
         output.comment = ATTRIBUTION if comment is None else f"{ATTRIBUTION}. {comment}"
         if title is not None:
             output.title = title
