@@ -227,14 +227,16 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
     def on_file(request: gr.Request, path: str | None, chosen: str) -> tuple[Any, ...]:
         session = studio.session(_name(request))
         session.set_prompt(None)
+        kept = gr.skip()
         try:
             if path is not None:
                 session.set_prompt(Path(path).read_bytes(), Path(path).name)
             elif chosen in prompts:
                 session.set_prompt(prompts[chosen].read_bytes(), chosen)
         except StudioError as error:
-            gr.Warning(str(error), duration=None)
-        return show_prompt(session)
+            gr.Warning(str(error), duration=20)
+            kept = None
+        return kept, *show_prompt(session)
 
     def on_crop(event: gr.EventData) -> tuple[float, float]:
         return event.start, event.end
@@ -283,8 +285,8 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
     player.choose(on_choose, None, None, **QUICK)
     prompt_shown = [prompt_box, prompt_player, start_s, end_s]
     told: dict[str, Any] = {**QUICK, "queue": True, "concurrency_limit": None}  # warnings need the queue
-    file.change(on_file, [file, example], prompt_shown, **told)
-    example.input(on_file, [file, example], prompt_shown, **told)
+    for chosen in (file.upload, file.clear, example.input):
+        chosen(on_file, [file, example], [file, *prompt_shown], **told)
     prompt_player.crop(on_crop, None, [start_s, end_s], **QUICK)
     for limit in (start_s, end_s):
         limit.input(on_limits, [start_s, end_s], prompt_player, **QUICK)
