@@ -37,7 +37,7 @@ class Web:
     def run(self) -> None:
         """Serves the page until it is interrupted."""
         try:
-            from app.web import build_app, serve
+            from app.web import build_app, example_prompts, serve
         except ImportError as error:
             raise CommandError(f"the page needs {error.name}: install it with pip install '.[web]'") from error
         from app.studio import Studio
@@ -46,7 +46,7 @@ class Web:
 
         with ProgressLine("loading the model, measuring this machine: a minute at most") as line:
             generator = Generator.from_pretrained(self.checkpoint)
-            Studio(generator).warm_up()
+            Studio(generator).warm_up(example_prompts())
             line.report(1.0, "ready")
         curve = json.loads(read_beside(self.checkpoint, "curve.json") or "{}").get("rows")
         app = build_app(generator, about=read_beside(self.checkpoint, "MODEL_CARD.md"), curve=curve)

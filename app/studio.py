@@ -12,7 +12,7 @@ import threading
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlencode
@@ -20,6 +20,7 @@ from urllib.parse import urlencode
 from app.console import clock
 from music_ar import Generator, MidiError, Performance, read_midi, write_midi
 from music_ar.audio import write_audio
+from music_ar.events import encode
 from music_ar.generator import DEFAULT_SPEED, MAESTRO_TOKENS_PER_S, MAX_SEED, Chunk, Composition
 from music_ar.sampling import SamplingOptions
 
@@ -285,12 +286,19 @@ class Studio:
             if not running:  # or else the run lets go, once it sees that it is to end
                 self._let_go(session)
 
-    def warm_up(self) -> None:
-        """Compiles and measures, so that the first person need not wait for it."""
-        budget = self.generator.calibrate(DEFAULT_SPEED)
-        for latents in {budget, self.most_latents}:
-            for _ in self.generator.stream(seconds=0.5, latents=latents, seed=0):
+    def warm_up(self, prompts: Iterable[Path] = ()) -> None:
+        """Measures this machine, and compiles what the prompts and a new piece need, so that nobody waits for it."""
+        budget = self._auto(None, 1)
+        for prompt in (None, *prompts):
+            for _ in self.generator.stream(prompt, seconds=0.5, latents=budget, seed=0):
                 pass
+
+    def _auto(self, prompt: Performance | None, variations: int) -> int:
+        """The largest budget that keeps ahead of playback, even if the music gets denser than its prompt."""
+        budget = self.generator.calibrate(DEFAULT_SPEED, variations=variations)
+        if prompt is None:
+            return budget
+        return min(budget, self.generator.calibrate(DEFAULT_SPEED, encode(prompt), variations=variations))
 
     def tokens_per_s(self, latents: int) -> float:
         """About how fast one variation is made with a latent budget, by what `warm_up` measured."""
@@ -301,7 +309,7 @@ class Studio:
 
     def cost(self, latents: int) -> str:
         """What a latent budget costs and gives here, in a line."""
-        budget = self.generator.calibrate(DEFAULT_SPEED) if latents == AUTO else max(2, latents)
+        budget = self._auto(None, 1) if latents == AUTO else max(2, latents)
         tokens_per_s = self.tokens_per_s(budget)
         text = (
             f"{budget} latents: about {tokens_per_s:.0f} tokens/s, {tokens_per_s / MAESTRO_TOKENS_PER_S:.1f}× real time"
@@ -325,10 +333,11 @@ class Studio:
             session.status = "Reading the prompt …" if session.prompt else "Beginning …"
             self._let_go(session)
             prompt, cut_s = _cropped(session.prompt, settings)
+            auto = settings.latents == AUTO
             composition = self.generator.compose(
                 prompt,
                 prompt_seconds=cut_s,
-                latents="auto" if settings.latents == AUTO else settings.latents,
+                latents=self._auto(prompt, settings.variations) if auto else settings.latents,
                 options=settings.sampling(),
                 seed=settings.seed,
                 variations=settings.variations,

@@ -56,6 +56,7 @@ CSS = """
 #cost p, #status p { font-size: 14px; margin: 0; }
 #status { min-height: 44px; }
 #saved { position: absolute; left: -10000px; }
+#extend, #undo { align-self: flex-end; margin-bottom: 6px; }
 @media (min-width: 900px) { #result { position: sticky; top: 8px; } }
 """
 
@@ -97,6 +98,11 @@ def serve(app: gr.Blocks, *, queue_size: int = 20, **launch: Any) -> str:
     return address
 
 
+def example_prompts() -> list[Path]:
+    """The MIDI files that a person can begin with."""
+    return sorted((APP / "prompts").glob("*.mid"))
+
+
 def _player(kind: str, label: str, hint: str) -> gr.HTML:
     folder = APP / "player"
     return gr.HTML(
@@ -114,7 +120,7 @@ def _player(kind: str, label: str, hint: str) -> gr.HTML:
 
 def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
     """Lays out the page and ties its parts to the studio."""
-    prompts = {path.stem.replace("-", " ").capitalize(): path for path in sorted((APP / "prompts").glob("*.mid"))}
+    prompts = {path.stem.replace("-", " ").capitalize(): path for path in example_prompts()}
     default = Settings()
 
     gr.Markdown("# Music AR\nGive it a few bars of piano, hear it go on.", elem_id="title")
@@ -156,8 +162,8 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
         with gr.Column(scale=3, min_width=320, elem_id="result"):
             player = _player("piece", "Piece", "Space plays and pauses, ← and → go 5 seconds; click the roll to seek.")
             status = gr.Markdown("", elem_id="status")
-            with gr.Row(equal_height=True):
-                more_s = gr.Number(30, label="Seconds more", minimum=1, maximum=MAX_SECONDS, min_width=80)
+            with gr.Row():
+                more_s = gr.Number(30, label="More (s)", minimum=1, maximum=MAX_SECONDS, min_width=80)
                 extend = gr.Button("Extend", interactive=False, elem_id="extend", min_width=80)
                 undo = gr.Button("Undo", interactive=False, elem_id="undo", min_width=80)
             with gr.Row():

@@ -48,12 +48,12 @@ def main() -> None:
 def served() -> str:
     """Serves the shipped model from this process."""
     from app.studio import Studio
-    from app.web import build_app, serve
+    from app.web import build_app, example_prompts, serve
     from music_ar import Generator
     from music_ar.checkpoint import read_beside
 
     generator = Generator.from_pretrained()
-    Studio(generator).warm_up()
+    Studio(generator).warm_up(example_prompts())
     return serve(build_app(generator, about=read_beside(None, "MODEL_CARD.md")), prevent_thread_lock=True)
 
 
