@@ -288,9 +288,8 @@ class Studio:
 
     def warm_up(self, prompts: Iterable[Path] = ()) -> None:
         """Measures this machine, and compiles what the prompts and a new piece need, so that nobody waits for it."""
-        budget = self._auto(None, 1)
-        for prompt in (None, *prompts):
-            for _ in self.generator.stream(prompt, seconds=0.5, latents=budget, seed=0):
+        for prompt in (None, *map(read_midi, prompts)):
+            for _ in self.generator.stream(prompt, seconds=0.5, latents=self._auto(prompt, 1), seed=0):
                 pass
 
     def _auto(self, prompt: Performance | None, variations: int) -> int:

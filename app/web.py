@@ -33,6 +33,7 @@ from app.studio import (
 )
 from music_ar import Generator, Performance
 from music_ar.generator import GenerationError
+from music_ar.sampling import SamplingError
 
 APP = Path(str(resources.files("app")))
 SAMPLES = Path(str(resources.files("music_ar"))) / "samples"
@@ -476,5 +477,5 @@ def plain_errors() -> Iterator[None]:
     """Shows what a person can mend as it is; everything else is our own failure and stays one."""
     try:
         yield
-    except (StudioError, GenerationError) as error:
+    except (StudioError, GenerationError, SamplingError) as error:
         raise gr.Error(str(error), print_exception=False) from error

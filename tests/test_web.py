@@ -259,6 +259,8 @@ def test_the_api_explains_what_it_cannot_do(address):
     client = Client(address, verbose=False)
     with pytest.raises(exceptions.AppError, match="length must lie in 1 to 3600"):
         client.predict(seconds=1e9, api_name="/generate")
+    with pytest.raises(exceptions.AppError, match="temperature must be 0 or more"):
+        client.predict(temperature=-1, api_name="/generate")
     with pytest.raises(exceptions.AppError, match="no music yet"):
         client.predict(api_name="/continue")
 
