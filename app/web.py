@@ -164,7 +164,7 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
             player = _player("piece", "Piece", "Space plays and pauses, ← and → go 5 seconds; click the roll to seek.")
             status = gr.Markdown("", elem_id="status")
             with gr.Row():
-                more_s = gr.Number(30, label="More (s)", minimum=1, maximum=MAX_SECONDS, min_width=80)
+                more_s = gr.Number(30, label="More (s)", minimum=1, maximum=MAX_SECONDS, min_width=100)
                 extend = gr.Button("Extend", interactive=False, elem_id="extend", min_width=80)
                 undo = gr.Button("Undo", interactive=False, elem_id="undo", min_width=80)
             with gr.Row():

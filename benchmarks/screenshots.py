@@ -10,7 +10,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-SIZES = {"desktop": (1440, 1000), "phone": (390, 844)}
+SIZES = {"desktop": (1360, 1040), "phone": (390, 844)}
 
 
 def play_something(page: Page) -> float:
@@ -39,6 +39,8 @@ def main() -> None:
                 page.goto(address)
                 first_sound_s.append(play_something(page))
                 page.wait_for_timeout(6000)
+                page.evaluate("window.scrollTo(0, 0)")
+                page.wait_for_timeout(500)
                 page.screenshot(path=folder / f"{size}-{scheme}.png", full_page=size == "phone")
                 context.close()
         browser.close()
