@@ -1,4 +1,4 @@
-"""The command `music-ar`: prepare | train | evaluate | generate | render | inspect | bench.
+"""The command `music-ar`: prepare | train | evaluate | generate | render | inspect | web | bench.
 
 A command is a frozen dataclass: its fields are the options, its `run` does the work. Only the command that is asked for
 is loaded, and `run` imports what it needs when it needs it, so `music-ar --help` never waits for JAX.
@@ -35,6 +35,7 @@ COMMANDS = {
     "generate": ("a new piece, or the continuation of one, as MIDI", "app.cli:Generate"),
     "render": ("many pieces, unattended and resumable", "app.batch:Render"),
     "inspect": ("what we read in a MIDI file", "app.cli:Inspect"),
+    "web": ("a page in the browser to play with", "app.serve:Web"),
     "bench": ("how fast this machine decodes", "app.bench:Bench"),
 }
 

@@ -201,6 +201,16 @@ def identity(source: str | os.PathLike[str] | None = None) -> dict[str, str | No
     return {"name": DEFAULT_RELEASE if source is None else Path(source).name, "weights_sha256": sha256}
 
 
+def read_beside(source: str | os.PathLike[str] | None, name: str) -> str:
+    """The text of another file of a released model, such as its model card; empty if there is none.
+
+    Raises:
+        CheckpointError: no such model.
+    """
+    path = _folder_of(source) / name
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
 def _read_tensors(path: Path, sha256: str | None) -> dict[str, np.ndarray]:
     try:
         data = path.read_bytes()

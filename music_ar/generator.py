@@ -136,6 +136,7 @@ class Composition:
     Attributes:
         seeds: one a variation.
         latents: the latent budget.
+        prompt_s: where the prompt ends and what is made begins.
     """
 
     def __init__(
@@ -152,13 +153,18 @@ class Composition:
         self.seeds, self.latents = tuple(seeds), latents
         self._decoder, self._filters = decoder, options.filters()
         self._prompt_length = len(prompt_tokens)
-        self._join_s = events.length_steps(prompt_tokens) / events.STEPS_PER_SECOND
-        self._from_s = self._join_s if continuation_only else 0.0
+        self.prompt_s = events.length_steps(prompt_tokens) / events.STEPS_PER_SECOND
+        self._from_s = self.prompt_s if continuation_only else 0.0
         self._wanted_s = 0.0
         self._tokens = [prompt_tokens] * len(seeds)
         self._state: decoding.DecodeState | None = decoder.start(
             self._tokens, latents=latents, seeds=seeds, limit_steps=0, mode=mode
         )
+
+    @property
+    def ended(self) -> tuple[bool, ...]:
+        """Which variations ended by themselves, so that `stream` adds nothing to them."""
+        return tuple(bool(tokens[-1] == events.END) for tokens in self._tokens)
 
     def stream(self, seconds: float) -> Iterator[Chunk]:
         """Makes `seconds` more of each variation, chunk by chunk; a piece may also end by itself before.
@@ -200,7 +206,7 @@ class Composition:
         """Seconds of music after the prompt, up to what was wanted, of the variation that has least."""
         lengths = [events.length_steps(tokens) / events.STEPS_PER_SECOND for tokens in self._tokens]
         going_on = [length for length, tokens in zip(lengths, self._tokens, strict=True) if tokens[-1] != events.END]
-        return min(min(going_on or lengths) - self._join_s, self._wanted_s)
+        return min(min(going_on or lengths) - self.prompt_s, self._wanted_s)
 
     def _chunks(self) -> Iterator[Chunk]:
         limit_steps = max(1, round(self._wanted_s * events.STEPS_PER_SECOND))
@@ -234,7 +240,7 @@ class Composition:
         return sum(map(len, self._tokens)) - self._prompt_length * len(self._tokens)
 
     def _performance(self, tokens: Int[np.ndarray, " T"]) -> Performance:
-        return events.decode(tokens).crop(self._from_s, self._join_s + self._wanted_s)
+        return events.decode(tokens).crop(self._from_s, self.prompt_s + self._wanted_s)
 
 
 def final_until_s(tokens: Int[np.ndarray, " T"]) -> float:

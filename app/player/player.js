@@ -1,0 +1,431 @@
+// The player: a piano roll on a canvas, and a piano of real samples. Runs as `js_on_load` of a gr.HTML, which gives it
+// `element`, `props`, `trigger` and `watch`. `props.value` is what app/web.py `shown` makes:
+//   {piece, kind, join, making, autoplay, start, end, chosen, variations: [{seed, until, notes, open}]}
+// where `notes` and `open` hold "onset,length,pitch,velocity;" in milliseconds. `notes` only ever grows while a piece
+// is made, so only its new end travels and is parsed; the notes in `open` still sound, or may still change.
+
+const root = element.querySelector('.player');
+const find = (name) => root.querySelector('.' + name);
+const [playButton, roll, strips, time, count, hint, waiting] =
+  ['play', 'roll', 'strips', 'time', 'count', 'hint', 'waiting'].map(find);
+const clock = (s) => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, '0')}`;
+
+// ---------------------------------------------------------------- the piano, shared by all players of the page
+
+class Piano {
+  constructor(samples) {
+    this.samples = samples;
+    this.buffers = new Map();
+  }
+
+  ready() { // browsers allow sound only once the person has touched the page
+    if (!this.context) {
+      this.context = new AudioContext();
+      const limiter = new DynamicsCompressorNode(this.context, { threshold: -6, ratio: 12, attack: 0.003, release: 0.2 });
+      this.output = new GainNode(this.context, { gain: 0.8 });
+      this.output.connect(limiter).connect(this.context.destination);
+      const pitches = Array.from({ length: 30 }, (_, n) => 21 + 3 * n);
+      pitches.sort((a, b) => Math.abs(a - 62) - Math.abs(b - 62)); // the middle of the keyboard first
+      this.loading = (async () => { for (const pitch of pitches) await this.load(pitch); })();
+    }
+    if (this.context.state === 'suspended') this.context.resume();
+    return this.context;
+  }
+
+  async load(pitch) {
+    const data = await (await fetch(`${this.samples}${pitch}.ogg`)).arrayBuffer();
+    const whole = await this.context.decodeAudioData(data);
+    const left = whole.getChannelData(0);
+    let peak = 0;
+    for (let n = 0; n < whole.sampleRate; n++) peak = Math.max(peak, Math.abs(left[n]));
+    let first = 0; // as music_ar.audio: from 2 ms before the sound begins, at most 8 s
+    while (first < whole.sampleRate / 4 && Math.abs(left[first]) < 0.02 * peak) first++;
+    first = Math.max(0, first - whole.sampleRate / 500);
+    const length = Math.min(whole.length - first, 8 * whole.sampleRate);
+    const buffer = new AudioBuffer({ length, numberOfChannels: whole.numberOfChannels, sampleRate: whole.sampleRate });
+    for (let side = 0; side < whole.numberOfChannels; side++)
+      buffer.copyToChannel(whole.getChannelData(side).subarray(first, first + length), side);
+    this.buffers.set(pitch, buffer);
+  }
+
+  strike(pitch, velocity, when) {
+    let nearest = null;
+    for (const sampled of this.buffers.keys())
+      if (nearest === null || Math.abs(sampled - pitch) < Math.abs(nearest - pitch)) nearest = sampled;
+    if (nearest === null) return null;
+    const rate = 2 ** ((pitch - nearest) / 12);
+    const source = new AudioBufferSourceNode(this.context, { buffer: this.buffers.get(nearest), playbackRate: rate });
+    const hertz = 440 * 2 ** ((pitch - 69) / 12);
+    const brightness = Math.min(1, velocity / 100) ** 1.5;
+    const frequency = Math.min(20000, Math.max(500, 2 * hertz) + 16000 * brightness ** 2);
+    const filter = new BiquadFilterNode(this.context, { type: 'lowpass', Q: -3, frequency });
+    const gain = new GainNode(this.context, { gain: 0.4 * (velocity / 76) ** 1.6 });
+    source.connect(filter).connect(gain).connect(this.output);
+    source.start(when);
+    return { source, gain, fade: pitch > 88 ? 0.4 : 0.06 };
+  }
+
+  release(voice, when, fade = voice.fade) {
+    voice.gain.gain.setTargetAtTime(0, when, fade);
+    voice.source.stop(when + 8 * fade);
+  }
+}
+
+const piano = (window.musicArPiano ??= new Piano(props.samples));
+for (const gesture of ['pointerdown', 'keydown']) document.addEventListener(gesture, () => piano.ready());
+
+// ---------------------------------------------------------------- the music that Python sent
+
+let piece = null; // which piece is shown
+let state = { kind: props.kind, join: 0, making: false, start: 0, end: 0, variations: [] };
+let variations = []; // {seed, until, text, final: [note], notes: [note]}, notes sorted by onset
+let chosen = 0;
+let making = false;
+let dirty = true;
+
+const empty = { seed: null, until: 0, text: '', final: [], notes: [] };
+const current = () => variations[chosen] ?? empty;
+
+function parse(text) {
+  return text.split(';').slice(0, -1).map((row) => {
+    const [onset, length, pitch, velocity] = row.split(',').map(Number);
+    return { on: onset / 1000, off: (onset + length) / 1000, pitch, velocity };
+  });
+}
+
+function receive() {
+  const value = props.value;
+  if (!value || typeof value !== 'object') return;
+  const fresh = value.piece !== piece, was = length();
+  if (fresh) { pause(); variations = []; position = 0; chosen = 0; piece = value.piece; }
+  state = value;
+  variations = value.variations.map(({ seed, until, notes, open }, number) => {
+    const before = variations[number];
+    const grows = before && notes.startsWith(before.text);
+    const final = grows ? before.final.concat(parse(notes.slice(before.text.length))) : parse(notes);
+    // Notes at the very end may still be held: their ends are not known before the music is finished.
+    const rest = parse(open).map((note) => ({ ...note, held: value.making && note.off >= until - 0.02 }));
+    return { seed, until, text: notes, final, notes: final.concat(rest) };
+  });
+  chosen = Math.min(value.chosen ?? chosen, Math.max(0, variations.length - 1));
+  position = Math.min(position, length());
+  const begins = value.autoplay && (fresh || !making);
+  making = value.making;
+  // A new piece is heard from the end of its prompt, an extension from where it goes on.
+  if (begins && !playing) {
+    position = Math.max(0, (fresh ? value.join : was) - 2);
+    play();
+    root.scrollIntoView({ block: 'nearest', behavior: 'smooth' });
+  }
+  if (playing) settle();
+  buildStrips();
+  dirty = true;
+}
+
+const length = () => Math.max(0, ...variations.map((variation) => variation.until));
+
+// ---------------------------------------------------------------- playing
+
+let playing = false, position = 0, startedAt = 0, startedFrom = 0, next = 0;
+const voices = new Map(); // "onset pitch" -> voice, of the notes that sound
+
+function now() {
+  return playing && startedAt !== null ? startedFrom + Math.max(0, piano.context.currentTime - startedAt) : position;
+}
+
+function play() {
+  if (playing || !current().notes.length) return;
+  piano.ready();
+  window.dispatchEvent(new CustomEvent('music-ar-play', { detail: root }));
+  if (!state.making && position >= current().until - 0.05) position = state.kind === 'prompt' ? state.start : 0;
+  playing = true;
+  startedAt = null;
+  tick();
+}
+
+function stop() {
+  if (!playing) return;
+  position = now();
+  playing = false;
+  silence();
+  dirty = true;
+}
+
+function silence() {
+  for (const voice of voices.values()) if (voice) piano.release(voice, piano.context.currentTime, 0.03);
+  voices.clear();
+}
+
+function seek(seconds) {
+  const was = playing;
+  pause();
+  position = Math.max(0, Math.min(seconds, length()));
+  if (was) play();
+  dirty = true;
+}
+
+function key(note) { return `${note.on} ${note.pitch}`; }
+
+// Notes that were held when they were struck: now their ends may be known.
+function settle() {
+  for (const note of current().notes) if (!note.held) releaseAtEnd(note);
+}
+
+function releaseAtEnd(note) {
+  const voice = voices.get(key(note));
+  if (!voice || startedAt === null) return;
+  voices.delete(key(note));
+  const when = Math.max(piano.context.currentTime, startedAt + note.off - startedFrom);
+  piano.release(voice, when);
+  ringing.push({ voice, until: when });
+}
+
+let ringing = []; // voices with a release that lies ahead: a pause must end them sooner
+function hush() {
+  for (const { voice } of ringing) piano.release(voice, piano.context.currentTime, 0.03);
+  ringing = [];
+}
+
+function tick() {
+  if (!playing) return;
+  const { until, notes } = current();
+  const end = state.kind === 'prompt' ? Math.min(until, state.end || until) : until;
+  if (startedAt === null) { // about to begin, or waiting for more music
+    const enough = !state.making || until - position > 1.5;
+    if (enough && piano.buffers.size > 3) {
+      startedAt = piano.context.currentTime + 0.06;
+      startedFrom = position;
+      next = notes.findIndex((note) => note.on >= position - 0.005);
+      if (next < 0) next = notes.length;
+    }
+    waiting.hidden = Boolean(enough);
+    return;
+  }
+  const at = now();
+  if (at >= end) {
+    position = end;
+    if (state.making) { startedAt = null; waiting.hidden = false; return; }
+    if (at >= end + 0.3) { stop(); position = end; return; }
+  }
+  const ahead = document.hidden ? 1.6 : 0.25; // hidden pages are called once a second
+  while (next < notes.length && notes[next].on < Math.min(at + ahead, end)) {
+    const note = notes[next++];
+    voices.set(key(note), piano.strike(note.pitch, note.velocity, Math.max(0, startedAt + note.on - startedFrom)));
+    if (!note.held) releaseAtEnd(note);
+  }
+  ringing = ringing.filter(({ until: ends }) => ends > piano.context.currentTime);
+}
+
+setInterval(tick, 40);
+window.addEventListener('music-ar-play', (event) => { if (event.detail !== root) pause(); });
+
+function pause() { stop(); hush(); }
+function toggle() { playing ? pause() : play(); }
+
+// ---------------------------------------------------------------- drawing
+
+const drag = { from: null, to: null, x: 0 };
+let view = { from: 0, span: 10 };
+
+function colours() {
+  const style = getComputedStyle(root);
+  const pick = (name) => style.getPropertyValue(name).trim();
+  return { prompt: pick('--prompt-note'), made: pick('--made-note'), sounding: pick('--sounding-note'),
+    text: pick('--body-text-color-subdued'), line: pick('--border-color-primary'), shade: pick('--background-fill-secondary') };
+}
+
+function prepare(canvas) {
+  const ratio = window.devicePixelRatio || 1;
+  const [width, height] = [canvas.clientWidth, canvas.clientHeight];
+  if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
+    canvas.width = Math.round(width * ratio);
+    canvas.height = Math.round(height * ratio);
+  }
+  const pen = canvas.getContext('2d');
+  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+  pen.clearRect(0, 0, width, height);
+  return { pen, width, height };
+}
+
+function range(notes) {
+  let [low, high] = [48, 84];
+  for (const { pitch } of notes) { low = Math.min(low, pitch); high = Math.max(high, pitch); }
+  return [low - 2, high + 2];
+}
+
+function drawNotes(pen, notes, width, height, from, span, ink, at) {
+  const [low, high] = range(notes);
+  const tall = height / (high - low + 1);
+  for (const note of notes) {
+    if (note.off < from || note.on > from + span) continue;
+    const x = ((note.on - from) / span) * width;
+    const wide = Math.max(1.5, ((note.off - note.on) / span) * width - 0.5);
+    const sounds = at !== null && note.on <= at && at < note.off;
+    pen.fillStyle = sounds ? ink.sounding : note.on < state.join - 0.005 || state.kind === 'prompt' ? ink.prompt : ink.made;
+    pen.globalAlpha = 0.45 + 0.55 * Math.min(1, note.velocity / 100);
+    pen.beginPath();
+    pen.roundRect(x, (high - note.pitch) * tall, wide, Math.max(2, tall - 1), Math.min(2, tall / 3));
+    pen.fill();
+  }
+  pen.globalAlpha = 1;
+}
+
+function drawRoll() {
+  const { pen, width, height } = prepare(roll);
+  if (!width) return;
+  const ink = colours(), at = now(), whole = Math.max(length(), state.making ? 10 : 1);
+  const most = state.kind === 'prompt' ? whole : Math.max(12, width / 22);
+  view = { from: 0, span: Math.min(whole, most) };
+  if (whole > most) view.from = Math.max(0, Math.min(at - 0.35 * most, whole - most));
+  const bottom = height - 18;
+  const x = (seconds) => ((seconds - view.from) / view.span) * width;
+
+  if (state.kind !== 'prompt' && state.join > view.from) {
+    pen.fillStyle = ink.shade;
+    pen.fillRect(0, 0, x(state.join), bottom);
+  }
+  const step = [0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600].find((s) => (s / view.span) * width >= 60) ?? 1200;
+  pen.font = '11px sans-serif';
+  pen.lineWidth = 1;
+  for (let tickAt = Math.ceil(view.from / step) * step; tickAt <= view.from + view.span; tickAt += step) {
+    pen.strokeStyle = ink.line;
+    pen.beginPath(); pen.moveTo(x(tickAt), 0); pen.lineTo(x(tickAt), bottom); pen.stroke();
+    pen.fillStyle = ink.text;
+    if (x(tickAt) < width - 26) pen.fillText(step < 1 ? tickAt.toFixed(1) : clock(tickAt), x(tickAt) + 3, height - 5);
+  }
+  drawNotes(pen, current().notes, width, bottom, view.from, view.span, ink, playing ? at : null);
+  if (state.kind === 'prompt') {
+    const [a, b] = drag.from === null ? [state.start, state.end] : [Math.min(drag.from, drag.to), Math.max(drag.from, drag.to)];
+    pen.fillStyle = ink.shade;
+    pen.globalAlpha = 0.82;
+    pen.fillRect(0, 0, x(a), bottom);
+    pen.fillRect(x(b), 0, width - x(b), bottom);
+    pen.globalAlpha = 1;
+    pen.fillStyle = ink.made;
+    pen.fillRect(Math.max(0, x(a) - 1), 0, 3, bottom);
+    pen.fillRect(Math.min(width - 3, x(b) - 1), 0, 3, bottom);
+  } else if (state.join > view.from && current().notes.length) {
+    pen.fillStyle = ink.made;
+    pen.fillRect(x(state.join) - 0.5, 0, 1.5, bottom);
+    pen.fillStyle = ink.text;
+    if (x(state.join) > 50) pen.fillText('prompt', Math.max(4, x(state.join) - 44), 13);
+  }
+  if (state.making && x(current().until) < width) {
+    pen.strokeStyle = ink.made;
+    pen.setLineDash([3, 3]);
+    pen.beginPath(); pen.moveTo(x(current().until), 0); pen.lineTo(x(current().until), bottom); pen.stroke();
+    pen.setLineDash([]);
+  }
+  pen.fillStyle = ink.sounding;
+  pen.fillRect(x(at) - 1, 0, 2, bottom);
+}
+
+function buildStrips() {
+  const wanted = state.kind !== 'prompt' && variations.length > 1 ? variations.length : 0;
+  while (strips.children.length > wanted) strips.lastChild.remove();
+  while (strips.children.length < wanted) {
+    const number = strips.children.length;
+    const strip = document.createElement('button');
+    strip.type = 'button';
+    strip.className = 'strip';
+    strip.setAttribute('role', 'radio');
+    strip.append(document.createElement('span'), document.createElement('canvas'));
+    strip.addEventListener('click', () => choose(number));
+    strips.append(strip);
+  }
+  [...strips.children].forEach((strip, number) => {
+    strip.setAttribute('aria-checked', String(number === chosen));
+    strip.firstChild.textContent = `${number + 1} · seed ${variations[number].seed}`;
+    const { pen, width, height } = prepare(strip.lastChild);
+    drawNotes(pen, variations[number].notes, width, height, 0, Math.max(1, length()), colours(), null);
+  });
+}
+
+function choose(number) { // the same moment of another variation
+  const at = now(), was = playing;
+  pause();
+  chosen = number;
+  position = Math.min(at, current().until);
+  trigger('choose', { variation: number });
+  buildStrips();
+  if (was) play();
+  dirty = true;
+}
+
+function draw() {
+  if (!root.isConnected) return;
+  if (playing || dirty) {
+    dirty = false;
+    const at = now(), whole = length(), sung = current().notes.length;
+    root.dataset.notes = sung;
+    root.dataset.position = at.toFixed(2);
+    root.dataset.playing = playing && startedAt !== null;
+    root.dataset.making = Boolean(state.making);
+    playButton.textContent = playing ? '❚❚' : '▶';
+    playButton.setAttribute('aria-label', playing ? 'Pause' : 'Play');
+    playButton.disabled = !sung;
+    time.textContent = `${clock(at)} / ${clock(whole)}`;
+    count.textContent = sung ? `${sung.toLocaleString('en')} notes` : '';
+    if (!playing) waiting.hidden = true;
+    roll.setAttribute('aria-valuemax', whole.toFixed(1));
+    roll.setAttribute('aria-valuenow', at.toFixed(1));
+    roll.setAttribute('aria-valuetext', `${clock(at)} of ${clock(whole)}, ${sung} notes`);
+    drawRoll();
+  }
+  requestAnimationFrame(draw);
+}
+
+// ---------------------------------------------------------------- hands
+
+const secondsAt = (event) => {
+  const box = roll.getBoundingClientRect();
+  const seconds = view.from + ((event.clientX - box.left) / box.width) * view.span;
+  return Math.max(0, Math.min(seconds, length()));
+};
+roll.addEventListener('pointerdown', (event) => {
+  roll.setPointerCapture(event.pointerId);
+  drag.x = event.clientX;
+  drag.pressed = true;
+});
+roll.addEventListener('pointermove', (event) => {
+  if (!drag.pressed || state.kind !== 'prompt') return;
+  if (drag.from === null && Math.abs(event.clientX - drag.x) > 5) drag.from = secondsAt({ clientX: drag.x });
+  if (drag.from !== null) { drag.to = secondsAt(event); dirty = true; }
+});
+roll.addEventListener('pointerup', (event) => {
+  if (!drag.pressed) return;
+  drag.pressed = false;
+  if (drag.from === null) return seek(secondsAt(event));
+  const [start, end] = [Math.min(drag.from, drag.to), Math.max(drag.from, drag.to)].map((s) => Math.round(s * 10) / 10);
+  drag.from = drag.to = null;
+  if (end - start >= 0.2) {
+    state = { ...state, start, end };
+    seek(start);
+    trigger('crop', { start, end });
+  }
+  dirty = true;
+});
+roll.addEventListener('pointercancel', () => { drag.pressed = false; drag.from = null; dirty = true; });
+playButton.addEventListener('click', () => { window.musicArLast = root; toggle(); });
+root.addEventListener('pointerdown', () => { window.musicArLast = root; });
+
+const keys = { ' ': toggle, ArrowLeft: () => seek(now() - 5), ArrowRight: () => seek(now() + 5),
+  Home: () => seek(0), End: () => seek(length()) };
+document.addEventListener('keydown', (event) => {
+  const target = event.target;
+  const mine = root.contains(target);
+  const idle = target === document.body && (window.musicArLast ?? document.querySelector('.player.piece')) === root;
+  if (!(mine || idle) || !keys[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (mine && target.tagName === 'BUTTON' && event.key === ' ') return; // the button does it
+  event.preventDefault();
+  keys[event.key]();
+});
+
+root.classList.add(props.kind);
+root.setAttribute('aria-label', props.label ?? 'Player');
+hint.textContent = props.hint ?? '';
+new ResizeObserver(() => { buildStrips(); dirty = true; }).observe(root);
+new MutationObserver(() => { dirty = true; }).observe(document.body, { attributes: true, attributeFilter: ['class'] });
+watch('value', receive);
+receive();
+draw();

@@ -1,0 +1,57 @@
+"""The `web` command: loads the model, measures the machine and opens the page of `app.web`."""
+
+import json
+from dataclasses import dataclass
+
+from app.console import CommandError, ProgressLine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Web:
+    """Opens the web page: give it a few bars, hear it go on.
+
+    Attributes:
+        checkpoint: name of a shipped model, a folder, or a hub id (owner/name).
+        host: who can reach it: by default this machine alone; 0.0.0.0 is everyone on your network.
+        port: by default the first free one from 7860 on.
+        share: a public address through Gradio's servers, for three days.
+        auth: user:password that the page asks for.
+        queue_size: how many may wait for their turn.
+        open: show it in the browser.
+    """
+
+    checkpoint: str | None = None
+    host: str = "127.0.0.1"
+    port: int | None = None
+    share: bool = False
+    auth: str | None = None
+    queue_size: int = 20
+    open: bool = False
+
+    def __post_init__(self) -> None:
+        if self.auth is not None and ":" not in self.auth:
+            raise CommandError("--auth takes user:password")
+        if self.queue_size < 1:
+            raise CommandError(f"--queue-size must be at least 1, got {self.queue_size}")
+
+    def run(self) -> None:
+        """Serves the page until it is interrupted."""
+        try:
+            from app.web import build_app, example_prompts, serve
+        except ImportError as error:
+            raise CommandError(f"the page needs {error.name}: install it with pip install '.[web]'") from error
+        from app.studio import Studio
+        from music_ar import Generator
+        from music_ar.checkpoint import read_beside
+
+        with ProgressLine("loading the model, measuring this machine: a minute at most") as line:
+            generator = Generator.from_pretrained(self.checkpoint)
+            Studio(generator).warm_up(example_prompts())
+            line.report(1.0, "ready")
+        curve = json.loads(read_beside(self.checkpoint, "curve.json") or "{}").get("rows")
+        app = build_app(generator, about=read_beside(self.checkpoint, "MODEL_CARD.md"), curve=curve)
+        user = None if self.auth is None else tuple(self.auth.split(":", 1))
+        launch = {"server_name": self.host, "server_port": self.port, "share": self.share, "auth": user}
+        address = serve(app, queue_size=self.queue_size, inbrowser=self.open, prevent_thread_lock=True, **launch)
+        print(f"Music AR plays at {address} — Ctrl-C ends it", flush=True)
+        app.block_thread()

@@ -1,0 +1,481 @@
+"""The web page: give it a few bars, hear it go on. `app.studio` does the work, `app/player/` shows and plays it.
+
+Everything is served from this machine: the page asks no other for anything. The API that `gradio_client` sees is
+`generate`, `continue` and `info`; what else the page does is private.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
+
+import gradio as gr
+from gradio.themes import Base
+from gradio.utils import get_upload_folder
+
+from app.studio import (
+    AUTO,
+    MAX_PROMPT_BYTES,
+    MAX_SECONDS,
+    MAX_VARIATIONS,
+    Session,
+    Settings,
+    Studio,
+    StudioError,
+    Take,
+    write_file,
+)
+from music_ar import Generator, Performance
+from music_ar.generator import GenerationError
+from music_ar.sampling import SamplingError
+
+APP = Path(str(resources.files("app")))
+SAMPLES = Path(str(resources.files("music_ar"))) / "samples"
+NO_PROMPT = "Nothing: a new piece"
+FILES_LIVE_S = 3600
+DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
+QUICK: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+WARNING = (
+    "The model may repeat what it was trained on. Before you publish a piece, compare it with MAESTRO's. "
+    "Its weights are under CC BY-NC-SA 4.0: name the source, no commercial use, share alike. "
+    "The piano: Salamander Grand Piano V3 by Alexander Holm, CC BY 3.0."
+)
+CSS = """
+.gradio-container { max-width: 1500px !important; margin: 0 auto !important; }
+:root { --body-text-color-subdued: #586479; }
+.dark { --body-text-color-subdued: #a3afc2; }
+.player { --prompt-note: #64748b; --made-note: #4f46e5; --sounding-note: #c2410c; }
+.dark .player { --prompt-note: #94a3b8; --made-note: #a5b4fc; --sounding-note: #fdba74; }
+#title h1 { margin: 4px 0 0 0; }
+#title p { margin: 0; color: var(--body-text-color-subdued); }
+#cost p, #status p { font-size: 14px; margin: 0; }
+#status { min-height: 44px; }
+#saved { position: absolute; left: -10000px; }
+#extend, #undo { align-self: flex-end; margin-bottom: 6px; }
+@media (min-width: 900px) { #result { position: sticky; top: 8px; } }
+"""
+
+
+def build_app(generator: Generator, *, about: str = "", curve: list[dict[str, Any]] | None = None) -> gr.Blocks:
+    """The page for a generator; `serve` shows it.
+
+    Args:
+        generator: makes all music.
+        about: the model card, as Markdown.
+        curve: rows of `curve.json`; see `app.studio.Studio`.
+    """
+    studio = Studio(generator, curve)
+    gr.set_static_paths([SAMPLES])
+    with gr.Blocks(title="Music AR", analytics_enabled=False, delete_cache=(FILES_LIVE_S, FILES_LIVE_S)) as app:
+        _page(app, studio, about)
+        _api(studio)
+    return app
+
+
+def serve(app: gr.Blocks, *, queue_size: int = 20, **launch: Any) -> str:
+    """Serves the page, and returns its address if told not to block (`prevent_thread_lock`)."""
+    # Gradio would look for Node.js to render pages on the server, and link to its own site.
+    app.queue(max_size=queue_size, default_concurrency_limit=4)
+    _, address, _ = app.launch(
+        theme=Base(
+            primary_hue="indigo",
+            neutral_hue="slate",
+            font=["system-ui", "sans-serif"],
+            font_mono=["ui-monospace", "monospace"],
+        ),
+        css=CSS,
+        max_file_size=MAX_PROMPT_BYTES,
+        footer_links=["api"],
+        ssr_mode=False,
+        quiet=True,
+        **launch,
+    )
+    return address
+
+
+def example_prompts() -> list[Path]:
+    """The MIDI files that a person can begin with."""
+    return sorted((APP / "prompts").glob("*.mid"))
+
+
+def _player(kind: str, label: str, hint: str) -> gr.HTML:
+    folder = APP / "player"
+    return gr.HTML(
+        shown_prompt(Session(), Settings()) if kind == "prompt" else shown_take(Session()),
+        html_template=(folder / "player.html").read_text(),
+        css_template=(folder / "player.css").read_text(),
+        js_on_load=(folder / "player.js").read_text(),
+        elem_id=f"{kind}-player",
+        kind=kind,
+        label=label,
+        hint=hint,
+        samples=f"gradio_api/file={SAMPLES.as_posix()}/",
+    )
+
+
+def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
+    """Lays out the page and ties its parts to the studio."""
+    prompts = {path.stem.replace("-", " ").capitalize(): path for path in example_prompts()}
+    default = Settings()
+
+    gr.Markdown("# Music AR\nGive it a few bars of piano, hear it go on.", elem_id="title")
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=2, min_width=320):
+            example = gr.Dropdown([NO_PROMPT, *prompts], value=NO_PROMPT, label="Begin with", elem_id="example")
+            file = gr.File(label="… or a MIDI file of yours", file_types=[".mid", ".midi"], height=140, elem_id="file")
+            with gr.Group(visible=False) as prompt_box:
+                prompt_player = _player("prompt", "Prompt", "Drag over the roll to choose the part to go on from.")
+                with gr.Row():
+                    start_s = gr.Number(0, label="From (s)", minimum=0, min_width=90, elem_id="start")
+                    end_s = gr.Number(None, label="To (s)", minimum=0, min_width=90, elem_id="end")
+            most = studio.most_latents
+            latents = gr.Slider(
+                AUTO, most, value=AUTO, step=max(1, most // 32), label="Latent budget (0: auto)", elem_id="latents"
+            )
+            cost = gr.Markdown(studio.cost(AUTO), elem_id="cost")
+            with gr.Row():
+                seconds = gr.Number(
+                    default.seconds,
+                    label="Length (s)",
+                    minimum=1,
+                    maximum=MAX_SECONDS,
+                    min_width=110,
+                    elem_id="seconds",
+                )
+                variations = gr.Slider(1, MAX_VARIATIONS, value=1, step=1, label="Variations", min_width=170)
+            with gr.Accordion("More settings", open=False):
+                seed = gr.Textbox("", label="Seed (empty: a random one)", elem_id="seed", max_lines=1)
+                continuation_only = gr.Checkbox(False, label="Continuation only: leave the prompt out")
+                temperature = gr.Slider(0, 2, value=default.temperature, step=0.05, label="Temperature")
+                top_p = gr.Slider(0.05, 1, value=default.top_p, step=0.01, label="Top-p")
+                top_k = gr.Slider(0, 388, value=default.top_k, step=1, label="Top-k (0: all)")
+                min_p = gr.Slider(0, 0.5, value=default.min_p, step=0.01, label="Min-p")
+                load = gr.UploadButton("Load settings (settings.json)", file_types=[".json"], size="sm")
+            with gr.Row():
+                generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=150)
+                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=90)
+        with gr.Column(scale=3, min_width=320, elem_id="result"):
+            player = _player("piece", "Piece", "Space plays and pauses, ← and → go 5 seconds; click the roll to seek.")
+            status = gr.Markdown("", elem_id="status")
+            with gr.Row():
+                more_s = gr.Number(30, label="More (s)", minimum=1, maximum=MAX_SECONDS, min_width=100)
+                extend = gr.Button("Extend", interactive=False, elem_id="extend", min_width=80)
+                undo = gr.Button("Undo", interactive=False, elem_id="undo", min_width=80)
+            with gr.Row():
+                downloads = {
+                    kind: gr.Button(label, interactive=False, elem_id=f"download-{kind}", size="sm", min_width=60)
+                    for kind, label in {"mid": "MIDI", "wav": "WAV", "mp3": "MP3", "zip": "ZIP of all"}.items()
+                }
+            saved = gr.DownloadButton("Save", elem_id="saved")
+            with gr.Accordion("The model, its licence and data", open=False, elem_id="about"):
+                gr.Markdown(f"{WARNING}\n\n{about}")
+
+    controls = {
+        "seconds": seconds, "latents": latents, "variations": variations, "temperature": temperature, "top_p": top_p,
+        "top_k": top_k, "min_p": min_p, "seed": seed, "start_s": start_s, "end_s": end_s,
+        "continuation_only": continuation_only,
+    }  # fmt: skip
+    shown = [player, status, stop, extend, undo, *downloads.values()]
+
+    def show(session: Session) -> tuple[Any, ...]:
+        """All of `shown`, as the session is."""
+        made = bool(session.takes) and not session.making
+        return (
+            shown_take(session),
+            _status(session),
+            gr.update(interactive=session.making),
+            gr.update(interactive=made),
+            gr.update(interactive=made and len(session.takes) > 1),
+            *(gr.update(interactive=made) for _ in downloads),
+        )
+
+    def on_generate(request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+        session = studio.session(_name(request))
+        with plain_errors():
+            settings = Settings.read(dict(zip(controls, values, strict=True)))
+            for _ in studio.generate(session, settings):
+                yield show(session)
+            yield show(session)
+
+    def on_extend(request: gr.Request, more: float) -> Iterator[tuple[Any, ...]]:
+        session = studio.session(_name(request))
+        with plain_errors():
+            for _ in studio.extend(session, Settings.read({"seconds": more}).seconds):
+                yield show(session)
+            yield show(session)
+
+    def on_failure(request: gr.Request) -> tuple[Any, ...]:
+        return show(studio.session(_name(request)))
+
+    def on_stop(request: gr.Request) -> tuple[Any, ...]:
+        session = studio.session(_name(request))
+        session.stop()
+        return show(session)
+
+    def on_undo(request: gr.Request) -> tuple[Any, ...]:
+        session = studio.session(_name(request))
+        with plain_errors():
+            session.undo()
+        return show(session)
+
+    def on_choose(request: gr.Request, event: gr.EventData) -> None:
+        studio.session(_name(request)).choose(int(event.variation))
+
+    def show_prompt(session: Session) -> tuple[Any, ...]:
+        end = None if session.prompt is None else round(session.prompt.duration_s, 1)
+        return gr.update(visible=session.prompt is not None), shown_prompt(session, Settings()), 0, end
+
+    def on_file(request: gr.Request, path: str | None, chosen: str) -> tuple[Any, ...]:
+        session = studio.session(_name(request))
+        session.set_prompt(None)
+        kept = gr.skip()
+        try:
+            if path is not None:
+                session.set_prompt(Path(path).read_bytes(), Path(path).name)
+            elif chosen in prompts:
+                session.set_prompt(prompts[chosen].read_bytes(), chosen)
+        except StudioError as error:
+            gr.Warning(str(error), duration=20)
+            kept = None
+        return kept, *show_prompt(session)
+
+    def on_crop(event: gr.EventData) -> tuple[float, float]:
+        return event.start, event.end
+
+    def on_limits(request: gr.Request, start: float | None, end: float | None) -> Any:
+        with plain_errors():
+            return shown_prompt(studio.session(_name(request)), Settings(start_s=start or 0.0, end_s=end))
+
+    def on_download(kind: str) -> Callable[[gr.Request], str]:
+        def download(request: gr.Request) -> str:
+            with plain_errors():
+                return str(write_file(studio.session(_name(request)), kind, _own_folder()))
+
+        return download
+
+    def restored(values: dict[str, Any]) -> list[Any]:
+        with plain_errors():
+            settings = Settings.read(values)
+        told = vars(settings) | {"seed": "" if settings.seed is None else str(settings.seed)}
+        return [told[name] for name in controls if name not in ("start_s", "end_s")]
+
+    def on_settings_file(path: str) -> list[Any]:
+        try:
+            return restored(dict(json.loads(Path(path).read_text())))
+        except (ValueError, TypeError) as error:
+            raise gr.Error("expected the settings.json of a download, got a file that is none") from error
+
+    def on_open(request: gr.Request) -> list[Any]:
+        return restored(dict(request.query_params))
+
+    def on_leave(request: gr.Request) -> None:
+        studio.forget(_name(request))
+
+    runs: dict[str, Any] = {
+        **DEVICE, "outputs": shown, "api_visibility": "private", "show_progress": "minimal", "show_progress_on": status
+    }  # fmt: skip
+    allow_stop: dict[str, Any] = {"fn": lambda: gr.update(interactive=True), "outputs": stop, **QUICK}
+    generate.click(**allow_stop)
+    generating = generate.click(on_generate, list(controls.values()), **runs)
+    extend.click(**allow_stop)
+    extending = extend.click(on_extend, more_s, **runs)
+    for run in (generating, extending):
+        run.failure(on_failure, None, shown, **QUICK)
+    stop.click(on_stop, None, shown, cancels=[generating, extending], **QUICK)
+    undo.click(on_undo, None, shown, **QUICK)
+    player.choose(on_choose, None, None, **QUICK)
+    prompt_shown = [prompt_box, prompt_player, start_s, end_s]
+    told: dict[str, Any] = {**QUICK, "queue": True, "concurrency_limit": None}  # warnings need the queue
+    for chosen in (file.upload, file.clear, example.input):
+        chosen(on_file, [file, example], [file, *prompt_shown], **told)
+    prompt_player.crop(on_crop, None, [start_s, end_s], **QUICK)
+    for limit in (start_s, end_s):
+        limit.input(on_limits, [start_s, end_s], prompt_player, **QUICK)
+    latents.change(lambda budget: studio.cost(int(budget)), latents, cost, **QUICK)
+    for kind, button in downloads.items():
+        made = button.click(on_download(kind), None, saved, api_visibility="private", show_progress_on=status)
+        made.success(None, None, None, js="() => document.querySelector('#saved').click()", api_visibility="private")
+    settable = [part for name, part in controls.items() if name not in ("start_s", "end_s")]
+    load.upload(on_settings_file, load, settable, **QUICK)
+    app.load(on_open, None, settable, **QUICK)
+    app.unload(on_leave)
+
+
+def _api(studio: Studio) -> None:
+    """The named endpoints for programs; their components are never shown."""
+    with gr.Group(visible=False):
+        prompt = gr.File(label="prompt", file_types=[".mid", ".midi"])
+        seconds = gr.Number(60, label="seconds")
+        latents = gr.Number(AUTO, label="latents", precision=0)
+        variations = gr.Number(1, label="variations", precision=0)
+        temperature = gr.Number(1.0, label="temperature")
+        top_p = gr.Number(0.98, label="top_p")
+        seed = gr.Number(None, label="seed", precision=0)
+        prompt_start = gr.Number(0.0, label="start_s")
+        prompt_end = gr.Number(None, label="end_s")
+        variation = gr.Number(0, label="variation", precision=0)
+        progress = gr.JSON(label="progress")
+        files = gr.File(label="files", file_count="multiple")
+        described = gr.JSON(label="info")
+        call_generate, call_continue, call_info = gr.Button(), gr.Button(), gr.Button()
+
+    def streamed(session: Session, takes: Iterator[Take]) -> Iterator[tuple[dict[str, Any], list[str] | None]]:
+        for take in takes:
+            if session.making:
+                yield _reported(session, take), None
+        folder, take, paths = _own_folder(), session.take, []
+        for number, piece in enumerate(take.pieces):
+            session.choose(number)
+            if len(piece):
+                paths.append(str(write_file(session, "mid", folder)))
+        session.choose(0)
+        yield _reported(session, take), paths
+
+    def on_generate(
+        request: gr.Request,
+        prompt: str | None = None,
+        seconds: float = 60,
+        latents: int = AUTO,
+        variations: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 0.98,
+        seed: int | None = None,
+        start_s: float = 0.0,
+        end_s: float | None = None,
+    ) -> Iterator[tuple[dict[str, Any], list[str] | None]]:
+        """Makes pieces, from nothing or going on from a MIDI file; the last of the results has the MIDI files.
+
+        Latents 0 stands for auto.
+        """
+        session = studio.session(_name(request))
+        with plain_errors():
+            settings = Settings(
+                seconds=seconds, latents=latents, variations=variations, temperature=temperature, top_p=top_p,
+                seed=seed, start_s=start_s, end_s=end_s,
+            )  # fmt: skip
+            session.set_prompt(None if prompt is None else Path(prompt).read_bytes(), Path(prompt or "").name)
+            yield from streamed(session, studio.generate(session, settings))
+
+    def on_continue(
+        request: gr.Request, seconds: float = 30, variation: int = 0
+    ) -> Iterator[tuple[dict[str, Any], list[str] | None]]:
+        """Goes on with a variation of what this client made last."""
+        session = studio.session(_name(request))
+        session.choose(variation)
+        with plain_errors():
+            yield from streamed(session, studio.extend(session, Settings.read({"seconds": seconds}).seconds))
+
+    def on_info() -> dict[str, Any]:
+        """What this machine offers."""
+        return {
+            "most_latents": studio.most_latents,
+            "auto": studio.cost(AUTO),
+            "most_variations": MAX_VARIATIONS,
+            "most_seconds": MAX_SECONDS,
+            "licence": WARNING,
+        }
+
+    call_generate.click(
+        on_generate,
+        [prompt, seconds, latents, variations, temperature, top_p, seed, prompt_start, prompt_end],
+        [progress, files],
+        api_name="generate",
+        **DEVICE,
+    )
+    call_continue.click(on_continue, [seconds, variation], [progress, files], api_name="continue", **DEVICE)
+    call_info.click(on_info, None, described, api_name="info", queue=False)
+
+
+def shown_prompt(session: Session, settings: Settings) -> dict[str, Any]:
+    """The prompt as the player takes it: see `player.js`."""
+    prompt = Performance.empty() if session.prompt is None else session.prompt
+    length = prompt.duration_s
+    return {
+        "piece": f"prompt {session.prompt_name} {len(prompt)} {length:.2f}",
+        "kind": "prompt",
+        "join": 0,
+        "making": False,
+        "autoplay": False,
+        "start": min(settings.start_s, length),
+        "end": length if settings.end_s is None else min(settings.end_s, length),
+        "variations": [{"seed": None, "until": length, "notes": packed(prompt), "open": ""}] if len(prompt) else [],
+    }
+
+
+def shown_take(session: Session) -> dict[str, Any]:
+    """The session's take as the player takes it."""
+    value: dict[str, Any] = {
+        "piece": 0, "kind": "piece", "join": 0, "making": session.making, "autoplay": False, "variations": []
+    }  # fmt: skip
+    if not session.takes:
+        return value
+    take = session.take
+    value |= {
+        "piece": take.piece,
+        "join": take.join_s - take.from_s,
+        "autoplay": session.making,
+        "chosen": session.chosen,
+    }
+    for number, seed in enumerate(take.seeds):
+        piece, final_s = take.shown(number), take.final_s[number] - take.from_s
+        final = piece.onset_s < final_s
+        value["variations"].append(
+            {
+                "seed": seed,
+                "until": round(take.until_s[number] - take.from_s, 3),
+                "notes": packed(piece.select(final)),
+                "open": packed(piece.select(~final)),
+            }
+        )
+    return value
+
+
+def packed(piece: Performance) -> str:
+    """Notes as "onset,length,pitch,velocity;", in milliseconds: what grows at its end travels as what was added."""
+    onset = (piece.onset_s * 1000).round().astype(int).tolist()
+    length = ((piece.offset_s - piece.onset_s) * 1000).round().astype(int).tolist()
+    rows = zip(onset, length, piece.pitch.tolist(), piece.velocity.tolist(), strict=True)
+    return "".join(f"{on},{held},{pitch},{velocity};" for on, held, pitch, velocity in rows)
+
+
+def _status(session: Session) -> str:
+    if not session.takes or session.making:
+        return session.status
+    return f"{session.status} [Link to these settings]({session.take.settings.link()})"
+
+
+def _reported(session: Session, take: Take) -> dict[str, Any]:
+    return {
+        "finished": not session.making,
+        "status": session.status,
+        "seconds": [round(until_s, 2) for until_s in take.until_s],
+        "notes": [len(piece) for piece in take.pieces],
+        "seeds": list(take.seeds),
+        "latents": take.latents,
+    }
+
+
+def _name(request: gr.Request) -> str:
+    return str(request.session_hash or secrets.token_hex(8))
+
+
+def _own_folder() -> Path:
+    """A new folder for one download, in what Gradio clears after `FILES_LIVE_S`."""
+    folder = Path(get_upload_folder()) / secrets.token_hex(16)
+    folder.mkdir(parents=True)
+    return folder
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Shows what a person can mend as it is; everything else is our own failure and stays one."""
+    try:
+        yield
+    except (StudioError, GenerationError, SamplingError) as error:
+        raise gr.Error(str(error), print_exception=False) from error

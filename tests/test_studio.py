@@ -1,0 +1,98 @@
+"""Sessions, settings and takes, without a page."""
+
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import pytest
+
+from app.studio import Session, Settings, Studio, StudioError, write_file
+from music_ar import Generator
+from music_ar.midi import read_midi
+
+
+@pytest.fixture(scope="module")
+def studio(tiny_checkpoint):
+    return Studio(Generator.from_pretrained(tiny_checkpoint))
+
+
+def make(studio, session, **settings):
+    return list(studio.generate(session, Settings(latents=8, **settings)))[-1]
+
+
+def test_a_link_brings_the_settings_back():
+    settings = Settings(seconds=12.5, latents=128, variations=3, seed=7, end_s=4.0, continuation_only=True)
+    assert Settings.read(dict(parse_qsl(settings.link()[1:]))) == settings
+    assert Settings.read({}) == Settings() == Settings.read({"unknown": 1, "end_s": None, "seed": ""})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seconds": "long"}, "seconds must be a number, got 'long'"),
+        ({"seconds": float("nan")}, "seconds must be a number"),
+        ({"seconds": 1e9}, "length must lie in 1 to 3600 seconds"),
+        ({"variations": 9}, "variations must lie in 1 to 8"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"start_s": 5, "end_s": 4}, "must end after it starts"),
+    ],
+)
+def test_impossible_settings_are_told(values, message):
+    with pytest.raises(StudioError, match=message):
+        Settings.read(values)
+
+
+def test_the_prompt_is_cropped_and_may_be_left_out(studio, midi_file):
+    session = Session()
+    session.set_prompt(midi_file.read_bytes(), "mine.mid")
+    assert session.prompt is not None
+    part = session.prompt.crop(5, 9)
+    with_it = make(studio, session, seconds=3, seed=1, start_s=5, end_s=9)
+    without = make(studio, session, seconds=3, seed=1, start_s=5, end_s=9, continuation_only=True)
+    assert sorted(with_it.pieces[0].crop(0, 3.505).pitch) == sorted(part.crop(0, 3.505).pitch)
+    assert without.shown(0) == with_it.pieces[0].crop(with_it.join_s)
+    with pytest.raises(StudioError, match="no note begins between"):
+        make(studio, session, seconds=3, start_s=1000, end_s=1001)
+
+
+def test_extending_keeps_what_was_there_with_caches_and_without(studio):
+    for evicted in (False, True):
+        session = Session()
+        take = make(studio, session, seconds=4, seed=3, variations=2)
+        session.choose(1)
+        if evicted:
+            studio._let_go(session)
+        longer = list(studio.extend(session, 4))[-1]
+        assert len(longer.pieces) == 1
+        before = take.pieces[1].crop(0, 3)
+        assert (longer.pieces[0].pitch[: len(before)] == before.pitch).all()
+        assert longer.until_s[0] > take.until_s[1]
+        session.undo()
+        assert session.take == take
+        with pytest.raises(StudioError, match="nothing to undo"):
+            session.undo()
+
+
+def test_stopping_keeps_what_was_shown(studio, tmp_path):
+    session = Session()
+    takes = studio.generate(session, Settings(latents=8, seconds=1000, seed=3))
+    first = next(takes)
+    session.stop()
+    assert list(takes) == []
+    assert session.take is first
+    assert not session.making
+    assert read_midi(write_file(session, "mid", tmp_path)).pitch.tolist() == first.pieces[0].pitch.tolist()
+
+
+def test_caches_are_bounded_and_go_with_their_session(studio):
+    sessions = [studio.session(f"tab {number}") for number in range(6)]
+    for session in sessions:
+        make(studio, session, seconds=1, seed=1)
+    assert len(studio._live) == 4
+    for number in range(6):
+        studio.forget(f"tab {number}")
+    assert not studio._live
+
+
+def test_nothing_made_is_nothing_to_save():
+    with pytest.raises(StudioError, match="press Generate first"):
+        write_file(Session(), "mid", Path())
