@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 
 from music_ar import decoding, events
 from music_ar.decoding import Decoder, DecodeState, WindowMode
+from music_ar.events import VOCABULARY_SIZE
 from music_ar.sampling import Filters, SamplingOptions
 
 CHUNK_TOKENS = 64
@@ -190,4 +191,12 @@ def _idle(decoder: Decoder, rows: int, latents: int, mode: WindowMode) -> Decode
 
 
 def _stacked(options: list[SamplingOptions]) -> Filters:
-    return jax.tree.map(lambda *rows: jnp.stack(rows), *(option.filters() for option in options))
+    """One entry a row; in NumPy, since each of these would be a call to the device otherwise."""
+    rows = [(each.temperature, each.top_k or VOCABULARY_SIZE, each.top_p, each.min_p) for each in options]
+    temperature, top_k, top_p, min_p = zip(*rows, strict=True)
+    return Filters(
+        temperature=jnp.asarray(np.array(temperature, np.float32)),
+        top_k=jnp.asarray(np.array(top_k, np.int32)),
+        top_p=jnp.asarray(np.array(top_p, np.float32)),
+        min_p=jnp.asarray(np.array(min_p, np.float32)),
+    )

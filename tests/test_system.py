@@ -36,7 +36,9 @@ def music_ar(*arguments, expect=0):
     return result.stdout if expect == 0 else result.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["prepare"], ["evaluate"], ["generate"], ["inspect"], ["web"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [[], ["prepare"], ["evaluate"], ["generate"], ["render"], ["inspect"], ["web"]], ids=" ".join
+)
 def test_help_loads_no_jax_and_no_numpy(command):
     result = subprocess.run(
         [sys.executable, "-X", "importtime", *MUSIC_AR[1:], *command, "--help"],
