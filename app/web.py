@@ -272,7 +272,9 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
             raise gr.Error("expected the settings.json of a download, got a file that is none") from error
 
     def on_open(request: gr.Request) -> list[Any]:
-        return restored(dict(request.query_params))
+        told = dict(request.query_params)
+        # Without settings in the link nothing is set: on a slow line the person may have begun to choose already.
+        return restored(told) if told else [gr.skip()] * len(settable)
 
     def on_leave(request: gr.Request) -> None:
         studio.forget(_name(request))
