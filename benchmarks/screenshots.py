@@ -14,7 +14,7 @@ SIZES = {"desktop": (1360, 1040), "phone": (390, 844)}
 
 
 def play_something(page: Page) -> float:
-    """Goes on from an example with three variations; returns the seconds from Generate to the first sound."""
+    """Goes on from an example; returns the seconds from Generate to the first sound."""
     page.get_by_label("Begin with").click()
     page.get_by_role("option", name="Bach").click()
     page.wait_for_selector("#prompt-player .player[data-notes='139']")
@@ -41,7 +41,7 @@ def main() -> None:
                 page.wait_for_timeout(6000)
                 page.evaluate("window.scrollTo(0, 0)")
                 page.wait_for_timeout(500)
-                page.screenshot(path=folder / f"{size}-{scheme}.png", full_page=size == "phone")
+                page.screenshot(path=folder / f"{size}-{scheme}.png", full_page=True)
                 context.close()
         browser.close()
     print(json.dumps({"first_sound_s": [round(seconds, 2) for seconds in first_sound_s]}))
