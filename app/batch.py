@@ -601,7 +601,7 @@ def _write_audio(kind: str | None) -> Any:
     if kind is None:
         return None
     try:
-        from music_ar.audio import write_audio  # pyright: ignore[reportMissingImports]
+        from music_ar.audio import write_audio
     except ImportError as error:
         raise CommandError(
             f"--audio {kind} needs what is missing here: {error}; leave it out for MIDI alone"

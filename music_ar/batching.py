@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 
 from music_ar import decoding, events
 from music_ar.decoding import Decoder, DecodeState, WindowMode
-from music_ar.events import VOCABULARY_SIZE
 from music_ar.sampling import Filters, SamplingOptions
 
 CHUNK_TOKENS = 64
@@ -114,7 +113,7 @@ class _Batch:
         self._mode: WindowMode = like.mode
         self._state = _idle(decoder, rows, like.latents, like.mode)
         self._options = [SamplingOptions()] * rows
-        self._filters = _stacked(self._options)
+        self._filters = Filters.of_rows(self._options)
         self._making: dict[int, Job] = {}
         self._parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._prefilled: tuple[tuple[bytes, int], DecodeState] | None = None
@@ -134,7 +133,7 @@ class _Batch:
         row = next(row for row in range(self._rows) if row not in self._making)
         self._state = self._state.replaced(row, self._started(job))
         self._options[row] = job.options
-        self._filters = _stacked(self._options)
+        self._filters = Filters.of_rows(self._options)
         self._making[row], self._parts[row] = job, (np.zeros(0, np.int32), np.zeros(0, np.float32))
 
     def _started(self, job: Job) -> DecodeState:
@@ -188,15 +187,3 @@ def _idle(decoder: Decoder, rows: int, latents: int, mode: WindowMode) -> Decode
     start = np.array([events.START], np.int32)
     state = decoder.start([start], latents=latents, seeds=[0], limit_steps=0, mode=mode).rows([0] * rows)
     return state._replace(ended_B=jnp.ones(rows, bool))
-
-
-def _stacked(options: list[SamplingOptions]) -> Filters:
-    """One entry a row; in NumPy, since each of these would be a call to the device otherwise."""
-    rows = [(each.temperature, each.top_k or VOCABULARY_SIZE, each.top_p, each.min_p) for each in options]
-    temperature, top_k, top_p, min_p = zip(*rows, strict=True)
-    return Filters(
-        temperature=jnp.asarray(np.array(temperature, np.float32)),
-        top_k=jnp.asarray(np.array(top_k, np.int32)),
-        top_p=jnp.asarray(np.array(top_p, np.float32)),
-        min_p=jnp.asarray(np.array(min_p, np.float32)),
-    )

@@ -98,8 +98,7 @@ class Request:
     tag: Any = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.seconds < math.inf:
-            raise GenerationError(f"seconds must be more than 0, got {self.seconds}")
+        _check_seconds(self.seconds)
         if self.mode not in WINDOW_MODES:
             raise GenerationError(f"mode must be one of {', '.join(WINDOW_MODES)}, got {self.mode!r}")
         if not 0 <= self.seed <= MAX_SEED:
@@ -174,8 +173,7 @@ class Composition:
         Raises:
             GenerationError: `seconds` is no length, or the composition is closed.
         """
-        if not 0 < seconds < math.inf:
-            raise GenerationError(f"seconds must be more than 0, got {seconds}")
+        _check_seconds(seconds)
         if self._state is None:
             raise GenerationError("the composition is closed")
         self._wanted_s = (self._made_s() if self._wanted_s else 0.0) + seconds
@@ -209,8 +207,7 @@ class Composition:
         return min(min(going_on or lengths) - self.prompt_s, self._wanted_s)
 
     def _chunks(self) -> Iterator[Chunk]:
-        limit_steps = max(1, round(self._wanted_s * events.STEPS_PER_SECOND))
-        most_tokens = round(self._wanted_s * MAX_TOKENS_PER_S) + MAX_TOKENS_PER_S
+        limit_steps, most_tokens = _limits(self._wanted_s)
         before_s, before_tokens = self._made_s() if self._made() else 0.0, self._made()
         began_s, finished = time.monotonic(), False
         while not finished:
@@ -346,8 +343,7 @@ class Generator:
             GenerationError: an option out of range, or nothing to go on from in the prompt.
             MidiError: the prompt is not a usable MIDI file.
         """
-        if not 0 < seconds < math.inf:
-            raise GenerationError(f"seconds must be more than 0, got {seconds}")
+        _check_seconds(seconds)
         composition = self.compose(
             prompt,
             latents=latents,
@@ -414,7 +410,7 @@ class Generator:
             raise GenerationError(f'speed = {speed} needs latents = "auto"')
         if speed is not None and not 0 < speed < math.inf:
             raise GenerationError(f"speed must be more than 0, got {speed}")
-        tokens = np.concatenate([[events.START], _prompt_tokens(prompt, prompt_seconds)]).astype(np.int32)
+        tokens = _prompt_tokens(prompt, prompt_seconds)
         if latents == "auto":
             budget = self.calibrate(DEFAULT_SPEED if speed is None else speed, tokens, variations=variations, mode=mode)
         else:
@@ -518,15 +514,15 @@ class Generator:
         yield from failed
 
     def _job(self, request: Request) -> batching.Job:
-        prompt = np.concatenate([[events.START], _prompt_tokens(request.prompt, request.prompt_seconds)])
+        limit_steps, most_tokens = _limits(request.seconds)
         return batching.Job(
-            prompt=prompt.astype(np.int32),
+            prompt=_prompt_tokens(request.prompt, request.prompt_seconds),
             seed=request.seed,
             latents=self._check_latents(request.latents),
             mode=request.mode,
             options=request.options,
-            limit_steps=max(1, round(request.seconds * events.STEPS_PER_SECOND)),
-            most_tokens=round(request.seconds * MAX_TOKENS_PER_S) + MAX_TOKENS_PER_S,
+            limit_steps=limit_steps,
+            most_tokens=most_tokens,
             tag=request,
         )
 
@@ -614,11 +610,11 @@ def _piece(made: batching.Made) -> Piece:
 
 
 def _prompt_tokens(prompt: Prompt | None, prompt_seconds: float | None) -> Int[np.ndarray, " P"]:
-    """Events of the prompt up to the last note that begins or ends within `prompt_seconds`."""
+    """`events.START`, and the events of the prompt up to the last note that begins or ends within `prompt_seconds`."""
     if prompt is None:
         if prompt_seconds is not None:
             raise GenerationError(f"prompt_seconds = {prompt_seconds} needs a prompt")
-        return np.zeros(0, np.int32)
+        return np.array([events.START], np.int32)
     if prompt_seconds is not None and not prompt_seconds > 0:
         raise GenerationError(f"prompt_seconds must be more than 0, got {prompt_seconds}")
     performance = prompt if isinstance(prompt, Performance) else read_midi(prompt)
@@ -628,4 +624,14 @@ def _prompt_tokens(prompt: Prompt | None, prompt_seconds: float | None) -> Int[n
     if not len(usable):
         where = "the prompt" if prompt_seconds is None else f"the first {prompt_seconds:g} s of the prompt"
         raise GenerationError(f"there are no notes in {where} to go on from")
-    return tokens[: usable[-1] + 1]
+    return np.concatenate([[events.START], tokens[: usable[-1] + 1]]).astype(np.int32)
+
+
+def _check_seconds(seconds: float) -> None:
+    if not 0 < seconds < math.inf:
+        raise GenerationError(f"seconds must be more than 0, got {seconds}")
+
+
+def _limits(seconds: float) -> tuple[int, int]:
+    """Music of this length in steps of 10 ms, and how many tokens to spend on it at most."""
+    return max(1, round(seconds * events.STEPS_PER_SECOND)), round(seconds * MAX_TOKENS_PER_S) + MAX_TOKENS_PER_S

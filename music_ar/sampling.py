@@ -1,10 +1,12 @@
 """From logits to a token: temperature, then top-k, top-p and min-p, in this order."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from music_ar.events import VOCABULARY_SIZE
@@ -44,12 +46,7 @@ class SamplingOptions:
 
     def filters(self) -> "Filters":
         """The options as arrays, so that changing them compiles nothing anew."""
-        return Filters(
-            temperature=jnp.float32(self.temperature),
-            top_k=jnp.int32(self.top_k or VOCABULARY_SIZE),
-            top_p=jnp.float32(self.top_p),
-            min_p=jnp.float32(self.min_p),
-        )
+        return Filters(*(option.reshape(()) for option in Filters.of_rows([self])))
 
 
 class Filters(NamedTuple):
@@ -59,6 +56,16 @@ class Filters(NamedTuple):
     top_k: Int[Array, "*rows"]
     top_p: Float[Array, "*rows"]
     min_p: Float[Array, "*rows"]
+
+    @classmethod
+    def of_rows(cls, options: Sequence[SamplingOptions]) -> "Filters":
+        """One entry a row. Each array is put together in NumPy: it is one transfer, however many rows there are."""
+        return cls(
+            temperature=jnp.asarray(np.array([each.temperature for each in options], np.float32)),
+            top_k=jnp.asarray(np.array([each.top_k or VOCABULARY_SIZE for each in options], np.int32)),
+            top_p=jnp.asarray(np.array([each.top_p for each in options], np.float32)),
+            min_p=jnp.asarray(np.array([each.min_p for each in options], np.float32)),
+        )
 
 
 def filter_logits(logits_BxV: Float[Array, "B V"], filters: Filters) -> Float[Array, "B V"]:
