@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from music_ar import events
 
@@ -247,7 +247,9 @@ class PerceiverAR(nnx.Module):
             kept_prefix: training only: how many of the M - N prefix positions to keep, drawn anew for each row
                 (cross-attend dropout by gather: dropped positions cost nothing). Default: all. Needs `key`.
             dropout: rate of the residual dropout. Needs `key`.
-            input_dropout: share of the inputs that are hidden: their embedding is zero. Needs `key`.
+            input_dropout: share of the inputs that are hidden: they are read as `events.END`, which is never an input
+                otherwise. (As zeros they would do harm: the gradient of a norm at zero is a thousandfold, at each layer
+                anew.) Needs `key`.
             key: randomness for these three.
 
         Returns:
@@ -262,11 +264,11 @@ class PerceiverAR(nnx.Module):
         prefix_key, dropout_key, input_key = (None, None, None) if key is None else jax.random.split(key, 3)
         drop = nnx.Dropout(dropout, deterministic=key is None, rngs=None if key is None else nnx.Rngs(dropout_key))
 
-        hidden_BxM = None
+        rows = _lay_out(tokens_BxM, N, kept_prefix, prefix_key)
         if input_key is not None and input_dropout > 0:
             hidden_BxM = jax.random.bernoulli(input_key, input_dropout, tokens_BxM.shape)
-        embedded_BxMxD = self.embed(tokens_BxM, hidden_BxM)
-        rows = _lay_out(tokens_BxM, N, kept_prefix, prefix_key)
+            tokens_BxM = jnp.where(hidden_BxM & (tokens_BxM != events.PAD), events.END, tokens_BxM)
+        embedded_BxMxD = self.embed(tokens_BxM)
         embedded_BxSxD = _take(embedded_BxMxD, rows.positions_BxS)
 
         k, v = self.cross.keys_values(self.context_norm(embedded_BxSxD), rows.positions_BxS)
@@ -280,16 +282,12 @@ class PerceiverAR(nnx.Module):
             x_BxNxD = block.attend_self(x_BxNxD, positions_BxN, drop)
         return self.logits(_take(x_BxNxD, rows.right_aligned_BxN))
 
-    def embed(
-        self, tokens_BxT: Int[Array, "B T"], hidden_BxT: Bool[Array, "B T"] | None = None
-    ) -> Float[Array, "B T D"]:
-        """Token embeddings with the causal depthwise convolution over them; padding is zero, and so is what is hidden.
+    def embed(self, tokens_BxT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Token embeddings with the causal depthwise convolution over them; padding is zero.
 
         The look-up is a product with one-hot rows: exact, and its gradient is a product too, where a gather's
         would be a scatter into 391 crowded rows.
         """
-        if hidden_BxT is not None:
-            tokens_BxT = jnp.where(hidden_BxT, events.PAD, tokens_BxT)
         one_hot_BxTxV = jax.nn.one_hot(tokens_BxT, self.config.vocabulary_size, dtype=self.dtype)
         table_VxD = self.embedding[...].at[events.PAD].set(0.0).astype(self.dtype)
         x_BxTxD = one_hot_BxTxV @ table_VxD

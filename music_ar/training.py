@@ -63,8 +63,8 @@ class TrainingConfig:
         ema_decay: of the exponential moving average of the weights, which is what is evaluated and released.
         z_loss: weight of the squared log-partition, which keeps logits from drifting.
         dropout: rate on what the blocks add to the residual stream.
-        input_dropout: share of the input tokens that are hidden from the model: their embedding is zero, much as in
-            AWD-LSTM (Merity et al., arXiv 1708.02182).
+        input_dropout: share of the input tokens that are hidden from the model, much as in AWD-LSTM (Merity et al.,
+            arXiv 1708.02182).
         prefix_keep: share of the prefix (the M - N inputs that are not latents) that a row keeps.
         seed: of initialisation and of all dropout.
         log_every: steps that a log line tells the mean of.
