@@ -1,11 +1,12 @@
 """`music-ar train`: joins prepared data, a model and `training.fit`, which knows nothing of files."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import jax
+import numpy as np
 import tyro
 from flax import nnx
 
@@ -14,7 +15,7 @@ from data_pipeline.augment import Augmentation
 from data_pipeline.loader import Pieces, batches
 from data_pipeline.prepare import Manifest
 from music_ar.checkpoint import save_released
-from music_ar.evaluation import score
+from music_ar.evaluation import calibrated, score
 from music_ar.model import PRESETS, PerceiverAR, parameter_count
 from music_ar.training import Batches, Progress, TrainingConfig, fit
 
@@ -24,7 +25,8 @@ class Train:
     """Trains a model on prepared data, for a number of steps or of minutes.
 
     The run's folder gets training/ (states to resume from), log.jsonl, tensorboard/ and, at the end, model/ in
-    released form. SIGTERM or Ctrl-C saves the state and ends with exit code 0; `--resume` and the same options go on.
+    released form: the weights that validated best, their logits calibrated on validation. SIGTERM or Ctrl-C saves the
+    state and ends with exit code 0; `--resume` and the same options go on.
 
     Attributes:
         data: folder that `music-ar prepare` wrote.
@@ -51,6 +53,8 @@ class Train:
     def run(self) -> None:
         """Trains, and writes the model in released form if the run reached its end."""
         pieces, manifest = Pieces.open(self.data, "train"), Manifest.load(self.data)
+        # Of one's own data there may be none.
+        held_out = Pieces.open(self.data, "validation").tokens if manifest.splits["validation"].pieces else []
         model = PerceiverAR(PRESETS[self.preset], rngs=nnx.Rngs(self.training.seed))
         device = jax.devices()[0].device_kind
         title = f"{parameter_count(model):,} parameters, {pieces.targets:,} tokens, {jax.device_count()} x {device}"
@@ -62,32 +66,24 @@ class Train:
                 final_batches=self._batches(pieces, None, self.training.seed + 1) if self.augment else None,
                 data=self._description(manifest),
                 output=self.output,
-                validate=self._validation(manifest),
+                validate=(lambda model: _nats(model, held_out)) if held_out else None,
                 resume=self.resume,
                 on_progress=lambda progress: line.report(_share(progress), _describe(progress)),
             )
         if not fitted.finished:
             print(f"stopped at step {fitted.step}; the same command with --resume goes on from there")
             return
-        released = self.output / "model"
-        save_released(fitted.model, released)
+        model, released = fitted.model, self.output / "model"
+        if held_out:
+            model, temperature = calibrated(model, held_out)
+            print(f"calibrated on validation: logits divided by {temperature:.2f}")
+        save_released(model, released)
         print(f"{fitted.step} steps in {clock(fitted.elapsed_s)}; the model is in {released}")
 
     def _description(self, manifest: Manifest) -> dict[str, Any]:
         """What the batches are made of, so that a run is not resumed with other data."""
         shards = [shard.sha256 for shard in manifest.shards if shard.split == "train"]
         return {"shards": shards, "augmentation": asdict(self.augmentation) if self.augment else None}
-
-    def _validation(self, manifest: Manifest) -> Callable[[PerceiverAR], float] | None:
-        """A quick figure in nats a token to watch the run by, or None if there is nothing to validate on.
-
-        Every token counts once, but windows do not overlap, so some have few latents before them: `music-ar evaluate`
-        finds less.
-        """
-        if not manifest.splits["validation"].pieces:  # as one's own data may
-            return None
-        tokens = Pieces.open(self.data, "validation").tokens
-        return lambda model: score(model, tokens, stride=model.config.latents).nats_per_token
 
     def _batches(self, pieces: Pieces, augmentation: Augmentation | None, seed: int) -> Batches:
         config = PRESETS[self.preset]
@@ -102,6 +98,15 @@ class Train:
             process_count=jax.process_count(),
         )
         return cast(Batches, iterator)  # its batches are a TypedDict, which is a dict of arrays
+
+
+def _nats(model: PerceiverAR, pieces: Sequence[np.ndarray]) -> float:
+    """A quick figure in nats a token to watch the run by.
+
+    Every token counts once, but windows do not overlap, so some have few latents before them: `music-ar evaluate`
+    finds less.
+    """
+    return score(model, pieces, stride=model.config.latents).nats_per_token
 
 
 def _share(progress: Progress) -> float:

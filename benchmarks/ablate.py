@@ -8,8 +8,8 @@
       "augmentation": {"velocity_bins": 3}, "latents": [1024, 512], "test": false}]
 
 A run that fails is told and the next one begins. Of each finished one, OUTPUT/NAME/model holds the released model (the
-weights that validated best), OUTPUT/NAME/log.jsonl the log, and OUTPUT/results.jsonl its scores. Runs that are
-in results.jsonl already are left out, and one that was interrupted is resumed; so the command can be given again.
+weights that validated best, calibrated), OUTPUT/NAME/log.jsonl the log, and OUTPUT/results.jsonl its scores. Runs that
+are in results.jsonl already are left out, and one that was interrupted is resumed; so the command can be given again.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from flax import nnx
 from data_pipeline.augment import Augmentation
 from data_pipeline.loader import Pieces, batches
 from music_ar.checkpoint import load_released, save_released
-from music_ar.evaluation import score
+from music_ar.evaluation import calibrated, score
 from music_ar.model import PRESETS, PerceiverAR, parameter_count
 from music_ar.training import Progress, TrainingConfig, fit
 
@@ -84,11 +84,13 @@ def train_and_score(run: dict[str, Any], data: Path, output: Path, max_pieces: i
         validate=lambda averaged: score(averaged, validation, stride=model_config.latents).nats_per_token,
         on_progress=show,
     )
-    save_released(fitted.model, output / "model")
+    trained, temperature = calibrated(fitted.model, validation)
+    save_released(trained, output / "model")
     released = load_released(output / "model")
     stride = min(512, model_config.latents)
     scores = {
-        "validation float32": score(fitted.model, validation, stride=stride).nats_per_token,
+        "validation, not calibrated": score(fitted.model, validation, stride=stride).nats_per_token,
+        "validation float32": score(trained, validation, stride=stride).nats_per_token,
         "validation": score(released, validation, stride=stride).nats_per_token,
     }
     for latents in run.get("latents", []):
@@ -101,6 +103,7 @@ def train_and_score(run: dict[str, Any], data: Path, output: Path, max_pieces: i
         "parameters": parameter_count(model),
         "steps": fitted.step,
         "model_step": fitted.model_step,
+        "temperature": round(temperature, 3),
         "elapsed_s": round(fitted.elapsed_s, 1),
         "scores": {name: round(nats, 4) for name, nats in scores.items()},
     }

@@ -35,7 +35,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from music_ar import events
-from music_ar.model import Block, PerceiverAR
+from music_ar.model import Block, PerceiverAR, causal_attention
 from music_ar.quantization import with_int8_weights
 from music_ar.sampling import Filters, sample
 
@@ -134,10 +134,15 @@ class Decoder:
 
     def __init__(self, model: PerceiverAR, *, int8: bool | None = None):
         self.config, self.dtype = model.config, model.dtype
+        model = nnx.clone(model)
+        for block in model.blocks:
+            block.join()
         if jax.default_backend() == "cpu" if int8 is None else int8:
             model = with_int8_weights(model)
-        graph, self.params = nnx.split(model)
+        graph, params = nnx.split(model)
         self.graph = _Graph(graph)
+        # Matrices are computed with in this type anyway; in a loop XLA would convert them anew for each token.
+        self.params = jax.tree.map(lambda leaf: _matrix_as(leaf, self.dtype), params)
 
     def start(
         self,
@@ -247,6 +252,10 @@ class Decoder:
             The state, and the logits that each token was predicted with.
         """
         return _force(self.graph, self.params, state, jnp.asarray(tokens_BxT))
+
+
+def _matrix_as(leaf: Array, dtype: jnp.dtype) -> Array:
+    return leaf.astype(dtype) if leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -361,9 +370,9 @@ def step(model: PerceiverAR, state: DecodeState) -> tuple[Float[Array, "B V"], D
         if depth in further:
             x_BxWxD = attend_context(further[depth], x_BWx1xD.reshape(B, W, -1), ages_BWx1.reshape(B, W))
             x_BWx1xD = x_BxWxD.reshape(x_BWx1xD.shape)
-        k, v = block.keys_values(block.attention_norm(x_BWx1xD), ages_BWx1)
+        q, k, v = block.queries_keys_values(x_BWx1xD, ages_BWx1)
         written = _write(caches.self_k[depth], caches.self_v[depth], k, v, clock_B % R)
-        x_BWx1xD = block.add(x_BWx1xD, _attend(block.queries(x_BWx1xD, ages_BWx1), *written, in_window_BWxR), _KEEP)
+        x_BWx1xD = block.add(x_BWx1xD, _attend(q, *written, in_window_BWxR), _KEEP)
         self_k.append(written[0])
         self_v.append(written[1])
     predicting_Bx1xD = x_BWx1xD[jnp.arange(B) * W + active_B]
@@ -504,6 +513,7 @@ def _prefill_window(
     for depth, block in enumerate(model.blocks):
         if depth in further:
             x_BxRxD = attend_context(further[depth], x_BxRxD)
-        filled.append(block.keys_values(block.attention_norm(x_BxRxD), ages_BxR))
-        x_BxRxD = block.attend_self(x_BxRxD, ages_BxR, _KEEP)
+        q, *filled_by = block.queries_keys_values(x_BxRxD, ages_BxR)
+        filled.append(tuple(filled_by))
+        x_BxRxD = block.add(x_BxRxD, causal_attention(q, *filled_by), _KEEP)
     return filled

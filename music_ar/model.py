@@ -175,6 +175,12 @@ class Block(nnx.Module):
         self.feed_forward_norm = norm(config.width)
         self.expand = linear(config.width, config.hidden, init)
         self.contract = linear(config.hidden, config.width, zeros)
+        self.joined: _Joined | None = nnx.data(None)
+
+    def join(self) -> None:
+        """Puts query, key and value of a self block into one matrix: for decoding, where each operation costs time."""
+        self.joined = nnx.data(_Joined(self))
+        del self.query, self.key, self.value, self.query_norm, self.key_norm
 
     def queries(self, x_BxTxD: Array, positions_BxT: Array) -> Float[Array, "B T H K"]:
         """Normalised, rotated queries of the residual stream."""
@@ -186,6 +192,17 @@ class Block(nnx.Module):
         k = self.key_norm(self._heads(self.key(normed_BxTxD), self.config.kv_heads))
         return self._rotate(k, positions_BxT), self._heads(self.value(normed_BxTxD), self.config.kv_heads)
 
+    def queries_keys_values(self, x_BxTxD: Array, positions_BxT: Array) -> tuple[Array, Array, Array]:
+        """All three of the residual stream itself, as a self block takes them."""
+        if self.joined is None:
+            k, v = self.keys_values(self.attention_norm(x_BxTxD), positions_BxT)
+            return self.queries(x_BxTxD, positions_BxT), k, v
+        H, G = self.config.heads, self.config.kv_heads
+        qkv = self._heads(self.joined.projection(self.attention_norm(x_BxTxD)), H + 2 * G)
+        qk, v = qkv[..., : H + G, :], qkv[..., H + G :, :]
+        turned = self._rotate(self.joined.norm(qk), positions_BxT)
+        return turned[..., :H, :], turned[..., H:, :], v
+
     def add(self, x_BxTxD: Array, attended_BxTxHxK: Array, dropout: nnx.Dropout) -> Float[Array, "B T D"]:
         """Adds what attention found, then the feed-forward of the sum, to the stream."""
         x_BxTxD = x_BxTxD + dropout(self.output(attended_BxTxHxK.reshape(*x_BxTxD.shape[:-1], -1)))
@@ -194,8 +211,7 @@ class Block(nnx.Module):
 
     def attend_self(self, x_BxTxD: Array, positions_BxT: Array, dropout: nnx.Dropout) -> Float[Array, "B T D"]:
         """The whole block as causal self-attention."""
-        k, v = self.keys_values(self.attention_norm(x_BxTxD), positions_BxT)
-        return self.add(x_BxTxD, causal_attention(self.queries(x_BxTxD, positions_BxT), k, v), dropout)
+        return self.add(x_BxTxD, causal_attention(*self.queries_keys_values(x_BxTxD, positions_BxT)), dropout)
 
     @staticmethod
     def _heads(x_BxTxC: Array, heads: int) -> Array:
@@ -203,6 +219,27 @@ class Block(nnx.Module):
 
     def _rotate(self, x_BxTxHxK: Array, positions_BxT: Array) -> Array:
         return rotate(x_BxTxHxK, positions_BxT, size=self.config.rotary_size, wavelength=self.config.rotary_wavelength)
+
+
+class _Joined(nnx.Module):
+    """What makes queries, keys and values of a self block in one go: one matrix, and one normalisation of q and k."""
+
+    def __init__(self, block: Block):
+        config, dtype = block.config, block.query.dtype
+        kernel = jnp.concatenate([layer.kernel[...] for layer in (block.query, block.key, block.value)], axis=1)
+        self.projection = nnx.Linear(
+            *kernel.shape, use_bias=False, dtype=dtype, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0)
+        )
+        self.projection.kernel[...] = kernel
+        scales = [(block.query_norm, config.heads), (block.key_norm, config.kv_heads)]
+        rows = [jnp.tile(norm.scale[...], (1, 1, heads, 1)) for norm, heads in scales]
+        self.scale_1x1xHxK = nnx.Param(jnp.concatenate(rows, axis=2))
+        self.plain_norm = nnx.RMSNorm(config.head_size, use_scale=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        self.dtype = dtype
+
+    def norm(self, qk_BxTxHxK: Array) -> Array:
+        """Query-key normalisation of H query and key heads, each with its scale."""
+        return (self.plain_norm(qk_BxTxHxK) * self.scale_1x1xHxK[...]).astype(self.dtype)
 
 
 class PerceiverAR(nnx.Module):

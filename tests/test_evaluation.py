@@ -10,7 +10,7 @@ from reference_model import reference
 
 from music_ar import events
 from music_ar.decoding import Decoder
-from music_ar.evaluation import score, score_decoding
+from music_ar.evaluation import calibrated, score, score_decoding
 from music_ar.model import PRESETS
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], context=12, latents=8, layers=1)
@@ -109,6 +109,26 @@ def test_nothing_to_score_is_refused(model):
         score(model, [], stride=8)
     with pytest.raises(ValueError, match="a start and an end"):
         score(model, [np.array([events.START])], stride=8)
+
+
+@pytest.mark.parametrize("too_sure", [0.8, 1.5])
+def test_calibration_finds_by_how_much_a_model_is_too_sure(too_sure):
+    """Pieces drawn from what the model says, whatever it reads; then its logits are multiplied."""
+    random = np.random.default_rng(0)
+    bias = np.where(np.arange(events.VOCABULARY_SIZE) < events.EVENT_CLASSES, random.normal(size=391), -30.0)
+    chances = np.exp(bias) / np.exp(bias).sum()
+    drawn = random.choice(events.VOCABULARY_SIZE, (4, 500), p=chances)
+    pieces = [np.array([events.START, *row, events.END], np.uint16) for row in drawn]
+    model = noisy_model(CONFIG)
+    model.head.kernel[...] = jnp.zeros_like(model.head.kernel[...])
+    bias[events.END] = 0.0
+    model.head.bias[...] = jnp.asarray(too_sure * bias, jnp.float32)
+    before = np.asarray(model.head.bias[...])
+    better, temperature = calibrated(model, pieces)
+    assert temperature == pytest.approx(too_sure, rel=0.05)
+    assert score(better, pieces, stride=8).nats < score(model, pieces, stride=8).nats - 5
+    np.testing.assert_allclose(better.head.bias[...], before / temperature, rtol=1e-5)
+    np.testing.assert_array_equal(model.head.bias[...], before)
 
 
 def test_scoring_through_the_decoder(model):

@@ -178,7 +178,7 @@ def test_hidden_inputs_are_not_seen():
 
 
 def test_hiding_inputs_keeps_gradients_in_bounds():
-    """A latent that reads zeros would not: the gradient of its norms is up to a thousandfold while blocks add little."""
+    """A latent that reads zeros would not: its norms multiply gradients by up to 1000 while blocks add little."""
     model = PerceiverAR(PLAIN, rngs=nnx.Rngs(0))  # blocks that add nothing yet
     model.head.kernel[...] = jax.random.normal(jax.random.key(0), model.head.kernel.shape)
 

@@ -53,20 +53,19 @@ def test_quantising_what_was_quantised_changes_nothing():
 
 
 def test_decoding_with_int8_weights_follows_the_released_weights():
-    rounded = with_int8_weights(noisy_model(dataclasses.replace(PRESETS["tiny"], context=48)))
-    query = rounded.blocks[0].query
+    model = noisy_model(dataclasses.replace(PRESETS["tiny"], context=48))
+    query = with_int8_weights(model).blocks[0].query
     assert isinstance(query, Int8Linear)
     assert query.kernel_IxO[...].dtype == jnp.int8
     # The same rounded weights in floats: every matrix replaced by what its int8 form stands for.
-    floats = noisy_model(dataclasses.replace(PRESETS["tiny"], context=48))
-    for _, module in list(nnx.iter_modules(floats)):
+    for _, module in list(nnx.iter_modules(model)):
         for child in list(vars(module).values()):
             if isinstance(child, nnx.Linear):
                 child.kernel[...] = jnp.asarray(dequantize(*quantize(np.asarray(child.kernel[...]))))
     tokens = np.concatenate([[events.START], np.random.default_rng(0).integers(0, 388, 60)]).astype(np.int32)
     logits = []
-    for model in (floats, rounded):
-        decoder = Decoder(model, int8=False)
+    for int8 in (False, True):
+        decoder = Decoder(model, int8=int8)
         state = decoder.start([tokens], latents=16, seeds=[0], limit_steps=100)
         logits.append(np.asarray(decoder.force(state, tokens[None, 1:2])[1][0]))
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-3 * np.abs(logits[0]).max())
