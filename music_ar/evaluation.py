@@ -135,17 +135,14 @@ def calibrated(
 
     def cooled(temperature: float) -> PerceiverAR:
         copy = nnx.clone(model)
-        for parameter in (copy.head.kernel, copy.head.bias):
-            parameter[...] = parameter[...] / temperature
+        nnx.update(copy.head, jax.tree.map(lambda leaf: leaf / temperature, nnx.state(copy.head)))
         return copy
 
-    found = optimize.minimize_scalar(
-        lambda temperature: score(cooled(temperature), pieces, stride=stride).nats_per_token,
-        bounds=(0.5, 2.0),
-        method="bounded",
-        options={"xatol": 0.01},
-    )
-    return cooled(float(found.x)), float(found.x)
+    def nats(temperature: float) -> float:
+        return score(cooled(temperature), pieces, stride=stride).nats_per_token
+
+    temperature = float(optimize.fminbound(nats, 0.5, 2.0, xtol=0.01))
+    return cooled(temperature), temperature
 
 
 def score_decoding(

@@ -231,8 +231,10 @@ class _Joined(nnx.Module):
             *kernel.shape, use_bias=False, dtype=dtype, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0)
         )
         self.projection.kernel[...] = kernel
-        scales = [(block.query_norm, config.heads), (block.key_norm, config.kv_heads)]
-        rows = [jnp.tile(norm.scale[...], (1, 1, heads, 1)) for norm, heads in scales]
+        rows = []
+        for norm, heads in ((block.query_norm, config.heads), (block.key_norm, config.kv_heads)):
+            assert norm.scale is not None
+            rows.append(jnp.tile(norm.scale[...], (1, 1, heads, 1)))
         self.scale_1x1xHxK = nnx.Param(jnp.concatenate(rows, axis=2))
         self.plain_norm = nnx.RMSNorm(config.head_size, use_scale=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
         self.dtype = dtype

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_performance, noisy_model
+from flax import nnx
 from reference_model import reference
 
 from music_ar import events
@@ -120,15 +121,16 @@ def test_calibration_finds_by_how_much_a_model_is_too_sure(too_sure):
     drawn = random.choice(events.VOCABULARY_SIZE, (4, 500), p=chances)
     pieces = [np.array([events.START, *row, events.END], np.uint16) for row in drawn]
     model = noisy_model(CONFIG)
-    model.head.kernel[...] = jnp.zeros_like(model.head.kernel[...])
     bias[events.END] = 0.0
-    model.head.bias[...] = jnp.asarray(too_sure * bias, jnp.float32)
-    before = np.asarray(model.head.bias[...])
+    head = {"kernel": jnp.zeros_like(model.head.kernel[...]), "bias": jnp.asarray(too_sure * bias, jnp.float32)}
+    nnx.update(model.head, head)
     better, temperature = calibrated(model, pieces)
     assert temperature == pytest.approx(too_sure, rel=0.05)
     assert score(better, pieces, stride=8).nats < score(model, pieces, stride=8).nats - 5
-    np.testing.assert_allclose(better.head.bias[...], before / temperature, rtol=1e-5)
-    np.testing.assert_array_equal(model.head.bias[...], before)
+    assert better.head.bias is not None
+    assert model.head.bias is not None
+    np.testing.assert_allclose(better.head.bias[...], head["bias"] / temperature, rtol=1e-5)
+    np.testing.assert_array_equal(model.head.bias[...], head["bias"])
 
 
 def test_scoring_through_the_decoder(model):
