@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -141,8 +141,8 @@ def calibrated(
     def nats(temperature: float) -> float:
         return score(cooled(temperature), pieces, stride=stride).nats_per_token
 
-    temperature = float(optimize.fminbound(nats, 0.5, 2.0, xtol=0.01))
-    return cooled(temperature), temperature
+    found: Any = optimize.minimize_scalar(nats, bounds=(0.5, 2.0), method="bounded", options={"xatol": 0.01})
+    return cooled(float(found.x)), float(found.x)
 
 
 def score_decoding(
