@@ -446,11 +446,11 @@ class _Run:
 
     def _write_audio(self, task: Task, piece: "Piece", kind: str) -> str:
         name = PurePath(task.file).with_suffix(f".{kind}").as_posix()
-        temporary = self._ledger.temporary(name)
+        buffer = io.BytesIO()
         title = PurePath(task.file).stem
         comment = f"Music AR, model {self._model['name']}, seed {task.seed}"
-        _write_audio(kind)(piece.performance, temporary, format=kind, title=title, comment=comment)
-        temporary.replace(self._ledger.folder / name)
+        _write_audio(kind)(piece.performance, buffer, format=kind, title=title, comment=comment)
+        self._ledger.write(name, buffer.getvalue())
         return name
 
     def _put_in_order(self) -> None:

@@ -132,8 +132,9 @@ class Evaluate:
     def run(self) -> None:
         """Prints the scores, and writes them if `output` says where."""
         from data_pipeline.loader import Pieces
-        from music_ar.checkpoint import load_released, write_atomically
+        from music_ar.checkpoint import load_released
         from music_ar.evaluation import score
+        from music_ar.files import write_atomically
 
         if self.output is not None:
             check_writable(self.output)

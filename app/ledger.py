@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from app.console import CommandError
+from music_ar.files import write_atomically
 
 MANIFEST, LOCKS = "manifest.jsonl", ".render.lock"
 _MANIFEST_BYTE = 0
@@ -92,21 +93,8 @@ class Ledger:
         """Writes a file of a claimed piece: it is there whole or not at all."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.temporary(name)
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-    def temporary(self, name: str) -> Path:
-        """Where a file of a claimed piece is written before it is renamed. One name, so that nothing piles up."""
-        path = self.folder / name
-        return path.with_name(f".part.{path.name}")
+        # Always under the same name, so that what a killed process left is written over and nothing piles up.
+        write_atomically(path, data, part=path.with_name(f".part.{path.name}"))
 
     def add(self, line: Line) -> None:
         """Adds a piece's line to the manifest."""

@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, Int
 from optax import contrib
 from tensorboardX import SummaryWriter
 
-from music_ar.checkpoint import TrainingCheckpoints, write_atomically
+from music_ar.checkpoint import TrainingCheckpoints
+from music_ar.files import write_atomically
 from music_ar.model import PerceiverAR
 
 # Dense bfloat16 operations a second by the makers' data sheets, to show utilisation (MFU).

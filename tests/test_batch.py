@@ -303,9 +303,9 @@ def test_audio_is_tagged(capsys, monkeypatch, small):
     output, arguments = small
     asked = []
 
-    def write_audio(performance, path, *, format=None, title=None, comment=None):
+    def write_audio(performance, file, *, format=None, title=None, comment=None):
         asked.append((len(performance) > 0, format, title, comment))
-        Path(path).write_bytes(b"sound")
+        file.write(b"sound")
 
     module = types.ModuleType("music_ar.audio")
     monkeypatch.setattr(module, "write_audio", write_audio, raising=False)
