@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -95,8 +95,10 @@ class Render:
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name).
     """
 
-    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
-    output: str
+    prompts: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PROMPTS ...]", help_behavior_hint="")
+    ] = ()
+    output: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
     count: int = 0
     jobs: Path | None = None
     variations: int = 1

@@ -54,6 +54,8 @@ class Command(Protocol):
 class Prepare:
     """Turns MIDI files into token shards and a manifest that `music-ar train` reads.
 
+    Example: music-ar prepare --maestro maestro-v3.0.0-midi.zip --output data/maestro
+
     Attributes:
         output: folder to write.
         maestro: the official MAESTRO zip, or the folder that it unpacks to; its official splits are kept.
@@ -102,6 +104,8 @@ class Prepare:
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Scores a model on a split: how well it predicts each token of each piece, every token once.
+
+    Example: music-ar evaluate --data data/maestro --split test --checkpoint runs/small/model
 
     Attributes:
         data: folder that `music-ar prepare` wrote.
@@ -428,7 +432,8 @@ def parse(arguments: Sequence[str]) -> Command:
     name = parser.parse_args(arguments[:1]).command
     module, _, class_name = COMMANDS[name][1].partition(":")
     command = getattr(importlib.import_module(module), class_name)
-    return tyro.cli(command, prog=f"music-ar {name}", args=arguments[1:], config=(tyro.conf.FlagCreatePairsOff,))
+    markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
+    return tyro.cli(command, prog=f"music-ar {name}", args=arguments[1:], config=markers)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
