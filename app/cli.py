@@ -9,6 +9,7 @@ Exit codes: 0 done, 2 wrong use or bad input (said on standard error, never a tr
 
 import argparse
 import importlib
+import io
 import json
 import os
 import sys
@@ -440,6 +441,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; an error that is our own failure is left to propagate."""
     # What JAX compiles is kept for the next start. JAX reads this when it is imported, which is later.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", platformdirs.user_cache_dir("music-ar", appauthor=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no Unicode; standard error escapes them anyway
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return parse(sys.argv[1:] if arguments is None else arguments).run() or 0
     except BrokenPipeError:  # the reader of our output, `head` for example, has seen enough

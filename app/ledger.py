@@ -98,7 +98,7 @@ class Ledger:
 
     def add(self, line: Line) -> None:
         """Adds a piece's line to the manifest."""
-        data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        data = _encoded(line)
         with self._alone(), self._manifest.open("a+b") as file:
             file.seek(0)
             torn = len(old := file.read()) - (old.rfind(b"\n") + 1)
@@ -129,8 +129,7 @@ class Ledger:
             names = sorted(self.lines, key=lambda name: (places.get(name, len(places)), name))
             for name in names:
                 self.lines[name] |= changes.get(name, {})
-            text = "".join(json.dumps(self.lines[name], ensure_ascii=False) + "\n" for name in names).encode()
-            self.write(MANIFEST, text)
+            self.write(MANIFEST, b"".join(_encoded(self.lines[name]) for name in names))
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -147,11 +146,17 @@ def sha256(data: bytes) -> str:
 
 
 def file_sha256(path: Path) -> str | None:
-    """The SHA-256 of a file, or None if it is not there."""
+    """The SHA-256 of a file, or None if it cannot be read."""
     try:
-        return sha256(path.read_bytes())
-    except FileNotFoundError:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError):  # ValueError: a path with a null character
         return None
+
+
+def _encoded(line: Line) -> bytes:
+    """A line of the manifest. What is no Unicode in a prompt's name gets JSON's own escapes."""
+    return json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def _byte_of(name: str) -> int:
