@@ -22,18 +22,8 @@ from music_ar.model import PRESETS
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations(tmp_path_factory):
-    """What one process compiles, the next ones load."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
-        yield
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory, shared_compilations):
     """A model that compiles fast."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     save_released(noisy_model(dataclasses.replace(PRESETS["tiny"], context=64, latents=16)), folder)
