@@ -134,7 +134,7 @@ def _nats(model: "PerceiverAR", pieces: "Sequence[np.ndarray]") -> float:
     return score(model, pieces, stride=model.config.latents).nats_per_token
 
 
-def _share(progress: Progress) -> float:
+def _share(progress: "Progress") -> float:
     return progress.elapsed_s / max(progress.elapsed_s + progress.eta_s, 1e-9)
 
 
