@@ -19,11 +19,11 @@ MAESTRO: dict[str, tuple[float, float, float]] = {
 }
 """Minimum, median and maximum of some figures over the first 60 s of the 177 pieces of MAESTRO's test split."""
 
-# Nats a token of real music: the median over the first 60 s of 24 pieces of MAESTRO's validation split, evenly spaced
-# in it, by `maestro-small` through the decoder with 1024 latents, windows sliding; the least has 1.43, the most 2.32.
-# What the model makes is plainer than that: 32 pieces of 60 s from nothing at the default settings (`music-ar render
-# --count 32`) have a median of 1.34, the least 1.10, the most 1.81. So a score prefers the richer ones.
-_USUAL_NATS = 1.91
+# Nats a token of real music: the median over the first 60 s of 24 pieces of MAESTRO's validation split, by
+# `maestro-small` through the decoder with 1024 latents, windows sliding; the least has 1.43, the most 2.28. What
+# the model makes is somewhat plainer: 16 pieces of 60 s from nothing at the default settings (`music-ar render
+# --count 16`) have a median of 1.70, the least 1.36, the most 1.96.
+_USUAL_NATS = 1.84
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def likeness(performance: Performance, nats_per_token: float) -> float:
 
     For notes a second, notes at once and median velocity: how far it is, in logarithm, from MAESTRO's median towards
     MAESTRO's minimum or maximum, which is 1; for the longest silence: the share by which it passes MAESTRO's longest;
-    for the model's surprise: how many halves of a nat it lies from real music's 1.91, since far below that music goes
+    for the model's surprise: how many halves of a nat it lies from real music's 1.84, since far below that music goes
     round in circles and far above it has lost its thread. The score is minus the sum of the squares.
 
     Music without notes has minus infinity.
