@@ -7,6 +7,7 @@ time, and a piece depends on its entry alone, so a run that was stopped goes on 
 import io
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -33,6 +34,7 @@ _JOB_KEYS = {
     "min_p": float,
 }  # fmt: skip
 _LOG_SECONDS = 5.0
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +97,10 @@ class Render:
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name).
     """
 
-    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
-    output: str
+    prompts: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PROMPTS ...]", help_behavior_hint="")
+    ] = ()
+    output: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
     count: int = 0
     jobs: Path | None = None
     variations: int = 1
@@ -163,12 +167,12 @@ class Render:
             if given == "-":
                 yield "-", "stdin"
             elif path.is_dir():
-                found = sorted(p for p in path.rglob("*") if p.suffix.lower() in MIDI_ENDINGS and not p.is_dir())
+                found = sorted(p for p in path.rglob("*") if p.suffix.lower() in MIDI_ENDINGS and _is_file(p))
                 if not found:
                     raise CommandError(f"{given}: there are no files that end with .mid or .midi in this folder")
                 yield from ((p.as_posix(), p.relative_to(path).with_suffix("").as_posix()) for p in found)
             elif path.is_file() and path.suffix.lower() in LIST_ENDINGS:
-                lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+                lines = [line.strip() for line in _lines_of(path)]
                 named = [path.parent / line for line in lines if line and not line.startswith("#")]
                 if not named:
                     raise CommandError(f"{given}: this list names no files")
@@ -177,7 +181,7 @@ class Render:
                 yield path.as_posix(), path.stem
             elif any(letter in given for letter in "*?["):
                 start = Path(path.anchor or ".")
-                files = sorted(p.as_posix() for p in start.glob(given.removeprefix(path.anchor)) if not p.is_dir())
+                files = sorted(p.as_posix() for p in start.glob(given.removeprefix(path.anchor)) if _is_file(p))
                 if not files:
                     raise CommandError(f"{given}: no file matches")
                 yield from ((PurePath(name).as_posix(), PurePath(name).stem) for name in files)
@@ -196,7 +200,8 @@ class Render:
         names: set[str] = set()
 
         def add(prompt: str | None, name: str, job: dict[str, Any]) -> None:
-            base, number = name, 1
+            name = base = _file_name(name)
+            number = 1
             while name.casefold() in names:  # two prompts of one name, from different folders or lists
                 number += 1
                 name = f"{base}~{number}"
@@ -213,8 +218,7 @@ class Render:
                 settings |= {"keep_best": self.keep_best, "variations": variations}  # which are kept depends on both
             digest = None
             if prompt is not None:
-                data = stdin if prompt == "-" else _bytes_of(prompt)
-                digest = None if data is None else sha256(data)
+                digest = file_sha256(Path(prompt)) if prompt != "-" or stdin is None else sha256(stdin)
             for index in range(variations):
                 task = Task(
                     file=f"{name}-v{index + 1}.mid",
@@ -242,7 +246,7 @@ class Render:
     def _jobs(self) -> Iterator[dict[str, Any]]:
         if self.jobs is None:
             return
-        for number, text in enumerate(self.jobs.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, text in enumerate(_lines_of(self.jobs), start=1):
             if not text.strip():
                 continue
             where = f"{self.jobs}, line {number}"
@@ -421,10 +425,8 @@ class _Run:
             except MidiError as refused:  # a piece that ended before its first note
                 error = f"what was made cannot be written: {refused}"
         if error is not None:
-            self._failed += 1
             line |= {"status": "failed", "error": error}
         else:
-            self._made += 1
             self._ledger.write(task.file, buffer.getvalue())
             score = likeness(piece.continuation, piece.nats_per_token)
             line |= {
@@ -438,6 +440,8 @@ class _Run:
             if self._command.audio is not None:
                 line["audio"] = self._write_audio(task, piece, self._command.audio)
         self._ledger.add(line)
+        self._made += error is None
+        self._failed += error is not None
         self._let_go(task)
         if self._command.log == "json":
             self._log("piece", line)
@@ -446,11 +450,11 @@ class _Run:
 
     def _write_audio(self, task: Task, piece: "Piece", kind: str) -> str:
         name = PurePath(task.file).with_suffix(f".{kind}").as_posix()
-        temporary = self._ledger.temporary(name)
+        buffer = io.BytesIO()
         title = PurePath(task.file).stem
         comment = f"Music AR, model {self._model['name']}, seed {task.seed}"
-        _write_audio(kind)(piece.performance, temporary, format=kind, title=title, comment=comment)
-        temporary.replace(self._ledger.folder / name)
+        _write_audio(kind)(piece.performance, buffer, format=kind, title=title, comment=comment)
+        self._ledger.write(name, buffer.getvalue())
         return name
 
     def _put_in_order(self) -> None:
@@ -609,16 +613,25 @@ def _write_audio(kind: str | None) -> Any:
     return write_audio
 
 
-def _bytes_of(path: str) -> bytes | None:
-    try:
-        return Path(path).read_bytes()
-    except (OSError, ValueError):
-        return None
+def _is_file(path: Path) -> bool:
+    """Whether it is a file, or a link to one that is missing, which then costs its line; not a folder or a pipe."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
+def _lines_of(path: Path) -> list[str]:
+    """The lines of a text file, which may name files by bytes that are no UTF-8."""
+    return path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+
+
+def _file_name(name: str) -> str:
+    """A name that a file system takes with an ending after it: Unicode, and not too long."""
+    path = PurePath(os.fsencode(name).decode(errors="replace"))
+    return path.with_name(path.name.encode()[:_LONGEST_NAME].decode(errors="ignore")).as_posix()
 
 
 def _safe(name: str) -> str:
     """A name that stays inside the output folder."""
     path = PurePath(name)
-    if path.is_absolute() or ".." in path.parts or not name.strip() or "\0" in name:
+    if path.is_absolute() or ".." in path.parts or not path.name.strip() or "\0" in name:
         raise CommandError(f"a job's name must be a relative path without .., got {name!r}")
     return path.as_posix()

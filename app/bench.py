@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,10 @@ from flax import nnx
 from app.console import CommandError, ProgressLine, print_table
 from data_pipeline.loader import Pieces
 from music_ar import events
-from music_ar.checkpoint import load_released, write_atomically
+from music_ar.checkpoint import load_released
 from music_ar.decoding import Decoder, DecodeState, WindowMode
 from music_ar.evaluation import score_decoding
+from music_ar.files import write_atomically
 from music_ar.generator import CHUNK_TOKENS, MAESTRO_TOKENS_PER_S, Chunk, Generator, Piece, Request
 from music_ar.model import PerceiverAR
 from music_ar.sampling import SamplingOptions
@@ -66,6 +67,7 @@ class Bench:
     Example: music-ar bench render --latents 1024 --made 32 --seconds 60
 
     decode: with prepared data, also scores each budget through the decoder.
+
     render: `Generator.generate_many`, which `music-ar render` is made of, beside a plain loop over `generate`; both
     warmed up, both with the seeds 0, 1, ….
 
@@ -79,22 +81,22 @@ class Bench:
         mode: how the windows of latents go on once they are full.
         context: contexts to give the model; by default its own.
         batch: pieces at once; by default 1 and 4 to decode, and what `music-ar render` takes to render.
-        tokens: tokens a piece to time, after the first chunk.
-        data: folder that `music-ar prepare` wrote; without it there is no score.
-        pieces: validation pieces to score.
-        piece_tokens: how much of each, from its start.
+        tokens: decode: tokens a piece to time, after the first chunk.
+        data: decode: folder that `music-ar prepare` wrote; without it there is no score.
+        pieces: decode: validation pieces to score.
+        piece_tokens: decode: how much of each, from its start.
         made: render: pieces to make.
         looped: render: how many of them the plain loop makes; it is timed by these.
         seconds: render: music a piece.
         output: JSON file to write as well.
     """
 
-    what: tyro.conf.Positional[Literal["decode", "render"]]
+    what: Annotated[tyro.conf.Positional[Literal["decode", "render"]], tyro.conf.arg(metavar="{decode,render}")]
     checkpoint: str | None = None
     latents: tuple[int, ...] = (64, 256, 1024, 2048)
     mode: tuple[WindowMode, ...] = ("sliding",)
-    context: tuple[int, ...] = ()
-    batch: tuple[int, ...] = ()
+    context: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")] = ()
+    batch: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")] = ()
     tokens: int = 256
     data: Path | None = None
     pieces: int = 8

@@ -9,6 +9,7 @@ Exit codes: 0 done, 2 wrong use or bad input (said on standard error, never a tr
 
 import argparse
 import importlib
+import io
 import json
 import os
 import sys
@@ -53,6 +54,8 @@ class Command(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
     """Turns MIDI files into token shards and a manifest that `music-ar train` reads.
+
+    Example: music-ar prepare --maestro maestro-v3.0.0-midi.zip --output data/maestro
 
     Attributes:
         output: folder to write.
@@ -103,6 +106,8 @@ class Prepare:
 class Evaluate:
     """Scores a model on a split: how well it predicts each token of each piece, every token once.
 
+    Example: music-ar evaluate --data data/maestro --split test --checkpoint runs/small/model
+
     Attributes:
         data: folder that `music-ar prepare` wrote.
         split: which of its splits.
@@ -132,8 +137,9 @@ class Evaluate:
     def run(self) -> None:
         """Prints the scores, and writes them if `output` says where."""
         from data_pipeline.loader import Pieces
-        from music_ar.checkpoint import load_released, write_atomically
+        from music_ar.checkpoint import load_released
         from music_ar.evaluation import score
+        from music_ar.files import write_atomically
 
         if self.output is not None:
             check_writable(self.output)
@@ -427,13 +433,16 @@ def parse(arguments: Sequence[str]) -> Command:
     name = parser.parse_args(arguments[:1]).command
     module, _, class_name = COMMANDS[name][1].partition(":")
     command = getattr(importlib.import_module(module), class_name)
-    return tyro.cli(command, prog=f"music-ar {name}", args=arguments[1:], config=(tyro.conf.FlagCreatePairsOff,))
+    markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
+    return tyro.cli(command, prog=f"music-ar {name}", args=arguments[1:], config=markers)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; an error that is our own failure is left to propagate."""
     # What JAX compiles is kept for the next start. JAX reads this when it is imported, which is later.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", platformdirs.user_cache_dir("music-ar", appauthor=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no Unicode; standard error escapes them anyway
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return parse(sys.argv[1:] if arguments is None else arguments).run() or 0
     except BrokenPipeError:  # the reader of our output, `head` for example, has seen enough

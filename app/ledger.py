@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from app.console import CommandError
+from music_ar.files import write_atomically
 
 MANIFEST, LOCKS = "manifest.jsonl", ".render.lock"
 _MANIFEST_BYTE = 0
@@ -92,25 +93,12 @@ class Ledger:
         """Writes a file of a claimed piece: it is there whole or not at all."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.temporary(name)
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-    def temporary(self, name: str) -> Path:
-        """Where a file of a claimed piece is written before it is renamed. One name, so that nothing piles up."""
-        path = self.folder / name
-        return path.with_name(f".part.{path.name}")
+        # Always under the same name, so that what a killed process left is written over and nothing piles up.
+        write_atomically(path, data, part=path.with_name(f".part.{path.name}"))
 
     def add(self, line: Line) -> None:
         """Adds a piece's line to the manifest."""
-        data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        data = _encoded(line)
         with self._alone(), self._manifest.open("a+b") as file:
             file.seek(0)
             torn = len(old := file.read()) - (old.rfind(b"\n") + 1)
@@ -141,8 +129,7 @@ class Ledger:
             names = sorted(self.lines, key=lambda name: (places.get(name, len(places)), name))
             for name in names:
                 self.lines[name] |= changes.get(name, {})
-            text = "".join(json.dumps(self.lines[name], ensure_ascii=False) + "\n" for name in names).encode()
-            self.write(MANIFEST, text)
+            self.write(MANIFEST, b"".join(_encoded(self.lines[name]) for name in names))
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -159,11 +146,17 @@ def sha256(data: bytes) -> str:
 
 
 def file_sha256(path: Path) -> str | None:
-    """The SHA-256 of a file, or None if it is not there."""
+    """The SHA-256 of a file, or None if it cannot be read."""
     try:
-        return sha256(path.read_bytes())
-    except FileNotFoundError:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError):  # ValueError: a path with a null character
         return None
+
+
+def _encoded(line: Line) -> bytes:
+    """A line of the manifest. What is no Unicode in a prompt's name gets JSON's own escapes."""
+    return json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def _byte_of(name: str) -> int:

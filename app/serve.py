@@ -10,12 +10,14 @@ from app.console import CommandError, ProgressLine
 class Web:
     """Opens the web page: give it a few bars, hear it go on.
 
+    Example: music-ar web --host 0.0.0.0 --auth anna:secret --open
+
     Attributes:
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name).
         host: who can reach it: by default this machine alone; 0.0.0.0 is everyone on your network.
         port: by default the first free one from 7860 on.
         share: a public address through Gradio's servers, for three days.
-        auth: user:password that the page asks for.
+        auth: user:password that the page asks for; by default it asks for none.
         queue_size: how many may wait for their turn.
         open: show it in the browser.
     """

@@ -1,23 +1,26 @@
-"""`music-ar train`: joins prepared data, a model and `training.fit`, which knows nothing of files."""
+"""`music-ar train`: joins prepared data, a model and `training.fit`, which knows nothing of files.
+
+Imports what needs JAX when it runs, so that `music-ar train --help` does not wait for it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import jax
-import numpy as np
 import tyro
-from flax import nnx
 
 from app.console import CommandError, ProgressLine, clock
 from data_pipeline.augment import Augmentation
-from data_pipeline.loader import Pieces, batches
 from data_pipeline.prepare import Manifest
-from music_ar.checkpoint import save_released
-from music_ar.evaluation import calibrated, score
-from music_ar.model import PRESETS, PerceiverAR, parameter_count
-from music_ar.training import Batches, Progress, TrainingConfig, fit
+from music_ar.recipe import TrainingConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from data_pipeline.loader import Pieces
+    from music_ar.model import PerceiverAR
+    from music_ar.training import Batches, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +31,14 @@ class Train:
     released form: the weights that validated best, their logits calibrated on validation. SIGTERM or Ctrl-C saves the
     state and ends with exit code 0; `--resume` and the same options go on.
 
+    Example: music-ar train --data data/maestro --output runs/small --minutes 30
+
     Attributes:
         data: folder that `music-ar prepare` wrote.
         output: folder of the run.
         preset: size of the model: small, small-decoder or tiny.
         resume: go on from the newest state in `output`.
-        augment: transpose and stretch the pieces, but for the run's `final_fraction`.
+        augment: whether to transpose and stretch the pieces, but for the run's `final_fraction`.
         training: how to train.
         augmentation: how far to transpose and stretch.
     """
@@ -42,16 +47,29 @@ class Train:
     output: Path
     preset: str = "small"
     resume: bool = False
-    augment: bool = True
+    augment: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="use the pieces as they are: neither transposed nor stretched.",
+            help_behavior_hint="(default: they are both, but for the run's --final-fraction)",
+        ),
+    ] = True
     training: tyro.conf.OmitArgPrefixes[TrainingConfig]
     augmentation: tyro.conf.OmitArgPrefixes[Augmentation] = field(default_factory=Augmentation)
 
-    def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise CommandError(f"--preset must be one of {', '.join(PRESETS)}; got {self.preset}")
-
     def run(self) -> None:
         """Trains, and writes the model in released form if the run reached its end."""
+        import jax
+        from flax import nnx
+
+        from data_pipeline.loader import Pieces
+        from music_ar.checkpoint import save_released
+        from music_ar.evaluation import calibrated
+        from music_ar.model import PRESETS, PerceiverAR, parameter_count
+        from music_ar.training import fit
+
+        if self.preset not in PRESETS:
+            raise CommandError(f"--preset must be one of {', '.join(PRESETS)}; got {self.preset}")
         pieces, manifest = Pieces.open(self.data, "train"), Manifest.load(self.data)
         # Of one's own data there may be none.
         held_out = Pieces.open(self.data, "validation").tokens if manifest.splits["validation"].pieces else []
@@ -85,7 +103,12 @@ class Train:
         shards = [shard.sha256 for shard in manifest.shards if shard.split == "train"]
         return {"shards": shards, "augmentation": asdict(self.augmentation) if self.augment else None}
 
-    def _batches(self, pieces: Pieces, augmentation: Augmentation | None, seed: int) -> Batches:
+    def _batches(self, pieces: "Pieces", augmentation: Augmentation | None, seed: int) -> "Batches":
+        import jax
+
+        from data_pipeline.loader import batches
+        from music_ar.model import PRESETS
+
         config = PRESETS[self.preset]
         iterator = batches(
             pieces,
@@ -97,23 +120,25 @@ class Train:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        return cast(Batches, iterator)  # its batches are a TypedDict, which is a dict of arrays
+        return cast("Batches", iterator)  # its batches are a TypedDict, which is a dict of arrays
 
 
-def _nats(model: PerceiverAR, pieces: Sequence[np.ndarray]) -> float:
+def _nats(model: "PerceiverAR", pieces: "Sequence[np.ndarray]") -> float:
     """A quick figure in nats a token to watch the run by.
 
     Every token counts once, but windows do not overlap, so some have few latents before them: `music-ar evaluate`
     finds less.
     """
+    from music_ar.evaluation import score
+
     return score(model, pieces, stride=model.config.latents).nats_per_token
 
 
-def _share(progress: Progress) -> float:
+def _share(progress: "Progress") -> float:
     return progress.elapsed_s / max(progress.elapsed_s + progress.eta_s, 1e-9)
 
 
-def _describe(progress: Progress) -> str:
+def _describe(progress: "Progress") -> str:
     mfu = "" if progress.mfu is None else f", MFU {progress.mfu:.0%}"
     return (
         f"step {progress.step}: loss {progress.loss:.3f}, {progress.tokens_per_s:,.0f} tokens/s{mfu}, "

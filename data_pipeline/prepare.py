@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_pipeline.maestro import SPLITS, DatasetError, MidiFiles, read_table
 from music_ar.events import END, FINGERPRINT, START, EventError, encode
+from music_ar.files import write_atomically
 from music_ar.midi import MidiError, read_midi
 
 MANIFEST_NAME = "manifest.json"
@@ -125,7 +126,7 @@ class Manifest:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `manifest.json` under a temporary name and renames it."""
         text = json.dumps(dataclasses.asdict(self), indent=1)
-        _write_atomically(Path(folder) / MANIFEST_NAME, text.encode("ascii"))
+        _write_file(Path(folder) / MANIFEST_NAME, text.encode("ascii"))
 
 
 def prepare_maestro(
@@ -415,7 +416,7 @@ def _write_shard(folder: Path, split: str, index: int, pieces: Sequence[_Encoded
     content = buffer.getvalue()
     digest = hashlib.sha256(content).hexdigest()
     name = f"{split}-{index:05d}-{digest[:12]}.npy"
-    _write_atomically(folder / name, content)
+    _write_file(folder / name, content)
     return ShardRecord(
         file=name,
         split=split,
@@ -435,16 +436,11 @@ def _write_shard(folder: Path, split: str, index: int, pieces: Sequence[_Encoded
     )
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
+def _write_file(path: Path, content: bytes) -> None:
+    """Writes a file of the folder; what a killed run left of one is found by its name, see `_remove_stale`."""
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, content, part=path.with_name(path.name + _TEMPORARY_SUFFIX))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DatasetError(f"{path}: cannot be written ({error.strerror}).") from error
 
 

@@ -8,7 +8,6 @@ import functools
 import io
 import math
 import os
-import secrets
 from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
@@ -18,6 +17,7 @@ import soundfile
 from jaxtyping import Float32, Int16
 from scipy.signal import lfilter
 
+from music_ar.files import replacing
 from music_ar.midi import BinaryFile, Performance
 
 SAMPLE_RATE = 48_000
@@ -140,13 +140,8 @@ def write_audio(
         return
     path = Path(target)
     chosen = _checked(path.suffix[1:].lower() if format is None else format)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with temporary.open("wb") as file:
-            _write(performance, file, chosen, title, comment)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        _write(performance, file, chosen, title, comment)
 
 
 def _checked(format: str | None) -> str:

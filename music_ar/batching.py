@@ -24,6 +24,9 @@ from music_ar.sampling import Filters, SamplingOptions
 CHUNK_TOKENS = 64
 # On a CPU more rows gain little, once reading the caches takes longer than reading the weights.
 CPU_BATCH = 16
+# A finished sequence keeps its row until the chunk ends. Where a chunk takes long, it can be short at no cost: of 400
+# pieces of 6 s in 16 rows, 94 % of the tokens drawn were of use with 16 at a time, 87 % with 64.
+_CPU_CHUNK = 16
 _MOST_ROWS = 256
 # Of an accelerator's free memory; the rest is for the prefill and for what XLA makes on the way.
 _MEMORY_SHARE = 0.5
@@ -112,10 +115,10 @@ class _Batch:
         self._ring = decoding.ring_size(like.latents)
         self._mode: WindowMode = like.mode
         self._state = _idle(decoder, rows, like.latents, like.mode)
+        self._length = _CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK_TOKENS
         self._options = [SamplingOptions()] * rows
         self._filters = Filters.of_rows(self._options)
-        self._making: dict[int, Job] = {}
-        self._parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._making: dict[int, _Making] = {}
         self._prefilled: tuple[tuple[bytes, int], DecodeState] | None = None
 
     @property
@@ -134,7 +137,7 @@ class _Batch:
         self._state = self._state.replaced(row, self._started(job))
         self._options[row] = job.options
         self._filters = Filters.of_rows(self._options)
-        self._making[row], self._parts[row] = job, (np.zeros(0, np.int32), np.zeros(0, np.float32))
+        self._making[row] = _Making(job)
 
     def _started(self, job: Job) -> DecodeState:
         """The job's first state; variations of one prompt, which mostly come one after another, share its prefill."""
@@ -147,39 +150,47 @@ class _Batch:
 
     def chunk(self) -> tuple[int, list[Made]]:
         """Decodes a chunk: the steps of music made, and what is finished by it."""
-        self._state, *made = self._decoder.decode_scored(self._state, self._filters, length=CHUNK_TOKENS)
+        self._state, *made = self._decoder.decode_scored(self._state, self._filters, length=self._length)
         tokens_BxT, nats_BxT = map(np.asarray, made)
         steps, finished = 0, []
-        for row, job in list(self._making.items()):
+        for row, making in list(self._making.items()):
             real = tokens_BxT[row] != events.PAD
-            before, before_nats = self._parts[row]
-            tokens = np.concatenate([before, tokens_BxT[row][real]])
-            nats = np.concatenate([before_nats, nats_BxT[row][real]])
-            steps += _music_steps(tokens, job) - _music_steps(before, job)
-            end = _finished_at(tokens, job)
-            if end is not None:
-                finished.append(Made(job, tokens[:end], nats[:end]))
-                del self._making[row], self._parts[row]
-            else:
-                self._parts[row] = tokens, nats
+            steps += making.add(tokens_BxT[row][real], nats_BxT[row][real])
+            if making.finished:
+                finished.append(making.made())
+                del self._making[row]
         if finished:  # an idle row costs its share of a step, but waits for nobody and keeps nobody waiting
             idle = np.array([row not in self._making for row in range(self._rows)])
             self._state = self._state._replace(ended_B=jnp.asarray(idle))
         return steps, finished
 
 
-def _music_steps(tokens: Int[np.ndarray, " T"], job: Job) -> int:
-    """Of the music in the tokens, what was asked for."""
-    return min(events.length_steps(tokens), job.limit_steps)
+class _Making:
+    """A sequence as far as it has come; each chunk is looked at once, however long the sequence is."""
 
+    def __init__(self, job: Job):
+        self._job, self._parts = job, []
+        self._steps = self._count = 0
+        self.finished = False
 
-def _finished_at(tokens: Int[np.ndarray, " T"], job: Job) -> int | None:
-    """How many of the tokens belong to the piece, or None if it is to go on. It does not depend on chunks."""
-    after = events.event_steps(np.append(tokens, events.PAD))[1:]  # the time after each token
-    done = np.flatnonzero((after >= job.limit_steps) | (tokens == events.END))
-    if len(done):
-        return min(int(done[0]) + 1, job.most_tokens)
-    return job.most_tokens if len(tokens) >= job.most_tokens else None
+    def add(self, tokens: Int[np.ndarray, " T"], nats: Float[np.ndarray, " T"]) -> int:
+        """Takes what of a chunk belongs to the sequence, wherever chunks begin; the steps of music that it brings."""
+        after = self._steps + events.event_steps(np.append(tokens, events.PAD))[1:]  # the time after each token
+        numbers = self._count + 1 + np.arange(len(tokens))
+        last = (after >= self._job.limit_steps) | (tokens == events.END) | (numbers >= self._job.most_tokens)
+        if last.any():
+            self.finished = True
+            end = int(last.argmax()) + 1
+            tokens, nats, after = tokens[:end], nats[:end], after[:end]
+        self._parts.append((tokens, nats))
+        before, self._steps = self._steps, int(after[-1]) if len(after) else self._steps
+        self._count += len(tokens)
+        return min(self._steps, self._job.limit_steps) - min(before, self._job.limit_steps)
+
+    def made(self) -> Made:
+        """The sequence, once it is finished."""
+        tokens, nats = zip(*self._parts, strict=True)
+        return Made(self._job, np.concatenate(tokens), np.concatenate(nats))
 
 
 def _idle(decoder: Decoder, rows: int, latents: int, mode: WindowMode) -> DecodeState:

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from flax import nnx
 from huggingface_hub import snapshot_download
 
 from music_ar import events
+from music_ar.files import write_atomically
 from music_ar.model import ModelConfig, PerceiverAR
 from music_ar.quantization import dequantize, quantize
 
@@ -237,21 +237,6 @@ def _take_tensor(tensors: dict[str, np.ndarray], name: str, path: Path) -> np.nd
     if array.dtype != np.float32:
         raise CheckpointError(f"{path}: {name} should be int8 or float32, is {array.dtype}")
     return array
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name beside it, then renames: it is there whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink()
-            raise
 
 
 def _folder_of(source: str | os.PathLike[str] | None) -> Path:

@@ -8,7 +8,6 @@ here as array operations (see `_fold_sustain`).
 
 import io
 import os
-import secrets
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Int8, Int32, Int64
 from symusic.core import NoteTickList, ScoreTick, TempoTick, TrackTick
+
+from music_ar.files import write_atomically
 
 if TYPE_CHECKING:
     import pretty_midi
@@ -215,7 +216,8 @@ def _read_bytes(source: str | os.PathLike[str] | bytes | BinaryFile, max_bytes: 
             with Path(source).open("rb") as file:
                 data = file.read(max_bytes + 1)
         except (OSError, ValueError) as error:  # ValueError: a path with a null character
-            raise MidiError(f"cannot read {os.fspath(source)!r}: {error}") from error
+            why = error.strerror if isinstance(error, OSError) else error
+            raise MidiError(f"cannot read {os.fspath(source)!r}: {why}") from error
     else:
         try:
             data = source.read(max_bytes + 1)
@@ -464,13 +466,7 @@ def write_midi(performance: Performance, target: str | os.PathLike[str] | Binary
     if not isinstance(target, str | os.PathLike):
         target.write(data)
         return
-    path = Path(target)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(Path(target), data)
 
 
 def _midi_bytes(performance: Performance) -> bytes:

@@ -80,3 +80,14 @@ def tiny_checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     save_released(noisy_model(PRESETS["tiny"]), folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def shared_compilations(tmp_path_factory):
+    """What one process that a test starts compiles, the next ones load."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+        yield

@@ -22,18 +22,8 @@ from music_ar.model import PRESETS
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations(tmp_path_factory):
-    """What one process compiles, the next ones load."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
-        yield
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory, shared_compilations):
     """A model that compiles fast."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     save_released(noisy_model(dataclasses.replace(PRESETS["tiny"], context=64, latents=16)), folder)
@@ -238,6 +228,24 @@ def test_lists_globs_and_names_that_meet(capsys, model, prompts, tmp_path):
     assert [line["file"] for line in lines_of(tmp_path / "out")] == ["a-v1.mid", "a~2-v1.mid", "b-v1.mid"]
 
 
+def test_a_real_folder_holds_odd_names(capsys, model, prompts, tmp_path):
+    """A name that is no UTF-8, the longest that there may be, a folder and a pipe with a piece's ending."""
+    folder = tmp_path / "odd"
+    (folder / "folder.mid").mkdir(parents=True)
+    os.mkfifo(folder / "pipe.mid")
+    names = [os.fsdecode(b"\xe9tude.mid"), "n" * 251 + ".mid", "n" * 250 + "m.mid"]
+    for name in names:
+        shutil.copy(prompts / "a.mid", folder / name)
+    arguments = [folder, *options(model, tmp_path / "out", "--seconds", 1)]
+    assert run(capsys, "render", *arguments)[0] == 0
+    lines = lines_of(tmp_path / "out")
+    assert {Path(line["prompt"]).name for line in lines} == set(names)
+    assert all((tmp_path / "out" / line["file"]).is_file() for line in lines)
+    code, text, _ = run(capsys, "render", *arguments)
+    assert (code, "3 were there" in text) == (0, True)
+    assert run(capsys, "render", *arguments, "--overwrite", "--seed", 1, "--dry-run", "--log", "json")[0] == 0
+
+
 def test_the_best_are_kept(capsys, model, prompts, tmp_path):
     arguments = [prompts / "a.mid", *options(model, tmp_path / "out", "--variations", 4, "--keep-best", 2)]
     assert run(capsys, "render", *arguments)[0] == 0
@@ -289,6 +297,8 @@ def test_a_full_disk_stops_it_and_keeps_what_is_done(capsys, monkeypatch, small)
     code, _, errors = run(capsys, "render", *arguments)
     assert code == 2
     assert "No space left on device" in errors
+    assert "1 pieces were finished" in errors
+    assert str(output / "piece-0002-v1.mid") in errors
     assert "the same command makes the rest" in errors
     monkeypatch.undo()
     assert len(lines_of(output)) == 1
@@ -303,9 +313,9 @@ def test_audio_is_tagged(capsys, monkeypatch, small):
     output, arguments = small
     asked = []
 
-    def write_audio(performance, path, *, format=None, title=None, comment=None):
+    def write_audio(performance, file, *, format=None, title=None, comment=None):
         asked.append((len(performance) > 0, format, title, comment))
-        Path(path).write_bytes(b"sound")
+        file.write(b"sound")
 
     module = types.ModuleType("music_ar.audio")
     monkeypatch.setattr(module, "write_audio", write_audio, raising=False)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 
 import jax
 import numpy as np
@@ -12,7 +11,7 @@ from conftest import noisy_model
 from flax import nnx
 
 from music_ar import checkpoint, events
-from music_ar.checkpoint import CheckpointError, TrainingCheckpoints, load_released, save_released, write_atomically
+from music_ar.checkpoint import CheckpointError, TrainingCheckpoints, load_released, save_released
 from music_ar.model import PRESETS
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], width=16, layers=1, cross_depths=(0,), hidden=24)
@@ -264,28 +263,6 @@ def test_a_type_that_numpy_has_not_is_refused(folder):
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
     edit_config(folder, weights_sha256=None)
     assert str(path) in refusal(folder)
-
-
-def test_atomic_writing_replaces_whole_files(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_atomic_writing_leaves_nothing_when_it_fails(tmp_path, monkeypatch, failing):
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    monkeypatch.setattr(*{"fsync": (os, "fsync"), "replace": (checkpoint.Path, "replace")}[failing], fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 STATE = {"a": jax.numpy.arange(5.0), "b": [jax.numpy.ones((2, 3)), jax.numpy.int32(7)]}

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,7 +46,19 @@ def test_help_names_every_command(capsys):
 def test_every_command_explains_its_options(capsys, command):
     code, output, _ = run(capsys, command, "--help")
     assert code == 0
-    assert f"music-ar {command}" in output
+    [example] = [line.removeprefix("Example: music-ar ") for line in output.splitlines() if "Example:" in line]
+    assert type(cli.parse(shlex.split(example))).__name__.lower() == command
+    assert "(default: )" not in output
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "generate", "render", "inspect", "web"])
+def test_help_does_not_wait_for_jax(command):
+    code = f"import sys; from app.cli import main; main(['{command}', '--help'])"
+    result = subprocess.run(
+        [sys.executable, "-c", f"import atexit, sys; atexit.register(lambda: print('jax' in sys.modules)); {code}"],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert result.stdout.endswith("False\n")
 
 
 @pytest.mark.parametrize(
