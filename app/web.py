@@ -415,9 +415,9 @@ def shown_take(session: Session) -> dict[str, Any]:
     value: dict[str, Any] = {
         "piece": 0, "kind": "piece", "join": 0, "making": session.making, "autoplay": False, "variations": []
     }  # fmt: skip
-    if not session.takes:
+    if session.reading is None and not session.takes:
         return value
-    take = session.take
+    take = session.reading or session.take
     value |= {
         "piece": take.piece,
         "join": take.join_s - take.from_s,
