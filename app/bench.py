@@ -19,10 +19,10 @@ from flax import nnx
 from app.console import CommandError, ProgressLine, print_table
 from data_pipeline.loader import Pieces
 from music_ar import events
+from music_ar.batching import CHUNK_TOKENS
 from music_ar.checkpoint import load_released, write_atomically
 from music_ar.decoding import Decoder, DecodeState, WindowMode
 from music_ar.evaluation import score_decoding
-from music_ar.batching import CHUNK_TOKENS
 from music_ar.generator import MAESTRO_TOKENS_PER_S, Chunk, Generator, Piece, Request
 from music_ar.model import PerceiverAR
 from music_ar.sampling import SamplingOptions

@@ -1,8 +1,9 @@
 """How soon the page sounds, and whether it goes on: `python benchmarks/web_sound.py [--runs N] [--seconds S]`.
 
-It serves the shipped model, opens the page in Chromium as a person would, presses Generate at the "auto" budget, and lets
-the piece play to its end. Measured in the page: the time from the press to the first sound, and how often playback ran
-dry: it had to wait for music that was not made yet. Each run is a fresh page with another seed.
+It serves the shipped model, opens the page in Chromium as a person would, presses Generate at the "auto" budget, and
+listens until the piece is made. Measured in the page: the time from the press to the first sound, which is the end of
+the prompt if there is one, and to the first new notes; and how often playback ran dry, that is had to wait for music
+not made yet. Each run is a fresh page with another seed.
 """
 
 import argparse
@@ -12,9 +13,10 @@ import statistics
 import time
 from typing import Any
 
-from app.console import print_table
 from playwright.sync_api import Page, sync_playwright
 from served import served
+
+from app.console import print_table
 
 PROMPTS = {"nothing": None, "20 s of Bach": "Bach"}
 # Notes the times, by the page's own clock, at which the player begins to sound and at which it falls silent again.
@@ -81,9 +83,15 @@ def main() -> None:
                 page.close()
             figures[name] = runs
             sounds_s, notes_s = ([run[what] for run in runs] for what in ("first_sound_s", "first_new_notes_s"))
-            medians = (f"{statistics.median(sounds_s):.2f}", f"{max(sounds_s):.2f}", f"{statistics.median(notes_s):.2f}")
+            medians = (
+                f"{statistics.median(sounds_s):.2f}",
+                f"{max(sounds_s):.2f}",
+                f"{statistics.median(notes_s):.2f}",
+            )
             budgets = " ".join(sorted({str(run["latents"]) for run in runs}))
-            rows.append((name, budgets, *medians, f"{sum(run['ran_dry'] for run in runs)} times in {given.runs} pieces"))
+            rows.append(
+                (name, budgets, *medians, f"{sum(run['ran_dry'] for run in runs)} times in {given.runs} pieces")
+            )
         browser.close()
     print_table(("prompt", "latents", "first sound after, s", "at worst", "first new notes after, s", "ran dry"), rows)
     print(json.dumps(figures))
