@@ -289,7 +289,9 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
     extending = extend.click(on_extend, more_s, **runs)
     for run in (generating, extending):
         run.failure(on_failure, None, shown, **QUICK)
-    stop.click(on_stop, None, shown, cancels=[generating, extending], **QUICK)
+    stop.click(on_stop, None, shown, **QUICK)
+    # On its own, because it waits for the chunk that is being made. It takes those who wait out of the queue.
+    stop.click(None, cancels=[generating, extending], **QUICK)
     undo.click(on_undo, None, shown, **QUICK)
     player.choose(on_choose, None, None, **QUICK)
     prompt_shown = [prompt_box, prompt_player, start_s, end_s]

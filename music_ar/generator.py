@@ -20,9 +20,6 @@ from music_ar.sampling import SamplingOptions
 
 DEFAULT_LATENTS = 1024
 DEFAULT_SPEED = 1.5
-STREAM_TOKENS = 16
-"""Tokens a variation between two chunks of a stream: eight variations can then be stopped within a second. Longer
-chunks are not faster."""
 MAESTRO_TOKENS_PER_S = 40.0
 """Event tokens in a second of real music, on average over MAESTRO's train split."""
 # A stuck model could play notes for ever without letting time pass; the densest MAESTRO second has fewer tokens.
@@ -217,7 +214,7 @@ class Composition:
             if self._state is None:  # closed between two chunks
                 return
             state = self._state.with_limit(limit_steps)
-            self._state, new_BxT = self._decoder.decode(state, self._filters, length=STREAM_TOKENS)
+            self._state, new_BxT = self._decoder.decode(state, self._filters, length=_chunk_tokens(len(self.seeds)))
             for number, new in enumerate(np.asarray(new_BxT)):
                 self._tokens[number] = np.concatenate([self._tokens[number], new[new != events.PAD]])
             longest = max(map(len, self._tokens)) - self._prompt_length
@@ -588,13 +585,13 @@ class Generator:
             state = self.decoder.start(
                 [start] * variations, latents=latents, seeds=range(variations), limit_steps=2**30, mode=mode
             )
-            spent_s: list[float] = []
-            while len(spent_s) < 4 or sum(spent_s[1:]) * STREAM_TOKENS < _CALIBRATION_S:
+            length, spent_s = _chunk_tokens(variations), []
+            while len(spent_s) < 4 or sum(spent_s[1:]) < _CALIBRATION_S:  # the first one compiles
                 began_s = time.perf_counter()
-                state, tokens = self.decoder.decode(state, filters, length=STREAM_TOKENS)
-                made = np.asarray(tokens).shape[1]
-                spent_s.append((time.perf_counter() - began_s) / made)
-            self._seconds_per_token[key] = float(np.median(spent_s[1:]))  # the first one compiles
+                state, tokens = self.decoder.decode(state, filters, length=length)
+                np.asarray(tokens)
+                spent_s.append(time.perf_counter() - began_s)
+            self._seconds_per_token[key] = float(np.median(spent_s[1:])) / length
         return self._seconds_per_token[key]
 
 
@@ -633,6 +630,14 @@ def _prompt_tokens(prompt: Prompt | None, prompt_seconds: float | None) -> Int[n
 def _check_seconds(seconds: float) -> None:
     if not 0 < seconds < math.inf:
         raise GenerationError(f"seconds must be more than 0, got {seconds}")
+
+
+def _chunk_tokens(variations: int) -> int:
+    """Tokens a variation between two chunks of a stream.
+
+    So few that it can be stopped within a second; longer chunks were not faster.
+    """
+    return max(1, min(16, 64 // variations))
 
 
 def _limits(seconds: float) -> tuple[int, int]:
