@@ -57,6 +57,7 @@ CSS = """
 #cost p, #status p { font-size: 14px; margin: 0; }
 #status { min-height: 44px; }
 #saved { position: absolute; left: -10000px; }
+footer .divider { display: none; }
 #extend, #undo { align-self: flex-end; margin-bottom: 6px; }
 @media (min-width: 900px) { #result { position: sticky; top: 8px; } }
 """
