@@ -19,11 +19,12 @@ from flax import nnx
 from app.console import CommandError, ProgressLine, print_table
 from data_pipeline.loader import Pieces
 from music_ar import events
+from music_ar.batching import chunk_tokens
 from music_ar.checkpoint import load_released
 from music_ar.decoding import Decoder, DecodeState, WindowMode
 from music_ar.evaluation import score_decoding
 from music_ar.files import write_atomically
-from music_ar.generator import CHUNK_TOKENS, MAESTRO_TOKENS_PER_S, Chunk, Generator, Piece, Request
+from music_ar.generator import MAESTRO_TOKENS_PER_S, Chunk, Generator, Piece, Request
 from music_ar.model import PerceiverAR
 from music_ar.sampling import SamplingOptions
 
@@ -214,7 +215,7 @@ class Bench:
     def _row(
         self, decoder: Decoder, latents: int, mode: WindowMode, batch: int, nats: float | None, bytes_per_s: float
     ) -> Row:
-        prompt = _some_prompt(decoder.config.context)
+        prompt, length = _some_prompt(decoder.config.context), chunk_tokens(batch)
 
         def first_chunk() -> tuple[DecodeState, float]:
             """The state after prefill and a first chunk, as `Generator` would hand it out, and the seconds it took."""
@@ -225,17 +226,17 @@ class Bench:
 
         def next_chunk(state: DecodeState) -> tuple[DecodeState, float]:
             began = time.perf_counter()
-            state, tokens = decoder.decode(state, SamplingOptions().filters(), length=CHUNK_TOKENS)
+            state, tokens = decoder.decode(state, SamplingOptions().filters(), length=length)
             tokens.block_until_ready()
             return state, time.perf_counter() - began
 
         first_chunk()  # compiles
         state, first_note_s = first_chunk()
         chunk_s = []
-        for _ in range(-(-self.tokens // CHUNK_TOKENS)):
+        for _ in range(-(-self.tokens // length)):
             state, seconds = next_chunk(state)
             chunk_s.append(seconds)
-        step_s = statistics.median(chunk_s) / CHUNK_TOKENS
+        step_s = statistics.median(chunk_s) / length
         read = sum(leaf.nbytes for leaf in jax.tree.leaves((decoder.params, state.caches)))
         return Row(
             context=decoder.config.context,

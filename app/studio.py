@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import math
+import secrets
 import threading
 import time
 import zipfile
@@ -20,7 +21,7 @@ from urllib.parse import urlencode
 from app.console import clock
 from music_ar import Generator, MidiError, Performance, read_midi, write_midi
 from music_ar.audio import write_audio
-from music_ar.events import encode
+from music_ar.events import decode, encode
 from music_ar.generator import DEFAULT_SPEED, MAESTRO_TOKENS_PER_S, MAX_SEED, Chunk, Composition
 from music_ar.sampling import SamplingOptions
 
@@ -168,6 +169,7 @@ class Session:
         prompt_name: what it is called.
         takes: what was made, the last one shown.
         chosen: the variation that is heard, extended and downloaded.
+        reading: the end of the prompt, heard while the prompt is read; None once something is made.
         status: what is going on or was done, in words.
         run: the run that goes on, None if none does.
         runs: how many there were.
@@ -179,6 +181,7 @@ class Session:
         self.prompt_name = ""
         self.takes: list[Take] = []
         self.chosen = 0
+        self.reading: Take | None = None
         self.status = ""
         self.run: object | None = None
         self.runs = 0
@@ -222,7 +225,7 @@ class Session:
     def stop(self) -> None:
         """Ends the run at its next chunk, and keeps what is there."""
         if self.run is not None:
-            self.run = None
+            self.run = self.reading = None
             self.status = "Stopped." + (f" {_told(self.take)}" if self.takes else "")
 
     def undo(self) -> None:
@@ -287,10 +290,15 @@ class Studio:
                 self._let_go(session)
 
     def warm_up(self, prompts: Iterable[Path] = ()) -> None:
-        """Measures this machine, and compiles what the prompts and a new piece need, so that nobody waits for it."""
-        for prompt in (None, *map(read_midi, prompts)):
-            for _ in self.generator.stream(prompt, seconds=0.5, latents=self._auto(prompt, 1), seed=0):
-                pass
+        """Measures this machine, and compiles what new pieces and prompts like these need, so that nobody waits for it.
+
+        Prompts of half their length and dense or calm ones of their length are covered, too.
+        """
+        whole = list(map(read_midi, prompts))
+        for prompt in (None, *whole, *(prompt.crop(0, prompt.duration_s / 2) for prompt in whole)):
+            for latents in {self._auto(None, 1), self._auto(prompt, 1)}:
+                for _ in self.generator.stream(prompt, seconds=0.01, latents=latents, seed=0):
+                    pass
 
     def _auto(self, prompt: Performance | None, variations: int) -> int:
         """The largest budget that keeps ahead of playback, even if the music gets denser than its prompt."""
@@ -332,6 +340,12 @@ class Studio:
             session.status = "Reading the prompt …" if session.prompt else "Beginning …"
             self._let_go(session)
             prompt, cut_s = _cropped(session.prompt, settings)
+            if settings.seed is None:
+                settings = dataclasses.replace(settings, seed=secrets.randbelow(MAX_SEED - MAX_VARIATIONS + 1))
+            if prompt is not None and not settings.continuation_only:
+                part = prompt if cut_s is None else prompt.crop(0, cut_s)
+                session.reading = _heard_first(part, settings, session.runs)
+                yield session.reading
             auto = settings.latents == AUTO
             composition = self.generator.compose(
                 prompt,
@@ -341,7 +355,6 @@ class Studio:
                 seed=settings.seed,
                 variations=settings.variations,
             )
-            settings = dataclasses.replace(settings, seed=composition.seeds[0])
             session.chosen = 0
             yield from self._stream(session, run, composition, settings, composition.prompt_s, session.runs)
         finally:
@@ -382,7 +395,7 @@ class Studio:
 
     def _end(self, session: Session, run: object) -> None:
         if session.run is run:
-            session.run = None
+            session.run = session.reading = None
         if session.gone:
             self._let_go(session)
 
@@ -426,12 +439,28 @@ class Studio:
                 latents=composition.latents,
                 settings=settings,
             )
-            session.takes = [*before, take]
+            session.takes, session.reading = [*before, take], None
             session.status = _progress(chunk, composition.latents) if not chunk.finished else ""
             if chunk.finished:
                 session.run = None
                 session.status = f"Done in {clock(time.monotonic() - began_s)}. {_told(take)}"
             yield take
+
+
+def _heard_first(prompt: Performance, settings: Settings, number: int) -> Take:
+    """A take of the prompt alone: it sounds while it is read, and what is made will go on from it."""
+    notes = decode(encode(prompt))  # with the times that the take after it will give them
+    return Take(
+        number=number,
+        piece=number,
+        pieces=(notes,) * settings.variations,
+        until_s=(notes.duration_s,) * settings.variations,
+        final_s=(0.0,) * settings.variations,
+        join_s=notes.duration_s,
+        seeds=tuple((settings.seed or 0) + row for row in range(settings.variations)),
+        latents=settings.latents,
+        settings=settings,
+    )
 
 
 def _cropped(prompt: Performance | None, settings: Settings) -> tuple[Performance | None, float | None]:

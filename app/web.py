@@ -57,6 +57,7 @@ CSS = """
 #cost p, #status p { font-size: 14px; margin: 0; }
 #status { min-height: 44px; }
 #saved { position: absolute; left: -10000px; }
+footer .divider { display: none; }
 #extend, #undo { align-self: flex-end; margin-bottom: 6px; }
 @media (min-width: 900px) { #result { position: sticky; top: 8px; } }
 """
@@ -289,7 +290,9 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
     extending = extend.click(on_extend, more_s, **runs)
     for run in (generating, extending):
         run.failure(on_failure, None, shown, **QUICK)
-    stop.click(on_stop, None, shown, cancels=[generating, extending], **QUICK)
+    stop.click(on_stop, None, shown, **QUICK)
+    # On its own, because it waits for the chunk that is being made. It takes those who wait out of the queue.
+    stop.click(None, cancels=[generating, extending], **QUICK)
     undo.click(on_undo, None, shown, **QUICK)
     player.choose(on_choose, None, None, **QUICK)
     prompt_shown = [prompt_box, prompt_player, start_s, end_s]
@@ -415,9 +418,9 @@ def shown_take(session: Session) -> dict[str, Any]:
     value: dict[str, Any] = {
         "piece": 0, "kind": "piece", "join": 0, "making": session.making, "autoplay": False, "variations": []
     }  # fmt: skip
-    if not session.takes:
+    if session.reading is None and not session.takes:
         return value
-    take = session.take
+    take = session.reading or session.take
     value |= {
         "piece": take.piece,
         "join": take.join_s - take.from_s,

@@ -1,35 +1,70 @@
-"""Many clients of a page that is served already: `python benchmarks/web_load.py ADDRESS [CLIENTS]`.
+"""Many clients at once: `python benchmarks/web_load.py [CLIENTS] [ROUNDS]`.
 
-Each asks for its own seed at the same time; all must be served, each with its own piece.
+It serves the shipped model. In each round every client, a new one, asks for a piece with a seed of its own at the same
+time; all must be served, each with its own piece: the one that its seed makes alone. What the server holds in memory is
+read before the first round and after each.
 """
 
 import json
+import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gradio_client import Client
+from served import served
 
 from app.console import print_table
 
+SECONDS = 5
+LATENTS = 256
+
 
 def main() -> None:
-    address, number = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 20
-    clients = [Client(address, verbose=False) for _ in range(number)]
+    number, rounds = (int(sys.argv[place]) if len(sys.argv) > place else given for place, given in ((1, 20), (2, 3)))
+    rows, figures = [], []
+    with served() as (address, process):
+        alone = Client(address, verbose=False)
+        expected = [piece_of(alone, seed) for seed in range(number)]
+        held_mb = [resident_mb(process)]
+        for _ in range(rounds):
+            own, waits_s = ask_at_once(address, expected)
+            time.sleep(2)
+            held_mb.append(resident_mb(process))
+            figures.append({"clients": number, "own_piece": own, "waits_s": waits_s, "held_mb": held_mb[-1]})
+            rows.append((f"{number}", f"{own}", f"{statistics.median(waits_s):.1f}", f"{max(waits_s):.1f}",
+                         f"{held_mb[-1]:.0f}"))  # fmt: skip
+    print(f"the server held {held_mb[0]:.0f} MB before")
+    print_table(("clients", "got their own piece", "median wait, s", "last, s", "MB held after"), rows)
+    print(json.dumps({"held_before_mb": held_mb[0], "rounds": figures}))
+
+
+def ask_at_once(address: str, expected: list[bytes]) -> tuple[int, list[float]]:
+    """How many of as many clients as seeds got what they asked for, and how long each waited."""
+    clients = [Client(address, verbose=False) for _ in expected]
     began_s = time.monotonic()
 
     def ask(seed: int) -> tuple[bool, float]:
-        progress, files = clients[seed].predict(seconds=5, seed=seed, api_name="/generate")
-        return progress["seeds"] == [seed] and Path(files[0]).stem.endswith(f"-{seed}"), time.monotonic() - began_s
+        return piece_of(clients[seed], seed) == expected[seed], time.monotonic() - began_s
 
-    with ThreadPoolExecutor(number) as pool:
-        served = list(pool.map(ask, range(number)))
-    waits_s = sorted(wait_s for _, wait_s in served)
-    figures = {"clients": number, "own_piece": sum(own for own, _ in served), "last_s": round(waits_s[-1], 2)}
-    print_table(("clients", "served their own piece", "first after, s", "last after, s"),
-                [(str(number), str(figures["own_piece"]), f"{waits_s[0]:.1f}", f"{waits_s[-1]:.1f}")])  # fmt: skip
-    print(json.dumps(figures))
+    with ThreadPoolExecutor(len(clients)) as pool:
+        served = list(pool.map(ask, range(len(clients))))
+    for client in clients:
+        client.close()
+    return sum(own for own, _ in served), [round(wait_s, 2) for _, wait_s in served]
+
+
+def piece_of(client: Client, seed: int) -> bytes:
+    """The MIDI file that a seed makes."""
+    _, files = client.predict(seconds=SECONDS, latents=LATENTS, seed=seed, api_name="/generate")
+    return Path(files[0]).read_bytes()
+
+
+def resident_mb(process: int) -> float:
+    """Memory of a process that is in use, in megabytes."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * 4096 / 1e6
 
 
 if __name__ == "__main__":

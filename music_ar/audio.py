@@ -28,16 +28,17 @@ AudioFormat = Literal["wav", "flac", "mp3"]
 
 _SAMPLED_PITCHES = range(21, 109, 3)
 _SAMPLED_VELOCITY = 76
-_LONGEST_S = 8.0
-_READ_FRAMES = round(
-    1.1 * _LONGEST_S * SAMPLE_RATE
-)  # what a key a semitone higher needs, and the wait before the sound
+_LONGEST_S = 8
+_WAIT_S = 0.35  # before the sound of a recording begins, at most
 _HIGHEST_DAMPED = 88  # E6; the strings above ring freely
 _DAMPING_S = 0.25
 _LOUDNESS = 0.4
 _LOUDNESS_EXPONENT = 1.6  # amplitude to velocity: 10 dB from 60 to 120
 _PEAK = 0.97
 _BLOCK_FRAMES = 10 * SAMPLE_RATE
+
+
+_Key = tuple[Int16[np.ndarray, "sampled 2"], Int16[np.ndarray, "sampled 2"]]
 
 
 class AudioError(ValueError):
@@ -51,23 +52,25 @@ def render(performance: Performance) -> Float32[np.ndarray, "frames 2"]:
     """
     frames = round((performance.duration_s + TAIL_S) * SAMPLE_RATE)
     sound = np.zeros((frames, 2), np.float32)
-    begin = np.rint(performance.onset_s * SAMPLE_RATE).astype(int).tolist()
-    held = np.rint((performance.offset_s - performance.onset_s) * SAMPLE_RATE).astype(int).tolist()
-    for start, length, pitch, velocity in zip(
-        begin, held, performance.pitch.tolist(), performance.velocity.tolist(), strict=True
-    ):
-        note = _note(pitch, velocity, max(length, 1))[: frames - start]
-        sound[start : start + len(note)] += note
+    begin = np.rint(performance.onset_s * SAMPLE_RATE).astype(int)
+    held = np.maximum(np.rint((performance.offset_s - performance.onset_s) * SAMPLE_RATE).astype(int), 1)
+    for pitch in np.unique(performance.pitch).tolist():
+        fade = _release(pitch > _HIGHEST_DAMPED)
+        of_key = performance.pitch == pitch
+        key = _key(pitch, _seconds_to_read(int(held[of_key].max()) + len(fade)))
+        columns = (begin, held, performance.velocity)
+        for start, length, velocity in zip(*(column[of_key].tolist() for column in columns), strict=True):
+            note = _note(key, fade, velocity, length)[: frames - start]
+            sound[start : start + len(note)] += note
     peak = max(float(sound.max(initial=0)), -float(sound.min(initial=0)))
     if peak > _PEAK:
         sound *= _PEAK / peak
     return sound
 
 
-def _note(pitch: int, velocity: int, held: int) -> Float32[np.ndarray, "frames 2"]:
+def _note(key: _Key, fade: Float32[np.ndarray, "faded 1"], velocity: int, held: int) -> Float32[np.ndarray, "frames 2"]:
     """One note that is released after `held` frames."""
-    bright, dull = _key(pitch)
-    fade = _release(pitch > _HIGHEST_DAMPED)
+    bright, dull = key
     length = min(len(bright), held + len(fade))
     brightness = min(1.0, velocity / 100) ** 1.5
     gain = _LOUDNESS * (velocity / _SAMPLED_VELOCITY) ** _LOUDNESS_EXPONENT / 2**15
@@ -86,28 +89,42 @@ def _release(free: bool) -> Float32[np.ndarray, "frames 1"]:
     return np.exp((-1.5 if free else -5) * time) * np.cos(np.pi / 2 * time)
 
 
+def _seconds_to_read(frames: int) -> int:
+    """How much of a key is read for a note of this length: few lengths, so that they are kept and used again."""
+    return next((seconds for seconds in (1, 2, 4) if frames <= seconds * SAMPLE_RATE), _LONGEST_S)
+
+
 @functools.cache
-def _key(pitch: int) -> tuple[Int16[np.ndarray, "frames 2"], Int16[np.ndarray, "frames 2"]]:
+def _key(pitch: int, seconds: int) -> _Key:
     """The sound of a key held down, as it was recorded and without its upper partials; 16 bits, to save memory."""
     nearest = min(_SAMPLED_PITCHES, key=lambda sampled: abs(sampled - pitch))
-    data = resources.files("music_ar").joinpath(f"samples/{nearest}.ogg").read_bytes()
-    recording, rate = soundfile.read(io.BytesIO(data), frames=_READ_FRAMES, dtype="float32")
-    loud = np.abs(recording).max(axis=1)
-    first = max(0, int(np.argmax(loud > 0.02 * loud.max())) - rate // 500)
-    recording = recording[first:]
+    recording, recorded, rate = _recording(nearest, seconds)
     speed = 2 ** ((pitch - nearest) / 12) * rate / SAMPLE_RATE
-    frames = min(round(len(recording) / speed), round(_LONGEST_S * SAMPLE_RATE))
+    end = min(round(recorded / speed), _LONGEST_S * SAMPLE_RATE)
+    frames = min(end, seconds * SAMPLE_RATE)
     if speed != 1:
         places = np.arange(frames) * speed
         recording = np.stack([np.interp(places, np.arange(len(side)), side) for side in recording.T], axis=1)
     bright = recording[:frames].astype(np.float32)
     edge = SAMPLE_RATE // 500  # 2 ms: no click where a recording is cut
     bright[:edge] *= np.linspace(0, 1, edge, dtype=np.float32)[:, None]
-    bright[-SAMPLE_RATE:] *= np.linspace(1, 0, SAMPLE_RATE, dtype=np.float32)[-len(bright) :, None]
+    ending = np.arange(max(0, end - SAMPLE_RATE), frames)
+    bright[ending] *= ((end - 1 - ending) / (SAMPLE_RATE - 1)).astype(np.float32)[:, None]
     frequency = 440 * 2 ** ((pitch - 69) / 12)
     pole = math.exp(-2 * math.pi * max(500.0, 2 * frequency) / SAMPLE_RATE)
     dull = np.asarray(lfilter([1 - pole], [1, -pole], bright, axis=0))
     return _sixteen_bits(bright), _sixteen_bits(dull)
+
+
+@functools.lru_cache(maxsize=1)  # keys are asked for in order, and up to three share a recording
+def _recording(pitch: int, seconds: int) -> tuple[Float32[np.ndarray, "frames 2"], int, int]:
+    """A recording from 2 ms before its sound, enough of it for a key a semitone higher; its whole frames, its rate."""
+    data = resources.files("music_ar").joinpath(f"samples/{pitch}.ogg").read_bytes()
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+        sound = file.read(round((1.06 * seconds + _WAIT_S) * file.samplerate), dtype="float32")
+        loud = np.abs(sound[: file.samplerate]).max(axis=1)
+        first = max(0, int(np.argmax(loud > 0.02 * loud.max())) - file.samplerate // 500)
+        return sound[first:], file.frames - first, file.samplerate
 
 
 def _sixteen_bits(sound: np.ndarray) -> Int16[np.ndarray, "frames 2"]:

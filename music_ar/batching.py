@@ -21,7 +21,7 @@ from music_ar import decoding, events
 from music_ar.decoding import Decoder, DecodeState, WindowMode
 from music_ar.sampling import Filters, SamplingOptions
 
-CHUNK_TOKENS = 64
+_CHUNK_TOKENS = 64
 # On a CPU more rows gain little, once reading the caches takes longer than reading the weights.
 CPU_BATCH = 16
 # A finished sequence keeps its row until the chunk ends. Where a chunk takes long, it can be short at no cost: of 400
@@ -63,6 +63,11 @@ class Made(NamedTuple):
     job: Job
     tokens: Int[np.ndarray, " T"]
     nats: Float[np.ndarray, " T"]
+
+
+def chunk_tokens(rows: int) -> int:
+    """Tokens a row between two chunks of a stream: so few that on a CPU, too, it can be stopped within a second."""
+    return max(1, min(16, 64 // rows)) if jax.default_backend() == "cpu" else _CHUNK_TOKENS
 
 
 def batch_size(decoder: Decoder, latents: int, mode: WindowMode) -> int:
@@ -115,7 +120,7 @@ class _Batch:
         self._ring = decoding.ring_size(like.latents)
         self._mode: WindowMode = like.mode
         self._state = _idle(decoder, rows, like.latents, like.mode)
-        self._length = _CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK_TOKENS
+        self._length = _CPU_CHUNK if jax.default_backend() == "cpu" else _CHUNK_TOKENS
         self._options = [SamplingOptions()] * rows
         self._filters = Filters.of_rows(self._options)
         self._making: dict[int, _Making] = {}

@@ -454,7 +454,7 @@ def _prefill(graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxP: A
     by_age = []
     for turn in range(W):
         start_B = jnp.take_along_axis(starts_BxW, (active_B[:, None] + turn) % W, axis=1)[:, 0] + state.birth_B
-        times_BxR = start_B[:, None] + jnp.arange(R >> turn)[None]
+        times_BxR = start_B[:, None] + jnp.arange(min(R >> turn, P))[None]
         filled = _prefill_window(model, embedded_BxPxD, k_BxPxGxK, v_BxPxGxK, state.birth_B, times_BxR)
         by_age.append([[_in_slots(x, times_BxR % R, R) for x in layer] for layer in filled])
     order_BxW = (jnp.arange(W)[None] - active_B[:, None]) % W

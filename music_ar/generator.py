@@ -20,7 +20,6 @@ from music_ar.sampling import SamplingOptions
 
 DEFAULT_LATENTS = 1024
 DEFAULT_SPEED = 1.5
-CHUNK_TOKENS = batching.CHUNK_TOKENS
 MAESTRO_TOKENS_PER_S = 40.0
 """Event tokens in a second of real music, on average over MAESTRO's train split."""
 # A stuck model could play notes for ever without letting time pass; the densest MAESTRO second has fewer tokens.
@@ -31,6 +30,7 @@ _TELLING_PROMPT_S = 10.0
 # What a calibration must promise above the wish, since machines are not steady.
 _SPEED_MARGIN = 1.15
 _SMALLEST_AUTO = 64
+_CALIBRATION_S = 1.0
 
 Prompt = Performance | str | os.PathLike[str] | bytes | BinaryIO
 
@@ -214,7 +214,7 @@ class Composition:
             if self._state is None:  # closed between two chunks
                 return
             state = self._state.with_limit(limit_steps)
-            self._state, new_BxT = self._decoder.decode(state, self._filters, length=CHUNK_TOKENS)
+            self._state, new_BxT = self._decoder.decode(state, self._filters, length=batching.chunk_tokens(len(self.seeds)))
             for number, new in enumerate(np.asarray(new_BxT)):
                 self._tokens[number] = np.concatenate([self._tokens[number], new[new != events.PAD]])
             longest = max(map(len, self._tokens)) - self._prompt_length
@@ -577,7 +577,7 @@ class Generator:
         return fast[-1] if fast else budgets[0]
 
     def seconds_per_token(self, latents: int, variations: int = 1, mode: WindowMode = "sliding") -> float:
-        """The time of a step on this machine: the median of three chunks, measured once."""
+        """The time of a step on this machine: the median of the chunks of a second, three at least, measured once."""
         key = (decoding.ring_size(latents), variations, mode)
         if key not in self._seconds_per_token:
             start = np.array([events.START], np.int32)
@@ -585,13 +585,13 @@ class Generator:
             state = self.decoder.start(
                 [start] * variations, latents=latents, seeds=range(variations), limit_steps=2**30, mode=mode
             )
-            spent_s = []
-            for _ in range(4):
+            length, spent_s = batching.chunk_tokens(variations), []
+            while len(spent_s) < 4 or sum(spent_s[1:]) < _CALIBRATION_S:  # the first one compiles
                 began_s = time.perf_counter()
-                state, tokens = self.decoder.decode(state, filters, length=CHUNK_TOKENS)
-                made = np.asarray(tokens).shape[1]
-                spent_s.append((time.perf_counter() - began_s) / made)
-            self._seconds_per_token[key] = float(np.median(spent_s[1:]))  # the first one compiles
+                state, tokens = self.decoder.decode(state, filters, length=length)
+                np.asarray(tokens)
+                spent_s.append(time.perf_counter() - began_s)
+            self._seconds_per_token[key] = float(np.median(spent_s[1:])) / length
         return self._seconds_per_token[key]
 
 

@@ -76,6 +76,16 @@ def test_overlapping_notes_add_up():
     np.testing.assert_allclose(both, render(notes(second)), atol=1e-6)
 
 
+@pytest.mark.parametrize("pitch", [40, 61, 100])
+def test_a_note_sounds_alike_whatever_else_its_key_plays(pitch):
+    """Of a key as much is read as its longest note needs."""
+    short = notes((0, 0.4, pitch, 80))
+    alone = render(short)
+    with_longer = render(notes((0, 0.4, pitch, 80), (3, 5, pitch, 80), (6, 14, pitch, 80)))
+    np.testing.assert_allclose(with_longer[: len(alone)], alone, atol=1e-6)
+    assert level(with_longer, 6, 7) > 10 * level(with_longer, 13.9, 14)  # the recording has faded out by then
+
+
 def test_a_thousand_notes_at_once_do_not_clip():
     sound = render(notes(*[(0.1 * (n % 5), 2, 30 + n % 60, 127) for n in range(1000)]))
     assert 0.9 < np.abs(sound).max() < 1

@@ -7,6 +7,7 @@ import pytest
 
 from app.studio import Session, Settings, Studio, StudioError, write_file
 from music_ar import Generator
+from music_ar.generator import GenerationError
 from music_ar.midi import read_midi
 
 
@@ -52,6 +53,31 @@ def test_the_prompt_is_cropped_and_may_be_left_out(studio, midi_file):
     assert without.shown(0) == with_it.pieces[0].crop(with_it.join_s)
     with pytest.raises(StudioError, match="no note begins between"):
         make(studio, session, seconds=3, start_s=1000, end_s=1001)
+
+
+def test_the_prompt_is_heard_while_it_is_read(studio, midi_file):
+    session = Session()
+    session.set_prompt(midi_file.read_bytes(), "mine.mid")
+    reading, first, *_, last = studio.generate(session, Settings(latents=8, seconds=60, end_s=9, seed=1))
+    assert reading.join_s == pytest.approx(first.join_s, abs=0.5)
+    until_s = reading.join_s - 2  # nothing is cut here
+    assert reading.pieces[0].crop(0, until_s) == last.pieces[0].crop(0, until_s)
+    assert session.takes == [last]
+    assert session.reading is None
+
+
+def test_a_run_that_is_stopped_or_fails_while_it_reads_leaves_nothing(studio, midi_file):
+    session = Session()
+    session.set_prompt(midi_file.read_bytes(), "mine.mid")
+    takes = studio.generate(session, Settings(latents=8))
+    next(takes)
+    session.stop()
+    assert list(takes) == []
+    with pytest.raises(GenerationError, match="latents must lie in"):
+        list(studio.generate(session, Settings(latents=10**6)))
+    assert session.reading is None
+    assert not session.takes
+    assert not session.making
 
 
 def test_extending_keeps_what_was_there_with_caches_and_without(studio):

@@ -12,8 +12,11 @@ import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
+import soundfile
 
+from music_ar.audio import TAIL_S
 from music_ar.midi import read_midi
 
 ROOT = Path(__file__).parents[1]
@@ -180,10 +183,17 @@ def test_variations_from_nothing_with_a_seed_and_their_files(page, address, tmp_
     path = download(page, "mid", tmp_path)
     assert "9" in path.name
     assert len(read_midi(path)) == shown(page, "piece", "notes")
+    piece = read_midi(path)
+    for kind in ("wav", "mp3"):
+        sound, rate = soundfile.read(download(page, kind, tmp_path))
+        assert abs(len(sound) / rate - (piece.duration_s + TAIL_S)) < 0.1
+        first = round(piece.onset_s[0] * rate)
+        assert np.abs(sound[first : first + rate]).max() > 0.01
     with zipfile.ZipFile(download(page, "zip", tmp_path)) as archive:
         assert len(archive.namelist()) == 7
         settings = json.loads(archive.read("settings.json"))
-        assert read_midi(archive.read("3-seed-9.mid")) == read_midi(path)
+        assert read_midi(archive.read("3-seed-9.mid")) == piece
+        archive.extract("settings.json", tmp_path)
     assert settings["seed"] == 7
 
     link = page.locator("#status a").get_attribute("href")
@@ -192,6 +202,13 @@ def test_variations_from_nothing_with_a_seed_and_their_files(page, address, tmp_
     other.get_by_text("More settings").click()
     wait_until(lambda: other.locator("#seed input, #seed textarea").input_value() == "7", "the link brings it back")
     assert float(other.locator("#seconds input").input_value()) == 4
+
+    fill(page, "seed", 1)
+    fill(page, "seconds", 9)
+    page.locator("input[type=file][accept='.json']").set_input_files(tmp_path / "settings.json")
+    wait_until(lambda: page.locator("#seed input, #seed textarea").input_value() == "7", "the file brings it back")
+    wait_until(lambda: float(page.locator("#seconds input").input_value()) == 4, "the length comes back")
+    assert page.get_by_label("number input for Variations").input_value() == "3"
 
 
 @needs_browser

@@ -16,6 +16,9 @@ class Piano {
   constructor(samples) {
     this.samples = samples;
     this.buffers = new Map();
+    const pitches = Array.from({ length: 30 }, (_, n) => 21 + 3 * n);
+    pitches.sort((a, b) => Math.abs(a - 62) - Math.abs(b - 62)); // the middle of the keyboard first
+    this.loading = (async () => { for (const pitch of pitches) await this.load(pitch); })();
   }
 
   ready() { // browsers allow sound only once the person has touched the page
@@ -24,9 +27,6 @@ class Piano {
       const limiter = new DynamicsCompressorNode(this.context, { threshold: -6, ratio: 12, attack: 0.003, release: 0.2 });
       this.output = new GainNode(this.context, { gain: 0.8 });
       this.output.connect(limiter).connect(this.context.destination);
-      const pitches = Array.from({ length: 30 }, (_, n) => 21 + 3 * n);
-      pitches.sort((a, b) => Math.abs(a - 62) - Math.abs(b - 62)); // the middle of the keyboard first
-      this.loading = (async () => { for (const pitch of pitches) await this.load(pitch); })();
     }
     if (this.context.state === 'suspended') this.context.resume();
     return this.context;
@@ -34,7 +34,7 @@ class Piano {
 
   async load(pitch) {
     const data = await (await fetch(`${this.samples}${pitch}.ogg`)).arrayBuffer();
-    const whole = await this.context.decodeAudioData(data);
+    const whole = await new OfflineAudioContext(2, 1, 48000).decodeAudioData(data); // needs no touch of the page
     const left = whole.getChannelData(0);
     let peak = 0;
     for (let n = 0; n < whole.sampleRate; n++) peak = Math.max(peak, Math.abs(left[n]));
@@ -83,6 +83,7 @@ let chosen = 0;
 let making = false;
 let dirty = true;
 
+const PROMPT_LEAD_S = 4; // of the prompt are heard again, while it is read
 const empty = { seed: null, until: 0, text: '', final: [], notes: [] };
 const current = () => variations[chosen] ?? empty;
 
@@ -113,7 +114,7 @@ function receive() {
   making = value.making;
   // A new piece is heard from the end of its prompt, an extension from where it goes on.
   if (begins && !playing) {
-    position = Math.max(0, (fresh ? value.join : was) - 2);
+    position = Math.max(0, fresh ? value.join - PROMPT_LEAD_S : was - 2);
     play();
     root.scrollIntoView({ block: 'nearest', behavior: 'smooth' });
   }
