@@ -40,6 +40,9 @@ COMMANDS = {
     "bench": ("how fast this machine decodes", "app.bench:Bench"),
 }
 
+_DECODING_COMMANDS = ("generate", "render", "web", "bench")
+_MOST_CPU_DEVICES = 16  # as many as a batch has rows
+
 PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 
 
@@ -431,6 +434,8 @@ def parse(arguments: Sequence[str]) -> Command:
     for name, (summary, _) in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
     name = parser.parse_args(arguments[:1]).command
+    if name in _DECODING_COMMANDS:  # rows of a batch are dealt to devices; JAX reads this when it is imported
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(min(_MOST_CPU_DEVICES, os.cpu_count() or 1)))
     module, _, class_name = COMMANDS[name][1].partition(":")
     command = getattr(importlib.import_module(module), class_name)
     markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)

@@ -16,6 +16,9 @@ every n tokens, so one of them always holds n / 2 to n latents, and that one mak
 
 `evaluation.score_decoding` measures what each costs in likelihood; the figures are in docs/decoding.md.
 
+Rows are dealt to all devices, each of which goes through its own loop; on a CPU a device is a core, if JAX was told so
+(`JAX_NUM_CPU_DEVICES`), since XLA hardly uses a second one for a step of few rows.
+
 The keys and values of the cross-attention depend on nothing but the token, its near predecessors and its position:
 they are computed once and kept in a ring of the last M. A window is a ring too; when it begins anew nothing is
 moved, its older entries are masked.
@@ -25,13 +28,15 @@ L conv taps, Q query heads that share a key head, E rows of a cache (batch, wind
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from music_ar import events
@@ -76,7 +81,8 @@ class DecodeState(NamedTuple):
         caches: keys and values of all tokens before `pending`.
         grammar: what may follow `pending`.
         steps_B: music made so far, in steps of 10 ms.
-        limit_B: a row has enough once its music is this long. It goes on as long as others have not.
+        limit_B: a row has enough once its music is this long. It goes on as long as others on its device have
+            not.
         keys_B: each row's own source of chance.
         ended_B: whether the piece has ended by itself; from then on its tokens are `events.PAD`.
     """
@@ -110,7 +116,7 @@ class DecodeState(NamedTuple):
             each = leaf.shape[0] // B  # cache rows a batch row
             return leaf.reshape(B, each, *leaf.shape[1:])[index].reshape(-1, *leaf.shape[1:])
 
-        return jax.tree.map(of_rows, self)
+        return jax.tree.map(of_rows, jax.device_put(self, jax.local_devices()[0]))
 
     def replaced(self, row: int, newcomer: "DecodeState") -> "DecodeState":
         """The state with another piece in one row, as `Decoder.start` made it alone; the other rows go on as they were.
@@ -120,7 +126,10 @@ class DecodeState(NamedTuple):
             newcomer: a state of one row, with rings and windows of the same size; it can be used again. The state that
                 is replaced cannot: its buffers are taken over.
         """
-        return _replace_row(self, row, newcomer)
+        mesh = _mesh_of(self)
+        if mesh is not None:
+            newcomer = jax.device_put(newcomer, NamedSharding(mesh, PartitionSpec()))
+        return _replace_row(self, row, newcomer, mesh)
 
 
 class Decoder:
@@ -143,6 +152,7 @@ class Decoder:
         self.graph = _Graph(graph)
         # Matrices are computed with in this type anyway; in a loop XLA would convert them anew for each token.
         self.params = jax.tree.map(lambda leaf: _matrix_as(leaf, self.dtype), params)
+        self._params_on: dict[Mesh | None, nnx.State] = {None: self.params}
 
     def start(
         self,
@@ -215,7 +225,7 @@ class Decoder:
     def decode(
         self, state: DecodeState, filters: Filters, *, length: int
     ) -> tuple[DecodeState, Int[Array, "B length"]]:
-        """Samples up to `length` tokens a row; stops sooner once all rows are done.
+        """Samples up to `length` tokens a row; a device stops sooner once all of its rows are done.
 
         Args:
             state: where to go on from; donated.
@@ -224,7 +234,7 @@ class Decoder:
 
         Returns:
             The state, whose pending tokens are the last sampled, and the tokens, `events.PAD` after a row has ended
-            or all are done.
+            or all on its device are done.
         """
         return self.decode_scored(state, filters, length=length)[:2]
 
@@ -237,7 +247,8 @@ class Decoder:
             The state, the tokens, and for each token -log p in nats under the model itself: before grammar,
             temperature and filters, as `evaluation` scores.
         """
-        return _decode(self.graph, self.params, state, filters, length)
+        state, mesh = self._dealt(state)
+        return _decode(self.graph, self._params_on[mesh], state, filters, length, mesh)
 
     def force(
         self, state: DecodeState, tokens_BxT: Int[np.ndarray, "B T"]
@@ -251,21 +262,64 @@ class Decoder:
         Returns:
             The state, and the logits that each token was predicted with.
         """
-        return _force(self.graph, self.params, state, jnp.asarray(tokens_BxT))
+        state, mesh = self._dealt(state)
+        return _force(self.graph, self._params_on[mesh], state, jnp.asarray(tokens_BxT), mesh)
+
+    def _dealt(self, state: DecodeState) -> tuple[DecodeState, Mesh | None]:
+        """The state with its rows on as many devices as they can be evenly dealt to, and these; None is the first."""
+        devices = jax.local_devices()
+        count = math.gcd(state.clock_B.shape[0], len(devices))
+        if count == 1:
+            return state, None
+        mesh = Mesh(np.array(devices[:count]), ("rows",))
+        if mesh not in self._params_on:
+            self._params_on[mesh] = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
+        return jax.device_put(state, NamedSharding(mesh, _BY_ROWS)), mesh
+
+
+_BY_ROWS = PartitionSpec("rows")
+
+
+def _mesh_of(state: DecodeState) -> Mesh | None:
+    """The devices that the rows were dealt to, or None."""
+    sharding = state.clock_B.sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
 
 
 def _matrix_as(leaf: Array, dtype: jnp.dtype) -> Array:
     return leaf.astype(dtype) if leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _replace_row(state: DecodeState, row: Int[Array, ""] | int, newcomer: DecodeState) -> DecodeState:
-    B = state.birth_B.shape[0]
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _replace_row(
+    state: DecodeState, row: Int[Array, ""] | int, newcomer: DecodeState, mesh: Mesh | None
+) -> DecodeState:
+    def with_row(state: DecodeState, row: Array | int, newcomer: DecodeState) -> DecodeState:
+        B = state.birth_B.shape[0]
 
-    def with_row(leaf: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(leaf, new, row * (leaf.shape[0] // B), axis=0)
+        def with_leaf(leaf: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(leaf, new, row * (leaf.shape[0] // B), axis=0)
 
-    return jax.tree.map(with_row, state, newcomer)
+        return jax.tree.map(with_leaf, state, newcomer)
+
+    if mesh is None:
+        return with_row(state, row, newcomer)
+
+    def on_device(state: DecodeState, row: Array, newcomer: DecodeState) -> DecodeState:
+        B = state.birth_B.shape[0]
+        place = row - jax.lax.axis_index("rows") * B
+        return jax.lax.cond(
+            (place >= 0) & (place < B), lambda state: with_row(state, place, newcomer), lambda state: state, state
+        )
+
+    specs = (_BY_ROWS, PartitionSpec(), PartitionSpec())
+    return _on_each(on_device, mesh, specs)(state, jnp.asarray(row), newcomer)
+
+
+def _on_each(function: Callable[..., Any], mesh: Mesh, in_specs: tuple[Any, ...]) -> Callable[..., Any]:
+    """The function on each device's rows; there is nothing between devices that would have to be checked."""
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=_BY_ROWS, check_vma=False)
 
 
 class _Graph:
@@ -286,9 +340,19 @@ def ring_size(latents: int) -> int:
     return max(8, 1 << (latents - 1).bit_length())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=2)
 def _decode(
-    graph: _Graph, params: nnx.State, state: DecodeState, filters: Filters, length: int
+    graph: _Graph, params: nnx.State, state: DecodeState, filters: Filters, length: int, mesh: Mesh | None
+) -> tuple[DecodeState, Array, Array]:
+    if mesh is not None:
+        by_row = jax.tree.map(lambda option: _BY_ROWS if option.ndim else PartitionSpec(), filters)
+        loop = functools.partial(_decode_rows, graph, length)
+        return _on_each(loop, mesh, (PartitionSpec(), _BY_ROWS, by_row))(params, state, filters)
+    return _decode_rows(graph, length, params, state, filters)
+
+
+def _decode_rows(
+    graph: _Graph, length: int, params: nnx.State, state: DecodeState, filters: Filters
 ) -> tuple[DecodeState, Array, Array]:
     model = nnx.merge(graph.graph, params)
 
@@ -313,8 +377,17 @@ def _decode(
     return state, tokens, nats
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def _force(
+    graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxT: Int[Array, "B T"], mesh: Mesh | None
+) -> tuple[DecodeState, Array]:
+    if mesh is not None:
+        loop = functools.partial(_force_rows, graph)
+        return _on_each(loop, mesh, (PartitionSpec(), _BY_ROWS, _BY_ROWS))(params, state, tokens_BxT)
+    return _force_rows(graph, params, state, tokens_BxT)
+
+
+def _force_rows(
     graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxT: Int[Array, "B T"]
 ) -> tuple[DecodeState, Array]:
     model = nnx.merge(graph.graph, params)

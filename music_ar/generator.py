@@ -213,8 +213,8 @@ class Composition:
         while not finished:
             if self._state is None:  # closed between two chunks
                 return
-            state = self._state.with_limit(limit_steps)
-            self._state, new_BxT = self._decoder.decode(state, self._filters, length=batching.chunk_tokens(len(self.seeds)))
+            state, length = self._state.with_limit(limit_steps), batching.chunk_tokens(len(self.seeds))
+            self._state, new_BxT = self._decoder.decode(state, self._filters, length=length)
             for number, new in enumerate(np.asarray(new_BxT)):
                 self._tokens[number] = np.concatenate([self._tokens[number], new[new != events.PAD]])
             longest = max(map(len, self._tokens)) - self._prompt_length

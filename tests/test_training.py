@@ -634,7 +634,7 @@ def test_the_decoding_loop_lowers_for_tpu():
     decoder = decoding.Decoder(model, int8=False)
     state = decoder.start([np.array([events.START])], latents=N, seeds=[0], limit_steps=100)
     exported = jax.export.export(decoding._decode, platforms=["tpu"])(
-        decoder.graph, shapes(decoder.params), shapes(state), shapes(SamplingOptions().filters()), 16
+        decoder.graph, shapes(decoder.params), shapes(state), shapes(SamplingOptions().filters()), 16, None
     )
     assert exported.platforms == ("tpu",)
     assert "stablehlo.while" in exported.mlir_module()
