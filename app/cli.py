@@ -199,12 +199,14 @@ class Inspect:
         other: another one, to set beside it.
         tokens: print its event tokens instead, one a line: time in seconds, id, meaning.
         plot: picture of the piano rolls to write, PNG, SVG or PDF; needs the extra `plot`.
+        data: folder that `music-ar prepare` wrote, to look up the longest run of notes that stands in its train split.
     """
 
     file: tyro.conf.Positional[Path]
     other: tyro.conf.Positional[Path | None] = None
     tokens: bool = False
     plot: Path | None = None
+    data: Path | None = None
 
     def __post_init__(self) -> None:
         if self.tokens and self.other is not None:
@@ -226,6 +228,9 @@ class Inspect:
             print_table(header, [[name, *(column[name] for column in columns), real[name]] for name in columns[0]])
             if self.other is not None:
                 print(f"notes in common  {common_notes(*performances)}")
+            if self.data is not None:
+                for file, line in zip(files, copied_runs(performances, self.data), strict=True):
+                    print(f"{file.name}: {line}")
         if self.plot is not None:
             from app.piano_roll import draw
 
@@ -283,6 +288,18 @@ def common_notes(first: "Performance", second: "Performance") -> str:
     parting = min(struck[0] ^ struck[1], default=None)
     until = "throughout" if parting is None else f"and all until {np.round(parting[0] / 100, 2):.2f} s"
     return f"{len(both)} of {len(struck[0])} and {len(struck[1])}, {until}"
+
+
+def copied_runs(performances: "Sequence[Performance]", data: Path) -> Iterator[str]:
+    """Of each performance, its longest run of notes that stands in the train split, in any key and rhythm."""
+    from data_pipeline.loader import Pieces
+    from music_ar.copying import longest_runs
+    from music_ar.events import decode
+
+    train = Pieces.open(data, "train")
+    for run in longest_runs(performances, [decode(tokens) for tokens in train.tokens]):
+        where = f", in {train.records[run.source].name}" if run.notes else ""
+        yield f"{run.notes} notes in a row stand in the training set{where}"
 
 
 def token_lines(performance: "Performance") -> Iterator[str]:

@@ -36,6 +36,8 @@ SHORT_CONTEXT = 2048
 THEME_TOKENS = 256
 
 Tokens = Sequence[np.ndarray]
+Sizes = dict[str, Any]
+"""Whole numbers for `score_tokens`: context, latents, stride and batch_size."""
 
 
 def write_report(
@@ -60,7 +62,7 @@ def write_report(
         raise CommandError("a report needs splits of at least two pieces, since it sets real ones beside each other")
     folder.mkdir(parents=True, exist_ok=True)
     train, first = Pieces.open(options.data, "train"), next(iter(splits))
-    sizes = {"context": context, "latents": latents, "stride": stride, "batch_size": options.batch_size}
+    sizes: Sizes = {"context": context, "latents": latents, "stride": stride, "batch_size": options.batch_size}
     tokens = splits[first].tokens[: options.max_pieces]
     with ProgressLine("measuring") as line:
         scores = {
@@ -100,7 +102,7 @@ def write_report(
 
 
 def prediction(
-    model: PerceiverAR, tokens: Tokens, sizes: Mapping[str, int], on_progress: Callable[[float], None]
+    model: PerceiverAR, tokens: Tokens, sizes: Sizes, on_progress: Callable[[float], None]
 ) -> dict[str, Any]:
     """Score, score by kind of event, and the temperature that would score best, in all and by kind."""
     nats = score_tokens(model, tokens, **sizes, temperatures=TEMPERATURES, on_progress=on_progress)
@@ -121,7 +123,7 @@ def prediction(
 
 
 def latent_curve(
-    model: PerceiverAR, tokens: Tokens, sizes: Mapping[str, int], timed: Callable[[str], Callable[[float], None]]
+    model: PerceiverAR, tokens: Tokens, sizes: Sizes, timed: Callable[[str], Callable[[float], None]]
 ) -> dict[int, float]:
     """Nats a token under smaller and smaller latent budgets; each token has at least half of a budget before it."""
     found = {}
@@ -138,7 +140,7 @@ def recall(
     model: PerceiverAR,
     tokens: Tokens,
     all_tokens: Tokens,
-    sizes: Mapping[str, int],
+    sizes: Sizes,
     themes: int,
     seed: int,
     timed: Callable[[str], Callable[[float], None]],
@@ -146,7 +148,7 @@ def recall(
     """Nats a token against context, and what the longest one recalls, naturally and of planted themes."""
     context, latents = sizes["context"], min(sizes["latents"], CURVE_LATENTS)
     contexts = halvings(context, latents)
-    of_context = {"latents": latents, "stride": min(sizes["stride"], latents), "batch_size": sizes["batch_size"]}
+    of_context: Sizes = {"latents": latents, "stride": min(sizes["stride"], latents), "batch_size": sizes["batch_size"]}
     nats = {
         each: [
             of[0]
@@ -284,16 +286,16 @@ def draw_all(
     charts.draw_recall(
         figures["natural_recall"]["by_distance"], figures["planted_recall"]["by_distance"], folder / "recall.png"
     )
-    pooled = []
-    for side in (generated, real):
-        of_each = [features(piece) for piece in side]
-        pooled.append({name: np.concatenate([of[name] for of in of_each]) for name in FEATURES})
-    charts.draw_distributions(*pooled, FEATURES, folder / "distributions.png")
-    charts.draw_runs(
-        *([run["notes"] for run in figures["copying"][side]] for side in ("generated", "real")), folder / "copying.png"
-    )
+    charts.draw_distributions(_pooled(generated), _pooled(real), FEATURES, folder / "distributions.png")
+    made, usual = ([run["notes"] for run in figures["copying"][side]] for side in ("generated", "real"))
+    charts.draw_runs(made, usual, folder / "copying.png")
     rolls = [("real", piece) for piece in real[:: max(len(real) // 2, 1)][:2]]
     draw(rolls + [("generated", piece) for piece in generated[:4]], folder / "rolls.png")
+
+
+def _pooled(pieces: Sequence[Performance]) -> dict[str, np.ndarray]:
+    of_each = [features(piece) for piece in pieces]
+    return {name: np.concatenate([of[name] for of in of_each]) for name in FEATURES}
 
 
 def markdown(figures: Mapping[str, Any]) -> str:

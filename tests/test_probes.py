@@ -1,6 +1,7 @@
 """Recall probes: places found by brute force, themes that a model can and cannot have heard."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_too_little_music_is_refused(pieces, distance, theme, message):
 
 def test_what_is_heard_again_is_told_apart_only_within_the_context(pieces):
     model = noisy_model(dataclasses.replace(PRESETS["tiny"], layers=1))
-    sizes = {"latents": 64, "theme_tokens": 24, "count": 3, "batch_size": 4}
+    sizes: dict[str, Any] = {"latents": 64, "theme_tokens": 24, "count": 3, "batch_size": 4}
     within = planted_recall(model, pieces, distance=100, context=256, **sizes)
     beyond = planted_recall(model, pieces, distance=300, context=256, **sizes)
     assert (within.distance, within.themes) == (100, 3)
