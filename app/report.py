@@ -28,7 +28,7 @@ from music_ar.sampling import SamplingOptions
 if TYPE_CHECKING:
     from app.evaluate import Evaluate
 
-TEMPERATURES = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
+TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
 CURVE_LATENTS = 1024
 """The most latents to compare contexts with: few enough for a short context to have them too."""
 SHORT_CONTEXT = 2048
@@ -118,7 +118,11 @@ def prediction(
     return {
         "score": Score.of(float(np.concatenate(plain).sum(dtype=np.float64)), tokens).report(),
         "kinds": kinds,
-        "calibration": {"best_temperature": best, "nats_per_token": least, "gain": float(in_all[3]) - least},
+        "calibration": {
+            "best_temperature": best,
+            "nats_per_token": least,
+            "gain": float(in_all[TEMPERATURES.index(1.0)]) - least,
+        },
     }
 
 
@@ -148,7 +152,11 @@ def recall(
     """Nats a token against context, and what the longest one recalls, naturally and of planted themes."""
     context, latents = sizes["context"], min(sizes["latents"], CURVE_LATENTS)
     contexts = halvings(context, latents)
-    of_context: Sizes = {"latents": latents, "stride": min(sizes["stride"], latents), "batch_size": sizes["batch_size"]}
+    of_context: Sizes = {
+        "latents": latents,
+        "stride": min(sizes["stride"], max(latents // 2, 1)),
+        "batch_size": sizes["batch_size"],
+    }
     nats = {
         each: [
             of[0]
