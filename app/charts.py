@@ -21,12 +21,12 @@ def blank(width: float, height: float) -> "Figure":
         CommandError: matplotlib is missing.
     """
     try:
-        from matplotlib.figure import Figure  # not pyplot: that would look for a screen
+        from matplotlib import figure  # not pyplot: that would look for a screen
     except ImportError as error:
         raise CommandError(
             f"a picture needs matplotlib ({error}): install the extra, pip install 'music-ar[plot]'"
         ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: "Figure", picture: Path) -> None:

@@ -116,7 +116,6 @@ def test_what_cannot_be_reported_is_refused_before_the_work(capsys, monkeypatch,
     assert code == 2
     assert "different splits" in errors
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "music-ar[plot]" in refusal(capsys, *report, "--split", "train")
 
 
