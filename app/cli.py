@@ -10,7 +10,6 @@ Exit codes: 0 done, 2 wrong use or bad input (said on standard error, never a tr
 import argparse
 import importlib
 import io
-import json
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import platformdirs
 import tyro
 
-from app.console import CommandError, ProgressLine, clock, print_table
+from app.console import CommandError, ProgressLine, check_writable, clock, print_table
 
 if TYPE_CHECKING:
     from music_ar.midi import Performance
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "prepare": ("MIDI files -> token shards to train on", "app.cli:Prepare"),
     "train": ("token shards -> a model", "app.train:Train"),
-    "evaluate": ("score a model on a split", "app.cli:Evaluate"),
+    "evaluate": ("score a model, and report on the music it makes", "app.evaluate:Evaluate"),
     "generate": ("a new piece, or the continuation of one, as MIDI", "app.cli:Generate"),
     "render": ("many pieces, unattended and resumable", "app.batch:Render"),
     "inspect": ("what we read in a MIDI file", "app.cli:Inspect"),
@@ -103,70 +102,6 @@ class Prepare:
             for split, count in manifest.splits.items()
         ]
         print_table(("split", "pieces", "hours", "notes", "tokens"), rows)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Scores a model on a split: how well it predicts each token of each piece, every token once.
-
-    Example: music-ar evaluate --data data/maestro --split test --checkpoint runs/small/model
-
-    Attributes:
-        data: folder that `music-ar prepare` wrote.
-        split: which of its splits.
-        checkpoint: name of a shipped model, a folder, or a hub id (owner/name); by default the shipped one.
-        context: M, how many tokens back the model reads; by default the model's own.
-        latents: N, how many of them are latents; by default the model's own.
-        stride: how many tokens each window of the model scores; a smaller one is slower and gives each more before it.
-        batch_size: windows at once.
-        max_pieces: score only so many pieces, the first ones.
-        output: JSON file to write the scores to.
-    """
-
-    data: Path
-    split: Literal["train", "validation", "test"] = "validation"
-    checkpoint: str | None = None
-    context: int | None = None
-    latents: int | None = None
-    stride: int = 512
-    batch_size: int = 32
-    max_pieces: int | None = None
-    output: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or (self.max_pieces is not None and self.max_pieces < 1):
-            raise CommandError("--batch-size and --max-pieces must be at least 1")
-
-    def run(self) -> None:
-        """Prints the scores, and writes them if `output` says where."""
-        from data_pipeline.loader import Pieces
-        from music_ar.checkpoint import load_released
-        from music_ar.evaluation import score
-        from music_ar.files import write_atomically
-
-        if self.output is not None:
-            check_writable(self.output)
-        pieces = Pieces.open(self.data, self.split).tokens[: self.max_pieces]
-        model = load_released(self.checkpoint)
-        context = model.config.context if self.context is None else self.context
-        latents = min(model.config.latents, context) if self.latents is None else self.latents
-        if not 1 <= self.stride <= latents <= context:
-            raise CommandError(
-                "expected 1 <= --stride <= --latents <= --context, "
-                f"got a stride of {self.stride}, {latents} latents and a context of {context}"
-            )
-        sizes = {"context": context, "latents": latents, "stride": self.stride}
-        began_s = time.monotonic()
-        with ProgressLine(f"scoring {len(pieces)} pieces") as line:
-
-            def report(share: float) -> None:
-                left_s = (time.monotonic() - began_s) * (1 - share) / max(share, 1e-9)
-                line.report(share, f"scoring {len(pieces)} pieces, {clock(left_s)} left")
-
-            scores = score(model, pieces, **sizes, batch_size=self.batch_size, on_progress=report).report()
-        print_table((self.split, ""), [(name.replace("_", " "), f"{value:,.4g}") for name, value in scores.items()])
-        if self.output is not None:
-            write_atomically(self.output, json.dumps({self.split: scores, **sizes}, indent=2).encode() + b"\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,12 +202,14 @@ class Inspect:
         other: another one, to set beside it.
         tokens: print its event tokens instead, one a line: time in seconds, id, meaning.
         plot: picture of the piano rolls to write, PNG, SVG or PDF; needs the extra `plot`.
+        data: folder that `music-ar prepare` wrote, to look up the longest run of notes that stands in its train split.
     """
 
     file: tyro.conf.Positional[Path]
     other: tyro.conf.Positional[Path | None] = None
     tokens: bool = False
     plot: Path | None = None
+    data: Path | None = None
 
     def __post_init__(self) -> None:
         if self.tokens and self.other is not None:
@@ -294,6 +231,9 @@ class Inspect:
             print_table(header, [[name, *(column[name] for column in columns), real[name]] for name in columns[0]])
             if self.other is not None:
                 print(f"notes in common  {common_notes(*performances)}")
+            if self.data is not None:
+                for file, line in zip(files, copied_runs(performances, self.data), strict=True):
+                    print(f"{file.name}: {line}")
         if self.plot is not None:
             from app.piano_roll import draw
 
@@ -353,6 +293,18 @@ def common_notes(first: "Performance", second: "Performance") -> str:
     return f"{len(both)} of {len(struck[0])} and {len(struck[1])}, {until}"
 
 
+def copied_runs(performances: "Sequence[Performance]", data: Path) -> Iterator[str]:
+    """Of each performance, its longest run of notes that stands in the train split, in any key and rhythm."""
+    from data_pipeline.loader import Pieces
+    from music_ar.copying import longest_runs
+    from music_ar.events import decode
+
+    train = Pieces.open(data, "train")
+    for run in longest_runs(performances, [decode(tokens) for tokens in train.tokens]):
+        where = f", in {train.records[run.source].name}" if run.notes else ""
+        yield f"{run.notes} notes in a row stand in the training set{where}"
+
+
 def token_lines(performance: "Performance") -> Iterator[str]:
     """The event tokens of a performance, readably: time in seconds, id, meaning."""
     from music_ar.events import STEPS_PER_SECOND, encode, event_steps
@@ -394,20 +346,6 @@ def read_performance(path: Path) -> "Performance":
         return read_midi(path)
     except MidiError as error:
         raise CommandError(f"{path}: {error}") from error
-
-
-def check_writable(path: Path) -> None:
-    """Finds out before the work, not after it, that a file cannot be written.
-
-    Raises:
-        CommandError: `path` is a folder, or lies in one that is missing or read-only.
-    """
-    if path.is_dir():
-        raise CommandError(f"{path} is a folder; name the file to write")
-    if not path.parent.is_dir():
-        raise CommandError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise CommandError(f"cannot write {path}: the folder {path.parent} is read-only")
 
 
 class _ShowVersion(argparse.Action):

@@ -1,8 +1,10 @@
 """What the commands say: progress on standard error, tables of results on standard output."""
 
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -54,6 +56,17 @@ class ProgressLine:
             print(text, file=sys.stderr, flush=True)
             self._next_line_s = now_s + self._seconds_between_lines
 
+    def timed(self, text: str) -> Callable[[float], None]:
+        """A function that shows a share of some work that begins now, with `text` and the time left."""
+        began_s = time.monotonic()
+
+        def report(share: float) -> None:
+            left_s = (time.monotonic() - began_s) * (1 - share) / max(share, 1e-9)
+            self.report(share, f"{text}, {clock(left_s)} left" if share > 0 else text)
+
+        report(0.0)
+        return report
+
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints columns to standard output, the first flush left, the others flush right."""
@@ -70,3 +83,17 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def check_writable(path: Path) -> None:
+    """Finds out before the work, not after it, that a file cannot be written.
+
+    Raises:
+        CommandError: `path` is a folder, or lies in one that is missing or read-only.
+    """
+    if path.is_dir():
+        raise CommandError(f"{path} is a folder; name the file to write")
+    if not path.parent.is_dir():
+        raise CommandError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise CommandError(f"cannot write {path}: the folder {path.parent} is read-only")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.console import CommandError
+from app.charts import blank, save
 
 if TYPE_CHECKING:
     from music_ar.midi import Performance
@@ -22,15 +22,10 @@ def draw(rolls: "Sequence[tuple[str, Performance]]", picture: Path, *, seconds: 
         CommandError: matplotlib is missing.
         OSError: the picture cannot be written.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure  # not pyplot: that would look for a screen
-    except ImportError as error:
-        raise CommandError(
-            f"a picture needs matplotlib ({error}): install the extra, pip install 'music-ar[plot]'"
-        ) from error
     end_s = max(piece.duration_s for _, piece in rolls) if seconds is None else seconds
-    figure = Figure(figsize=(12, 2.1 * len(rolls) + 0.3), layout="constrained")
+    figure = blank(12, 2.1 * len(rolls) + 0.3)
+    from matplotlib import colormaps  # it is there, as `blank` found out
+
     axes: Any = figure.subplots(len(rolls), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (title, piece) in zip(axes, rolls, strict=True):
         colors = colormaps["viridis_r"](piece.velocity / 127)
@@ -39,5 +34,4 @@ def draw(rolls: "Sequence[tuple[str, Performance]]", picture: Path, *, seconds: 
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(axis="y", linewidth=0.3)
     axes[-1].set_xlabel("seconds")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
+    save(figure, picture)

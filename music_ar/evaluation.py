@@ -33,6 +33,16 @@ class Score:
     notes: int
     seconds: float
 
+    @classmethod
+    def of(cls, nats: float, pieces: Sequence[Integer[np.ndarray, " _"]]) -> "Score":
+        """The score of whole pieces, each from its first token on, that cost `nats` in all."""
+        return cls(
+            nats=nats,
+            tokens=sum(len(piece) - 1 for piece in pieces),
+            notes=sum(int((piece < events.NOTE_OFF).sum()) for piece in pieces),
+            seconds=sum(float(events.event_steps(piece)[-1]) for piece in pieces) / events.STEPS_PER_SECOND,
+        )
+
     @property
     def nats_per_token(self) -> float:
         """The figure that papers quote; it depends on the vocabulary."""
@@ -49,6 +59,9 @@ class Score:
             "seconds": self.seconds,
         }
 
+
+KINDS = ("note-on", "note-off", "time shift", "velocity", "end")
+_KIND_STARTS = (events.NOTE_OFF, events.TIME_SHIFT, events.VELOCITY, events.EVENT_CLASSES)
 
 # Tokens a call of the compiled loop of `score_decoding`; pieces are padded to a multiple of it.
 _FORCED_LENGTH = 256
@@ -72,6 +85,38 @@ def score(
 ) -> Score:
     """Scores every token of every piece once.
 
+    Args:
+        model, pieces, context, latents, stride, batch_size, on_progress: as in `score_tokens`.
+
+    Raises:
+        ValueError: as `score_tokens` does.
+    """
+    nats = score_tokens(
+        model,
+        pieces,
+        context=context,
+        latents=latents,
+        stride=stride,
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
+    return Score.of(math.fsum(float(each.sum(dtype=np.float64)) for each in nats), pieces)
+
+
+def score_tokens(
+    model: PerceiverAR,
+    pieces: Sequence[Integer[np.ndarray, " _"]],
+    *,
+    context: int | None = None,
+    latents: int | None = None,
+    stride: int = 512,
+    batch_size: int = 32,
+    last: Sequence[int] | None = None,
+    temperatures: Sequence[float] = (1.0,),
+    on_progress: Callable[[float], None] | None = None,
+) -> list[Float[np.ndarray, "C _"]]:
+    """The nats that each token of each piece costs.
+
     A window of `context` inputs ends every `stride` targets; of its `latents` predictions the last `stride`
     count, so each is made with at least context - stride inputs (as far as the piece has them) and
     latents - stride latents before it.
@@ -79,11 +124,16 @@ def score(
     Args:
         model: the model.
         pieces: token arrays, each from `events.START` to `events.END`.
-        context: M; default the model's.
+        context: M; default the model's. Any number that memory allows.
         latents: N; default the model's. At least `stride`.
         stride: targets between windows.
         batch_size: windows at once.
+        last: score only so many tokens of each piece, the last ones; default: all but its first.
+        temperatures: C numbers above 0 that the logits are divided by, each in turn.
         on_progress: called with the share that is done.
+
+    Returns:
+        For each piece a row a temperature, a column a scored token.
 
     Raises:
         ValueError: sizes that do not fit together, no pieces, or one that is shorter than its start and end.
@@ -96,25 +146,74 @@ def score(
         raise ValueError("there are no pieces to score")
     if min(map(len, pieces)) < 2:
         raise ValueError("expected pieces of at least a start and an end token")
-    graph, params = nnx.split(model)
-    windows = list(_windows(pieces, stride))
+    counts = [len(piece) - 1 for piece in pieces] if last is None else last
+    nats = [np.zeros((len(temperatures), count), np.float32) for count in counts]
+    windows = list(_windows(pieces, counts, stride))
     batch_size = min(batch_size, len(windows))
-    nats = 0.0
-    waiting: list[Array] = []
+    graph, params = nnx.split(model)
+    temperatures_C = np.asarray(temperatures, np.float32)
+    waiting: list[tuple[list[_Window], Array]] = []
+
+    def take() -> None:
+        batch, found_CxBxS = waiting.pop(0)
+        for column, window in enumerate(batch):
+            stop = window.end - (len(pieces[window.piece]) - 1) + counts[window.piece]
+            nats[window.piece][:, stop - window.targets : stop] = found_CxBxS[:, column, stride - window.targets :]
+
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size]
-        batch += [batch[0]._replace(targets=0)] * (batch_size - len(batch))  # one shape, one compilation
-        tokens = np.stack([_cut(pieces[window.piece], window.end, M) for window in batch])
-        counts = np.array([window.targets for window in batch])
-        waiting.append(_window_nats(graph, params, tokens, counts, N))
+        filled = batch + batch[:1] * (batch_size - len(batch))  # one shape, one compilation
+        tokens = np.stack([_cut(pieces[window.piece], window.end, M) for window in filled])
+        waiting.append((batch, _window_nats(graph, params, tokens, temperatures_C, N, stride)))
         if len(waiting) > 2:  # the device works on the next while we wait for this one
-            nats += float(waiting.pop(0))
+            take()
             if on_progress is not None:
                 on_progress((first - batch_size) / len(windows))
-    nats += math.fsum(float(value) for value in waiting)
+    while waiting:
+        take()
     if on_progress is not None:
         on_progress(1.0)
-    return _score_of(nats, pieces)
+    return nats
+
+
+def score_kinds(
+    nats: Sequence[Float[np.ndarray, " _"]], pieces: Sequence[Integer[np.ndarray, " _"]]
+) -> dict[str, dict[str, float | int]]:
+    """What each kind of event that occurs costs: its tokens, nats a token and share of all nats.
+
+    Args:
+        nats: of every token of each piece but its first, as `score_tokens` gives them for one temperature.
+        pieces: token arrays.
+    """
+    targets = np.concatenate([piece[1:] for piece in pieces])
+    cost = np.concatenate(nats).astype(np.float64)
+    kind = np.searchsorted(_KIND_STARTS, targets, side="right")
+    return {
+        name: {
+            "tokens": int(of_kind.sum()),
+            "nats_per_token": float(cost[of_kind].mean()),
+            "share": float(cost[of_kind].sum() / cost.sum()),
+        }
+        for number, name in enumerate(KINDS)
+        if (of_kind := kind == number).any()
+    }
+
+
+def best_temperature(temperatures: Sequence[float], nats: Float[np.ndarray, " C"]) -> tuple[float, float]:
+    """The temperature of least nats, and those: the vertex of the parabola through the least figure and its neighbours.
+
+    1 is what a calibrated model has; above it, the model is too sure of itself (Guo et al., arXiv 1706.04599, 4.2).
+
+    Args:
+        temperatures: C >= 3 of them, rising.
+        nats: at each.
+    """
+    middle = int(np.clip(np.argmin(nats), 1, len(nats) - 2))
+    near = np.asarray(temperatures[middle - 1 : middle + 2])
+    parabola = np.polynomial.Polynomial.fit(near, nats[middle - 1 : middle + 2], 2)
+    candidates = np.clip([near[0], near[-1], *parabola.deriv().roots().real], near[0], near[-1])
+    best = candidates[np.argmin(parabola(candidates))]
+    return float(best), float(parabola(best))
 
 
 def calibrated(
@@ -177,22 +276,13 @@ def score_decoding(
             state, logits_BxFxV = decoder.force(state, targets_BxF)
             nats_BxF = np.asarray(token_nats(logits_BxFxV, jax.numpy.asarray(targets_BxF)))
             nats += float(nats_BxF[targets_BxF != events.PAD].sum())
-    return _score_of(nats, pieces)
+    return Score.of(nats, pieces)
 
 
-def _score_of(nats: float, pieces: Sequence[np.ndarray]) -> Score:
-    return Score(
-        nats=nats,
-        tokens=sum(len(piece) - 1 for piece in pieces),
-        notes=sum(int((piece < events.NOTE_OFF).sum()) for piece in pieces),
-        seconds=sum(float(events.event_steps(piece)[-1]) for piece in pieces) / events.STEPS_PER_SECOND,
-    )
-
-
-def _windows(pieces: Sequence[np.ndarray], stride: int) -> Iterator[_Window]:
-    for index, piece in enumerate(pieces):
+def _windows(pieces: Sequence[np.ndarray], counts: Sequence[int], stride: int) -> Iterator[_Window]:
+    for index, (piece, count) in enumerate(zip(pieces, counts, strict=True)):
         last = len(piece) - 1
-        for done in range(0, last, stride):
+        for done in range(last - count, last, stride):
             end = min(done + stride, last)
             yield _Window(index, end, end - done)
 
@@ -205,11 +295,12 @@ def _cut(piece: np.ndarray, end: int, M: int) -> np.ndarray:
     return cut
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _window_nats(
-    graph: nnx.GraphDef[PerceiverAR], params: nnx.State, tokens_BxM1: Array, counts_B: Array, N: int
-) -> Float[Array, ""]:
-    logits_BxNxV = nnx.merge(graph, params)(tokens_BxM1[:, :-1], latents=N)
-    nats_BxN = token_nats(logits_BxNxV, tokens_BxM1[:, -N:])
-    scored_BxN = jax.numpy.arange(N)[None] >= N - counts_B[:, None]
-    return (nats_BxN * scored_BxN).sum()
+    graph: nnx.GraphDef[PerceiverAR], params: nnx.State, tokens_BxM1: Array, temperatures_C: Array, N: int, S: int
+) -> Float[Array, "C B S"]:
+    """Nats of the last S targets of each window, at each temperature."""
+    logits_BxSxV = nnx.merge(graph, params)(tokens_BxM1[:, :-1], latents=N)[:, -S:]
+    return jax.lax.map(
+        lambda temperature: token_nats(logits_BxSxV / temperature.reshape(1, 1, 1), tokens_BxM1[:, -S:]), temperatures_C
+    )

@@ -132,6 +132,16 @@ def test_inspect_compares_and_draws(capsys, tmp_path, midi_file):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_inspect_finds_what_stands_in_the_training_set(capsys, midi_folder, prepared, tmp_path):
+    from data_pipeline.loader import Pieces
+
+    name = Pieces.open(prepared, "train").records[3].name
+    write_midi(read_midi(midi_folder / name), tmp_path / "copy.mid")
+    code, output, errors = run(capsys, "inspect", tmp_path / "copy.mid", "--data", prepared)
+    assert code == 0, errors
+    assert output.splitlines()[-1] == f"copy.mid: 200 notes in a row stand in the training set, in {name}"
+
+
 def test_a_picture_without_matplotlib_is_refused_plainly(capsys, monkeypatch, tmp_path, midi_file):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "music-ar[plot]" in refusal(capsys, "inspect", midi_file, "--plot", tmp_path / "roll.png")

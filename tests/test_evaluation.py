@@ -11,7 +11,15 @@ from reference_model import reference
 
 from music_ar import events
 from music_ar.decoding import Decoder
-from music_ar.evaluation import calibrated, score, score_decoding
+from music_ar.evaluation import (
+    KINDS,
+    best_temperature,
+    calibrated,
+    score,
+    score_decoding,
+    score_kinds,
+    score_tokens,
+)
 from music_ar.model import PRESETS
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], context=12, latents=8, layers=1)
@@ -62,6 +70,55 @@ def test_windows_at_once_change_nothing(model, pieces, batch_size):
 def test_pieces_are_scored_by_themselves(model, pieces):
     alone = [score(model, [piece], stride=3, batch_size=1).nats for piece in pieces]
     assert score(model, pieces[::-1], stride=3, batch_size=1).nats == pytest.approx(sum(alone), rel=1e-5)
+
+
+def test_the_last_tokens_alone_cost_what_they_cost_among_all(model, pieces):
+    piece = pieces[-1]
+    (whole,) = score_tokens(model, [piece], stride=1, batch_size=50)
+    assert whole.shape == (1, len(piece) - 1)
+    np.testing.assert_allclose(whole[0], brute_force(model, piece, 12, 8, 1), rtol=1e-3)
+    for count, stride in ((1, 1), (5, 1), (7, 7)):
+        (found,) = score_tokens(model, [piece], stride=stride, last=[count])
+        assert found.shape == (1, count)
+        alike = slice(-1, None) if stride > 1 else slice(None)  # a window's last target is scored as at stride 1
+        np.testing.assert_allclose(found[0, alike], whole[0, -count:][alike], rtol=1e-4)
+
+
+def test_a_temperature_undoes_sharper_logits(model, pieces):
+    sharper = noisy_model(CONFIG)
+    sharper.head.kernel[...] *= 2
+    assert sharper.head.bias is not None
+    sharper.head.bias[...] *= 2
+    plain = score_tokens(model, pieces, stride=8, temperatures=(0.5, 1.0))
+    sharp = score_tokens(sharper, pieces, stride=8, temperatures=(1.0, 2.0))
+    for one, other in zip(plain, sharp, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4)
+
+
+def test_the_best_temperature_is_the_vertex_or_an_end():
+    temperatures = np.array([0.8, 0.9, 1.0, 1.1, 1.2])
+    nats = 3 + 5 * (temperatures - 0.97) ** 2
+    assert best_temperature(list(temperatures), nats) == pytest.approx((0.97, 3.0))
+    assert best_temperature(list(temperatures), temperatures) == pytest.approx((0.8, 0.8))
+    assert best_temperature(list(temperatures), -temperatures) == pytest.approx((1.2, -1.2))
+
+
+def test_each_kind_of_event_has_its_share():
+    kinds = {
+        "note-on": [events.NOTE_ON, events.NOTE_OFF - 1],
+        "note-off": [events.NOTE_OFF, events.TIME_SHIFT - 1],
+        "time shift": [events.TIME_SHIFT, events.VELOCITY - 1],
+        "velocity": [events.VELOCITY, events.EVENT_CLASSES - 1],
+        "end": [events.END],
+    }
+    piece = np.array([events.START, *(token for kind in kinds.values() for token in kind)], np.uint16)
+    nats = np.array([1, 3, 2, 2, 4, 6, 0, 1, 1.0])
+    found = score_kinds([nats], [piece])
+    assert tuple(found) == KINDS == tuple(kinds)
+    assert [kind["nats_per_token"] for kind in found.values()] == [2, 2, 5, 0.5, 1]
+    assert [kind["share"] for kind in found.values()] == [0.2, 0.2, 0.5, 0.05, 0.05]
+    assert [kind["tokens"] for kind in found.values()] == [2, 2, 2, 2, 1]
+    assert list(score_kinds([nats[:2]], [piece[:3]])) == ["note-on"]
 
 
 def test_the_report_divides_by_tokens_notes_and_seconds(model):

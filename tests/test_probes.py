@@ -1,0 +1,106 @@
+"""Recall probes: places found by brute force, themes that a model can and cannot have heard."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_performance, noisy_model
+
+from music_ar import events
+from music_ar.model import PRESETS
+from music_ar.probes import RECALL_PITCHES, find_returns, natural_recall, plant, planted_recall
+
+
+def random_piece(seed, notes=120, pitches=3):
+    """Note-ons and note-offs of few pitches, so that places return."""
+    random = np.random.default_rng(seed)
+    pitch = random.integers(60, 60 + pitches, notes)
+    on_off = np.stack([events.NOTE_ON + pitch, events.NOTE_OFF + pitch], axis=1).ravel()
+    tokens = np.concatenate([on_off, np.full(30, events.TIME_SHIFT)])
+    return np.array([events.START, events.VELOCITY, *tokens[random.permutation(len(tokens))], events.END], np.uint16)
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return [np.array([events.START, *events.encode(make_performance(seed)), events.END]) for seed in range(4)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_returns_are_the_nearest_earlier_ones(seed):
+    piece = random_piece(seed)
+    found = find_returns(piece)
+    token = [at for at in range(len(piece)) if piece[at] < events.NOTE_OFF]
+    pitch = [int(piece[at]) for at in token]
+    assert found.token.tolist() == token
+    for note in range(len(token)):
+        place = pitch[note - RECALL_PITCHES : note] if note >= RECALL_PITCHES else None
+        earlier = [at for at in range(RECALL_PITCHES, note) if place == pitch[at - RECALL_PITCHES : at]]
+        assert found.distance[note] == (token[note] - token[earlier[-1]] if earlier else 0)
+        assert found.repeats[note] == bool(earlier and pitch[earlier[-1]] == pitch[note])
+    assert 0 < (found.distance > 0).sum() < len(token)
+
+
+def test_natural_recall_deals_every_note_to_its_distance():
+    pieces = [random_piece(seed, notes=400) for seed in range(3)]
+    nats = {50: [np.full(len(piece) - 1, 3.0) for piece in pieces], 200: [np.full(len(p) - 1, 3.0) for p in pieces]}
+    far = 0
+    for piece, shorter, longer in zip(pieces, nats[50], nats[200], strict=True):
+        found = find_returns(piece)
+        only_longer = found.token[(found.distance > 50) & (found.distance <= 200)] - 1  # what token t costs is at t - 1
+        longer[only_longer] -= 2.0
+        shorter[found.token[found.distance > 200] - 1] = 7.0
+        far += len(only_longer)
+    rows = {(row.above, row.up_to): row for row in natural_recall(pieces, nats)}
+    assert list(rows) == [(None, None), (0, 50), (50, 200), (200, None)]
+    assert rows[50, 200].notes == far > 0
+    assert rows[50, 200].saved(50, 200) == pytest.approx(2.0)
+    assert rows[0, 50].saved(50, 200) == pytest.approx(0.0)
+    assert rows[200, None].pitch_nats[50] == pytest.approx(7.0)
+    assert sum(row.notes for row in rows.values()) == sum((piece < events.NOTE_OFF).sum() for piece in pieces)
+    assert sum(row.share for row in rows.values()) == pytest.approx(1.0)
+
+
+def test_a_distance_that_no_note_has_costs_nothing():
+    piece = random_piece(0, notes=4)
+    rows = natural_recall([piece], {8: [np.zeros(len(piece) - 1)]})
+    assert [row.notes for row in rows] == [4, 0, 0]
+    assert rows[1].pitch_nats == {8: None}
+    assert rows[1].saved(8, 8) is None
+
+
+def test_a_planted_theme_is_heard_once_or_twice(pieces):
+    for planted in plant(pieces, distance=300, theme_tokens=40, count=5):
+        theme = planted.heard[-planted.targets :].tolist()
+        heard, unheard = planted.heard[1:].tolist(), planted.unheard[1:].tolist()
+        assert heard[: len(theme)] == theme
+        same = len(theme) + 200  # the second hearing and the music before it, but for where the longer one is cut
+        assert heard[-same:] == unheard[-same:]
+        assert unheard[: len(theme)] != theme
+        assert abs(len(heard) - 2 * len(theme) - 300) < 60
+        for tokens in (planted.heard, planted.unheard):
+            assert tokens[0] == events.START
+            assert events.decode_report(tokens)[1] == (0, 0, 0)  # no cut leaves half a note
+
+
+def test_distances_share_their_themes(pieces):
+    near, far = (list(plant(pieces, distance=distance, theme_tokens=40, count=3)) for distance in (100, 300))
+    for one, other in zip(near, far, strict=True):
+        assert one.heard[-one.targets :].tolist() == other.heard[-other.targets :].tolist()
+
+
+@pytest.mark.parametrize(("distance", "theme", "message"), [(10_000, 40, "other music"), (100, 5000, "10000 tokens")])
+def test_too_little_music_is_refused(pieces, distance, theme, message):
+    with pytest.raises(ValueError, match=message):
+        list(plant(pieces, distance=distance, theme_tokens=theme, count=1))
+
+
+def test_what_is_heard_again_is_told_apart_only_within_the_context(pieces):
+    model = noisy_model(dataclasses.replace(PRESETS["tiny"], layers=1))
+    sizes: dict[str, Any] = {"latents": 64, "theme_tokens": 24, "count": 3, "batch_size": 4}
+    within = planted_recall(model, pieces, distance=100, context=256, **sizes)
+    beyond = planted_recall(model, pieces, distance=300, context=256, **sizes)
+    assert (within.distance, within.themes) == (100, 3)
+    assert within.heard != pytest.approx(within.unheard, abs=1e-4)
+    assert within.saved == within.unheard - within.heard
+    assert beyond.heard == pytest.approx(beyond.unheard, abs=1e-5)
