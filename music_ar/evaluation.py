@@ -4,13 +4,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Integer
-from scipy import optimize
 
 from music_ar import decoding, events
 from music_ar.model import PerceiverAR
@@ -62,6 +61,8 @@ class Score:
 
 KINDS = ("note-on", "note-off", "time shift", "velocity", "end")
 _KIND_STARTS = (events.NOTE_OFF, events.TIME_SHIFT, events.VELOCITY, events.EVENT_CLASSES)
+
+_CALIBRATION = tuple(0.6 * 1.1**power for power in range(12))
 
 # Tokens a call of the compiled loop of `score_decoding`; pieces are padded to a multiple of it.
 _FORCED_LENGTH = 256
@@ -230,18 +231,13 @@ def calibrated(
         pieces: token arrays that it was not trained on.
         stride: as in `score`; default the model's latents, which is the quickest.
     """
-    stride = model.config.latents if stride is None else stride
-
-    def cooled(temperature: float) -> PerceiverAR:
-        copy = nnx.clone(model)
-        nnx.update(copy.head, jax.tree.map(lambda leaf: leaf / temperature, nnx.state(copy.head)))
-        return copy
-
-    def nats(temperature: float) -> float:
-        return score(cooled(temperature), pieces, stride=stride).nats_per_token
-
-    found: Any = optimize.minimize_scalar(nats, bounds=(0.5, 2.0), method="bounded", options={"xatol": 0.01})
-    return cooled(float(found.x)), float(found.x)
+    nats = score_tokens(model, pieces, stride=stride or model.config.latents, temperatures=_CALIBRATION)
+    temperature, _ = best_temperature(
+        _CALIBRATION, np.sum([each.sum(axis=1, dtype=np.float64) for each in nats], axis=0)
+    )
+    better = nnx.clone(model)
+    nnx.update(better.head, jax.tree.map(lambda leaf: leaf / temperature, nnx.state(better.head)))
+    return better, temperature
 
 
 def score_decoding(
