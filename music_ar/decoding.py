@@ -363,7 +363,7 @@ def _decode_rows(
     def one_token(carry: tuple[Array, DecodeState, Array, Array]) -> tuple[Array, DecodeState, Array, Array]:
         index, state, tokens, nats = carry
         logits_BxV, state = step(model, state)
-        allowed_BxV = jnp.where(events.allowed_events(state.grammar, jnp), logits_BxV, -jnp.inf)
+        allowed_BxV = jnp.where(events.playable_events(state.grammar, jnp), logits_BxV, -jnp.inf)
         age_B = state.clock_B - state.birth_B
         drawn_B = sample(jax.vmap(jax.random.fold_in)(state.keys_B, age_B), allowed_BxV, filters)
         drawn_logit_B = jnp.take_along_axis(logits_BxV, drawn_B[:, None], axis=1)[:, 0]

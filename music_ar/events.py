@@ -278,6 +278,18 @@ def allowed_events(state: GrammarState, xp: Any = np) -> Bool[Any, "*batch 391"]
     )
 
 
+def playable_events(state: GrammarState, xp: Any = np) -> Bool[Any, "*batch 391"]:
+    """Which tokens may be drawn next: those allowed, but no note-on of a pitch that is held.
+
+    A key struck again ends the note that the pedal held, so MAESTRO's performances do not hold a pitch twice (6 of its
+    7,040,164 note-ons do). A model that once slips into it goes on so, and leaves notes sounding for ever.
+    """
+    struck = xp.concatenate(
+        [state.held > 0, xp.zeros((*state.velocity.shape, VOCABULARY_SIZE - PITCHES), bool)], axis=-1
+    )
+    return allowed_events(state, xp) & ~struck
+
+
 def advance(state: GrammarState, token: Integer[Any, "*batch"] | int, xp: Any = np) -> GrammarState:
     """The state after `token`, allowed or not; `PAD` changes nothing, so neither does padding on either side."""
     held, velocity, previous = state

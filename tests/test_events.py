@@ -32,6 +32,7 @@ from music_ar.events import (
     event_steps,
     grammar_after,
     grammar_start,
+    playable_events,
 )
 from music_ar.midi import Performance, read_midi
 
@@ -324,6 +325,17 @@ def test_a_compiled_batch_follows_the_same_rule(tokens):
             assert ours.dtype == theirs.dtype == np.int32
         assert np.array_equal(allowed_events(plain), ALLOWED(compiled))
     assert allowed_events(plain).shape == (2, 3, VOCABULARY_SIZE)
+
+
+def test_what_may_be_drawn_is_what_is_allowed_but_a_held_pitch_struck_again():
+    held = grammar_after(np.array([START, VELOCITY + 3, NOTE_ON + 60, TIME_SHIFT + 9], np.int32))
+    assert allowed_events(held)[NOTE_ON + 60]
+    refused = np.flatnonzero(allowed_events(held) & ~playable_events(held))
+    assert refused.tolist() == [NOTE_ON + 60]
+    released = advance(held, NOTE_OFF + 60)
+    assert np.array_equal(playable_events(released), allowed_events(released))
+    both = jax.tree.map(lambda *rows: jnp.stack(rows), held, released)
+    assert np.array_equal(playable_events(both, jnp), [playable_events(held), playable_events(released)])
 
 
 ADVANCE = jax.jit(lambda state, token: advance(state, token, xp=jnp))
