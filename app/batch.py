@@ -112,7 +112,7 @@ class Render:
     mode: Literal["sliding", "exact"] = "sliding"
     temperature: float = 1.0
     top_k: int = 0
-    top_p: float = 0.98
+    top_p: float = 0.95
     min_p: float = 0.0
     seed: int = 0
     audio: Literal["wav", "flac", "mp3"] | None = None

@@ -140,7 +140,7 @@ class Generate:
     mode: Literal["sliding", "exact"] = "sliding"
     temperature: float = 1.0
     top_k: int = 0
-    top_p: float = 0.98
+    top_p: float = 0.95
     min_p: float = 0.0
     seed: int | None = None
     checkpoint: str | None = None

@@ -31,7 +31,7 @@ class SamplingOptions:
 
     temperature: float = 1.0
     top_k: int = 0
-    top_p: float = 0.98
+    top_p: float = 0.95
     min_p: float = 0.0
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ MAESTRO: dict[str, tuple[float, float, float]] = {
 
 # Nats a token of real music: the median over the first 60 s of 24 pieces of MAESTRO's validation split, by
 # `maestro-small` through the decoder with 1024 latents, windows sliding; the least has 1.43, the most 2.28. What
-# the model makes is somewhat plainer: 16 pieces of 60 s from nothing at the default settings (`music-ar render
+# the model makes is somewhat plainer: 16 pieces of 60 s from nothing at top-p 0.98 (`music-ar render
 # --count 16`) have a median of 1.70, the least 1.36, the most 1.96.
 _USUAL_NATS = 1.84
 
