@@ -206,6 +206,7 @@ def test_a_piece_enters_a_running_batch(decoder, mode, before):
 
 
 def test_rows_are_dealt_to_all_devices(decoder):
+    assert jax.device_count() == int(os.environ["JAX_NUM_CPU_DEVICES"])
     state, tokens = decoder.decode(start(decoder, [PIECE[:9]] * 4, seeds=range(4)), FILTERS, length=24)
     assert len(state.caches.self_k[0].sharding.device_set) == min(4, jax.device_count())
     np.testing.assert_array_equal(
@@ -216,7 +217,7 @@ def test_rows_are_dealt_to_all_devices(decoder):
 def test_two_devices_decode_as_one_does():
     """The tests of batches once more, where rows are dealt."""
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n0", "-q", "-k", "batch or row", __file__],
+        [sys.executable, "-m", "pytest", "-n0", "-q", "-k", "rows or stops or (running_batch and 24-sliding)", __file__],
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
         capture_output=True,
         text=True,

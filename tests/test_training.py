@@ -321,7 +321,7 @@ with pytest.raises(training.TrainingError, match="accumulation . devices, got 6,
 
 def test_two_devices_share_the_batch_and_give_the_losses_of_one(every_step, compilations, tmp_path):
     result = in_a_process(
-        TWO_DEVICES.format(output=str(tmp_path)), compilations, XLA_FLAGS="--xla_force_host_platform_device_count=2"
+        TWO_DEVICES.format(output=str(tmp_path)), compilations, JAX_NUM_CPU_DEVICES="2"
     )
     assert result.returncode == 0, result.stderr
     losses = [loss for (loss,) in log_of(every_step[0], "loss") if loss is not None]
