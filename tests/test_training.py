@@ -320,9 +320,7 @@ with pytest.raises(training.TrainingError, match="accumulation . devices, got 6,
 
 
 def test_two_devices_share_the_batch_and_give_the_losses_of_one(every_step, compilations, tmp_path):
-    result = in_a_process(
-        TWO_DEVICES.format(output=str(tmp_path)), compilations, JAX_NUM_CPU_DEVICES="2"
-    )
+    result = in_a_process(TWO_DEVICES.format(output=str(tmp_path)), compilations, JAX_NUM_CPU_DEVICES="2")
     assert result.returncode == 0, result.stderr
     losses = [loss for (loss,) in log_of(every_step[0], "loss") if loss is not None]
     assert [loss for (loss,) in log_of(tmp_path, "loss")] == pytest.approx(losses, abs=1e-4)
