@@ -37,6 +37,9 @@ class Train:
         data: folder that `music-ar prepare` wrote.
         output: folder of the run.
         preset: size of the model: small, small-decoder or tiny.
+        teacher: models whose mean prediction the model learns beside the tokens: names of shipped checkpoints, or
+            folders such as the model/ of other runs.
+        workers: processes that prepare batches; for contexts so long that one core cannot keep up with the device.
         resume: go on from the newest state in `output`.
         augment: whether to transpose and stretch the pieces, but for the run's `final_fraction`.
         training: how to train.
@@ -46,6 +49,8 @@ class Train:
     data: Path
     output: Path
     preset: str = "small"
+    teacher: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = ()
+    workers: int = 0
     resume: bool = False
     augment: Annotated[
         bool,
@@ -63,7 +68,7 @@ class Train:
         from flax import nnx
 
         from data_pipeline.loader import Pieces
-        from music_ar.checkpoint import save_released
+        from music_ar.checkpoint import load_released, save_released
         from music_ar.evaluation import calibrated
         from music_ar.model import PRESETS, PerceiverAR, parameter_count
         from music_ar.training import fit
@@ -84,6 +89,7 @@ class Train:
                 final_batches=self._batches(pieces, None, self.training.seed + 1) if self.augment else None,
                 data=self._description(manifest),
                 output=self.output,
+                teachers=[load_released(teacher) for teacher in self.teacher],
                 validate=(lambda model: _nats(model, held_out)) if held_out else None,
                 resume=self.resume,
                 on_progress=lambda progress: line.report(_share(progress), _describe(progress)),
@@ -99,9 +105,13 @@ class Train:
         print(f"{fitted.step} steps in {clock(fitted.elapsed_s)}; the model is in {released}")
 
     def _description(self, manifest: Manifest) -> dict[str, Any]:
-        """What the batches are made of, so that a run is not resumed with other data."""
+        """What the model learns from, so that a run is not resumed with other data or teachers."""
+        from music_ar.checkpoint import identity
+
         shards = [shard.sha256 for shard in manifest.shards if shard.split == "train"]
-        return {"shards": shards, "augmentation": asdict(self.augmentation) if self.augment else None}
+        teachers = [identity(teacher)["weights_sha256"] for teacher in self.teacher]
+        augmentation = asdict(self.augmentation) if self.augment else None
+        return {"shards": shards, "augmentation": augmentation, "teachers": teachers}
 
     def _batches(self, pieces: "Pieces", augmentation: Augmentation | None, seed: int) -> "Batches":
         import jax
@@ -119,6 +129,7 @@ class Train:
             augmentation=augmentation,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            workers=self.workers,
         )
         return cast("Batches", iterator)  # its batches are a TypedDict, which is a dict of arrays
 

@@ -5,7 +5,8 @@
 `runs.json` is a list of runs, each with a name and what differs from the defaults:
 
     [{"name": "dropout 0.3", "preset": "small", "model": {"layers": 10}, "training": {"minutes": 10, "dropout": 0.3},
-      "augmentation": {"velocity_bins": 3}, "latents": [1024, 512], "test": false}]
+      "augmentation": {"velocity_bins": 3}, "teachers": ["runs/a/model"], "workers": 3, "latents": [1024, 512],
+      "test": false}]
 
 A run that fails is told and the next one begins. Of each finished one, OUTPUT/NAME/model holds the released model (the
 weights that validated best, calibrated), OUTPUT/NAME/log.jsonl the log, and OUTPUT/results.jsonl its scores. Runs that
@@ -65,6 +66,7 @@ def train_and_score(run: dict[str, Any], data: Path, output: Path, max_pieces: i
         batch_size=config.batch_size,
         seed=config.seed,
         augmentation=Augmentation(**run.get("augmentation", {})),
+        workers=run.get("workers", 0),
     )
 
     def show(progress: Progress) -> None:
@@ -80,6 +82,7 @@ def train_and_score(run: dict[str, Any], data: Path, output: Path, max_pieces: i
         config,
         iterator,
         output=output,
+        teachers=[load_released(teacher) for teacher in run.get("teachers", [])],
         resume=(output / "training" / "settings.json").exists() and any((output / "training").glob("[0-9]*")),
         validate=lambda averaged: score(averaged, validation, stride=model_config.latents).nats_per_token,
         on_progress=show,

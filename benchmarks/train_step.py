@@ -87,7 +87,7 @@ def step_runner(model: PerceiverAR, config: TrainingConfig) -> Callable[[], None
 
     def run() -> None:
         nonlocal state
-        state, metrics = train_step(state, jax.tree.map(jnp.asarray, batch), jnp.float32(0.1))
+        state, metrics = train_step(state, jax.tree.map(jnp.asarray, batch), jnp.float32(0.1), [])
         jax.block_until_ready(metrics)
 
     return run

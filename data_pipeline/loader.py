@@ -24,6 +24,7 @@ from typing import TypedDict
 
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Float, Integer
 
 from data_pipeline.augment import Augmentation, louden, stretch_with_source, transpose
@@ -110,6 +111,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 1,
+    workers: int = 0,
 ) -> grain.DatasetIterator[Batch]:
     """An endless iterator of batches, epoch after epoch, each shuffled anew.
 
@@ -128,11 +130,13 @@ def batches(
         process_count: number of processes that share the epochs.
         threads: threads that prepare batches ahead; 0 prepares each when it is asked for. One makes over a million
             targets a second; more mostly wait for each other (`benchmarks/loader.py`).
+        workers: processes that prepare batches, each with such threads; 0 does it in this one. For contexts so long
+            that one core cannot keep up with the device. A program that asks for them needs a guarded `__main__`.
     """
     if not 1 <= latents <= context:
         raise ValueError(f"expected 1 <= latents <= context, got latents {latents} and context {context}")
-    if batch_size < 1 or threads < 0:
-        raise ValueError(f"expected batch_size >= 1 and threads >= 0, got {batch_size} and {threads}")
+    if batch_size < 1 or min(threads, workers) < 0:
+        raise ValueError(f"expected batch_size >= 1 and threads, workers >= 0, got {batch_size}, {threads}, {workers}")
     if not 0 <= process_index < process_count:
         raise ValueError(f"expected 0 <= process_index < process_count, got {process_index} of {process_count}")
     if not 0 <= seed < 2**32:
@@ -144,7 +148,11 @@ def batches(
     dataset = dataset.random_map(windows.finish, seed=seed).shuffle(seed).repeat()
     dataset = dataset[process_index::process_count].batch(batch_size, drop_remainder=True)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
-    return iter(dataset.to_iter_dataset(options))
+    batched = dataset.to_iter_dataset(options)
+    if workers == 0:
+        return iter(batched)
+    flags.FLAGS.mark_as_parsed()  # grain reads its own from there, and this is no absl program
+    return iter(batched.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
 
 
 def windows_per_epoch(pieces: Pieces, *, latents: int) -> int:

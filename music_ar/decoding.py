@@ -39,7 +39,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from music_ar import events
+from music_ar import events, keyboard
+from music_ar.keyboard import Keyboard
 from music_ar.model import Block, PerceiverAR, causal_attention
 from music_ar.quantization import with_int8_weights
 from music_ar.sampling import Filters, sample
@@ -78,6 +79,7 @@ class DecodeState(NamedTuple):
         birth_B: clock at which the row's piece began; negative if its start lies before what was prefilled.
         budget_B: the latent budget n.
         recent_BxL: the last tokens, `pending` last: what the convolution reads.
+        keyboard: after `pending`; its time is what heads that count time go by.
         caches: keys and values of all tokens before `pending`.
         grammar: what may follow `pending`.
         steps_B: music made so far, in steps of 10 ms.
@@ -91,6 +93,7 @@ class DecodeState(NamedTuple):
     birth_B: Int[Array, " B"]
     budget_B: Int[Array, " B"]
     recent_BxL: Int[Array, "B L"]
+    keyboard: Keyboard
     caches: Caches
     grammar: events.GrammarState
     steps_B: Int[Array, " B"]
@@ -196,13 +199,15 @@ class Decoder:
             kept = prompt[-(P + L) :]
             row[P + L - len(kept) :] = kept
         grammars = [events.grammar_after(prompt) for prompt in prompts]
+        keyboards_BxP = _stack([self._keyboards(prompt, P + 1) for prompt in prompts])
         state = DecodeState(
             clock_B=jnp.full(B, P, jnp.int32),
             birth_B=jnp.array([P + 1 - len(prompt) for prompt in prompts], jnp.int32),
             budget_B=jnp.full(B, max(2, latents), jnp.int32),
             recent_BxL=jnp.asarray(tokens_BxP[:, P:]),
+            keyboard=jax.tree.map(lambda leaf: jnp.asarray(leaf[:, -1]), keyboards_BxP),
             caches=self._empty_caches(B, R, windows),
-            grammar=jax.tree.map(lambda *rows: jnp.stack([jnp.asarray(row) for row in rows]), *grammars),
+            grammar=jax.tree.map(jnp.asarray, _stack(grammars)),
             steps_B=jnp.zeros(B, jnp.int32),
             limit_B=jnp.full(B, limit_steps, jnp.int32),
             keys_B=jax.random.split(jax.random.key(0), B),
@@ -210,7 +215,15 @@ class Decoder:
         )
         if P == 0:
             return state
-        return _prefill(self.graph, self.params, state, jnp.asarray(tokens_BxP[:, L - 1 : -1]))
+        before_BxP = jax.tree.map(lambda leaf: jnp.asarray(leaf[:, :-1]), keyboards_BxP)
+        return _prefill(self.graph, self.params, state, jnp.asarray(tokens_BxP[:, L - 1 : -1]), before_BxP)
+
+    def _keyboards(self, prompt: Int[np.ndarray, " _P"], size: int) -> Keyboard:
+        """The keyboard after each of the last `size` tokens of a prompt, untouched before its first."""
+        onsets = self.config.onsets
+        kept = jax.tree.map(lambda leaf: leaf[-size:], keyboard.after_each(prompt, onsets))
+        padding = keyboard.untouched((size - len(kept.step),), onsets)
+        return jax.tree.map(lambda *parts: np.concatenate(parts), padding, kept)
 
     def _empty_caches(self, B: int, R: int, windows: int) -> Caches:
         config, dtype = self.config, self.dtype
@@ -285,6 +298,11 @@ def _mesh_of(state: DecodeState) -> Mesh | None:
     sharding = state.clock_B.sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+
+
+def _stack(rows: Sequence[Any]) -> Any:
+    """Pytrees of NumPy arrays as one, with a first axis for them."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
 def _matrix_as(leaf: Array, dtype: jnp.dtype) -> Array:
@@ -406,6 +424,7 @@ def take(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
     is_shift_B = (token_B >= events.TIME_SHIFT) & (token_B < events.VELOCITY)
     return state._replace(
         recent_BxL=jnp.concatenate([state.recent_BxL[:, 1:], token_B[:, None]], axis=1),
+        keyboard=keyboard.advance(state.keyboard, token_B, jnp),
         grammar=events.advance(state.grammar, token_B, jnp),
         steps_B=state.steps_B + jnp.where(is_shift_B, token_B - events.TIME_SHIFT + 1, 0),
         ended_B=state.ended_B | (token_B == events.END),
@@ -426,24 +445,25 @@ def step(model: PerceiverAR, state: DecodeState) -> tuple[Float[Array, "B V"], D
     in_window_BWxR = times_BWxR >= (starts_BxW + state.birth_B[:, None]).reshape(-1, 1)
     in_window_BWxR |= times_BWxR == jnp.repeat(clock_B, W)[:, None]
 
-    embedded_Bx1xD = model.embed_last(state.recent_BxL)[:, None]
-    k, v = model.cross.keys_values(model.context_norm(embedded_Bx1xD), age_B[:, None])
+    embedded_Bx1xD = model.tell(model.embed_last(state.recent_BxL), state.keyboard)[:, None]
+    places_Bx1xP = jnp.stack([age_B, state.keyboard.step], axis=-1)[:, None]
+    k, v = model.cross.keys_values(model.context_norm(embedded_Bx1xD), places_Bx1xP)
     cross_k, cross_v = _write(caches.cross_k, caches.cross_v, k, v, clock_B % M)
 
-    def attend_context(block: Block, x_BxTxD: Array, ages_BxT: Array) -> Array:
-        q_BxTxHxK = block.queries(x_BxTxD, ages_BxT)
+    def attend_context(block: Block, x_BxTxD: Array, places_BxTxP: Array) -> Array:
+        q_BxTxHxK = block.queries(x_BxTxD, places_BxTxP)
         return block.add(x_BxTxD, _attend(q_BxTxHxK, cross_k, cross_v, seen_BxM), _KEEP)
 
-    x_Bx1xD = attend_context(model.cross, model.latent(embedded_Bx1xD), age_B[:, None])
+    x_Bx1xD = attend_context(model.cross, model.latent(embedded_Bx1xD), places_Bx1xP)
     x_BWx1xD = jnp.repeat(x_Bx1xD, W, axis=0)
-    ages_BWx1 = jnp.repeat(age_B, W)[:, None]
+    places_BWx1xP = jnp.repeat(places_Bx1xP, W, axis=0)
     further = dict(zip(model.config.cross_depths, model.further_crosses, strict=True))
     self_k, self_v = [], []
     for depth, block in enumerate(model.blocks):
         if depth in further:
-            x_BxWxD = attend_context(further[depth], x_BWx1xD.reshape(B, W, -1), ages_BWx1.reshape(B, W))
+            x_BxWxD = attend_context(further[depth], x_BWx1xD.reshape(B, W, -1), places_BWx1xP.reshape(B, W, -1))
             x_BWx1xD = x_BxWxD.reshape(x_BWx1xD.shape)
-        q, k, v = block.queries_keys_values(x_BWx1xD, ages_BWx1)
+        q, k, v = block.queries_keys_values(x_BWx1xD, places_BWx1xP)
         written = _write(caches.self_k[depth], caches.self_v[depth], k, v, clock_B % R)
         x_BWx1xD = block.add(x_BWx1xD, _attend(q, *written, in_window_BWxR), _KEEP)
         self_k.append(written[0])
@@ -503,13 +523,15 @@ def _attend(q_BxTxHxK: Array, k_ExKxR: Array, v_ExRxK: Array, seen_BxR: Array) -
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxP: Array) -> DecodeState:
+def _prefill(
+    graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxP: Array, keyboards_BxP: Keyboard
+) -> DecodeState:
     """Fills the caches with P tokens at once.
 
     In exact mode they hold what P steps would have left there; in sliding mode, the last n latents as the model was
     trained to compute them.
 
-    `tokens_BxP` are left-padded; their last has time clock_B - 1.
+    `tokens_BxP` are left-padded; their last has time clock_B - 1. `keyboards_BxP` are after each of them.
     """
     model = nnx.merge(graph.graph, params)
     caches = state.caches
@@ -517,9 +539,10 @@ def _prefill(graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxP: A
     M, R = caches.cross_v.shape[1], caches.self_v[0].shape[1]
     W = caches.self_v[0].shape[0] // caches.cross_v.shape[0]
     times_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
-    ages_BxP = times_BxP - state.birth_B[:, None]
-    embedded_BxPxD = model.embed(tokens_BxP)
-    k_BxPxGxK, v_BxPxGxK = model.cross.keys_values(model.context_norm(embedded_BxPxD), ages_BxP)
+    # From here on P is also the two ways to count a position, as in `model`.
+    places_BxPxP = jnp.stack([times_BxP - state.birth_B[:, None], keyboards_BxP.step], axis=-1)
+    embedded_BxPxD = model.tell(model.embed(tokens_BxP), keyboards_BxP)
+    k_BxPxGxK, v_BxPxGxK = model.cross.keys_values(model.context_norm(embedded_BxPxD), places_BxPxP)
 
     # The latents from each window's start; those at or after P are in the future and are masked later. The one that
     # predicts comes first; of two, the other holds at most half the budget.
@@ -528,7 +551,7 @@ def _prefill(graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxP: A
     for turn in range(W):
         start_B = jnp.take_along_axis(starts_BxW, (active_B[:, None] + turn) % W, axis=1)[:, 0] + state.birth_B
         times_BxR = start_B[:, None] + jnp.arange(min(R >> turn, P))[None]
-        filled = _prefill_window(model, embedded_BxPxD, k_BxPxGxK, v_BxPxGxK, state.birth_B, times_BxR)
+        filled = _prefill_window(model, embedded_BxPxD, places_BxPxP, k_BxPxGxK, v_BxPxGxK, state.birth_B, times_BxR)
         by_age.append([[_in_slots(x, times_BxR % R, R) for x in layer] for layer in filled])
     order_BxW = (jnp.arange(W)[None] - active_B[:, None]) % W
 
@@ -565,18 +588,18 @@ def _value_layout(v_BxRxGxK: Array) -> Float[Array, "BG R K"]:
 
 
 def _prefill_window(
-    model: PerceiverAR, embedded_BxPxD: Array, k: Array, v: Array, birth_B: Array, times_BxR: Array
+    model: PerceiverAR, embedded_BxPxD: Array, places_BxPxP: Array, k: Array, v: Array, birth_B: Array, times_BxR: Array
 ) -> list[tuple[Array, Array]]:
     """Keys and values [B, R, G, K], a pair a layer, of the latents at `times_BxR`."""
     P, M = embedded_BxPxD.shape[1], model.config.context
-    ages_BxR = times_BxR - birth_B[:, None]
     times_BxR = jnp.clip(times_BxR, 0, P - 1)
+    places_BxRxP = jnp.take_along_axis(places_BxPxP, times_BxR[..., None], axis=1)
     keys_1x1xP = jnp.arange(P)[None, None]
     seen_BxRxP = (keys_1x1xP <= times_BxR[..., None]) & (keys_1x1xP > times_BxR[..., None] - M)
     seen_BxRxP &= (keys_1x1xP >= birth_B[:, None, None]) | (keys_1x1xP == times_BxR[..., None])
 
     def attend_context(block: Block, x_BxRxD: Array) -> Array:
-        q = block.queries(x_BxRxD, ages_BxR)
+        q = block.queries(x_BxRxD, places_BxRxP)
         return block.add(x_BxRxD, jax.nn.dot_product_attention(q, k, v, mask=seen_BxRxP[:, None]), _KEEP)
 
     x_BxRxD = jnp.take_along_axis(embedded_BxPxD, times_BxR[..., None], axis=1)
@@ -586,7 +609,7 @@ def _prefill_window(
     for depth, block in enumerate(model.blocks):
         if depth in further:
             x_BxRxD = attend_context(further[depth], x_BxRxD)
-        q, *filled_by = block.queries_keys_values(x_BxRxD, ages_BxR)
+        q, *filled_by = block.queries_keys_values(x_BxRxD, places_BxRxP)
         filled.append(tuple(filled_by))
         x_BxRxD = block.add(x_BxRxD, causal_attention(q, *filled_by), _KEEP)
     return filled

@@ -6,7 +6,8 @@ dropped prefix it is an ordinary decoder-only Transformer, which is our control.
 
 Dimension key, used as suffixes of names:
     B batch, M inputs (the context), N latents, S rows of the cross-attention (kept prefix + N),
-    D width, H query heads, G key/value heads, K head size, F hidden width, V vocabulary, T any length.
+    D width, H query heads, G key/value heads, K head size, F hidden width, V vocabulary, T any length,
+    P the two ways to count a position: in tokens and in steps of time.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from music_ar import events
+from music_ar import events, keyboard
+from music_ar.keyboard import Keyboard
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,9 @@ class ModelConfig:
         hidden: F, channels inside the feed-forward blocks.
         conv_width: taps of the causal depthwise convolution over the embeddings; 1 means none. A note is about
             four tokens, so a key that carries its neighbours is a better key than a bare token.
+        onsets: how many of the last note-ons the model is told of at each position, beside the keys that are down (see
+            `keyboard`); 0 tells it of neither.
+        time_heads: key/value heads (of G, the last ones) whose rotary positions count time, not tokens.
         cross_depths: further cross-attends, each before the self block of that index; they share the keys and
             values of the first.
         rotary_fraction: share of each head's channels that is rotated by position.
@@ -52,6 +57,8 @@ class ModelConfig:
     head_size: int = 64
     hidden: int = 1536
     conv_width: int = 1
+    onsets: int = 0
+    time_heads: int = 0
     cross_depths: tuple[int, ...] = ()
     rotary_fraction: float = 0.5
     rotary_wavelength: float = 10_000.0
@@ -60,12 +67,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
+            least = 0 if field.name in ("onsets", "time_heads") else 1
+            if field.type is int and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{field.name} must be a whole number of at least {least}, got {value!r}")
         if self.latents > self.context:
             raise ValueError(f"latents must be at most context = {self.context}, got {self.latents}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+        if self.time_heads > self.kv_heads:
+            raise ValueError(f"time_heads must be at most kv_heads = {self.kv_heads}, got {self.time_heads}")
         if not 0 <= self.rotary_fraction <= 1 or not self.rotary_wavelength > 0:
             raise ValueError(
                 "rotary_fraction must lie in 0..1 and rotary_wavelength above 0, got "
@@ -86,6 +96,11 @@ class ModelConfig:
         """Channels of a head that are rotated."""
         return int(self.head_size * self.rotary_fraction)
 
+    @property
+    def feature_count(self) -> int:
+        """Numbers that tell of the keyboard at each position."""
+        return keyboard.feature_count(self.onsets) if self.onsets else 0
+
     def flops_per_target(self, kept_prefix: int) -> float:
         """Floating-point operations of one training step per target token (forward and backward).
 
@@ -101,19 +116,20 @@ class ModelConfig:
         self_block = self.width * (2 * attention_width + kv_width) + feed_forward
         cross_block = 2 * self.width * attention_width + feed_forward
         crosses = 1 + len(self.cross_depths)
-        keys = self.width * kv_width * (kept_prefix + self.latents) / self.latents
+        inputs = (kv_width + self.feature_count) * (kept_prefix + self.latents) / self.latents
         head = self.width * self.vocabulary_size
-        matrices = self.layers * self_block + crosses * cross_block + keys + self.width**2 + head
+        matrices = self.layers * self_block + crosses * cross_block + self.width * (inputs + self.width) + head
         cross_scores = crosses * 2 * attention_width * (kept_prefix + self.latents / 2)
         self_scores = self.layers * 2 * attention_width * self.latents / 2
         return 6 * (matrices + cross_scores + self_scores)
 
 
+_SMALL = ModelConfig(width=512, layers=8, heads=8, kv_heads=2, hidden=1536, conv_width=8, onsets=8, time_heads=1)
 PRESETS: dict[str, ModelConfig] = {
-    # What the shipped checkpoint is: about 21 million parameters, one key/value head to three query heads.
-    "small": ModelConfig(kv_heads=2, conv_width=8),
+    # What the shipped checkpoint is: about 22 million parameters. Few layers, since each costs time when decoding.
+    "small": _SMALL,
     # The control: a decoder-only Transformer of the same size.
-    "small-decoder": ModelConfig(kv_heads=2, conv_width=8, context=2048, latents=2048),
+    "small-decoder": dataclasses.replace(_SMALL, context=2048, latents=2048),
     # For tests and first tries on a CPU.
     "tiny": ModelConfig(
         context=64, latents=32, width=32, layers=2, heads=4, kv_heads=2, head_size=8, hidden=64, conv_width=4
@@ -126,12 +142,32 @@ def default_dtype() -> jnp.dtype:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def rotate(x_BxTxHxK: Array, positions_BxT: Array, *, size: int, wavelength: float) -> Array:
-    """Rotary positions (Su et al., arXiv 2104.09864) on the first `size` channels of each head."""
+def rotate(
+    x_BxTxHxK: Array, positions_BxTxP: Array, *, heads: tuple[int, ...], size: int, wavelength: float
+) -> Float[Array, "B T H K"]:
+    """Rotary positions (Su et al., arXiv 2104.09864) on the first `size` channels of each head.
+
+    Args:
+        x_BxTxHxK: queries or keys.
+        positions_BxTxP: P ways to count the position of each.
+        heads: for each run of neighbouring heads in turn, how many they are. Runs take the P ways in turn.
+        size: channels that turn.
+        wavelength: the longest, in units of the position.
+    """
     half = size // 2
     rate_R = wavelength ** -jnp.linspace(0.0, 1.0, half, dtype=jnp.float32)
-    angle_BxTx1xR = positions_BxT[..., None, None].astype(jnp.float32) * rate_R.reshape(1, 1, 1, half)
-    cos, sin = jnp.cos(angle_BxTx1xR), jnp.sin(angle_BxTx1xR)
+    angle_BxTxPxR = positions_BxTxP[..., None].astype(jnp.float32) * rate_R.reshape(1, 1, 1, half)
+    ways = positions_BxTxP.shape[-1]
+
+    def of_heads(table_BxTxPxR: Array) -> Array:
+        """A row for each head, or one for all."""
+        if ways == 1:
+            return table_BxTxPxR
+        runs = [(table_BxTxPxR[:, :, number % ways], count) for number, count in enumerate(heads)]
+        B, T, _, R = table_BxTxPxR.shape
+        return jnp.concatenate([jnp.broadcast_to(row[:, :, None], (B, T, count, R)) for row, count in runs], axis=2)
+
+    cos, sin = of_heads(jnp.cos(angle_BxTxPxR)), of_heads(jnp.sin(angle_BxTxPxR))
     first, second, rest = jnp.split(x_BxTxHxK, [half, size], axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate([*(part.astype(x_BxTxHxK.dtype) for part in turned), rest], axis=-1)
@@ -182,25 +218,26 @@ class Block(nnx.Module):
         self.joined = nnx.data(_Joined(self))
         del self.query, self.key, self.value, self.query_norm, self.key_norm
 
-    def queries(self, x_BxTxD: Array, positions_BxT: Array) -> Float[Array, "B T H K"]:
+    def queries(self, x_BxTxD: Array, positions_BxTxP: Array) -> Float[Array, "B T H K"]:
         """Normalised, rotated queries of the residual stream."""
         q = self._heads(self.query(self.attention_norm(x_BxTxD)), self.config.heads)
-        return self._rotate(self.query_norm(q), positions_BxT)
+        return self._rotate(self.query_norm(q), positions_BxTxP, self._runs(self.config.heads))
 
-    def keys_values(self, normed_BxTxD: Array, positions_BxT: Array) -> tuple[Array, Array]:
+    def keys_values(self, normed_BxTxD: Array, positions_BxTxP: Array) -> tuple[Array, Array]:
         """Normalised, rotated keys, and values, both [B, T, G, K], of an already normalised input."""
-        k = self.key_norm(self._heads(self.key(normed_BxTxD), self.config.kv_heads))
-        return self._rotate(k, positions_BxT), self._heads(self.value(normed_BxTxD), self.config.kv_heads)
+        G = self.config.kv_heads
+        k = self.key_norm(self._heads(self.key(normed_BxTxD), G))
+        return self._rotate(k, positions_BxTxP, self._runs(G)), self._heads(self.value(normed_BxTxD), G)
 
-    def queries_keys_values(self, x_BxTxD: Array, positions_BxT: Array) -> tuple[Array, Array, Array]:
+    def queries_keys_values(self, x_BxTxD: Array, positions_BxTxP: Array) -> tuple[Array, Array, Array]:
         """All three of the residual stream itself, as a self block takes them."""
         if self.joined is None:
-            k, v = self.keys_values(self.attention_norm(x_BxTxD), positions_BxT)
-            return self.queries(x_BxTxD, positions_BxT), k, v
+            k, v = self.keys_values(self.attention_norm(x_BxTxD), positions_BxTxP)
+            return self.queries(x_BxTxD, positions_BxTxP), k, v
         H, G = self.config.heads, self.config.kv_heads
         qkv = self._heads(self.joined.projection(self.attention_norm(x_BxTxD)), H + 2 * G)
         qk, v = qkv[..., : H + G, :], qkv[..., H + G :, :]
-        turned = self._rotate(self.joined.norm(qk), positions_BxT)
+        turned = self._rotate(self.joined.norm(qk), positions_BxTxP, self._runs(H) + self._runs(G))
         return turned[..., :H, :], turned[..., H:, :], v
 
     def add(self, x_BxTxD: Array, attended_BxTxHxK: Array, dropout: nnx.Dropout) -> Float[Array, "B T D"]:
@@ -209,16 +246,26 @@ class Block(nnx.Module):
         hidden_BxTxF = jnp.square(jax.nn.relu(self.expand(self.feed_forward_norm(x_BxTxD))))
         return x_BxTxD + dropout(self.contract(hidden_BxTxF))
 
-    def attend_self(self, x_BxTxD: Array, positions_BxT: Array, dropout: nnx.Dropout) -> Float[Array, "B T D"]:
+    def attend_self(self, x_BxTxD: Array, positions_BxTxP: Array, dropout: nnx.Dropout) -> Float[Array, "B T D"]:
         """The whole block as causal self-attention."""
-        return self.add(x_BxTxD, causal_attention(*self.queries_keys_values(x_BxTxD, positions_BxT)), dropout)
+        return self.add(x_BxTxD, causal_attention(*self.queries_keys_values(x_BxTxD, positions_BxTxP)), dropout)
 
     @staticmethod
     def _heads(x_BxTxC: Array, heads: int) -> Array:
         return x_BxTxC.reshape(*x_BxTxC.shape[:-1], heads, -1)
 
-    def _rotate(self, x_BxTxHxK: Array, positions_BxT: Array) -> Array:
-        return rotate(x_BxTxHxK, positions_BxT, size=self.config.rotary_size, wavelength=self.config.rotary_wavelength)
+    def _runs(self, heads: int) -> tuple[int, ...]:
+        """Of `heads` heads, how many count their positions in tokens, and how many in time."""
+        by_time = heads // self.config.kv_heads * self.config.time_heads
+        return (heads - by_time, by_time)
+
+    def _rotate(self, x_BxTxHxK: Array, positions_BxTxP: Array, runs: tuple[int, ...]) -> Array:
+        config = self.config
+        if config.time_heads == 0:
+            positions_BxTxP = positions_BxTxP[..., :1]
+        return rotate(
+            x_BxTxHxK, positions_BxTxP, heads=runs, size=config.rotary_size, wavelength=config.rotary_wavelength
+        )
 
 
 class _Joined(nnx.Module):
@@ -253,9 +300,14 @@ class PerceiverAR(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype | None = None):
         self.config = config
         self.dtype = dtype = jnp.dtype(dtype) if dtype is not None else default_dtype()
+        zeros = nnx.initializers.zeros
         self.embedding = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (config.vocabulary_size, config.width)))
         if config.conv_width > 1:
             self.conv = nnx.Param(jnp.zeros((config.conv_width, config.width)))
+        if config.onsets:
+            self.keyboard = nnx.Linear(
+                config.feature_count, config.width, use_bias=False, dtype=dtype, kernel_init=zeros, rngs=rngs
+            )
         self.context_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
         self.latent = nnx.Linear(config.width, config.width, use_bias=False, dtype=dtype, rngs=rngs)
         self.cross = Block(config, dtype=dtype, rngs=rngs)
@@ -264,9 +316,7 @@ class PerceiverAR(nnx.Module):
         )
         self.blocks = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
         self.final_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
-        self.head = nnx.Linear(
-            config.width, config.vocabulary_size, dtype=dtype, kernel_init=nnx.initializers.zeros, rngs=rngs
-        )
+        self.head = nnx.Linear(config.width, config.vocabulary_size, dtype=dtype, kernel_init=zeros, rngs=rngs)
 
     def __call__(
         self,
@@ -307,19 +357,31 @@ class PerceiverAR(nnx.Module):
         if input_key is not None and input_dropout > 0:
             hidden_BxM = jax.random.bernoulli(input_key, input_dropout, tokens_BxM.shape)
             tokens_BxM = jnp.where(hidden_BxM & (tokens_BxM != events.PAD), events.END, tokens_BxM)
-        embedded_BxMxD = self.embed(tokens_BxM)
-        embedded_BxSxD = _take(embedded_BxMxD, rows.positions_BxS)
+        keyboards_BxM = self.keyboards(tokens_BxM)
+        keyboards_BxS = jax.tree.map(lambda leaf: _take(leaf, rows.positions_BxS), keyboards_BxM)
+        embedded_BxSxD = self.tell(_take(self.embed(tokens_BxM), rows.positions_BxS), keyboards_BxS)
+        positions_BxSxP = jnp.stack([rows.positions_BxS, keyboards_BxS.step], axis=-1)
 
-        k, v = self.cross.keys_values(self.context_norm(embedded_BxSxD), rows.positions_BxS)
-        positions_BxN = _take(rows.positions_BxS, rows.latent_BxN)
+        k, v = self.cross.keys_values(self.context_norm(embedded_BxSxD), positions_BxSxP)
+        positions_BxNxP = _take(positions_BxSxP, rows.latent_BxN)
         x_BxNxD = self.latent(_take(embedded_BxSxD, rows.latent_BxN))
-        x_BxNxD = _attend_context(self.cross, x_BxNxD, positions_BxN, rows, k, v, drop)
+        x_BxNxD = _attend_context(self.cross, x_BxNxD, positions_BxNxP, rows, k, v, drop)
         further = dict(zip(self.config.cross_depths, self.further_crosses, strict=True))
         for depth, block in enumerate(self.blocks):
             if depth in further:
-                x_BxNxD = _attend_context(further[depth], x_BxNxD, positions_BxN, rows, k, v, drop)
-            x_BxNxD = block.attend_self(x_BxNxD, positions_BxN, drop)
+                x_BxNxD = _attend_context(further[depth], x_BxNxD, positions_BxNxP, rows, k, v, drop)
+            x_BxNxD = block.attend_self(x_BxNxD, positions_BxNxP, drop)
         return self.logits(_take(x_BxNxD, rows.right_aligned_BxN))
+
+    def keyboards(self, tokens_BxT: Int[Array, "B T"]) -> Keyboard:
+        """The keyboard after each token."""
+        return keyboard.after_each(tokens_BxT, self.config.onsets, jnp)
+
+    def tell(self, embedded: Array, keyboards: Keyboard) -> Float[Array, "*B D"]:
+        """Embedded tokens with what they are told of the keyboard."""
+        if not self.config.onsets:
+            return embedded
+        return embedded + self.keyboard(keyboard.features(keyboards, jnp).astype(self.dtype))
 
     def embed(self, tokens_BxT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings with the causal depthwise convolution over them; padding is zero.
@@ -408,10 +470,10 @@ def _put(x_BxNx: Array, index_BxN: Array, size: int) -> Array:
 
 
 def _attend_context(
-    block: Block, x_BxNxD: Array, positions_BxN: Array, rows: _Rows, k: Array, v: Array, dropout: nnx.Dropout
+    block: Block, x_BxNxD: Array, positions_BxNxP: Array, rows: _Rows, k: Array, v: Array, dropout: nnx.Dropout
 ) -> Array:
     """A cross block: the latents' queries are put among the S rows, so that attention is square and causal."""
-    q_BxSxHxK = _put(block.queries(x_BxNxD, positions_BxN), rows.latent_BxN, k.shape[1])
+    q_BxSxHxK = _put(block.queries(x_BxNxD, positions_BxNxP), rows.latent_BxN, k.shape[1])
     return block.add(x_BxNxD, _take(causal_attention(q_BxSxHxK, k, v), rows.latent_BxN), dropout)
 
 

@@ -29,6 +29,8 @@ class TrainingConfig:
         dropout: rate on what the blocks add to the residual stream.
         input_dropout: share of the input tokens that are hidden from the model, much as in AWD-LSTM (Merity et al.,
             arXiv 1708.02182).
+        distillation: with teachers, the share of the loss that asks for their mean prediction in place of the token
+            that came (Hinton et al., arXiv 1503.02531).
         prefix_keep: share of the prefix (the M - N inputs that are not latents) that a row keeps.
         seed: of initialisation and of all dropout.
         log_every: steps that a log line tells the mean of.
@@ -38,20 +40,21 @@ class TrainingConfig:
 
     steps: int | None = None
     minutes: float | None = None
-    batch_size: int = 32
+    batch_size: int = 16
     accumulation: int = 1
     optimizer: str = "muon"
     matrix_learning_rate: float = 0.03
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
     warmup_steps: int = 100
-    decay_fraction: float = 0.6
+    decay_fraction: float = 0.9
     final_fraction: float = 0.0
     clip_norm: float = 1.0
-    ema_decay: float = 0.998
+    ema_decay: float = 0.9995
     z_loss: float = 1e-4
     dropout: float = 0.1
     input_dropout: float = 0.0
+    distillation: float = 0.5
     prefix_keep: float = 0.5
     seed: int = 0
     log_every: int = 20
@@ -67,7 +70,8 @@ class TrainingConfig:
         for name in ("minutes", "clip_norm"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise TrainingError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("dropout", "input_dropout", "prefix_keep", "decay_fraction", "final_fraction", "ema_decay"):
+        shares = ("dropout", "input_dropout", "distillation", "prefix_keep")
+        for name in (*shares, "decay_fraction", "final_fraction", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainingError(f"{name} must lie in 0..1, got {getattr(self, name)}")
         for name in ("matrix_learning_rate", "learning_rate", "weight_decay", "warmup_steps", "z_loss"):

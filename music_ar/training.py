@@ -10,7 +10,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -111,12 +111,24 @@ def token_loss(
     targets_BxN: Int[Array, "B N"],
     weights_BxN: Float[Array, "B N"],
     z_loss: float,
+    *,
+    taught_BxNxV: Float[Array, "B N V"] | None = None,
+    distillation: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted mean cross-entropy in nats a token, with and without the z-loss (PaLM, arXiv 2204.02311, §5)."""
+    """What is minimised, and the weighted mean cross-entropy, both in nats a token.
+
+    The first adds the z-loss (PaLM, arXiv 2204.02311, §5) and, where probabilities are `taught`, takes the share
+    `distillation` of the cross-entropy with them instead.
+    """
     total = jnp.maximum(weights_BxN.sum(), 1e-9)
-    nats = jnp.sum(token_nats(logits_BxNxV, targets_BxN) * weights_BxN) / total
-    partition_BxN = jax.nn.logsumexp(logits_BxNxV, axis=-1)
-    return nats + z_loss * jnp.sum(jnp.square(partition_BxN) * weights_BxN) / total, nats
+
+    def mean(values_BxN: Array) -> Array:
+        return jnp.sum(values_BxN * weights_BxN) / total
+
+    nats = loss = mean(token_nats(logits_BxNxV, targets_BxN))
+    if taught_BxNxV is not None:
+        loss = (1 - distillation) * nats + distillation * mean(optax.softmax_cross_entropy(logits_BxNxV, taught_BxNxV))
+    return loss + z_loss * mean(jnp.square(jax.nn.logsumexp(logits_BxNxV, axis=-1))), nats
 
 
 def build_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
@@ -182,37 +194,53 @@ def _grouped(rule: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def make_train_step(
-    graph: nnx.GraphDef[PerceiverAR], config: TrainingConfig, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> Callable[[TrainState, dict[str, Array], Array], tuple[TrainState, dict[str, Array]]]:
-    """The compiled training step: (state, batch, rate) -> (state, {"loss", "gradient_norm"}).
+    graph: nnx.GraphDef[PerceiverAR],
+    config: TrainingConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    teacher_graphs: Sequence[nnx.GraphDef[PerceiverAR]] = (),
+) -> Callable[[TrainState, dict[str, Array], Array, list[nnx.State]], tuple[TrainState, dict[str, Array]]]:
+    """The compiled training step: (state, batch, rate, teachers) -> (state, {"loss", "gradient_norm"}).
 
     `state` is donated and replicated over `mesh`; the batch is split over its axis "data"; `rate` is a float32
-    scalar that scales the peak learning rates.
+    scalar that scales the peak learning rates; teachers are the parameters of `teacher_graphs`, which read the same
+    inputs without dropout.
     """
 
-    def loss_of(params: nnx.State, tokens: Array, weights: Array, key: Array) -> tuple[Array, Array]:
+    def taught(teacher_params: list[nnx.State], tokens: Array, **window: Any) -> Array | None:
+        """The mean of the teachers' predictions."""
+        if not teacher_graphs:
+            return None
+        models = [nnx.merge(*teacher) for teacher in zip(teacher_graphs, teacher_params, strict=True)]
+        chances = jnp.stack([jax.nn.softmax(teacher(tokens, **window)) for teacher in models])
+        return jax.lax.stop_gradient(chances.mean(axis=0))
+
+    def loss_of(
+        params: nnx.State, teacher_params: list[nnx.State], tokens: Array, weights: Array, key: Array
+    ) -> tuple[Array, Array]:
         model = nnx.merge(graph, params)
         N, M = weights.shape[1], tokens.shape[1] - 1
-        kept = round((M - N) * config.prefix_keep)
-        logits = model(
-            tokens[:, :-1],
-            latents=N,
-            kept_prefix=kept,
-            dropout=config.dropout,
-            input_dropout=config.input_dropout,
-            key=key,
+        window = {"latents": N, "kept_prefix": round((M - N) * config.prefix_keep), "key": key}
+        return token_loss(
+            model(tokens[:, :-1], dropout=config.dropout, input_dropout=config.input_dropout, **window),
+            tokens[:, -N:],
+            weights,
+            config.z_loss,
+            taught_BxNxV=taught(teacher_params, tokens[:, :-1], **window),
+            distillation=config.distillation,
         )
-        return token_loss(logits, tokens[:, -N:], weights, config.z_loss)
 
-    def gradients(params: nnx.State, batch: dict[str, Array], key: Array) -> tuple[Array, nnx.State]:
+    def gradients(
+        params: nnx.State, teacher_params: list[nnx.State], batch: dict[str, Array], key: Array
+    ) -> tuple[Array, nnx.State]:
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
         if config.accumulation == 1:
-            (_, nats), grads = gradient_of(params, batch["tokens"], batch["weights"], key)
+            (_, nats), grads = gradient_of(params, teacher_params, batch["tokens"], batch["weights"], key)
             return nats, grads
 
         def add(sums: Any, part: tuple[Array, Array, Array]) -> tuple[Any, None]:
             index, tokens, weights = part
-            (_, nats), grads = gradient_of(params, tokens, weights, jax.random.fold_in(key, index))
+            (_, nats), grads = gradient_of(params, teacher_params, tokens, weights, jax.random.fold_in(key, index))
             weighted = jax.tree.map(lambda x: x * weights.sum(), (nats, grads))
             return jax.tree.map(jnp.add, sums, (weights.sum(), *weighted)), None
 
@@ -224,10 +252,12 @@ def make_train_step(
         nats, grads = jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), tuple(sums))
         return nats, grads
 
-    def step(state: TrainState, batch: dict[str, Array], rate: Array) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, batch: dict[str, Array], rate: Array, teacher_params: list[nnx.State]
+    ) -> tuple[TrainState, dict[str, Array]]:
         # Counter-based hardware bits: threefry would take a tenth of the step for dropout alone.
         key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), state.step)
-        nats, grads = gradients(state.params, batch, key)
+        nats, grads = gradients(state.params, teacher_params, batch, key)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, jax.tree.map(lambda u: u * rate, updates))
         # Early on the average follows closely, so that it forgets the initial weights.
@@ -239,7 +269,7 @@ def make_train_step(
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     return jax.jit(
         step,
-        in_shardings=(everywhere, split, everywhere),
+        in_shardings=(everywhere, split, everywhere, everywhere),
         out_shardings=(everywhere, everywhere),
         donate_argnums=0,
     )
@@ -251,6 +281,7 @@ def fit(
     batches: Batches,
     *,
     output: Path,
+    teachers: Sequence[PerceiverAR] = (),
     final_batches: Batches | None = None,
     data: dict[str, Any] | None = None,
     resume: bool = False,
@@ -268,6 +299,7 @@ def fit(
         config: how to train.
         batches: the training data.
         output: folder of the run; made if it is missing.
+        teachers: models whose mean prediction the model learns beside the tokens; see `config.distillation`.
         final_batches: data for the last `config.final_fraction` of the run; default: `batches` to the end.
         data: what the batches are made of, JSON-like; saved, and compared when resuming.
         resume: go on from the newest checkpoint under `output`; exact to the bit for a run counted in steps.
@@ -287,8 +319,10 @@ def fit(
         )
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     graph, params = nnx.split(model, nnx.Param)
+    split_teachers = [nnx.split(teacher, nnx.Param) for teacher in teachers]
     optimizer = build_optimizer(config)
-    train_step = make_train_step(graph, config, optimizer, mesh)
+    train_step = make_train_step(graph, config, optimizer, mesh, [teacher for teacher, _ in split_teachers])
+    teacher_params = jax.device_put([taught for _, taught in split_teachers], NamedSharding(mesh, PartitionSpec()))
     state = _initial_state(params, optimizer, mesh)
     sources = [batches] if final_batches is None else [batches, final_batches]
     settings = {
@@ -329,7 +363,7 @@ def fit(
             while (progress := log.share_done(step)) < 1 and not terminated():
                 batch = next(sources[-1] if progress >= 1 - config.final_fraction else sources[0])
                 rate = config.rate(step, progress)
-                state, metrics = train_step(state, _put_batch(batch, mesh), jnp.float32(rate))
+                state, metrics = train_step(state, _put_batch(batch, mesh), jnp.float32(rate), teacher_params)
                 step += 1
                 log.add(step, metrics, rate, batch)
                 validating = validate is not None and config.validate_every > 0

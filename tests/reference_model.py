@@ -3,6 +3,8 @@
 import numpy as np
 from flax import nnx
 
+from music_ar import keyboard
+
 
 def reference(model, tokens, latents, positions=None):
     """Logits [N, V] of one row of tokens by the paper's formulas: dense masks, float64, no tricks.
@@ -20,11 +22,15 @@ def reference(model, tokens, latents, positions=None):
     def norm(x, name):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weights[f"{name}.scale"]
 
+    keyboards = keyboard.after_each(np.asarray(tokens), config.onsets)
+
     def heads(x, name, at):
         x = norm(x.reshape(len(x), -1, config.head_size), name)
         half = config.rotary_size // 2
         rate = config.rotary_wavelength ** -np.linspace(0, 1, half)
-        turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * np.exp(1j * at[:, None, None] * rate)
+        by_time = np.arange(x.shape[1]) >= x.shape[1] // config.kv_heads * (config.kv_heads - config.time_heads)
+        places = np.where(by_time, keyboards.step[at][:, None], at[:, None])
+        turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * np.exp(1j * places[..., None] * rate)
         return np.concatenate([turned.real, turned.imag, x[..., 2 * half :]], axis=-1)
 
     def keys_values(x, name, at):
@@ -48,6 +54,8 @@ def reference(model, tokens, latents, positions=None):
     for back in range(config.conv_width if config.conv_width > 1 else 0):
         moved = np.concatenate([np.zeros((back, config.width)), looked_up])[: len(tokens)]
         embedded = embedded + moved * weights["conv"][back]
+    if config.onsets:
+        embedded = embedded + keyboard.features(keyboards) @ weights["keyboard.kernel"]
     context = keys_values(norm(embedded[positions], "context_norm"), "cross", positions)
     x = block(embedded[queries] @ weights["latent.kernel"], "cross", context)
     for depth in range(config.layers):

@@ -181,6 +181,7 @@ def test_the_seed_and_not_the_threads_decide(music):
     first = rows(make(music, batch_size=3, augmentation=Augmentation()), 90)
     assert_same(first, rows(make(music, batch_size=3, augmentation=Augmentation(), threads=0), 90))
     assert_same(first, rows(make(music, batch_size=5, augmentation=Augmentation(), threads=4), 90))
+    assert_same(first, rows(make(music, batch_size=3, augmentation=Augmentation(), workers=2), 90))
     other = rows(make(music, batch_size=3, augmentation=Augmentation(), seed=1), 90)
     assert any((left != right).any() for (left, _), (right, _) in zip(first, other, strict=True))
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference_model import reference
 
-from music_ar import events
+from music_ar import events, keyboard
 from music_ar.model import PRESETS, ModelConfig, PerceiverAR, causal_attention, parameter_count, rotate
 
 M, N = 16, 8
@@ -28,9 +28,11 @@ CONFIG = ModelConfig(
     head_size=4,
     hidden=20,
     conv_width=3,
+    onsets=2,
+    time_heads=1,
     cross_depths=(1,),
 )
-PLAIN = dataclasses.replace(CONFIG, layers=1, conv_width=1, kv_heads=4, cross_depths=())
+PLAIN = dataclasses.replace(CONFIG, layers=1, conv_width=1, kv_heads=4, onsets=0, time_heads=0, cross_depths=())
 # Every input another token, so that the gradient of an embedding's row is that of one input.
 DISTINCT = np.arange(2 * M, dtype=np.int32).reshape(2, M)
 
@@ -223,7 +225,8 @@ def test_rotation_depends_on_the_difference_of_positions_alone(first, second, mo
     a, b = np.random.default_rng(seed).normal(size=(2, 8)).astype(np.float32)
 
     def rotated(x, position):
-        turned = rotate(jnp.asarray(x).reshape(1, 1, 1, 8), jnp.array([[position]]), size=6, wavelength=1000.0)
+        places = jnp.array([[[position]]])
+        turned = rotate(jnp.asarray(x).reshape(1, 1, 1, 8), places, heads=(1,), size=6, wavelength=1000.0)
         return np.asarray(turned, np.float64).ravel()
 
     before = rotated(a, first) @ rotated(b, second)
@@ -257,7 +260,7 @@ def test_the_control_differs_in_its_window_alone():
     assert control.context == control.latents
     assert dataclasses.replace(control, context=small.context, latents=small.latents) == small
     assert parameter_count(shapes_of(small)) == parameter_count(shapes_of(control))
-    assert 20e6 < parameter_count(shapes_of(small)) < 22e6
+    assert 21e6 < parameter_count(shapes_of(small)) < 23e6
 
 
 def test_operations_are_counted_as_by_hand():
@@ -267,9 +270,10 @@ def test_operations_are_counted_as_by_hand():
     )
     # Scores and their use: two products of 4 * 4 channels with half of the M rows, in two crosses and two self blocks.
     assert config.flops_per_target(kept_prefix=0) == 6 * (kernels + 4 * 2 * 16 * M / 2)
-    # A kept prefix position: its key and value once a row of N, and both products in both crosses for each latent.
+    # A kept prefix position: its features, key and value once a row of N, and both products in both crosses for each
+    # latent.
     more = CONFIG.flops_per_target(kept_prefix=5) - CONFIG.flops_per_target(kept_prefix=4)
-    assert more == pytest.approx(6 * (12 * 16 / N + 2 * 2 * 16))
+    assert more == pytest.approx(6 * (12 * (16 + keyboard.feature_count(2)) / N + 2 * 2 * 16))
 
 
 @pytest.mark.parametrize(

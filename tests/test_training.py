@@ -39,7 +39,7 @@ CONFIG = ModelConfig(
 )
 # Checkpoints after every step, the hardest case for whatever may be saved while it changes.
 TRAINING = TrainingConfig(
-    steps=6, batch_size=B, warmup_steps=2, log_every=2, checkpoint_minutes=0.0, final_fraction=0.5
+    steps=6, batch_size=B, warmup_steps=2, decay_fraction=0.6, log_every=2, checkpoint_minutes=0.0, final_fraction=0.5
 )
 EXACT = dataclasses.replace(TRAINING, dropout=0.0, prefix_keep=1.0)
 
@@ -338,15 +338,15 @@ def take_step():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     @functools.cache
-    def compiled(config):
+    def compiled(config, teachers):
         optimizer = build_optimizer(config)
-        return make_train_step(graph, config, optimizer, mesh), jax.jit(optimizer.init)(params)
+        return make_train_step(graph, config, optimizer, mesh, [graph] * teachers), jax.jit(optimizer.init)(params)
 
-    def take(config, *, rate=1.0, done=0):
-        step, optimizer_state = compiled(config)
+    def take(config, *, rate=1.0, done=0, teachers=()):
+        step, optimizer_state = compiled(config, len(teachers))
         before = TrainState(jnp.int32(done), params, jax.tree.map(jnp.zeros_like, params), optimizer_state)
         batch = jax.tree.map(jnp.asarray, next(CountingBatches()))
-        after, metrics = step(jax.tree.map(jnp.copy, before), batch, jnp.float32(rate))
+        after, metrics = step(jax.tree.map(jnp.copy, before), batch, jnp.float32(rate), list(teachers))
         return before, after, metrics
 
     return take
@@ -382,12 +382,27 @@ def test_the_rate_scales_the_step(take_step):
         np.testing.assert_allclose(part - old, (one - old) / 2, atol=1e-6)
 
 
+def test_who_predicts_as_its_teachers_do_has_nothing_to_learn(take_step):
+    """Where their mean prediction is all that counts, and a teacher reads what its student does."""
+    config = dataclasses.replace(EXACT, prefix_keep=0.5, z_loss=0.0, distillation=1.0)
+    own = nnx.split(noisy(), nnx.Param)[1]
+    other = jax.tree.map(lambda leaf: 0.9 * leaf, own)
+    _, _, alone = take_step(config)
+    _, _, by_itself = take_step(config, teachers=[own, own])
+    _, _, by_both = take_step(config, teachers=[own, other])
+    assert float(by_itself["loss"]) == pytest.approx(
+        float(alone["loss"])
+    )  # the loss that is told is that of the tokens
+    assert float(by_itself["gradient_norm"]) < 1e-4 * float(alone["gradient_norm"])
+    assert float(by_both["gradient_norm"]) > 1e-2 * float(alone["gradient_norm"])
+
+
 def test_each_step_draws_its_own_dropout(take_step):
     losses = [float(take_step(TRAINING, done=done)[2]["loss"]) for done in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
-@pytest.mark.parametrize(("done", "decay"), [(0, 0.1), (10, 11 / 20), (10**6, 0.998)])
+@pytest.mark.parametrize(("done", "decay"), [(0, 0.1), (10, 11 / 20), (10**6, 0.9995)])
 def test_the_average_follows_the_weights(take_step, done, decay):
     _, after, _ = take_step(EXACT, done=done)
     assert int(after.step) == done + 1
@@ -400,6 +415,16 @@ def test_the_loss_by_hand():
     loss, nats = token_loss(logits, jnp.array([[0, 1, 1]]), jnp.array([[1.0, 0.5, 0.0]]), 0.1)
     assert float(nats) == pytest.approx((np.log(4) + 0.5 * np.log(2)) / 1.5)
     assert float(loss - nats) == pytest.approx(0.1 * (np.log(4) ** 2 + 0.5 * np.log(2) ** 2) / 1.5)
+
+
+def test_the_loss_with_a_teacher_by_hand():
+    logits, targets = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 1.0]]])), jnp.array([[0, 1]])
+    taught = jnp.array([[[0.5, 0.5], [0.25, 0.75]]])
+    weights = jnp.array([[1.0, 1.0]])
+    loss, nats = token_loss(logits, targets, weights, 0.0, taught_BxNxV=taught, distillation=0.25)
+    with_teacher = (0.5 * np.log(4) + 0.5 * np.log(4 / 3) + np.log(2)) / 2
+    assert float(nats) == pytest.approx((np.log(4) + np.log(2)) / 2)
+    assert float(loss) == pytest.approx(0.75 * float(nats) + 0.25 * with_teacher)
 
 
 def test_a_batch_without_weight_has_no_loss():
@@ -621,7 +646,7 @@ def test_the_training_step_lowers_for_tpu():
     step: Any = make_train_step(graph, config, optimizer, mesh)  # what jax.jit gives
     state = TrainState(jnp.int32(0), params, params, optimizer.init(params))
     exported = jax.export.export(step, platforms=["tpu"])(
-        shapes(state), shapes(next(CountingBatches())), jax.ShapeDtypeStruct((), jnp.float32)
+        shapes(state), shapes(next(CountingBatches())), jax.ShapeDtypeStruct((), jnp.float32), []
     )
     assert exported.platforms == ("tpu",)
     assert "bf16" in exported.mlir_module()

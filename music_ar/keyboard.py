@@ -1,0 +1,195 @@
+"""What the keyboard is like after each event: keys that are down, since when and how hard; the last notes struck.
+
+Event tokens tell of changes alone. Which keys are down, how long ago each was struck, how much time lies between the
+last onsets: a model that reads tokens has to add all this up in its layers, again at every place. It follows from the
+tokens exactly, so `PerceiverAR` is told it at each position, as `features`.
+
+The rules look at the tokens so far and at nothing else, so they are as causal as an embedding. `after_each` applies
+them to whole sequences at once, `advance` from token to token; both do the same (tests/test_keyboard.py).
+
+Dimension key, beside that of `model.py`: L onsets that are remembered, C channels a key, F features.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from music_ar import events
+
+MAX_STEP = 2**23
+"""The latest time that `Keyboard.keys` has room for, in steps: 23 hours."""
+_DECAYS_STEPS = (8.0, 32.0, 128.0, 512.0)
+_RELEASED_DECAYS_STEPS = (32.0, 256.0)
+_CHANNELS = 2 + len(_DECAYS_STEPS) + len(_RELEASED_DECAYS_STEPS)
+_INTERVALS = 48  # classes of the time between two events: exact for the shortest, up to 8 s
+_VELOCITIES = events.VELOCITY_BINS + 1
+_ROOM = 64  # for a velocity bin beside a time in one integer
+
+
+class Keyboard(NamedTuple):
+    """The keyboard after a token; any leading batch shape.
+
+    Attributes:
+        step: the time, in steps of 10 ms.
+        velocity: the velocity bin in force, 0 before the first.
+        keys: the last event of each key as one number that grows with time: (2 step + 1) 64 + velocity bin where it
+            went down, 2 step 64 where it went up, -1 if it was not touched yet.
+        onset_step: the times of the last L note-ons, newest first.
+        onset_note: their pitch 64 + velocity bin, -1 where there were fewer.
+    """
+
+    step: Int[Any, "*B"]
+    velocity: Int[Any, "*B"]
+    keys: Int[Any, "*B 128"]
+    onset_step: Int[Any, "*B L"]
+    onset_note: Int[Any, "*B L"]
+
+
+def untouched(batch_shape: tuple[int, ...], onsets: int, xp: Any = np) -> Keyboard:
+    """The keyboard before the first token.
+
+    Args:
+        batch_shape: leading axes.
+        onsets: L.
+        xp: the array module, `numpy` or `jax.numpy`.
+    """
+    return Keyboard(
+        step=xp.zeros(batch_shape, xp.int32),
+        velocity=xp.zeros(batch_shape, xp.int32),
+        keys=xp.full((*batch_shape, events.PITCHES), -1, xp.int32),
+        onset_step=xp.zeros((*batch_shape, onsets), xp.int32),
+        onset_note=xp.full((*batch_shape, onsets), -1, xp.int32),
+    )
+
+
+def advance(keyboard: Keyboard, token: Int[Any, "*B"], xp: Any = np) -> Keyboard:
+    """The keyboard after one more token; `PAD`, `START` and `END` change nothing."""
+    is_on, is_shift, is_velocity = _is_on(token), _is_shift(token), _is_velocity(token)
+    step = keyboard.step + xp.where(is_shift, token - (events.TIME_SHIFT - 1), 0).astype(xp.int32)
+    velocity = xp.where(is_velocity, token - (events.VELOCITY - 1), keyboard.velocity).astype(xp.int32)
+    note = xp.where(is_on, token * _ROOM + velocity, -1).astype(xp.int32)[..., None]
+    L = keyboard.onset_note.shape[-1]
+    onset_note = xp.concatenate([note, keyboard.onset_note], axis=-1)[..., :L]
+    onset_step = xp.concatenate([step[..., None], keyboard.onset_step], axis=-1)[..., :L]
+    return Keyboard(
+        step=step,
+        velocity=velocity,
+        keys=xp.maximum(keyboard.keys, _touched(token, step, velocity, xp)),
+        onset_step=xp.where(is_on[..., None], onset_step, keyboard.onset_step),
+        onset_note=xp.where(is_on[..., None], onset_note, keyboard.onset_note),
+    )
+
+
+def after_each(tokens: Int[Any, "*B T"], onsets: int, xp: Any = np) -> Keyboard:
+    """The keyboard after each token of sequences, [*B, T], as `advance` from `untouched` gives it.
+
+    Args:
+        tokens: of each sequence, from its beginning or from anywhere; what was before it is not known.
+        onsets: L.
+        xp: the array module.
+    """
+    time_axis = tokens.ndim - 1
+    index = xp.broadcast_to(xp.arange(tokens.shape[-1]).astype(xp.int32), tokens.shape)
+    is_on, is_shift, is_velocity = _is_on(tokens), _is_shift(tokens), _is_velocity(tokens)
+    step = xp.cumsum(xp.where(is_shift, tokens - (events.TIME_SHIFT - 1), 0), axis=time_axis).astype(xp.int32)
+    # The newest velocity is the largest of (index, bin).
+    told = xp.where(is_velocity, index * _ROOM + (tokens - (events.VELOCITY - 1)), 0).astype(xp.int32)
+    velocity = _running_max(told, time_axis, xp) % _ROOM
+    note = tokens * _ROOM + velocity
+    # The newest note-on up to each token; from there, the newest before that one, and so on.
+    newest = _running_max(xp.where(is_on, index, -1).astype(xp.int32), time_axis, xp)
+    before = xp.concatenate([xp.full_like(newest[..., :1], -1), newest[..., :-1]], axis=-1)
+    nothing = xp.zeros((*tokens.shape, 0), xp.int32)
+    onset_step, onset_note = [nothing], [nothing]
+    for _ in range(onsets):
+        found, place = newest >= 0, xp.maximum(newest, 0)
+        onset_step.append(xp.where(found, xp.take_along_axis(step, place, axis=-1), 0)[..., None])
+        onset_note.append(xp.where(found, xp.take_along_axis(note, place, axis=-1), -1)[..., None])
+        newest = xp.where(found, xp.take_along_axis(before, place, axis=-1), -1)
+    return Keyboard(
+        step=step,
+        velocity=velocity,
+        keys=_running_max(_touched(tokens, step, velocity, xp), time_axis, xp),
+        onset_step=xp.concatenate(onset_step, axis=-1).astype(xp.int32),
+        onset_note=xp.concatenate(onset_note, axis=-1).astype(xp.int32),
+    )
+
+
+def feature_count(onsets: int) -> int:
+    """F: how many numbers `features` gives."""
+    return events.PITCHES * _CHANNELS + _INTERVALS + onsets * (events.PITCHES + _VELOCITIES + _INTERVALS)
+
+
+def features(keyboard: Keyboard, xp: Any = np) -> Float[Any, "*B F"]:
+    """The keyboard as numbers from 0 to 1, for a linear layer.
+
+    Of each key: whether it is down, how recently it went down by several decays, how hard, and how recently it went up.
+    Of time: the class of the time since the last onset. Of each remembered onset: its pitch, its velocity, and
+    the class of the time between it and the one before, one-hot. Times depend on differences alone.
+    """
+    keys, step = keyboard.keys, keyboard.step[..., None]
+    touched, down = keys >= 0, (keys // _ROOM) % 2 == 1
+    age = (step - xp.maximum(keys, 0) // (2 * _ROOM)).astype(xp.float32)
+    held, released = (touched & down).astype(xp.float32), (touched & ~down).astype(xp.float32)
+    channels = [
+        held,
+        held * (keys % _ROOM).astype(xp.float32) / events.VELOCITY_BINS,
+        *(held * xp.exp(-age / decay) for decay in _DECAYS_STEPS),
+        *(released * xp.exp(-age / decay) for decay in _RELEASED_DECAYS_STEPS),
+    ]
+    known = keyboard.onset_note >= 0
+    # The oldest remembered onset has none before it.
+    since = step - keyboard.onset_step
+    earlier = xp.concatenate([since[..., 1:], since[..., -1:]], axis=-1)
+    both = known & xp.concatenate([known[..., 1:], xp.zeros_like(known[..., -1:])], axis=-1)
+    parts = [
+        *channels,
+        _one_hot(_interval_class(since[..., 0], xp), known[..., 0], _INTERVALS, xp),
+        _flat(_one_hot(keyboard.onset_note // _ROOM, known, events.PITCHES, xp), xp),
+        _flat(_one_hot(keyboard.onset_note % _ROOM, known, _VELOCITIES, xp), xp),
+        _flat(_one_hot(_interval_class(earlier - since, xp), both, _INTERVALS, xp), xp),
+    ]
+    return xp.concatenate(parts, axis=-1)
+
+
+def _is_on(tokens: Any) -> Any:
+    return (tokens >= events.NOTE_ON) & (tokens < events.NOTE_OFF)
+
+
+def _is_shift(tokens: Any) -> Any:
+    return (tokens >= events.TIME_SHIFT) & (tokens < events.VELOCITY)
+
+
+def _is_velocity(tokens: Any) -> Any:
+    return (tokens >= events.VELOCITY) & (tokens < events.EVENT_CLASSES)
+
+
+def _touched(tokens: Any, step: Any, velocity: Any, xp: Any) -> Any:
+    """What a token makes of each key, [*B, 128]; -1 where it does not touch it."""
+    pitches = xp.arange(events.PITCHES).reshape((1,) * tokens.ndim + (events.PITCHES,))
+    is_on = _is_on(tokens)
+    is_note = (tokens >= events.NOTE_ON) & (tokens < events.TIME_SHIFT)
+    number = xp.where(is_on, (2 * step + 1) * _ROOM + velocity, 2 * step * _ROOM)
+    pitch = xp.where(is_note, tokens % events.PITCHES, -1)
+    return xp.where(pitch[..., None] == pitches, number[..., None], -1).astype(xp.int32)
+
+
+def _running_max(x: Any, axis: int, xp: Any) -> Any:
+    return np.maximum.accumulate(x, axis=axis) if xp is np else jax.lax.cummax(x, axis=axis)
+
+
+def _interval_class(steps: Any, xp: Any) -> Any:
+    """0 for no time, a class for each of the first steps, then classes that widen with the time."""
+    rising = 6 * xp.log2(1 + steps.astype(xp.float32) / 3) + 1e-3  # so that whole numbers stay whole in float32
+    return xp.clip(xp.floor(rising), 0, _INTERVALS - 1).astype(xp.int32)
+
+
+def _one_hot(classes: Any, known: Any, count: int, xp: Any) -> Any:
+    numbers = xp.arange(count).reshape((1,) * classes.ndim + (count,))
+    return ((classes[..., None] == numbers) & known[..., None]).astype(xp.float32)
+
+
+def _flat(x: Any, xp: Any) -> Any:
+    return x.reshape(*x.shape[:-2], -1)

@@ -1,0 +1,99 @@
+"""What the model is told of the keyboard: in one pass, token by token, and by hand."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_performance
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from music_ar import events, keyboard
+from music_ar.midi import read_midi
+
+PROMPT = sorted((Path(__file__).parents[1] / "app" / "prompts").glob("*.mid"))[0]
+TOKENS = hnp.arrays(np.int32, st.integers(1, 40), elements=st.integers(0, events.VOCABULARY_SIZE - 1))
+ON, OFF, SHIFT, VELOCITY = events.NOTE_ON, events.NOTE_OFF, events.TIME_SHIFT - 1, events.VELOCITY - 1
+
+
+def step_by_step(tokens, onsets):
+    """The keyboard after each token by `advance`."""
+    state, states = keyboard.untouched((), onsets), []
+    for token in tokens:
+        state = keyboard.advance(state, token)
+        states.append(state)
+    return keyboard.Keyboard(*(np.stack(leaves) for leaves in zip(*states, strict=True)))
+
+
+@given(tokens=TOKENS, onsets=st.integers(0, 4))
+def test_one_pass_equals_token_by_token(tokens, onsets):
+    for whole, stepped in zip(keyboard.after_each(tokens, onsets), step_by_step(tokens, onsets), strict=True):
+        np.testing.assert_array_equal(whole, stepped)
+
+
+def test_jax_computes_the_same():
+    tokens = np.stack([events.encode(make_performance(seed))[:600] for seed in range(3)])
+    expected = keyboard.after_each(tokens, 4)
+    found = jax.jit(lambda tokens: keyboard.after_each(tokens, 4, jnp))(tokens)
+    for here, there in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(here, there)
+    features = jax.jit(lambda state: keyboard.features(state, jnp))(found)
+    np.testing.assert_allclose(features, keyboard.features(expected), atol=1e-6)
+    advanced = jax.jit(lambda state, token: keyboard.advance(state, token, jnp))(
+        keyboard.untouched((3,), 4, jnp), jnp.asarray(tokens[:, 0])
+    )
+    for here, there in zip(advanced, expected, strict=True):
+        np.testing.assert_array_equal(here, there[:, 0])
+
+
+def test_the_keys_that_are_down_are_those_that_the_grammar_holds():
+    tokens = events.encode(read_midi(PROMPT))[:400]
+    keys = keyboard.after_each(tokens, 0).keys
+    for end in range(len(tokens)):
+        held = events.grammar_after(tokens[: end + 1]).held
+        np.testing.assert_array_equal((keys[end] >= 0) & (keys[end] // 64 % 2 == 1), held > 0)
+
+
+def test_onsets_by_hand():
+    tokens = np.array([SHIFT + 5, VELOCITY + 9, ON + 60, ON + 64, SHIFT + 100, OFF + 60, VELOCITY + 3, ON + 62])
+    after = keyboard.after_each(tokens, 2)
+    np.testing.assert_array_equal(after.step, [5, 5, 5, 5, 105, 105, 105, 105])
+    np.testing.assert_array_equal(after.velocity, [0, 9, 9, 9, 9, 9, 3, 3])
+    np.testing.assert_array_equal(after.onset_note[2], [60 * 64 + 9, -1])
+    np.testing.assert_array_equal(after.onset_note[6], [64 * 64 + 9, 60 * 64 + 9])
+    np.testing.assert_array_equal(after.onset_note[7], [62 * 64 + 3, 64 * 64 + 9])
+    np.testing.assert_array_equal(after.onset_step[7], [105, 5])
+
+
+def test_features_by_hand():
+    tokens = np.array([VELOCITY + 16, ON + 60, SHIFT + 32, ON + 62, OFF + 60, SHIFT + 32])
+    features = keyboard.features(keyboard.after_each(tokens, 2))
+    channels = features[:, : 8 * 128].reshape(-1, 8, 128)
+    np.testing.assert_array_equal(np.flatnonzero(channels[3, 0]), [60, 62])
+    np.testing.assert_array_equal(np.flatnonzero(channels[5, 0]), [62])
+    np.testing.assert_allclose(channels[3, 1, 60], 0.5)  # half of the loudest
+    np.testing.assert_allclose(channels[2, 2:6, 60], np.exp([-4, -1, -1 / 4, -1 / 16]), rtol=1e-6)
+    np.testing.assert_allclose(channels[5, 6:, 60], np.exp([-1, -1 / 8]), rtol=1e-6)
+    since, pitches = features[:, 1024:1072], features[:, 1072 : 1072 + 256].reshape(-1, 2, 128)
+    assert since[0].sum() == 0  # no note yet
+    assert (np.argmax(since[1]), np.argmax(since[2])) == (0, 21)  # now; 32 steps ago
+    np.testing.assert_array_equal(np.argmax(pitches[5], axis=-1), [62, 60])
+    assert features.shape[-1] == keyboard.feature_count(2)
+
+
+@given(tokens=TOKENS, earlier=st.integers(0, 5000))
+def test_only_differences_of_time_are_told(tokens, earlier):
+    """So that a piece is read alike wherever it stands in a recording."""
+    waiting = np.full(earlier // 100, SHIFT + 100, np.int32)
+    alone, later = (keyboard.after_each(row, 3) for row in (tokens, np.concatenate([waiting, tokens])))
+    np.testing.assert_allclose(keyboard.features(alone), keyboard.features(later)[len(waiting) :], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("token", [events.PAD, events.START, events.END])
+def test_what_is_no_event_changes_nothing(token):
+    before = keyboard.advance(keyboard.untouched((), 2), np.int32(ON + 60))
+    for here, there in zip(before, keyboard.advance(before, np.int32(token)), strict=True):
+        np.testing.assert_array_equal(here, there)
