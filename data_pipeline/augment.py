@@ -1,4 +1,4 @@
-"""Transposition, time stretch and loudness of event tokens: pure functions on whole pieces and on any window of one.
+"""Transposition, time stretch, loudness and returns of event tokens: pure functions on pieces and windows of them.
 
 The first two are what Oore et al. ("This Time with Feeling", 2018) do to performances, done to tokens: a transposed or
 louder window costs a few additions, a stretched one a sort. Stretching re-quantises: event times in steps are scaled
@@ -22,6 +22,9 @@ from music_ar.events import (
     VELOCITY,
     VELOCITY_BINS,
     EventError,
+    decode,
+    encode,
+    grammar_after,
 )
 
 PIANO_LOW, PIANO_HIGH = 21, 108  # A0 and C8
@@ -37,6 +40,7 @@ class Augmentation:
         min_stretch: lowest factor on all times; 0.9 is a tenth faster.
         max_stretch: highest factor on all times; 1.1 is a tenth slower.
         velocity_bins: how many of the 32 velocity bins a window may become louder or softer.
+        returns: share of the windows in which a passage of the targets was heard before; see `foreshadow`.
     """
 
     min_semitones: int = -5
@@ -44,6 +48,7 @@ class Augmentation:
     min_stretch: float = 0.9
     max_stretch: float = 1.1
     velocity_bins: int = 0
+    returns: float = 0.0
 
     def __post_init__(self) -> None:
         if not -87 <= self.min_semitones <= 0 <= self.max_semitones <= 87:
@@ -58,6 +63,8 @@ class Augmentation:
 
         if not 0 <= self.velocity_bins < VELOCITY_BINS:
             raise ValueError(f"expected 0 <= velocity_bins < {VELOCITY_BINS}; got {self.velocity_bins}")
+        if not 0 <= self.returns <= 1:
+            raise ValueError(f"expected 0 <= returns <= 1; got {self.returns}")
 
     def draw(self, rng: np.random.Generator) -> tuple[int, float, int]:
         """A transposition in semitones, a stretch factor and a number of velocity bins."""
@@ -107,6 +114,34 @@ def louden(tokens: Integer[np.ndarray, " T"], bins: int) -> Integer[np.ndarray, 
         return tokens.copy()
     shift = np.int32(min(max(bins, -int(levels.min())), VELOCITY_BINS - 1 - int(levels.max())))
     return np.where(is_velocity, tokens + shift, tokens).astype(tokens.dtype)
+
+
+def foreshadow(
+    tokens: Integer[np.ndarray, " T"], passage: slice, at: int, factor: float, bins: int
+) -> Integer[np.ndarray, " T"]:
+    """Lets a passage be heard once before, a little slower or louder, say, as pieces return to themselves.
+
+    Few of MAESTRO's windows hold a return from thousands of tokens ago, so few that a model hardly learns to look
+    there. Here the passage takes the place of what stood at `at`; notes that sound there are ended first.
+
+    Args:
+        tokens: a window.
+        passage: which of its tokens to hear before.
+        at: where; from there on as many tokens as the varied passage needs are replaced.
+        factor: on its times.
+        bins: of velocity that it becomes louder.
+
+    Returns:
+        A new array of the same shape and type; or the window as it is if there is no room before the passage.
+    """
+    theme = encode(decode(tokens[passage]))  # without what the cuts left: notes without beginning or end
+    if len(theme):
+        theme = louden(stretch(theme, factor), bins)
+    held = np.flatnonzero(grammar_after(tokens[:at]).held)
+    put = np.concatenate([NOTE_OFF + held, theme]).astype(tokens.dtype)
+    if len(theme) == 0 or at + len(put) > passage.start:
+        return tokens
+    return np.concatenate([tokens[:at], put, tokens[at + len(put) :]])
 
 
 def stretch(tokens: Integer[np.ndarray, " T"], factor: float) -> Integer[np.ndarray, " S"]:

@@ -8,10 +8,10 @@ random crops, which rarely reach a piece's ends.
 
 **What a window is.** A block with the M + 1 - N tokens before it, left-padded where the piece begins later than that.
 
-**Augmentation.** Transposition and stretch are drawn for every window. Stretching leaves a block with a few time shifts
-more or less, so its N latents reach a little less or further back than the block did: a weight goes with its event,
-and a total of 1 an epoch then holds on average. A first block keeps its first N targets rather than its last, so that
-the beginnings of pieces are never what is lost.
+**Augmentation.** Transposition, stretch and loudness are drawn for every window, and whether a passage of its targets
+is heard before. Stretching leaves a block with a few time shifts more or less, so its N latents reach a little less or
+further back than the block did: a weight goes with its event, and a total of 1 an epoch then holds on average. A first
+block keeps its first N targets rather than its last, so that the beginnings of pieces are never what is lost.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float, Integer
 
-from data_pipeline.augment import Augmentation, louden, stretch_with_source, transpose
+from data_pipeline.augment import Augmentation, foreshadow, louden, stretch_with_source, transpose
 from data_pipeline.maestro import SPLITS, DatasetError
 from data_pipeline.prepare import MANIFEST_NAME, Manifest, PieceRecord, ShardRecord, shard_path
 from music_ar.events import END, FINGERPRINT, PAD, START
@@ -216,10 +216,25 @@ class _Windows:
             weights = weights[source]
         if cut.is_first:
             tokens, weights = tokens[: self.latents + 1], weights[: self.latents + 1]
+        if self.augmentation is not None and rng.random() < self.augmentation.returns:
+            tokens = self._with_return(tokens[-(self.context + 1) :], rng)
         return {
             "tokens": _last(tokens, self.context + 1, PAD),
             "weights": _last(weights, self.latents, 0),
         }
+
+    def _with_return(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The window with a passage of its targets heard before, among the inputs that are not latents."""
+        assert self.augmentation is not None
+        first = len(tokens) - self.latents  # of the targets
+        size = int(rng.integers(min(64, self.latents), min(512, self.latents), endpoint=True))
+        if first < size:
+            return tokens
+        start = int(rng.integers(first, len(tokens) - size, endpoint=True))
+        at = int(rng.integers(int(tokens[0] == START), first - size, endpoint=True))
+        _, factor, louder = self.augmentation.draw(rng)
+        varied = foreshadow(tokens, slice(start, start + size), at, factor, louder)
+        return np.concatenate([varied[:first], tokens[first:]])
 
     def _block_starts(self, epoch: int, piece: int) -> np.ndarray:
         """First target of each block of a piece: N apart from a random offset, the ends moved inside."""

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.augment import PIANO_HIGH, PIANO_LOW, Augmentation, louden, stretch, stretch_with_source, transpose
+from data_pipeline.augment import (
+    PIANO_HIGH,
+    PIANO_LOW,
+    Augmentation,
+    foreshadow,
+    louden,
+    stretch,
+    stretch_with_source,
+    transpose,
+)
 from music_ar.events import END, NOTE_OFF, NOTE_ON, PAD, START, TIME_SHIFT, VELOCITY, EventError, decode, encode
 from music_ar.midi import Performance
 
@@ -239,6 +248,23 @@ def test_louder_tokens_are_a_valid_encoding(performance, bins):
 # --- the draw --------------------------------------------------------------------------------------------------------
 
 
+def test_a_passage_is_heard_before_by_hand():
+    before = [velocity(9), on(50), shift(5), off(50), *[shift(100)] * 12]
+    passage = [off(40), velocity(20), on(60), shift(10), off(60), on(62)]
+    tokens = np.array([*before, *passage, shift(3)], np.int32)
+    varied = foreshadow(tokens, slice(len(before), len(before) + len(passage)), at=3, factor=2.0, bins=1)
+    # What sounds is ended; a note without a beginning is left out, and one without an end is given one.
+    heard = [off(50), velocity(21), on(60), shift(20), off(60), on(62), shift(2), off(62)]
+    np.testing.assert_array_equal(varied, [*before[:3], *heard, *tokens[3 + len(heard) :]])
+    assert varied.dtype == tokens.dtype
+
+
+def test_nothing_is_heard_before_where_there_is_no_room():
+    tokens = np.array([velocity(9), on(50), shift(5), off(50)], np.int32)
+    np.testing.assert_array_equal(foreshadow(tokens, slice(0, 4), 0, 1.0, 0), tokens)
+    np.testing.assert_array_equal(foreshadow(tokens, slice(3, 4), 0, 1.0, 0), tokens)  # no whole note
+
+
 def test_draws_are_uniform_and_reach_both_ends():
     rng = np.random.default_rng(0)
     draws = [Augmentation().draw(rng) for _ in range(6000)]
@@ -268,6 +294,7 @@ def test_draws_are_uniform_and_reach_both_ends():
         {"max_stretch": 3.0},
         {"velocity_bins": -1},
         {"velocity_bins": 32},
+        {"returns": 1.1},
     ],
 )
 def test_an_impossible_augmentation_is_refused(fields):

@@ -1,5 +1,6 @@
 """What an epoch adds up to, what a window holds, how a position is restored, and which folders are refused."""
 
+import dataclasses
 import itertools
 import json
 from typing import Any
@@ -135,6 +136,22 @@ def test_augmented_windows_are_full_of_music_and_weigh_what_their_events_did(mus
         assert sum(tokens[-1] == END for tokens, _ in windows) == len(music)
         beginnings = [weights for tokens, weights in windows if START in tokens[-LATENTS - 1 : -1]]
         assert len(beginnings) == len(music)
+
+
+def test_returns_change_nothing_but_inputs_before_the_targets(music):
+    plain = Augmentation(min_stretch=1.0, max_stretch=1.0, min_semitones=0, max_semitones=0)
+    without = rows(make(music, augmentation=plain), 60)
+    found = rows(make(music, augmentation=dataclasses.replace(plain, returns=1.0)), 60)
+    changed = 0
+    for (tokens, weights), (varied, same_weights) in zip(without, found, strict=True):
+        np.testing.assert_array_equal(varied[-LATENTS:], tokens[-LATENTS:])
+        np.testing.assert_array_equal(weights, same_weights)
+        different = np.flatnonzero(varied != tokens)
+        changed += len(different) > 0
+        # What is heard before are the notes of the targets, after note-offs of what sounded.
+        struck = varied[different][varied[different] < NOTE_OFF]
+        assert np.isin(struck, tokens[-LATENTS:]).all()
+    assert changed > 10
 
 
 def test_weights_follow_their_events_through_the_stretch():
