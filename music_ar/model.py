@@ -126,7 +126,7 @@ class ModelConfig:
 
 _SMALL = ModelConfig(width=512, layers=8, heads=8, kv_heads=2, hidden=1536, conv_width=8, onsets=8, time_heads=1)
 PRESETS: dict[str, ModelConfig] = {
-    # What the shipped checkpoint is: about 22 million parameters. Few layers, since each costs time when decoding.
+    # About 22 million parameters, in few layers, since each costs time when decoding.
     "small": _SMALL,
     # The control: a decoder-only Transformer of the same size.
     "small-decoder": dataclasses.replace(_SMALL, context=2048, latents=2048),
