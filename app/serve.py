@@ -1,9 +1,13 @@
 """The `web` command: loads the model, measures the machine and opens the page of `app.web`."""
 
+import ctypes
 import json
+import sys
 from dataclasses import dataclass
 
 from app.console import CommandError, ProgressLine
+
+_M_ARENA_MAX = -8  # in glibc's malloc.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,7 @@ class Web:
 
     def run(self) -> None:
         """Serves the page until it is interrupted."""
+        _keep_memory_together()
         try:
             from app.web import build_app, example_prompts, serve
         except ImportError as error:
@@ -57,3 +62,13 @@ class Web:
         address = serve(app, queue_size=self.queue_size, inbrowser=self.open, prevent_thread_lock=True, **launch)
         print(f"Music AR plays at {address} — Ctrl-C ends it", flush=True)
         app.block_thread()
+
+
+def _keep_memory_together() -> None:
+    """Has all threads share two pools of memory; it must run before there are threads.
+
+    By default glibc gives threads up to eight pools a core, and each keeps what was freed in it: a server whose
+    requests are answered by ever other threads then grows by a megabyte a request until all of them are large.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(_M_ARENA_MAX, 2)

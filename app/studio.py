@@ -29,6 +29,7 @@ AUTO = 0
 """The latent budget that stands for "auto"."""
 MAX_VARIATIONS = 8
 MAX_SECONDS = 3600.0
+MAX_SESSIONS = 500  # what the server remembers; the longest unused are forgotten
 MAX_PROMPT_BYTES = 2 * 2**20
 MAX_PROMPT_NOTES = 50_000
 MAX_PROMPT_SECONDS = 3600.0
@@ -37,7 +38,6 @@ MAX_SOUND_SECONDS = 1800.0  # a sound file of this length takes half a gigabyte 
 FileKind = Literal["mid", "wav", "mp3", "zip"]
 
 _LIVE_COMPOSITIONS = 4
-_MAX_SESSIONS = 500
 _MAX_TAKES = 30
 _SECONDS_BETWEEN_TAKES = 0.4  # a small model is faster than a page can draw
 
@@ -274,7 +274,7 @@ class Studio:
         with self._lock:
             session = self._sessions.setdefault(name, Session())
             self._sessions.move_to_end(name)
-            oldest = None if len(self._sessions) <= _MAX_SESSIONS else next(iter(self._sessions))
+            oldest = None if len(self._sessions) <= MAX_SESSIONS else next(iter(self._sessions))
         if oldest is not None:
             self.forget(oldest)
         return session

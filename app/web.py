@@ -23,6 +23,7 @@ from app.studio import (
     AUTO,
     MAX_PROMPT_BYTES,
     MAX_SECONDS,
+    MAX_SESSIONS,
     MAX_VARIATIONS,
     Session,
     Settings,
@@ -92,6 +93,7 @@ def serve(app: gr.Blocks, *, queue_size: int = 20, **launch: Any) -> str:
         ),
         css=CSS,
         max_file_size=MAX_PROMPT_BYTES,
+        state_session_capacity=MAX_SESSIONS,  # Gradio keeps 0.1 MB of each
         footer_links=["api"],
         ssr_mode=False,
         quiet=True,
