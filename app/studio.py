@@ -169,7 +169,7 @@ class Session:
         prompt_name: what it is called.
         takes: what was made, the last one shown.
         chosen: the variation that is heard, extended and downloaded.
-        reading: the end of the prompt, heard while the prompt is read; None once something is made.
+        reading: what is shown and heard while the prompt is read: the prompt; None once something is made.
         status: what is going on or was done, in words.
         run: the run that goes on, None if none does.
         runs: how many there were.
@@ -332,6 +332,8 @@ class Studio:
     def generate(self, session: Session, settings: Settings) -> Iterator[Take]:
         """Makes new pieces from the session's prompt, take by take; each replaces the one before it.
 
+        The first take is there at once and has the prompt alone, or nothing if the prompt is to be left out.
+
         Raises:
             StudioError, GenerationError: it cannot be done as asked.
         """
@@ -342,10 +344,9 @@ class Studio:
             prompt, cut_s = _cropped(session.prompt, settings)
             if settings.seed is None:
                 settings = dataclasses.replace(settings, seed=secrets.randbelow(MAX_SEED - MAX_VARIATIONS + 1))
-            if prompt is not None and not settings.continuation_only:
-                part = prompt if cut_s is None else prompt.crop(0, cut_s)
-                session.reading = _heard_first(part, settings, session.runs)
-                yield session.reading
+            part = Performance.empty() if prompt is None else prompt.crop(0, math.inf if cut_s is None else cut_s)
+            session.reading = _heard_first(part, settings, session.runs)
+            yield session.reading
             auto = settings.latents == AUTO
             composition = self.generator.compose(
                 prompt,
