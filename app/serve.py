@@ -3,6 +3,7 @@
 import ctypes
 import json
 import sys
+import threading
 from dataclasses import dataclass
 
 from app.console import CommandError, ProgressLine
@@ -53,15 +54,20 @@ class Web:
 
         with ProgressLine("loading the model, measuring this machine: a minute at most") as line:
             generator = Generator.from_pretrained(self.checkpoint)
-            Studio(generator).warm_up(example_prompts())
+            studio = Studio(generator, json.loads(read_beside(self.checkpoint, "curve.json") or "{}").get("rows"))
+            studio.warm_up(example_prompts())
             line.report(1.0, "ready")
-        curve = json.loads(read_beside(self.checkpoint, "curve.json") or "{}").get("rows")
-        app = build_app(generator, about=read_beside(self.checkpoint, "MODEL_CARD.md"), curve=curve)
+        app = build_app(studio, about=read_beside(self.checkpoint, "MODEL_CARD.md"))
         user = None if self.auth is None else tuple(self.auth.split(":", 1))
         launch = {"server_name": self.host, "server_port": self.port, "share": self.share, "auth": user}
         address = serve(app, queue_size=self.queue_size, inbrowser=self.open, prevent_thread_lock=True, **launch)
         print(f"Music AR plays at {address} — Ctrl-C ends it", flush=True)
-        app.block_thread()
+        ended = threading.Event()
+        threading.Thread(target=studio.warm_up_further, args=[ended], daemon=True).start()
+        try:
+            app.block_thread()
+        finally:
+            ended.set()
 
 
 def _keep_memory_together() -> None:

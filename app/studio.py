@@ -14,9 +14,12 @@ import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlencode
+
+import numpy as np
 
 from app.console import clock
 from music_ar import Generator, MidiError, Performance, read_midi, write_midi
@@ -37,6 +40,9 @@ MAX_SOUND_SECONDS = 1800.0  # a sound file of this length takes half a gigabyte 
 
 FileKind = Literal["mid", "wav", "mp3", "zip"]
 
+_BUDGETS = (256, 512, 1024, 2048)  # that "auto" may take; with 64 it is hardly faster, and costs 0.16 nats a token
+_LIKELY_NOTES = (100, 50, 800, 1600, 20)  # of prompts, one for each size that is compiled beside the examples
+_LIKELY_VARIATIONS = (1, 2, 4, 3, 8, 6, 5, 7)  # in the order in which they are measured
 _LIVE_COMPOSITIONS = 4
 _MAX_TAKES = 30
 _SECONDS_BETWEEN_TAKES = 0.4  # a small model is faster than a page can draw
@@ -58,6 +64,7 @@ class Settings:
         seed: of the first variation; None takes a random one.
         start_s, end_s: the part of the prompt to use; None is its end.
         continuation_only: leave the prompt out of what is shown and downloaded.
+        prompt: what the prompt is called; a new piece has none.
     """
 
     seconds: float = 60.0
@@ -71,11 +78,12 @@ class Settings:
     start_s: float = 0.0
     end_s: float | None = None
     continuation_only: bool = False
+    prompt: str = ""
 
     def __post_init__(self) -> None:
         # They come from a browser or a file, so whole numbers may be 4.0 and anything may be anything.
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _number(field.name, getattr(self, field.name)))
+            object.__setattr__(self, field.name, _read(field.name, getattr(self, field.name)))
         _expect("the length", "seconds", self.seconds, 1, MAX_SECONDS)
         _expect("the number of variations", "", self.variations, 1, MAX_VARIATIONS)
         _expect("the start of the prompt", "seconds", self.start_s, 0, MAX_PROMPT_SECONDS)
@@ -105,10 +113,12 @@ class Settings:
         return SamplingOptions(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p)
 
 
-def _number(name: str, value: Any) -> Any:
+def _read(name: str, value: Any) -> Any:
     whole = name in ("latents", "variations", "top_k", "seed")
     if value in (None, "", "None") and name in ("seed", "end_s"):
         return None
+    if name == "prompt":
+        return str(value)[:200]
     if name == "continuation_only":
         return value in (True, "True", "true", "1")
     try:
@@ -268,6 +278,9 @@ class Studio:
         # Each belongs to the session's newest take and can go on from where that stands.
         self._live: OrderedDict[Session, Composition] = OrderedDict()
         self._lock = threading.Lock()
+        self._measuring = threading.Lock()
+        self._measured = {1}
+        self._runs = 0
 
     def session(self, name: str) -> Session:
         """The session of this name, a new one if need be; the one longest unused is forgotten."""
@@ -297,34 +310,73 @@ class Studio:
         whole = list(map(read_midi, prompts))
         for prompt in (None, *whole, *(prompt.crop(0, prompt.duration_s / 2) for prompt in whole)):
             for latents in {self._auto(None, 1), self._auto(prompt, 1)}:
-                for _ in self.generator.stream(prompt, seconds=0.01, latents=latents, seed=0):
-                    pass
+                self._try(prompt, latents)
+
+    def warm_up_further(self, ended: threading.Event) -> None:
+        """The same for other prompts and for more variations, whenever nobody makes music, until `ended` is set."""
+        for notes in _LIKELY_NOTES:
+            if self._wait_until_idle(ended):
+                self._try(_steady(notes), self._auto(None, 1))
+        for variations in _LIKELY_VARIATIONS:
+            for latents in (64, *(budget for budget in _BUDGETS if budget < self.most_latents), self.most_latents):
+                while self._wait_until_idle(ended):
+                    runs = self._runs
+                    with self._measuring:
+                        self.generator.seconds_per_token(min(latents, self.most_latents), variations, again=True)
+                    if self._runs == runs:  # or else somebody's music took its share of the machine meanwhile
+                        break
+            if not ended.is_set():
+                self._measured.add(variations)
+
+    def _wait_until_idle(self, ended: threading.Event) -> bool:
+        """Waits until nobody makes music; False once `ended` is set."""
+        while not ended.is_set():
+            with self._lock:
+                busy = any(session.making for session in self._sessions.values())
+            if not busy:
+                return True
+            ended.wait(0.5)
+        return False
+
+    def _try(self, prompt: Performance | None, latents: int) -> None:
+        for _ in self.generator.stream(prompt, seconds=0.01, latents=latents, seed=0):
+            pass
 
     def _auto(self, prompt: Performance | None, variations: int) -> int:
         """The largest budget that keeps ahead of playback, even if the music gets denser than its prompt."""
-        budget = self.generator.calibrate(DEFAULT_SPEED, variations=variations)
-        if prompt is None:
-            return budget
-        return min(budget, self.generator.calibrate(DEFAULT_SPEED, encode(prompt), variations=variations))
+        with self._measuring if variations not in self._measured else nullcontext():
+            budget = self.generator.calibrate(DEFAULT_SPEED, variations=variations)
+            if prompt is not None:
+                budget = min(budget, self.generator.calibrate(DEFAULT_SPEED, encode(prompt), variations=variations))
+        self._measured.add(variations)
+        return max(budget, min(_BUDGETS[0], self.most_latents))
 
-    def tokens_per_s(self, latents: int) -> float:
-        """About how fast one variation is made with a latent budget, by what `warm_up` measured."""
+    def knows(self, variations: int) -> bool:
+        """Whether it is known how fast so many variations are made at once."""
+        return variations in self._measured
+
+    def tokens_per_s(self, latents: int, variations: int = 1) -> float:
+        """About how fast each of some variations is made with a latent budget, by what was measured."""
         least, most = min(64, self.most_latents), self.most_latents
-        slow_s, fast_s = self.generator.seconds_per_token(most), self.generator.seconds_per_token(least)
+        slow_s, fast_s = (self.generator.seconds_per_token(n, variations) for n in (most, least))
         share = (latents - least) / max(most - least, 1)
         return 1 / max(fast_s + share * (slow_s - fast_s), 0.5 * fast_s)
 
-    def cost(self, latents: int) -> str:
-        """What a latent budget costs and gives here, in a line."""
-        budget = self._auto(None, 1) if latents == AUTO else max(2, latents)
-        tokens_per_s = self.tokens_per_s(budget)
-        text = (
-            f"{budget} latents: about {tokens_per_s:.0f} tokens/s, {tokens_per_s / MAESTRO_TOKENS_PER_S:.1f}× real time"
-        )
+    def cost(self, latents: int, variations: int = 1, prompt: Performance | None = None) -> str:
+        """What a latent budget costs and gives here, in a line; "auto" depends on how dense the prompt is."""
+        if not self.knows(variations):
+            return f"What {variations} variations at once cost here is being measured …"
+        budget = self._auto(prompt, variations) if latents == AUTO else max(2, latents)
+        each = self.tokens_per_s(budget, variations)
+        text = f"{budget} latents: about {variations * each:.0f} tokens/s, {each / MAESTRO_TOKENS_PER_S:.1f}× real time"
+        if variations > 1:
+            text += f" in each of {variations} variations"
         if self._nats:
             known = min(self._nats, key=lambda n: abs(math.log(n / budget)))
             more = self._nats[known] - min(self._nats.values())
             text += f", NLL {more:+.2f}" if more >= 0.005 else ", NLL at its best"
+        if each < MAESTRO_TOKENS_PER_S:
+            text += "; playback will have to wait for it"
         if latents == AUTO:
             return f"**auto** — as coherent as possible while staying ahead of playback; here {text}"
         return text
@@ -341,17 +393,18 @@ class Studio:
         try:
             session.status = "Reading the prompt …" if session.prompt else "Beginning …"
             self._let_go(session)
+            settings = dataclasses.replace(settings, prompt=session.prompt_name)
             prompt, cut_s = _cropped(session.prompt, settings)
             if settings.seed is None:
                 settings = dataclasses.replace(settings, seed=secrets.randbelow(MAX_SEED - MAX_VARIATIONS + 1))
-            part = Performance.empty() if prompt is None else prompt.crop(0, math.inf if cut_s is None else cut_s)
-            session.reading = _heard_first(part, settings, session.runs)
+            part = prompt if prompt is None or cut_s is None else prompt.crop(0, cut_s)
+            session.reading = _heard_first(part or Performance.empty(), settings, session.runs)
             yield session.reading
             auto = settings.latents == AUTO
             composition = self.generator.compose(
                 prompt,
                 prompt_seconds=cut_s,
-                latents=self._auto(prompt, settings.variations) if auto else settings.latents,
+                latents=self._auto(part, settings.variations) if auto else settings.latents,
                 options=settings.sampling(),
                 seed=settings.seed,
                 variations=settings.variations,
@@ -362,24 +415,25 @@ class Studio:
             self._end(session, run)
 
     def extend(self, session: Session, seconds: float) -> Iterator[Take]:
-        """Goes on with the chosen variation, from its caches if they still live.
+        """Goes on with the chosen variation, from its caches if they still live; the first take is what there was.
 
         Raises:
             StudioError, GenerationError: there is nothing to go on with, or it cannot be done as asked.
         """
-        take = session.take
-        settings = dataclasses.replace(take.settings, seconds=seconds, variations=1, seed=take.seeds[session.chosen])
+        take, chosen = session.take, session.chosen
+        settings = dataclasses.replace(take.settings, seconds=seconds, variations=1, seed=take.seeds[chosen])
         run = self._begin(session)
         try:
             session.status = "Going on …"
+            yield take
             composition = self._live.get(session)
             goes_on = composition is not None and session.runs - 1 == take.number
-            if goes_on and composition is not None and not composition.ended[session.chosen]:
-                composition.keep([session.chosen])
+            if goes_on and composition is not None and not composition.ended[chosen]:
+                composition.keep([chosen])
             else:  # its caches are gone, or the person went back, or the piece had ended: it is read again
                 self._let_go(session)
                 composition = self.generator.compose(
-                    take.pieces[session.chosen],
+                    take.pieces[chosen],
                     latents=take.latents,
                     options=settings.sampling(),
                     seed=(settings.seed or 0) + len(session.takes),  # or else it would draw the same again
@@ -390,6 +444,7 @@ class Studio:
             self._end(session, run)
 
     def _begin(self, session: Session) -> object:
+        self._runs += 1
         session.run = object()  # a run that still goes on sees it and ends
         session.runs += 1
         return session.run
@@ -446,6 +501,13 @@ class Studio:
                 session.run = None
                 session.status = f"Done in {clock(time.monotonic() - began_s)}. {_told(take)}"
             yield take
+
+
+def _steady(notes: int) -> Performance:
+    """Some notes, one after another; each makes four tokens."""
+    onset_s = 0.2 * np.arange(notes)
+    pitch = 60 + np.arange(notes) % 12
+    return Performance(onset_s=onset_s, offset_s=onset_s + 0.1, pitch=pitch, velocity=np.full(notes, 64))
 
 
 def _heard_first(prompt: Performance, settings: Settings, number: int) -> Take:

@@ -1,5 +1,6 @@
 """Sessions, settings and takes, without a page."""
 
+import threading
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -21,7 +22,9 @@ def make(studio, session, **settings):
 
 
 def test_a_link_brings_the_settings_back():
-    settings = Settings(seconds=12.5, latents=128, variations=3, seed=7, end_s=4.0, continuation_only=True)
+    settings = Settings(
+        seconds=12.5, latents=128, variations=3, seed=7, end_s=4.0, continuation_only=True, prompt="Bach & söhne.mid"
+    )
     assert Settings.read(dict(parse_qsl(settings.link()[1:]))) == settings
     assert Settings.read({}) == Settings() == Settings.read({"unknown": 1, "end_s": None, "seed": ""})
 
@@ -66,6 +69,17 @@ def test_the_prompt_is_heard_while_it_is_read(studio, midi_file):
     assert session.reading is None
 
 
+def test_a_prompt_that_is_left_out_is_read_before_an_empty_roll(studio, midi_file):
+    session = Session()
+    session.set_prompt(midi_file.read_bytes(), "mine.mid")
+    runs = studio.generate(session, Settings(latents=8, seconds=1, seed=1, continuation_only=True))
+    reading = next(runs)
+    assert session.status == "Reading the prompt …"
+    assert not len(reading.shown(0))
+    list(runs)
+    assert session.take.settings.prompt == "mine.mid"
+
+
 def test_a_run_that_is_stopped_or_fails_while_it_reads_leaves_nothing(studio, midi_file):
     session = Session()
     session.set_prompt(midi_file.read_bytes(), "mine.mid")
@@ -101,12 +115,27 @@ def test_extending_keeps_what_was_there_with_caches_and_without(studio):
 def test_stopping_keeps_what_was_shown(studio, tmp_path):
     session = Session()
     takes = studio.generate(session, Settings(latents=8, seconds=1000, seed=3))
+    assert not len(next(takes).pieces[0])
     first = next(takes)
     session.stop()
     assert list(takes) == []
     assert session.take is first
     assert not session.making
     assert read_midi(write_file(session, "mid", tmp_path)).pitch.tolist() == first.pieces[0].pitch.tolist()
+
+
+def test_what_was_not_measured_is_not_told(tiny_checkpoint):
+    studio = Studio(Generator.from_pretrained(tiny_checkpoint))
+    assert "real time" in studio.cost(8)
+    assert studio.cost(8, 2) == "What 2 variations at once cost here is being measured …"
+    ended = threading.Event()
+    ended.set()
+    studio.warm_up_further(ended)
+    assert not studio.knows(2)
+    make(studio, Session(), seconds=1, variations=2, seed=1)
+    assert not studio.knows(2)
+    list(studio.generate(Session(), Settings(seconds=1, variations=2)))
+    assert "in each of 2 variations" in studio.cost(8, 2)
 
 
 def test_caches_are_bounded_and_go_with_their_session(studio):

@@ -176,7 +176,8 @@ def test_variations_from_nothing_with_a_seed_and_their_files(page, address, tmp_
     assert "seeds 7 to 9" in status(page)
     strips = page.get_by_role("radio")
     assert strips.count() == 3
-    strips.nth(2).click()
+    strips.nth(1).click()
+    page.keyboard.press("ArrowDown")
     wait_until(lambda: strips.nth(2).get_attribute("aria-checked") == "true", "the third is chosen")
     time.sleep(0.5)
 
@@ -198,10 +199,12 @@ def test_variations_from_nothing_with_a_seed_and_their_files(page, address, tmp_
 
     link = page.locator("#status a").get_attribute("href")
     other = page.context.new_page()
-    other.goto(address + "/" + link if not address.endswith("/") else address + link)
+    other.goto(f"{address.rstrip('/')}/{link}&prompt=Bach+prelude+in+f+minor&start_s=2&end_s=9")
     other.get_by_text("More settings").click()
     wait_until(lambda: other.locator("#seed input, #seed textarea").input_value() == "7", "the link brings it back")
     assert float(other.locator("#seconds input").input_value()) == 4
+    wait_for_notes(other, "prompt", 139)
+    assert [float(other.locator(f"#{limit} input").input_value()) for limit in ("start", "end")] == [2, 9]
 
     fill(page, "seed", 1)
     fill(page, "seconds", 9)
@@ -228,6 +231,9 @@ def test_bad_files_are_explained_and_the_page_lives_on(page, midi_file, tmp_path
         page.locator(".toast-close").evaluate_all("buttons => buttons.forEach(button => button.click())")
     upload(page, midi_file)
     wait_for_notes(page, "prompt", len(read_midi(midi_file)))
+    page.get_by_label("Begin with").click()
+    page.get_by_role("option", name="Bach").click()
+    wait_for_notes(page, "prompt", 139)
 
 
 @needs_browser
