@@ -84,13 +84,13 @@ class Settings:
         # They come from a browser or a file, so whole numbers may be 4.0 and anything may be anything.
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _read(field.name, getattr(self, field.name)))
-        _expect("the length", "seconds", self.seconds, 1, MAX_SECONDS)
-        _expect("the number of variations", "", self.variations, 1, MAX_VARIATIONS)
-        _expect("the start of the prompt", "seconds", self.start_s, 0, MAX_PROMPT_SECONDS)
+        _expect("seconds", "seconds", self.seconds, 1, MAX_SECONDS)
+        _expect("variations", "", self.variations, 1, MAX_VARIATIONS)
+        _expect("start_s", "seconds", self.start_s, 0, MAX_PROMPT_SECONDS)
         if self.end_s is not None and not self.start_s < self.end_s:
             raise StudioError(f"the prompt must end after it starts, got {self.start_s:g} s to {self.end_s:g} s")
         if self.seed is not None:
-            _expect("the seed", "", self.seed, 0, MAX_SEED - MAX_VARIATIONS)
+            _expect("seed", "", self.seed, 0, MAX_SEED - MAX_VARIATIONS)
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> "Settings":
@@ -124,15 +124,29 @@ def _read(name: str, value: Any) -> Any:
     try:
         number = float(str(value))
     except ValueError:
-        raise StudioError(f"{name.replace('_', ' ')} must be a number, got {value!r}") from None
+        number = math.nan
     if not math.isfinite(number) or (whole and number != int(number)):
-        raise StudioError(f"{name.replace('_', ' ')} must be a {'whole ' * whole}number, got {value!r}")
+        got = "nothing" if value in (None, "") else repr(value)
+        raise StudioError(f"{_IN_WORDS.get(name, name)} must be a {'whole ' * whole}number, got {got}")
     return int(number) if whole else number
 
 
-def _expect(what: str, unit: str, value: float, least: float, most: float) -> None:
+_IN_WORDS = {
+    "seconds": "the length",
+    "latents": "the latent budget",
+    "variations": "the number of variations",
+    "top_p": "top-p",
+    "top_k": "top-k",
+    "min_p": "min-p",
+    "seed": "the seed",
+    "start_s": "the start of the prompt",
+    "end_s": "the end of the prompt",
+}
+
+
+def _expect(name: str, unit: str, value: float, least: float, most: float) -> None:
     if not least <= value <= most:
-        raise StudioError(f"{what} must lie in {least:g} to {most:g} {unit}".rstrip() + f", got {value:g}")
+        raise StudioError(f"{_IN_WORDS[name]} must lie in {least:g} to {most:g} {unit}".rstrip() + f", got {value:g}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

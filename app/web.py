@@ -57,7 +57,7 @@ CSS = """
 #title p { margin: 0; color: var(--body-text-color-subdued); }
 #cost p, #status p { font-size: 14px; margin: 0; }
 #status { min-height: 44px; }
-#saved { position: absolute; left: -10000px; }
+#saved { display: none; }
 footer .divider { display: none; }
 #extend, #undo { align-self: flex-end; margin-bottom: 6px; }
 @media (min-width: 900px) { #result { position: sticky; top: 8px; } }
@@ -134,8 +134,8 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
             with gr.Group(visible=False) as prompt_box:
                 prompt_player = _player("prompt", "Prompt", "Drag over the roll to choose the part to go on from.")
                 with gr.Row():
-                    start_s = gr.Number(0, label="From (s)", minimum=0, min_width=90, elem_id="start")
-                    end_s = gr.Number(None, label="To (s)", minimum=0, min_width=90, elem_id="end")
+                    start_s = gr.Number(0, label="From (s)", min_width=90, elem_id="start")
+                    end_s = gr.Number(None, label="To (s)", min_width=90, elem_id="end")
             most = studio.most_latents
             latents = gr.Slider(
                 AUTO,
@@ -149,14 +149,7 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
             cost = gr.Markdown(studio.cost(AUTO), elem_id="cost")
             measured = gr.Timer(2, active=False)  # asks again until what was chosen has been measured
             with gr.Row():
-                seconds = gr.Number(
-                    default.seconds,
-                    label="Length (s)",
-                    minimum=1,
-                    maximum=MAX_SECONDS,
-                    min_width=110,
-                    elem_id="seconds",
-                )
+                seconds = gr.Number(default.seconds, label="Length (s)", min_width=110, elem_id="seconds")
                 variations = gr.Slider(1, MAX_VARIATIONS, value=1, step=1, label="Variations", min_width=170)
             with gr.Accordion("More settings", open=False):
                 seed = gr.Textbox("", label="Seed (empty: a random one)", elem_id="seed", max_lines=1)
@@ -201,7 +194,7 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
             player = _player("piece", "Piece", "Space plays and pauses, ← and → go 5 seconds; click the roll to seek.")
             status = gr.Markdown("", elem_id="status")
             with gr.Row():
-                more_s = gr.Number(30, label="More (s)", minimum=1, maximum=MAX_SECONDS, min_width=100)
+                more_s = gr.Number(30, label="More (s)", min_width=100)
                 extend = gr.Button("Extend", interactive=False, elem_id="extend", min_width=80)
                 undo = gr.Button("Undo", interactive=False, elem_id="undo", min_width=80)
             with gr.Row():

@@ -32,11 +32,12 @@ def test_a_link_brings_the_settings_back():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"seconds": "long"}, "seconds must be a number, got 'long'"),
-        ({"seconds": float("nan")}, "seconds must be a number"),
+        ({"seconds": "long"}, "the length must be a number, got 'long'"),
+        ({"seconds": None}, "the length must be a number, got nothing"),
+        ({"seconds": float("nan")}, "the length must be a number"),
         ({"seconds": 1e9}, "length must lie in 1 to 3600 seconds"),
         ({"variations": 9}, "variations must lie in 1 to 8"),
-        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": 1.5}, "the seed must be a whole number"),
         ({"start_s": 5, "end_s": 4}, "must end after it starts"),
     ],
 )
