@@ -1,14 +1,14 @@
 """The `web` command: loads the model, measures the machine and opens the page of `app.web`."""
 
-import ctypes
 import json
-import sys
+import os
+import signal
+import tempfile
 import threading
 from dataclasses import dataclass
 
 from app.console import CommandError, ProgressLine
-
-_M_ARENA_MAX = -8  # in glibc's malloc.h
+from app.memory import share_pools
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Web:
 
     def run(self) -> None:
         """Serves the page until it is interrupted."""
-        _keep_memory_together()
+        share_pools()
         try:
             from app.web import build_app, example_prompts, serve
         except ImportError as error:
@@ -57,24 +57,17 @@ class Web:
             studio = Studio(generator, json.loads(read_beside(self.checkpoint, "curve.json") or "{}").get("rows"))
             studio.warm_up(example_prompts())
             line.report(1.0, "ready")
-        app = build_app(studio, about=read_beside(self.checkpoint, "MODEL_CARD.md"))
-        user = None if self.auth is None else tuple(self.auth.split(":", 1))
-        launch = {"server_name": self.host, "server_port": self.port, "share": self.share, "auth": user}
-        address = serve(app, queue_size=self.queue_size, inbrowser=self.open, prevent_thread_lock=True, **launch)
-        print(f"Music AR plays at {address} — Ctrl-C ends it", flush=True)
-        ended = threading.Event()
-        threading.Thread(target=studio.warm_up_further, args=[ended], daemon=True).start()
-        try:
+        with tempfile.TemporaryDirectory(prefix="music-ar-") as folder:
+            os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and downloads go with the server, if not sooner
+            app = build_app(studio, about=read_beside(self.checkpoint, "MODEL_CARD.md"))
+            user = None if self.auth is None else tuple(self.auth.split(":", 1))
+            launch = {"server_name": self.host, "server_port": self.port, "share": self.share, "auth": user}
+            address = serve(app, queue_size=self.queue_size, inbrowser=self.open, prevent_thread_lock=True, **launch)
+            print(f"Music AR plays at {address} — Ctrl-C ends it", flush=True)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
+            ended = threading.Event()
+            measuring = threading.Thread(target=studio.warm_up_further, args=[example_prompts(), ended], daemon=True)
+            measuring.start()
             app.block_thread()
-        finally:
             ended.set()
-
-
-def _keep_memory_together() -> None:
-    """Has all threads share two pools of memory; it must run before there are threads.
-
-    By default glibc gives threads up to eight pools a core, and each keeps what was freed in it: a server whose
-    requests are answered by ever other threads then grows by a megabyte a request until all of them are large.
-    """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(_M_ARENA_MAX, 2)
+            measuring.join(timeout=10)

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlencode
 
+import jax
 import numpy as np
 
 from app.console import clock
-from music_ar import Generator, MidiError, Performance, read_midi, write_midi
+from app.memory import give_back
+from music_ar import Generator, MidiError, Performance, decoding, read_midi, write_midi
 from music_ar.audio import write_audio
 from music_ar.events import decode, encode
 from music_ar.generator import DEFAULT_SPEED, MAESTRO_TOKENS_PER_S, MAX_SEED, Chunk, Composition
@@ -43,6 +45,7 @@ FileKind = Literal["mid", "wav", "mp3", "zip"]
 _BUDGETS = (256, 512, 1024, 2048)  # that "auto" may take; with 64 it is hardly faster, and costs 0.16 nats a token
 _LIKELY_NOTES = (100, 50, 800, 1600, 20)  # of prompts, one for each size that is compiled beside the examples
 _LIKELY_VARIATIONS = (1, 2, 4, 3, 8, 6, 5, 7)  # in the order in which they are measured
+_MOST_PROGRAMS = 6  # each that is compiled holds 50 to 140 MB
 _LIVE_COMPOSITIONS = 4
 _MAX_TAKES = 30
 _SECONDS_BETWEEN_TAKES = 0.4  # a small model is faster than a page can draw
@@ -278,6 +281,9 @@ class Studio:
     Args:
         generator: makes the music.
         curve: rows of `curve.json`: the nats a token that each latent budget costs, if they are known.
+
+    Attributes:
+        warm: whether `warm_up_further` is through.
     """
 
     def __init__(self, generator: Generator, curve: list[dict[str, Any]] | None = None):
@@ -292,9 +298,11 @@ class Studio:
         # Each belongs to the session's newest take and can go on from where that stands.
         self._live: OrderedDict[Session, Composition] = OrderedDict()
         self._lock = threading.Lock()
+        self.warm = False
         self._measuring = threading.Lock()
         self._measured = {1}
         self._runs = 0
+        self._programs: set[tuple[int, int]] = set()
 
     def session(self, name: str) -> Session:
         """The session of this name, a new one if need be; the one longest unused is forgotten."""
@@ -326,21 +334,42 @@ class Studio:
             for latents in {self._auto(None, 1), self._auto(prompt, 1)}:
                 self._try(prompt, latents)
 
-    def warm_up_further(self, ended: threading.Event) -> None:
-        """The same for other prompts and for more variations, whenever nobody makes music, until `ended` is set."""
+    def warm_up_further(self, prompts: Iterable[Path], ended: threading.Event) -> None:
+        """The same for other prompts and for more variations, whenever nobody makes music, until `ended` is set.
+
+        What was compiled is let go of again, since it takes much memory, but for what `warm_up` does. It lies in JAX's
+        cache on the disk and is loaded from there when it is needed.
+        """
         for notes in _LIKELY_NOTES:
             if self._wait_until_idle(ended):
                 self._try(_steady(notes), self._auto(None, 1))
         for variations in _LIKELY_VARIATIONS:
-            for latents in (64, *(budget for budget in _BUDGETS if budget < self.most_latents), self.most_latents):
+            for latents in sorted({min(budget, self.most_latents) for budget in (64, *_BUDGETS)}):
                 while self._wait_until_idle(ended):
                     runs = self._runs
                     with self._measuring:
-                        self.generator.seconds_per_token(min(latents, self.most_latents), variations, again=True)
+                        self._make_room(latents, variations)
+                        self.generator.seconds_per_token(latents, variations, again=True)
                     if self._runs == runs:  # or else somebody's music took its share of the machine meanwhile
                         break
             if not ended.is_set():
                 self._measured.add(variations)
+        if self._wait_until_idle(ended):
+            self._let_go_of_programs()
+            self.warm_up(prompts)
+            self.warm = True
+
+    def _make_room(self, latents: int, variations: int) -> None:
+        """Lets go of what was compiled for other budgets and numbers of variations, if it is much."""
+        program = decoding.ring_size(latents), variations
+        if program not in self._programs and len(self._programs) >= _MOST_PROGRAMS:
+            self._let_go_of_programs()
+        self._programs.add(program)
+
+    def _let_go_of_programs(self) -> None:
+        self._programs.clear()
+        jax.clear_caches()
+        give_back()
 
     def _wait_until_idle(self, ended: threading.Event) -> bool:
         """Waits until nobody makes music; False once `ended` is set."""
@@ -353,6 +382,7 @@ class Studio:
         return False
 
     def _try(self, prompt: Performance | None, latents: int) -> None:
+        self._make_room(latents, 1)
         for _ in self.generator.stream(prompt, seconds=0.01, latents=latents, seed=0):
             pass
 
@@ -414,11 +444,12 @@ class Studio:
             part = prompt if prompt is None or cut_s is None else prompt.crop(0, cut_s)
             session.reading = _heard_first(part or Performance.empty(), settings, session.runs)
             yield session.reading
-            auto = settings.latents == AUTO
+            latents = self._auto(part, settings.variations) if settings.latents == AUTO else settings.latents
+            self._make_room(latents, settings.variations)
             composition = self.generator.compose(
                 prompt,
                 prompt_seconds=cut_s,
-                latents=self._auto(part, settings.variations) if auto else settings.latents,
+                latents=latents,
                 options=settings.sampling(),
                 seed=settings.seed,
                 variations=settings.variations,
@@ -440,6 +471,7 @@ class Studio:
         try:
             session.status = "Going on …"
             yield take
+            self._make_room(take.latents, 1)
             composition = self._live.get(session)
             goes_on = composition is not None and session.runs - 1 == take.number
             if goes_on and composition is not None and not composition.ended[chosen]:

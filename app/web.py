@@ -89,7 +89,7 @@ def serve(app: gr.Blocks, *, queue_size: int = 20, **launch: Any) -> str:
             neutral_hue="slate",
             font=["system-ui", "sans-serif"],
             font_mono=["ui-monospace", "monospace"],
-        ),
+        ).set(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700"),
         css=CSS,
         max_file_size=MAX_PROMPT_BYTES,
         state_session_capacity=MAX_SESSIONS,  # Gradio keeps 0.1 MB of each
@@ -434,6 +434,7 @@ def _api(studio: Studio) -> None:
             "auto": studio.cost(AUTO),
             "most_variations": MAX_VARIATIONS,
             "most_seconds": MAX_SECONDS,
+            "warm": studio.warm,
             "licence": WARNING,
         }
 

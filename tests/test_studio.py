@@ -125,18 +125,31 @@ def test_stopping_keeps_what_was_shown(studio, tmp_path):
     assert read_midi(write_file(session, "mid", tmp_path)).pitch.tolist() == first.pieces[0].pitch.tolist()
 
 
-def test_what_was_not_measured_is_not_told(tiny_checkpoint):
+def test_more_variations_are_measured_while_nobody_plays(tiny_checkpoint, monkeypatch):
     studio = Studio(Generator.from_pretrained(tiny_checkpoint))
     assert "real time" in studio.cost(8)
     assert studio.cost(8, 2) == "What 2 variations at once cost here is being measured …"
+    let_go = []
+    for name, value in {"_LIKELY_NOTES": (), "_LIKELY_VARIATIONS": (2,), "_MOST_PROGRAMS": 1}.items():
+        monkeypatch.setattr(f"app.studio.{name}", value)
+    monkeypatch.setattr("app.studio.jax.clear_caches", lambda: let_go.append(len(studio._programs)))
+    session = studio.session("somebody")
+    takes = studio.generate(session, Settings(seconds=600, latents=8))
+    next(takes)
     ended = threading.Event()
-    ended.set()
-    studio.warm_up_further(ended)
+    measuring = threading.Thread(target=studio.warm_up_further, args=[[], ended])
+    measuring.start()
+    assert len(list(zip(takes, range(3), strict=False))) == 3
     assert not studio.knows(2)
-    make(studio, Session(), seconds=1, variations=2, seed=1)
-    assert not studio.knows(2)
-    list(studio.generate(Session(), Settings(seconds=1, variations=2)))
+    session.stop()
+    measuring.join(timeout=60)
+    assert studio.warm
     assert "in each of 2 variations" in studio.cost(8, 2)
+    assert let_go
+    ended.set()
+    studio.warm = False
+    studio.warm_up_further([], ended)
+    assert not studio.warm
 
 
 def test_caches_are_bounded_and_go_with_their_session(studio):
