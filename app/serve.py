@@ -25,6 +25,8 @@ class Web:
         auth: user:password that the page asks for; by default it asks for none.
         queue_size: how many may wait for their turn.
         open: show it in the browser.
+        measure: whether to find out, in the first minutes while nobody plays, what more variations cost here; if not,
+            that is done when they are asked for.
     """
 
     checkpoint: str | None = None
@@ -34,6 +36,7 @@ class Web:
     auth: str | None = None
     queue_size: int = 20
     open: bool = False
+    measure: bool = True
 
     def __post_init__(self) -> None:
         if self.auth is not None and ":" not in self.auth:
@@ -67,7 +70,9 @@ class Web:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
             ended = threading.Event()
             measuring = threading.Thread(target=studio.warm_up_further, args=[example_prompts(), ended], daemon=True)
-            measuring.start()
+            if self.measure:
+                measuring.start()
             app.block_thread()
             ended.set()
-            measuring.join(timeout=10)
+            if self.measure:
+                measuring.join(timeout=10)

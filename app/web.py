@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
@@ -108,16 +109,16 @@ def example_prompts() -> list[Path]:
 
 def _player(kind: str, label: str, hint: str) -> gr.HTML:
     folder = APP / "player"
+    # As props they would be missing where the player is first shown together with new music.
+    html = Template((folder / "player.html").read_text())
     return gr.HTML(
         shown_prompt(Session(), Settings()) if kind == "prompt" else shown_take(Session()),
-        html_template=(folder / "player.html").read_text(),
+        html_template=html.substitute(
+            kind=kind, label=label, hint=hint, samples=f"gradio_api/file={SAMPLES.as_posix()}/"
+        ),
         css_template=(folder / "player.css").read_text(),
         js_on_load=(folder / "player.js").read_text(),
         elem_id=f"{kind}-player",
-        kind=kind,
-        label=label,
-        hint=hint,
-        samples=f"gradio_api/file={SAMPLES.as_posix()}/",
     )
 
 

@@ -31,7 +31,7 @@ needs_browser = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def address(tiny_checkpoint):
     """The address of the page of a tiny model."""
-    command = [sys.executable, "-m", "app.cli", "web", "--checkpoint", str(tiny_checkpoint)]
+    command = [sys.executable, "-m", "app.cli", "web", "--checkpoint", str(tiny_checkpoint), "--no-measure"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -102,6 +102,12 @@ def fill(page, element, value):
 
 def upload(page, path):
     page.locator("#file input[type=file]").set_input_files(path)
+
+
+def choose_example(page):
+    page.get_by_label("Begin with").click()
+    page.get_by_role("option", name="Bach").click()
+    wait_for_notes(page, "prompt", 139)
 
 
 def status(page):
@@ -223,6 +229,8 @@ def test_bad_files_are_explained_and_the_page_lives_on(page, midi_file, tmp_path
         "truncated.mid": (midi_file.read_bytes()[:300], "truncated"),
         "huge.mid": (bytes(3 * 2**20), "size"),
     }
+    choose_example(page)
+    page.get_by_text("Drag over the roll").wait_for()
     for name, (content, explanation) in bad.items():
         path = tmp_path / name
         path.write_bytes(content)
@@ -231,9 +239,7 @@ def test_bad_files_are_explained_and_the_page_lives_on(page, midi_file, tmp_path
         page.locator(".toast-close").evaluate_all("buttons => buttons.forEach(button => button.click())")
     upload(page, midi_file)
     wait_for_notes(page, "prompt", len(read_midi(midi_file)))
-    page.get_by_label("Begin with").click()
-    page.get_by_role("option", name="Bach").click()
-    wait_for_notes(page, "prompt", 139)
+    choose_example(page)
 
 
 @needs_browser

@@ -6,8 +6,8 @@
 
 const root = element.querySelector('.player');
 const find = (name) => root.querySelector('.' + name);
-const [playButton, roll, strips, time, count, hint, waiting] =
-  ['play', 'roll', 'strips', 'time', 'count', 'hint', 'waiting'].map(find);
+const [playButton, roll, strips, time, count, waiting] =
+  ['play', 'roll', 'strips', 'time', 'count', 'waiting'].map(find);
 const clock = (s) => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, '0')}`;
 
 // ---------------------------------------------------------------- the piano, shared by all players of the page
@@ -71,13 +71,13 @@ class Piano {
   }
 }
 
-const piano = (window.musicArPiano ??= new Piano(props.samples));
+const piano = (window.musicArPiano ??= new Piano(root.dataset.samples));
 for (const gesture of ['pointerdown', 'keydown']) document.addEventListener(gesture, () => piano.ready());
 
 // ---------------------------------------------------------------- the music that Python sent
 
 let piece = null; // which piece is shown
-let state = { kind: props.kind, join: 0, making: false, start: 0, end: 0, variations: [] };
+let state = { kind: root.dataset.kind, join: 0, making: false, start: 0, end: 0, variations: [] };
 let variations = []; // {seed, until, text, final: [note], notes: [note]}, notes sorted by onset
 let chosen = 0;
 let making = false;
@@ -441,9 +441,6 @@ document.addEventListener('keydown', (event) => {
   act();
 });
 
-root.classList.add(props.kind);
-root.setAttribute('aria-label', props.label ?? 'Player');
-hint.textContent = props.hint ?? '';
 new ResizeObserver(() => { buildStrips(); dirty = true; }).observe(root);
 new MutationObserver(() => { dirty = true; }).observe(document.body, { attributes: true, attributeFilter: ['class'] });
 watch('value', receive);
