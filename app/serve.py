@@ -1,9 +1,14 @@
 """The `web` command: loads the model, measures the machine and opens the page of `app.web`."""
 
 import json
+import os
+import signal
+import tempfile
+import threading
 from dataclasses import dataclass
 
 from app.console import CommandError, ProgressLine
+from app.memory import share_pools
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +25,8 @@ class Web:
         auth: user:password that the page asks for; by default it asks for none.
         queue_size: how many may wait for their turn.
         open: show it in the browser.
+        measure: whether to find out, in the first minutes while nobody plays, what more variations cost here; if not,
+            that is done when they are asked for.
     """
 
     checkpoint: str | None = None
@@ -29,6 +36,7 @@ class Web:
     auth: str | None = None
     queue_size: int = 20
     open: bool = False
+    measure: bool = True
 
     def __post_init__(self) -> None:
         if self.auth is not None and ":" not in self.auth:
@@ -38,6 +46,7 @@ class Web:
 
     def run(self) -> None:
         """Serves the page until it is interrupted."""
+        share_pools()
         try:
             from app.web import build_app, example_prompts, serve
         except ImportError as error:
@@ -48,12 +57,22 @@ class Web:
 
         with ProgressLine("loading the model, measuring this machine: a minute at most") as line:
             generator = Generator.from_pretrained(self.checkpoint)
-            Studio(generator).warm_up(example_prompts())
+            studio = Studio(generator, json.loads(read_beside(self.checkpoint, "curve.json") or "{}").get("rows"))
+            studio.warm_up(example_prompts())
             line.report(1.0, "ready")
-        curve = json.loads(read_beside(self.checkpoint, "curve.json") or "{}").get("rows")
-        app = build_app(generator, about=read_beside(self.checkpoint, "MODEL_CARD.md"), curve=curve)
-        user = None if self.auth is None else tuple(self.auth.split(":", 1))
-        launch = {"server_name": self.host, "server_port": self.port, "share": self.share, "auth": user}
-        address = serve(app, queue_size=self.queue_size, inbrowser=self.open, prevent_thread_lock=True, **launch)
-        print(f"Music AR plays at {address} — Ctrl-C ends it", flush=True)
-        app.block_thread()
+        with tempfile.TemporaryDirectory(prefix="music-ar-") as folder:
+            os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and downloads go with the server, if not sooner
+            app = build_app(studio, about=read_beside(self.checkpoint, "MODEL_CARD.md"))
+            user = None if self.auth is None else tuple(self.auth.split(":", 1))
+            launch = {"server_name": self.host, "server_port": self.port, "share": self.share, "auth": user}
+            address = serve(app, queue_size=self.queue_size, inbrowser=self.open, prevent_thread_lock=True, **launch)
+            print(f"Music AR plays at {address} — Ctrl-C ends it", flush=True)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
+            ended = threading.Event()
+            measuring = threading.Thread(target=studio.warm_up_further, args=[example_prompts(), ended], daemon=True)
+            if self.measure:
+                measuring.start()
+            app.block_thread()
+            ended.set()
+            if self.measure:
+                measuring.join(timeout=10)

@@ -14,12 +14,17 @@ import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlencode
 
+import jax
+import numpy as np
+
 from app.console import clock
-from music_ar import Generator, MidiError, Performance, read_midi, write_midi
+from app.memory import give_back
+from music_ar import Generator, MidiError, Performance, decoding, read_midi, write_midi
 from music_ar.audio import write_audio
 from music_ar.events import decode, encode
 from music_ar.generator import DEFAULT_SPEED, MAESTRO_TOKENS_PER_S, MAX_SEED, Chunk, Composition
@@ -29,6 +34,7 @@ AUTO = 0
 """The latent budget that stands for "auto"."""
 MAX_VARIATIONS = 8
 MAX_SECONDS = 3600.0
+MAX_SESSIONS = 500  # what the server remembers; the longest unused are forgotten
 MAX_PROMPT_BYTES = 2 * 2**20
 MAX_PROMPT_NOTES = 50_000
 MAX_PROMPT_SECONDS = 3600.0
@@ -36,8 +42,11 @@ MAX_SOUND_SECONDS = 1800.0  # a sound file of this length takes half a gigabyte 
 
 FileKind = Literal["mid", "wav", "mp3", "zip"]
 
+_BUDGETS = (256, 512, 1024, 2048)  # that "auto" may take; with 64 it is hardly faster, and costs 0.16 nats a token
+_LIKELY_NOTES = (100, 50, 800, 1600, 20)  # of prompts, one for each size that is compiled beside the examples
+_LIKELY_VARIATIONS = (1, 2, 4, 3, 8, 6, 5, 7)  # in the order in which they are measured
+_MOST_PROGRAMS = 6  # each that is compiled holds 50 to 140 MB
 _LIVE_COMPOSITIONS = 4
-_MAX_SESSIONS = 500
 _MAX_TAKES = 30
 _SECONDS_BETWEEN_TAKES = 0.4  # a small model is faster than a page can draw
 
@@ -58,6 +67,7 @@ class Settings:
         seed: of the first variation; None takes a random one.
         start_s, end_s: the part of the prompt to use; None is its end.
         continuation_only: leave the prompt out of what is shown and downloaded.
+        prompt: what the prompt is called; a new piece has none.
     """
 
     seconds: float = 60.0
@@ -71,18 +81,19 @@ class Settings:
     start_s: float = 0.0
     end_s: float | None = None
     continuation_only: bool = False
+    prompt: str = ""
 
     def __post_init__(self) -> None:
         # They come from a browser or a file, so whole numbers may be 4.0 and anything may be anything.
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _number(field.name, getattr(self, field.name)))
-        _expect("the length", "seconds", self.seconds, 1, MAX_SECONDS)
-        _expect("the number of variations", "", self.variations, 1, MAX_VARIATIONS)
-        _expect("the start of the prompt", "seconds", self.start_s, 0, MAX_PROMPT_SECONDS)
+            object.__setattr__(self, field.name, _read(field.name, getattr(self, field.name)))
+        _expect("seconds", "seconds", self.seconds, 1, MAX_SECONDS)
+        _expect("variations", "", self.variations, 1, MAX_VARIATIONS)
+        _expect("start_s", "seconds", self.start_s, 0, MAX_PROMPT_SECONDS)
         if self.end_s is not None and not self.start_s < self.end_s:
             raise StudioError(f"the prompt must end after it starts, got {self.start_s:g} s to {self.end_s:g} s")
         if self.seed is not None:
-            _expect("the seed", "", self.seed, 0, MAX_SEED - MAX_VARIATIONS)
+            _expect("seed", "", self.seed, 0, MAX_SEED - MAX_VARIATIONS)
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> "Settings":
@@ -105,24 +116,40 @@ class Settings:
         return SamplingOptions(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p)
 
 
-def _number(name: str, value: Any) -> Any:
+def _read(name: str, value: Any) -> Any:
     whole = name in ("latents", "variations", "top_k", "seed")
     if value in (None, "", "None") and name in ("seed", "end_s"):
         return None
+    if name == "prompt":
+        return str(value)[:200]
     if name == "continuation_only":
         return value in (True, "True", "true", "1")
     try:
         number = float(str(value))
     except ValueError:
-        raise StudioError(f"{name.replace('_', ' ')} must be a number, got {value!r}") from None
+        number = math.nan
     if not math.isfinite(number) or (whole and number != int(number)):
-        raise StudioError(f"{name.replace('_', ' ')} must be a {'whole ' * whole}number, got {value!r}")
+        got = "nothing" if value in (None, "") else repr(value)
+        raise StudioError(f"{_IN_WORDS.get(name, name)} must be a {'whole ' * whole}number, got {got}")
     return int(number) if whole else number
 
 
-def _expect(what: str, unit: str, value: float, least: float, most: float) -> None:
+_IN_WORDS = {
+    "seconds": "the length",
+    "latents": "the latent budget",
+    "variations": "the number of variations",
+    "top_p": "top-p",
+    "top_k": "top-k",
+    "min_p": "min-p",
+    "seed": "the seed",
+    "start_s": "the start of the prompt",
+    "end_s": "the end of the prompt",
+}
+
+
+def _expect(name: str, unit: str, value: float, least: float, most: float) -> None:
     if not least <= value <= most:
-        raise StudioError(f"{what} must lie in {least:g} to {most:g} {unit}".rstrip() + f", got {value:g}")
+        raise StudioError(f"{_IN_WORDS[name]} must lie in {least:g} to {most:g} {unit}".rstrip() + f", got {value:g}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +196,7 @@ class Session:
         prompt_name: what it is called.
         takes: what was made, the last one shown.
         chosen: the variation that is heard, extended and downloaded.
-        reading: the end of the prompt, heard while the prompt is read; None once something is made.
+        reading: what is shown and heard while the prompt is read: the prompt; None once something is made.
         status: what is going on or was done, in words.
         run: the run that goes on, None if none does.
         runs: how many there were.
@@ -254,6 +281,9 @@ class Studio:
     Args:
         generator: makes the music.
         curve: rows of `curve.json`: the nats a token that each latent budget costs, if they are known.
+
+    Attributes:
+        warm: whether `warm_up_further` is through.
     """
 
     def __init__(self, generator: Generator, curve: list[dict[str, Any]] | None = None):
@@ -268,13 +298,18 @@ class Studio:
         # Each belongs to the session's newest take and can go on from where that stands.
         self._live: OrderedDict[Session, Composition] = OrderedDict()
         self._lock = threading.Lock()
+        self.warm = False
+        self._measuring = threading.Lock()
+        self._measured = {1}
+        self._runs = 0
+        self._programs: set[tuple[int, int]] = set()
 
     def session(self, name: str) -> Session:
         """The session of this name, a new one if need be; the one longest unused is forgotten."""
         with self._lock:
             session = self._sessions.setdefault(name, Session())
             self._sessions.move_to_end(name)
-            oldest = None if len(self._sessions) <= _MAX_SESSIONS else next(iter(self._sessions))
+            oldest = None if len(self._sessions) <= MAX_SESSIONS else next(iter(self._sessions))
         if oldest is not None:
             self.forget(oldest)
         return session
@@ -297,40 +332,103 @@ class Studio:
         whole = list(map(read_midi, prompts))
         for prompt in (None, *whole, *(prompt.crop(0, prompt.duration_s / 2) for prompt in whole)):
             for latents in {self._auto(None, 1), self._auto(prompt, 1)}:
-                for _ in self.generator.stream(prompt, seconds=0.01, latents=latents, seed=0):
-                    pass
+                self._try(prompt, latents)
+
+    def warm_up_further(self, prompts: Iterable[Path], ended: threading.Event) -> None:
+        """The same for other prompts and for more variations, whenever nobody makes music, until `ended` is set.
+
+        What was compiled is let go of again, since it takes much memory, but for what `warm_up` does. It lies in JAX's
+        cache on the disk and is loaded from there when it is needed.
+        """
+        for notes in _LIKELY_NOTES:
+            if self._wait_until_idle(ended):
+                self._try(_steady(notes), self._auto(None, 1))
+        for variations in _LIKELY_VARIATIONS:
+            for latents in sorted({min(budget, self.most_latents) for budget in (64, *_BUDGETS)}):
+                while self._wait_until_idle(ended):
+                    runs = self._runs
+                    with self._measuring:
+                        self._make_room(latents, variations)
+                        self.generator.seconds_per_token(latents, variations, again=True)
+                    if self._runs == runs:  # or else somebody's music took its share of the machine meanwhile
+                        break
+            if not ended.is_set():
+                self._measured.add(variations)
+        if self._wait_until_idle(ended):
+            self._let_go_of_programs()
+            self.warm_up(prompts)
+            self.warm = True
+
+    def _make_room(self, latents: int, variations: int) -> None:
+        """Lets go of what was compiled for other budgets and numbers of variations, if it is much."""
+        program = decoding.ring_size(latents), variations
+        if program not in self._programs and len(self._programs) >= _MOST_PROGRAMS:
+            self._let_go_of_programs()
+        self._programs.add(program)
+
+    def _let_go_of_programs(self) -> None:
+        self._programs.clear()
+        jax.clear_caches()
+        give_back()
+
+    def _wait_until_idle(self, ended: threading.Event) -> bool:
+        """Waits until nobody makes music; False once `ended` is set."""
+        while not ended.is_set():
+            with self._lock:
+                busy = any(session.making for session in self._sessions.values())
+            if not busy:
+                return True
+            ended.wait(0.5)
+        return False
+
+    def _try(self, prompt: Performance | None, latents: int) -> None:
+        self._make_room(latents, 1)
+        for _ in self.generator.stream(prompt, seconds=0.01, latents=latents, seed=0):
+            pass
 
     def _auto(self, prompt: Performance | None, variations: int) -> int:
         """The largest budget that keeps ahead of playback, even if the music gets denser than its prompt."""
-        budget = self.generator.calibrate(DEFAULT_SPEED, variations=variations)
-        if prompt is None:
-            return budget
-        return min(budget, self.generator.calibrate(DEFAULT_SPEED, encode(prompt), variations=variations))
+        with self._measuring if variations not in self._measured else nullcontext():
+            budget = self.generator.calibrate(DEFAULT_SPEED, variations=variations)
+            if prompt is not None:
+                budget = min(budget, self.generator.calibrate(DEFAULT_SPEED, encode(prompt), variations=variations))
+        self._measured.add(variations)
+        return max(budget, min(_BUDGETS[0], self.most_latents))
 
-    def tokens_per_s(self, latents: int) -> float:
-        """About how fast one variation is made with a latent budget, by what `warm_up` measured."""
+    def knows(self, variations: int) -> bool:
+        """Whether it is known how fast so many variations are made at once."""
+        return variations in self._measured
+
+    def tokens_per_s(self, latents: int, variations: int = 1) -> float:
+        """About how fast each of some variations is made with a latent budget, by what was measured."""
         least, most = min(64, self.most_latents), self.most_latents
-        slow_s, fast_s = self.generator.seconds_per_token(most), self.generator.seconds_per_token(least)
+        slow_s, fast_s = (self.generator.seconds_per_token(n, variations) for n in (most, least))
         share = (latents - least) / max(most - least, 1)
         return 1 / max(fast_s + share * (slow_s - fast_s), 0.5 * fast_s)
 
-    def cost(self, latents: int) -> str:
-        """What a latent budget costs and gives here, in a line."""
-        budget = self._auto(None, 1) if latents == AUTO else max(2, latents)
-        tokens_per_s = self.tokens_per_s(budget)
-        text = (
-            f"{budget} latents: about {tokens_per_s:.0f} tokens/s, {tokens_per_s / MAESTRO_TOKENS_PER_S:.1f}× real time"
-        )
+    def cost(self, latents: int, variations: int = 1, prompt: Performance | None = None) -> str:
+        """What a latent budget costs and gives here, in a line; "auto" depends on how dense the prompt is."""
+        if not self.knows(variations):
+            return f"What {variations} variations at once cost here is being measured …"
+        budget = self._auto(prompt, variations) if latents == AUTO else max(2, latents)
+        each = self.tokens_per_s(budget, variations)
+        text = f"{budget} latents: about {variations * each:.0f} tokens/s, {each / MAESTRO_TOKENS_PER_S:.1f}× real time"
+        if variations > 1:
+            text += f" in each of {variations} variations"
         if self._nats:
             known = min(self._nats, key=lambda n: abs(math.log(n / budget)))
             more = self._nats[known] - min(self._nats.values())
             text += f", NLL {more:+.2f}" if more >= 0.005 else ", NLL at its best"
+        if each < MAESTRO_TOKENS_PER_S:
+            text += "; playback will have to wait for it"
         if latents == AUTO:
             return f"**auto** — as coherent as possible while staying ahead of playback; here {text}"
         return text
 
     def generate(self, session: Session, settings: Settings) -> Iterator[Take]:
         """Makes new pieces from the session's prompt, take by take; each replaces the one before it.
+
+        The first take is there at once and has the prompt alone, or nothing if the prompt is to be left out.
 
         Raises:
             StudioError, GenerationError: it cannot be done as asked.
@@ -339,18 +437,19 @@ class Studio:
         try:
             session.status = "Reading the prompt …" if session.prompt else "Beginning …"
             self._let_go(session)
+            settings = dataclasses.replace(settings, prompt=session.prompt_name)
             prompt, cut_s = _cropped(session.prompt, settings)
             if settings.seed is None:
                 settings = dataclasses.replace(settings, seed=secrets.randbelow(MAX_SEED - MAX_VARIATIONS + 1))
-            if prompt is not None and not settings.continuation_only:
-                part = prompt if cut_s is None else prompt.crop(0, cut_s)
-                session.reading = _heard_first(part, settings, session.runs)
-                yield session.reading
-            auto = settings.latents == AUTO
+            part = prompt if prompt is None or cut_s is None else prompt.crop(0, cut_s)
+            session.reading = _heard_first(part or Performance.empty(), settings, session.runs)
+            yield session.reading
+            latents = self._auto(part, settings.variations) if settings.latents == AUTO else settings.latents
+            self._make_room(latents, settings.variations)
             composition = self.generator.compose(
                 prompt,
                 prompt_seconds=cut_s,
-                latents=self._auto(prompt, settings.variations) if auto else settings.latents,
+                latents=latents,
                 options=settings.sampling(),
                 seed=settings.seed,
                 variations=settings.variations,
@@ -361,24 +460,26 @@ class Studio:
             self._end(session, run)
 
     def extend(self, session: Session, seconds: float) -> Iterator[Take]:
-        """Goes on with the chosen variation, from its caches if they still live.
+        """Goes on with the chosen variation, from its caches if they still live; the first take is what there was.
 
         Raises:
             StudioError, GenerationError: there is nothing to go on with, or it cannot be done as asked.
         """
-        take = session.take
-        settings = dataclasses.replace(take.settings, seconds=seconds, variations=1, seed=take.seeds[session.chosen])
+        take, chosen = session.take, session.chosen
+        settings = dataclasses.replace(take.settings, seconds=seconds, variations=1, seed=take.seeds[chosen])
         run = self._begin(session)
         try:
             session.status = "Going on …"
+            yield take
+            self._make_room(take.latents, 1)
             composition = self._live.get(session)
             goes_on = composition is not None and session.runs - 1 == take.number
-            if goes_on and composition is not None and not composition.ended[session.chosen]:
-                composition.keep([session.chosen])
+            if goes_on and composition is not None and not composition.ended[chosen]:
+                composition.keep([chosen])
             else:  # its caches are gone, or the person went back, or the piece had ended: it is read again
                 self._let_go(session)
                 composition = self.generator.compose(
-                    take.pieces[session.chosen],
+                    take.pieces[chosen],
                     latents=take.latents,
                     options=settings.sampling(),
                     seed=(settings.seed or 0) + len(session.takes),  # or else it would draw the same again
@@ -389,6 +490,7 @@ class Studio:
             self._end(session, run)
 
     def _begin(self, session: Session) -> object:
+        self._runs += 1
         session.run = object()  # a run that still goes on sees it and ends
         session.runs += 1
         return session.run
@@ -445,6 +547,13 @@ class Studio:
                 session.run = None
                 session.status = f"Done in {clock(time.monotonic() - began_s)}. {_told(take)}"
             yield take
+
+
+def _steady(notes: int) -> Performance:
+    """Some notes, one after another; each makes four tokens."""
+    onset_s = 0.2 * np.arange(notes)
+    pitch = 60 + np.arange(notes) % 12
+    return Performance(onset_s=onset_s, offset_s=onset_s + 0.1, pitch=pitch, velocity=np.full(notes, 64))
 
 
 def _heard_first(prompt: Performance, settings: Settings, number: int) -> Take:

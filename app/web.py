@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
@@ -23,6 +24,7 @@ from app.studio import (
     AUTO,
     MAX_PROMPT_BYTES,
     MAX_SECONDS,
+    MAX_SESSIONS,
     MAX_VARIATIONS,
     Session,
     Settings,
@@ -56,22 +58,21 @@ CSS = """
 #title p { margin: 0; color: var(--body-text-color-subdued); }
 #cost p, #status p { font-size: 14px; margin: 0; }
 #status { min-height: 44px; }
-#saved { position: absolute; left: -10000px; }
+#saved { display: none; }
 footer .divider { display: none; }
 #extend, #undo { align-self: flex-end; margin-bottom: 6px; }
 @media (min-width: 900px) { #result { position: sticky; top: 8px; } }
 """
 
 
-def build_app(generator: Generator, *, about: str = "", curve: list[dict[str, Any]] | None = None) -> gr.Blocks:
+def build_app(generator: Generator | Studio, *, about: str = "") -> gr.Blocks:
     """The page for a generator; `serve` shows it.
 
     Args:
-        generator: makes all music.
+        generator: makes all music; or a studio that has one and was warmed up.
         about: the model card, as Markdown.
-        curve: rows of `curve.json`; see `app.studio.Studio`.
     """
-    studio = Studio(generator, curve)
+    studio = generator if isinstance(generator, Studio) else Studio(generator)
     gr.set_static_paths([SAMPLES])
     with gr.Blocks(title="Music AR", analytics_enabled=False, delete_cache=(FILES_LIVE_S, FILES_LIVE_S)) as app:
         _page(app, studio, about)
@@ -89,9 +90,10 @@ def serve(app: gr.Blocks, *, queue_size: int = 20, **launch: Any) -> str:
             neutral_hue="slate",
             font=["system-ui", "sans-serif"],
             font_mono=["ui-monospace", "monospace"],
-        ),
+        ).set(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700"),
         css=CSS,
         max_file_size=MAX_PROMPT_BYTES,
+        state_session_capacity=MAX_SESSIONS,  # Gradio keeps 0.1 MB of each
         footer_links=["api"],
         ssr_mode=False,
         quiet=True,
@@ -107,16 +109,16 @@ def example_prompts() -> list[Path]:
 
 def _player(kind: str, label: str, hint: str) -> gr.HTML:
     folder = APP / "player"
+    # As props they would be missing where the player is first shown together with new music.
+    html = Template((folder / "player.html").read_text())
     return gr.HTML(
         shown_prompt(Session(), Settings()) if kind == "prompt" else shown_take(Session()),
-        html_template=(folder / "player.html").read_text(),
+        html_template=html.substitute(
+            kind=kind, label=label, hint=hint, samples=f"gradio_api/file={SAMPLES.as_posix()}/"
+        ),
         css_template=(folder / "player.css").read_text(),
         js_on_load=(folder / "player.js").read_text(),
         elem_id=f"{kind}-player",
-        kind=kind,
-        label=label,
-        hint=hint,
-        samples=f"gradio_api/file={SAMPLES.as_posix()}/",
     )
 
 
@@ -133,30 +135,58 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
             with gr.Group(visible=False) as prompt_box:
                 prompt_player = _player("prompt", "Prompt", "Drag over the roll to choose the part to go on from.")
                 with gr.Row():
-                    start_s = gr.Number(0, label="From (s)", minimum=0, min_width=90, elem_id="start")
-                    end_s = gr.Number(None, label="To (s)", minimum=0, min_width=90, elem_id="end")
+                    start_s = gr.Number(0, label="From (s)", min_width=90, elem_id="start")
+                    end_s = gr.Number(None, label="To (s)", min_width=90, elem_id="end")
             most = studio.most_latents
             latents = gr.Slider(
-                AUTO, most, value=AUTO, step=max(1, most // 32), label="Latent budget (0: auto)", elem_id="latents"
+                AUTO,
+                most,
+                value=AUTO,
+                step=max(1, most // 32),
+                label="Latent budget (0: auto)",
+                info="More: more coherent music, made more slowly.",
+                elem_id="latents",
             )
             cost = gr.Markdown(studio.cost(AUTO), elem_id="cost")
+            measured = gr.Timer(2, active=False)  # asks again until what was chosen has been measured
             with gr.Row():
-                seconds = gr.Number(
-                    default.seconds,
-                    label="Length (s)",
-                    minimum=1,
-                    maximum=MAX_SECONDS,
-                    min_width=110,
-                    elem_id="seconds",
-                )
+                seconds = gr.Number(default.seconds, label="Length (s)", min_width=110, elem_id="seconds")
                 variations = gr.Slider(1, MAX_VARIATIONS, value=1, step=1, label="Variations", min_width=170)
             with gr.Accordion("More settings", open=False):
                 seed = gr.Textbox("", label="Seed (empty: a random one)", elem_id="seed", max_lines=1)
                 continuation_only = gr.Checkbox(False, label="Continuation only: leave the prompt out")
-                temperature = gr.Slider(0, 2, value=default.temperature, step=0.05, label="Temperature")
-                top_p = gr.Slider(0.05, 1, value=default.top_p, step=0.01, label="Top-p")
-                top_k = gr.Slider(0, 388, value=default.top_k, step=1, label="Top-k (0: all)")
-                min_p = gr.Slider(0, 0.5, value=default.min_p, step=0.01, label="Min-p")
+                temperature = gr.Slider(
+                    0,
+                    2,
+                    value=default.temperature,
+                    step=0.05,
+                    label="Temperature",
+                    info="Lower: safer and plainer. Higher: wilder, with more wrong notes.",
+                )
+                top_p = gr.Slider(
+                    0.05,
+                    1,
+                    value=default.top_p,
+                    step=0.01,
+                    label="Top-p",
+                    info="Lower: what is unlikely is never played.",
+                )
+                top_k = gr.Slider(
+                    0,
+                    388,
+                    value=default.top_k,
+                    step=1,
+                    label="Top-k (0: all)",
+                    info="Only the so many likeliest events are ever drawn.",
+                )
+                min_p = gr.Slider(
+                    0,
+                    0.5,
+                    value=default.min_p,
+                    step=0.01,
+                    label="Min-p",
+                    info="Events less likely than this share of the likeliest are never drawn.",
+                )
                 load = gr.UploadButton("Load settings (settings.json)", file_types=[".json"], size="sm")
             with gr.Row():
                 generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=150)
@@ -165,7 +195,7 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
             player = _player("piece", "Piece", "Space plays and pauses, ← and → go 5 seconds; click the roll to seek.")
             status = gr.Markdown("", elem_id="status")
             with gr.Row():
-                more_s = gr.Number(30, label="More (s)", minimum=1, maximum=MAX_SECONDS, min_width=100)
+                more_s = gr.Number(30, label="More (s)", min_width=100)
                 extend = gr.Button("Extend", interactive=False, elem_id="extend", min_width=80)
                 undo = gr.Button("Undo", interactive=False, elem_id="undo", min_width=80)
             with gr.Row():
@@ -232,19 +262,22 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
         end = None if session.prompt is None else round(session.prompt.duration_s, 1)
         return gr.update(visible=session.prompt is not None), shown_prompt(session, Settings()), 0, end
 
-    def on_file(request: gr.Request, path: str | None, chosen: str) -> tuple[Any, ...]:
+    def on_file(request: gr.Request, path: str | None) -> tuple[Any, ...]:
         session = studio.session(_name(request))
         session.set_prompt(None)
-        kept = gr.skip()
+        chosen, kept = NO_PROMPT, None
         try:
             if path is not None:
                 session.set_prompt(Path(path).read_bytes(), Path(path).name)
-            elif chosen in prompts:
-                session.set_prompt(prompts[chosen].read_bytes(), chosen)
+                chosen, kept = None, gr.skip()
         except StudioError as error:
             gr.Warning(str(error), duration=20)
-            kept = None
-        return kept, *show_prompt(session)
+        return chosen, kept, *show_prompt(session)
+
+    def on_example(request: gr.Request, chosen: str) -> tuple[Any, ...]:
+        session = studio.session(_name(request))
+        session.set_prompt(prompts[chosen].read_bytes() if chosen in prompts else None, chosen)
+        return gr.skip(), None, *show_prompt(session)
 
     def on_crop(event: gr.EventData) -> tuple[float, float]:
         return event.start, event.end
@@ -253,6 +286,10 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
         with plain_errors():
             return shown_prompt(studio.session(_name(request)), Settings(start_s=start or 0.0, end_s=end))
 
+    def on_cost(request: gr.Request, budget: float, number: float) -> tuple[str, Any]:
+        prompt = studio.session(_name(request)).prompt
+        return studio.cost(int(budget), int(number), prompt), gr.Timer(active=not studio.knows(int(number)))
+
     def on_download(kind: str) -> Callable[[gr.Request], str]:
         def download(request: gr.Request) -> str:
             with plain_errors():
@@ -260,22 +297,33 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
 
         return download
 
-    def restored(values: dict[str, Any]) -> list[Any]:
+    def restored(session: Session, values: dict[str, Any]) -> list[Any]:
+        """All of `settable`: the prompt and its crop, too, if it is an example or was uploaded already."""
         with plain_errors():
             settings = Settings.read(values)
         told = vars(settings) | {"seed": "" if settings.seed is None else str(settings.seed)}
-        return [told[name] for name in controls if name not in ("start_s", "end_s")]
+        set_to = [told[name] for name in controls if name not in ("start_s", "end_s")]
+        name = settings.prompt
+        if name in prompts:
+            session.set_prompt(prompts[name].read_bytes(), name)
+        if session.prompt is None or name != session.prompt_name:
+            return [*set_to, *[gr.skip()] * len(prompt_shown)]
+        source = (name, None) if name in prompts else (gr.skip(), gr.skip())
+        visible, _, _, end = show_prompt(session)
+        limits = settings.start_s, end if settings.end_s is None else settings.end_s
+        return [*set_to, *source, visible, shown_prompt(session, settings), *limits]
 
-    def on_settings_file(path: str) -> list[Any]:
+    def on_settings_file(request: gr.Request, path: str) -> list[Any]:
         try:
-            return restored(dict(json.loads(Path(path).read_text())))
+            values = dict(json.loads(Path(path).read_text()))
         except (ValueError, TypeError) as error:
             raise gr.Error("expected the settings.json of a download, got a file that is none") from error
+        return restored(studio.session(_name(request)), values)
 
     def on_open(request: gr.Request) -> list[Any]:
         told = dict(request.query_params)
         # Without settings in the link nothing is set: on a slow line the person may have begun to choose already.
-        return restored(told) if told else [gr.skip()] * len(settable)
+        return restored(studio.session(_name(request)), told) if told else [gr.skip()] * len(settable)
 
     def on_leave(request: gr.Request) -> None:
         studio.forget(_name(request))
@@ -295,20 +343,24 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
     stop.click(None, cancels=[generating, extending], **QUICK)
     undo.click(on_undo, None, shown, **QUICK)
     player.choose(on_choose, None, None, **QUICK)
-    prompt_shown = [prompt_box, prompt_player, start_s, end_s]
+    prompt_shown = [example, file, prompt_box, prompt_player, start_s, end_s]
     told: dict[str, Any] = {**QUICK, "queue": True, "concurrency_limit": None}  # warnings need the queue
-    for chosen in (file.upload, file.clear, example.input):
-        chosen(on_file, [file, example], [file, *prompt_shown], **told)
+    told_cost: dict[str, Any] = {**QUICK, "fn": on_cost, "inputs": [latents, variations], "outputs": [cost, measured]}
+    for chosen in (file.upload, file.clear):
+        chosen(on_file, file, prompt_shown, **told).then(**told_cost)
+    example.input(on_example, example, prompt_shown, **QUICK).then(**told_cost)
+    for changed in (latents.change, variations.change, measured.tick):
+        changed(**told_cost)
     prompt_player.crop(on_crop, None, [start_s, end_s], **QUICK)
     for limit in (start_s, end_s):
         limit.input(on_limits, [start_s, end_s], prompt_player, **QUICK)
-    latents.change(lambda budget: studio.cost(int(budget)), latents, cost, **QUICK)
     for kind, button in downloads.items():
         made = button.click(on_download(kind), None, saved, api_visibility="private", show_progress_on=status)
         made.success(None, None, None, js="() => document.querySelector('#saved').click()", api_visibility="private")
     settable = [part for name, part in controls.items() if name not in ("start_s", "end_s")]
-    load.upload(on_settings_file, load, settable, **QUICK)
-    app.load(on_open, None, settable, **QUICK)
+    settable += prompt_shown
+    load.upload(on_settings_file, load, settable, **QUICK).then(**told_cost)
+    app.load(on_open, None, settable, **QUICK).then(**told_cost)
     app.unload(on_leave)
 
 
@@ -383,6 +435,7 @@ def _api(studio: Studio) -> None:
             "auto": studio.cost(AUTO),
             "most_variations": MAX_VARIATIONS,
             "most_seconds": MAX_SECONDS,
+            "warm": studio.warm,
             "licence": WARNING,
         }
 
@@ -418,6 +471,7 @@ def shown_take(session: Session) -> dict[str, Any]:
     value: dict[str, Any] = {
         "piece": 0, "kind": "piece", "join": 0, "making": session.making, "autoplay": False, "variations": []
     }  # fmt: skip
+    value["message"] = session.status if session.making else "Press Generate: the piece grows here as it is made."
     if session.reading is None and not session.takes:
         return value
     take = session.reading or session.take

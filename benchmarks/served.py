@@ -3,13 +3,16 @@
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from gradio_client import Client
 
 
 @contextmanager
 def served() -> Iterator[tuple[str, int]]:
-    """Runs `music-ar web` and gives its address and its process id, once the model is warm.
+    """Runs `music-ar web` and gives its address and its process id, once it has measured all that it measures.
 
     Raises:
         RuntimeError: it ended without an address.
@@ -20,6 +23,10 @@ def served() -> Iterator[tuple[str, int]]:
         found = re.search(r"http://\S+", process.stdout.readline())
         if found is None:
             raise RuntimeError("the page did not start")
+        client = Client(found[0], verbose=False)
+        while not client.predict(api_name="/info")["warm"]:
+            time.sleep(1)
+        client.close()
         yield found[0], process.pid
     finally:
         process.terminate()

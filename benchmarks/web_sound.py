@@ -1,9 +1,10 @@
-"""How soon the page sounds, and whether it goes on: `python benchmarks/web_sound.py [--runs N] [--seconds S]`.
+"""How soon the page sounds, and whether it goes on.
 
-It serves the shipped model, opens the page in Chromium as a person would, presses Generate at the "auto" budget, and
-listens until the piece is made. Measured in the page: the time from the press to the first sound, which is the end of
-the prompt if there is one, and to the first new notes; and how often playback ran dry, that is had to wait for music
-not made yet. Each run is a fresh page with another seed.
+`python benchmarks/web_sound.py [--runs N] [--seconds S] [--variations V]` serves the shipped model, opens the page in
+Chromium as a person would, presses Generate at the "auto" budget, and listens until the piece is made. Measured in the
+page: the time from the press to the first sound, which is the end of the prompt if there is one, and to the first new
+notes; and how often playback ran dry, that is had to wait for music not made yet. Each run is a fresh page with another
+seed.
 """
 
 import argparse
@@ -38,7 +39,7 @@ WATCH = """(prompted) => {
 }"""
 
 
-def listen(page: Page, prompt: str | None, seconds: float, seed: int) -> dict[str, Any]:
+def listen(page: Page, prompt: str | None, seconds: float, variations: int, seed: int) -> dict[str, Any]:
     """Presses Generate and waits until all is made; times in seconds from the press."""
     page.wait_for_selector("#piece-player .player")
     if prompt is not None:
@@ -51,6 +52,8 @@ def listen(page: Page, prompt: str | None, seconds: float, seed: int) -> dict[st
     page.locator("#seed input, #seed textarea").fill(str(seed))
     page.locator("#seconds input").fill(str(seconds))
     page.locator("#seconds input").press("Tab")
+    page.get_by_label("number input for Variations").fill(str(variations))
+    page.get_by_label("number input for Variations").press("Tab")
     page.wait_for_timeout(1000)
     page.evaluate(WATCH, prompt is not None)
     page.locator("#generate").click()
@@ -69,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--variations", type=int, default=1)
     given = parser.parse_args()
     rows, figures = [], {}
     with served() as (address, _), sync_playwright() as playwright:
@@ -78,7 +82,7 @@ def main() -> None:
             for seed in range(given.runs):
                 page = browser.new_page()
                 page.goto(address)
-                runs.append(listen(page, prompt, given.seconds, seed))
+                runs.append(listen(page, prompt, given.seconds, given.variations, seed))
                 print(runs[-1], flush=True)
                 page.close()
             figures[name] = runs

@@ -43,7 +43,7 @@ def main() -> None:
             page.wait_for_timeout(1500)
             page.evaluate(WATCH)
             page.locator("#stop").click()
-            while not job.outputs():
+            while not any(progress["notes"][0] for progress, _ in job.outputs()):
                 time.sleep(0.01)
             freed_at_ms = 1000 * time.time()
             page.wait_for_function("window.stopped.said !== undefined")

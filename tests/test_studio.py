@@ -1,5 +1,6 @@
 """Sessions, settings and takes, without a page."""
 
+import threading
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -21,7 +22,9 @@ def make(studio, session, **settings):
 
 
 def test_a_link_brings_the_settings_back():
-    settings = Settings(seconds=12.5, latents=128, variations=3, seed=7, end_s=4.0, continuation_only=True)
+    settings = Settings(
+        seconds=12.5, latents=128, variations=3, seed=7, end_s=4.0, continuation_only=True, prompt="Bach & söhne.mid"
+    )
     assert Settings.read(dict(parse_qsl(settings.link()[1:]))) == settings
     assert Settings.read({}) == Settings() == Settings.read({"unknown": 1, "end_s": None, "seed": ""})
 
@@ -29,11 +32,12 @@ def test_a_link_brings_the_settings_back():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"seconds": "long"}, "seconds must be a number, got 'long'"),
-        ({"seconds": float("nan")}, "seconds must be a number"),
+        ({"seconds": "long"}, "the length must be a number, got 'long'"),
+        ({"seconds": None}, "the length must be a number, got nothing"),
+        ({"seconds": float("nan")}, "the length must be a number"),
         ({"seconds": 1e9}, "length must lie in 1 to 3600 seconds"),
         ({"variations": 9}, "variations must lie in 1 to 8"),
-        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": 1.5}, "the seed must be a whole number"),
         ({"start_s": 5, "end_s": 4}, "must end after it starts"),
     ],
 )
@@ -64,6 +68,17 @@ def test_the_prompt_is_heard_while_it_is_read(studio, midi_file):
     assert reading.pieces[0].crop(0, until_s) == last.pieces[0].crop(0, until_s)
     assert session.takes == [last]
     assert session.reading is None
+
+
+def test_a_prompt_that_is_left_out_is_read_before_an_empty_roll(studio, midi_file):
+    session = Session()
+    session.set_prompt(midi_file.read_bytes(), "mine.mid")
+    runs = studio.generate(session, Settings(latents=8, seconds=1, seed=1, continuation_only=True))
+    reading = next(runs)
+    assert session.status == "Reading the prompt …"
+    assert not len(reading.shown(0))
+    list(runs)
+    assert session.take.settings.prompt == "mine.mid"
 
 
 def test_a_run_that_is_stopped_or_fails_while_it_reads_leaves_nothing(studio, midi_file):
@@ -101,12 +116,40 @@ def test_extending_keeps_what_was_there_with_caches_and_without(studio):
 def test_stopping_keeps_what_was_shown(studio, tmp_path):
     session = Session()
     takes = studio.generate(session, Settings(latents=8, seconds=1000, seed=3))
+    assert not len(next(takes).pieces[0])
     first = next(takes)
     session.stop()
     assert list(takes) == []
     assert session.take is first
     assert not session.making
     assert read_midi(write_file(session, "mid", tmp_path)).pitch.tolist() == first.pieces[0].pitch.tolist()
+
+
+def test_more_variations_are_measured_while_nobody_plays(tiny_checkpoint, monkeypatch):
+    studio = Studio(Generator.from_pretrained(tiny_checkpoint))
+    assert "real time" in studio.cost(8)
+    assert studio.cost(8, 2) == "What 2 variations at once cost here is being measured …"
+    let_go = []
+    for name, value in {"_LIKELY_NOTES": (), "_LIKELY_VARIATIONS": (2,), "_MOST_PROGRAMS": 1}.items():
+        monkeypatch.setattr(f"app.studio.{name}", value)
+    monkeypatch.setattr("app.studio.jax.clear_caches", lambda: let_go.append(len(studio._programs)))
+    session = studio.session("somebody")
+    takes = studio.generate(session, Settings(seconds=600, latents=8))
+    next(takes)
+    ended = threading.Event()
+    measuring = threading.Thread(target=studio.warm_up_further, args=[[], ended])
+    measuring.start()
+    assert len(list(zip(takes, range(3), strict=False))) == 3
+    assert not studio.knows(2)
+    session.stop()
+    measuring.join(timeout=60)
+    assert studio.warm
+    assert "in each of 2 variations" in studio.cost(8, 2)
+    assert let_go
+    ended.set()
+    studio.warm = False
+    studio.warm_up_further([], ended)
+    assert not studio.warm
 
 
 def test_caches_are_bounded_and_go_with_their_session(studio):

@@ -31,7 +31,7 @@ needs_browser = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def address(tiny_checkpoint):
     """The address of the page of a tiny model."""
-    command = [sys.executable, "-m", "app.cli", "web", "--checkpoint", str(tiny_checkpoint)]
+    command = [sys.executable, "-m", "app.cli", "web", "--checkpoint", str(tiny_checkpoint), "--no-measure"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -102,6 +102,12 @@ def fill(page, element, value):
 
 def upload(page, path):
     page.locator("#file input[type=file]").set_input_files(path)
+
+
+def choose_example(page):
+    page.get_by_label("Begin with").click()
+    page.get_by_role("option", name="Bach").click()
+    wait_for_notes(page, "prompt", 139)
 
 
 def status(page):
@@ -176,7 +182,8 @@ def test_variations_from_nothing_with_a_seed_and_their_files(page, address, tmp_
     assert "seeds 7 to 9" in status(page)
     strips = page.get_by_role("radio")
     assert strips.count() == 3
-    strips.nth(2).click()
+    strips.nth(1).click()
+    page.keyboard.press("ArrowDown")
     wait_until(lambda: strips.nth(2).get_attribute("aria-checked") == "true", "the third is chosen")
     time.sleep(0.5)
 
@@ -198,10 +205,12 @@ def test_variations_from_nothing_with_a_seed_and_their_files(page, address, tmp_
 
     link = page.locator("#status a").get_attribute("href")
     other = page.context.new_page()
-    other.goto(address + "/" + link if not address.endswith("/") else address + link)
+    other.goto(f"{address.rstrip('/')}/{link}&prompt=Bach+prelude+in+f+minor&start_s=2&end_s=9")
     other.get_by_text("More settings").click()
     wait_until(lambda: other.locator("#seed input, #seed textarea").input_value() == "7", "the link brings it back")
     assert float(other.locator("#seconds input").input_value()) == 4
+    wait_for_notes(other, "prompt", 139)
+    assert [float(other.locator(f"#{limit} input").input_value()) for limit in ("start", "end")] == [2, 9]
 
     fill(page, "seed", 1)
     fill(page, "seconds", 9)
@@ -220,6 +229,8 @@ def test_bad_files_are_explained_and_the_page_lives_on(page, midi_file, tmp_path
         "truncated.mid": (midi_file.read_bytes()[:300], "truncated"),
         "huge.mid": (bytes(3 * 2**20), "size"),
     }
+    choose_example(page)
+    page.get_by_text("Drag over the roll").wait_for()
     for name, (content, explanation) in bad.items():
         path = tmp_path / name
         path.write_bytes(content)
@@ -228,6 +239,7 @@ def test_bad_files_are_explained_and_the_page_lives_on(page, midi_file, tmp_path
         page.locator(".toast-close").evaluate_all("buttons => buttons.forEach(button => button.click())")
     upload(page, midi_file)
     wait_for_notes(page, "prompt", len(read_midi(midi_file)))
+    choose_example(page)
 
 
 @needs_browser

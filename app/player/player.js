@@ -1,13 +1,13 @@
 // The player: a piano roll on a canvas, and a piano of real samples. Runs as `js_on_load` of a gr.HTML, which gives it
 // `element`, `props`, `trigger` and `watch`. `props.value` is what app/web.py `shown` makes:
-//   {piece, kind, join, making, autoplay, start, end, chosen, variations: [{seed, until, notes, open}]}
+//   {piece, kind, join, making, autoplay, message, start, end, chosen, variations: [{seed, until, notes, open}]}
 // where `notes` and `open` hold "onset,length,pitch,velocity;" in milliseconds. `notes` only ever grows while a piece
 // is made, so only its new end travels and is parsed; the notes in `open` still sound, or may still change.
 
 const root = element.querySelector('.player');
 const find = (name) => root.querySelector('.' + name);
-const [playButton, roll, strips, time, count, hint, waiting] =
-  ['play', 'roll', 'strips', 'time', 'count', 'hint', 'waiting'].map(find);
+const [playButton, roll, strips, time, count, waiting] =
+  ['play', 'roll', 'strips', 'time', 'count', 'waiting'].map(find);
 const clock = (s) => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, '0')}`;
 
 // ---------------------------------------------------------------- the piano, shared by all players of the page
@@ -71,16 +71,17 @@ class Piano {
   }
 }
 
-const piano = (window.musicArPiano ??= new Piano(props.samples));
+const piano = (window.musicArPiano ??= new Piano(root.dataset.samples));
 for (const gesture of ['pointerdown', 'keydown']) document.addEventListener(gesture, () => piano.ready());
 
 // ---------------------------------------------------------------- the music that Python sent
 
 let piece = null; // which piece is shown
-let state = { kind: props.kind, join: 0, making: false, start: 0, end: 0, variations: [] };
+let state = { kind: root.dataset.kind, join: 0, making: false, start: 0, end: 0, variations: [] };
 let variations = []; // {seed, until, text, final: [note], notes: [note]}, notes sorted by onset
 let chosen = 0;
 let making = false;
+let toPlay = false; // a piece begins to sound with its first notes
 let dirty = true;
 
 const PROMPT_LEAD_S = 4; // of the prompt are heard again, while it is read
@@ -98,7 +99,7 @@ function receive() {
   const value = props.value;
   if (!value || typeof value !== 'object') return;
   const fresh = value.piece !== piece, was = length();
-  if (fresh) { pause(); variations = []; position = 0; chosen = 0; piece = value.piece; }
+  if (fresh) { pause(); variations = []; position = 0; chosen = 0; toPlay = false; piece = value.piece; }
   state = value;
   variations = value.variations.map(({ seed, until, notes, open }, number) => {
     const before = variations[number];
@@ -112,12 +113,13 @@ function receive() {
   position = Math.min(position, length());
   const begins = value.autoplay && (fresh || !making);
   making = value.making;
-  // A new piece is heard from the end of its prompt, an extension from where it goes on.
-  if (begins && !playing) {
-    position = Math.max(0, fresh ? value.join - PROMPT_LEAD_S : was - 2);
-    play();
+  // A new piece is heard from the end of its prompt, an extension from where it goes on; both once there are notes.
+  if (begins) {
+    toPlay = true;
+    if (!playing) position = Math.max(0, fresh ? value.join - PROMPT_LEAD_S : was - 2);
     root.scrollIntoView({ block: 'nearest', behavior: 'smooth' });
   }
+  if (toPlay && current().notes.length) { toPlay = false; play(); }
   if (playing) settle();
   buildStrips();
   dirty = true;
@@ -275,6 +277,13 @@ function drawRoll() {
   const { pen, width, height } = prepare(roll);
   if (!width) return;
   const ink = colours(), at = now(), whole = Math.max(length(), state.making ? 10 : 1);
+  pen.textAlign = 'left';
+  if (!current().notes.length) {
+    pen.font = '14px sans-serif';
+    pen.textAlign = 'center';
+    pen.fillStyle = ink.text;
+    return pen.fillText(state.message ?? '', width / 2, height / 2, width - 16);
+  }
   const most = state.kind === 'prompt' ? whole : Math.max(12, width / 22);
   view = { from: 0, span: Math.min(whole, most) };
   if (whole > most) view.from = Math.max(0, Math.min(at - 0.35 * most, whole - most));
@@ -336,6 +345,7 @@ function buildStrips() {
   }
   [...strips.children].forEach((strip, number) => {
     strip.setAttribute('aria-checked', String(number === chosen));
+    strip.tabIndex = number === chosen ? 0 : -1; // as in every radio group, arrows go to the others
     strip.firstChild.textContent = `${number + 1} · seed ${variations[number].seed}`;
     const { pen, width, height } = prepare(strip.lastChild);
     drawNotes(pen, variations[number].notes, width, height, 0, Math.max(1, length()), colours(), null);
@@ -351,6 +361,13 @@ function choose(number) { // the same moment of another variation
   buildStrips();
   if (was) play();
   dirty = true;
+}
+
+function chooseNext(step) {
+  const strip = strips.children[chosen + step];
+  if (!strip) return;
+  choose(chosen + step);
+  strip.focus();
 }
 
 function draw() {
@@ -412,19 +429,18 @@ root.addEventListener('pointerdown', () => { window.musicArLast = root; });
 
 const keys = { ' ': toggle, ArrowLeft: () => seek(now() - 5), ArrowRight: () => seek(now() + 5),
   Home: () => seek(0), End: () => seek(length()) };
+const stripKeys = { ArrowUp: () => chooseNext(-1), ArrowDown: () => chooseNext(1) };
 document.addEventListener('keydown', (event) => {
   const target = event.target;
   const mine = root.contains(target);
   const idle = target === document.body && (window.musicArLast ?? document.querySelector('.player.piece')) === root;
-  if (!(mine || idle) || !keys[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
+  const act = strips.contains(target) && stripKeys[event.key] || keys[event.key];
+  if (!(mine || idle) || !act || event.ctrlKey || event.metaKey || event.altKey) return;
   if (mine && target.tagName === 'BUTTON' && event.key === ' ') return; // the button does it
   event.preventDefault();
-  keys[event.key]();
+  act();
 });
 
-root.classList.add(props.kind);
-root.setAttribute('aria-label', props.label ?? 'Player');
-hint.textContent = props.hint ?? '';
 new ResizeObserver(() => { buildStrips(); dirty = true; }).observe(root);
 new MutationObserver(() => { dirty = true; }).observe(document.body, { attributes: true, attributeFilter: ['class'] });
 watch('value', receive);
