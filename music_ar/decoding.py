@@ -117,7 +117,7 @@ class DecodeState(NamedTuple):
 
         def of_rows(leaf: Array) -> Array:
             each = leaf.shape[0] // B  # cache rows a batch row
-            return leaf.reshape(B, each, *leaf.shape[1:])[index].reshape(-1, *leaf.shape[1:])
+            return leaf.reshape(B, each, *leaf.shape[1:])[index].reshape(len(index) * each, *leaf.shape[1:])
 
         return jax.tree.map(of_rows, jax.device_put(self, jax.local_devices()[0]))
 
