@@ -15,17 +15,6 @@ ROOT = Path(__file__).parents[1]
 MUSIC_AR = [sys.executable, "-m", "app.cli"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations(tmp_path_factory):
-    """What one process compiles, the next ones load: this file is mostly compilation otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
-        yield
-
-
 def music_ar(*arguments, expect=0):
     """Standard output of `music-ar arguments`; fails unless it ends with `expect`, and never shows a traceback."""
     result = subprocess.run(
