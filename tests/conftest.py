@@ -92,11 +92,13 @@ def noisy_model(config, seed=0):
 
     from music_ar.model import PerceiverAR
 
+    rng = np.random.default_rng(seed + 1)  # JAX would compile a draw for each shape, which takes longer than the rest
+
+    def noisy(leaf):
+        return jax.numpy.asarray(np.asarray(leaf) + 0.3 * rng.standard_normal(leaf.shape, np.float32))
+
     graph, params = nnx.split(PerceiverAR(config, rngs=nnx.Rngs(seed)))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(tree, noisy))
+    return nnx.merge(graph, jax.tree.map(noisy, params))
 
 
 @pytest.fixture(scope="session")
