@@ -1,12 +1,19 @@
 """What every test stands on: strict JAX on the CPU, hypothesis without deadlines, and small real inputs."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 # Set before JAX is imported, and inherited by the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")  # the command line would take every core; tests of several say so
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# Tests are mostly compilation: what one of them, or a process that it starts, compiles, the others load. The folder is
+# a new one for each run of the tests, so that none depends on what you, or another version, compiled before.
+if not os.environ.keys() & {"PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"}:  # neither a worker nor started by a test
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="music-ar-compilations-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
@@ -20,17 +27,6 @@ from music_ar.midi import Performance, write_midi
 # Shared machines stall, and the first example pays for compilation: time says nothing about correctness here.
 settings.register_profile("music-ar", deadline=None, print_blob=True)
 settings.load_profile("music-ar")
-
-
-def pytest_configure(config):
-    """What one test, or a process that it starts, compiles, the others load: the tests are mostly compilation.
-
-    The folder is a new one for each run of the tests: none depends on what you, or another version, compiled before.
-    """
-    if not hasattr(config, "workerinput"):  # the workers inherit it from the process that starts them
-        folder = tempfile.TemporaryDirectory(prefix="music-ar-compilations-", ignore_cleanup_errors=True)
-        config.add_cleanup(folder.cleanup)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
 
 
 # A file's tests stay on one worker, so that its fixtures and compilations are made once. These files take longest and
