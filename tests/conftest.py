@@ -1,12 +1,22 @@
 """What every test stands on: strict JAX on the CPU, hypothesis without deadlines, and small real inputs."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Set before JAX is imported, and inherited by the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")  # the command line would take every core; tests of several say so
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # no test depends on what another, or you, compiled before
+# Tests are mostly compilation: what one of them, or a process that it starts, compiles, the others load. The folder is
+# a new one for each run of the tests, so that none depends on what you, or another version, compiled before.
+if not os.environ.keys() & {"PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"}:  # neither a worker nor started by a test
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="music-ar-compilations-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import numpy as np
 import pytest
@@ -17,6 +27,19 @@ from music_ar.midi import Performance, write_midi
 # Shared machines stall, and the first example pays for compilation: time says nothing about correctness here.
 settings.register_profile("music-ar", deadline=None, print_blob=True)
 settings.load_profile("music-ar")
+
+
+# A file's tests stay on one worker, so that its fixtures and compilations are made once. These files take longest and
+# come first, the longest before the others; the short ones then fill the time until both workers are done.
+LONG_FILES = (
+    "test_decoding", "test_training", "test_system", "test_batch", "test_model", "test_web", "test_cli",
+    "test_generator", "test_report", "test_evaluation", "test_style", "test_examples", "test_benchmarks",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 def make_performance(seed: int, notes: int = 200) -> Performance:
@@ -65,11 +88,13 @@ def noisy_model(config, seed=0):
 
     from music_ar.model import PerceiverAR
 
+    rng = np.random.default_rng(seed + 1)  # JAX would compile a draw for each shape, which takes longer than the rest
+
+    def noisy(leaf):
+        return jax.numpy.asarray(np.asarray(leaf) + 0.3 * rng.standard_normal(leaf.shape, np.float32))
+
     graph, params = nnx.split(PerceiverAR(config, rngs=nnx.Rngs(seed)))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(tree, noisy))
+    return nnx.merge(graph, jax.tree.map(noisy, params))
 
 
 @pytest.fixture(scope="session")
@@ -81,14 +106,3 @@ def tiny_checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     save_released(noisy_model(PRESETS["tiny"]), folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def shared_compilations(tmp_path_factory):
-    """What one process that a test starts compiles, the next ones load."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
-        yield

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, shared_compilations):
+def model(tmp_path_factory):
     """A model that compiles fast."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     save_released(noisy_model(dataclasses.replace(PRESETS["tiny"], context=64, latents=16)), folder)
@@ -51,6 +51,10 @@ def options(model, output, *more):
     return ["--checkpoint", model, "--output", output, "--seconds", 2, "--batch-size", 2, *more]
 
 
+# Long enough to be killed in the middle of it, by a test that must wait for its turn on a busy machine.
+WHOLE = ["--variations", 3, "--seconds", 10]
+
+
 def lines_of(folder):
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
 
@@ -65,7 +69,7 @@ def contents(folder):
 def rendered(model, prompts, tmp_path_factory):
     """An uninterrupted run, in a process of its own, with its exit code."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    result = process(prompts, *options(model, output, "--variations", 3))
+    result = process(prompts, *options(model, output, *WHOLE))
     _, errors = result.communicate(timeout=200)
     return output, result.returncode, errors
 
@@ -92,22 +96,22 @@ def test_bad_prompts_cost_a_line_and_nothing_else(rendered):
         assert len(read_midi(output / line["file"])) > 0
         assert line["tokens"] > 0
         assert 0 < line["nats_per_token"] < 30
-        assert line["settings"]["seconds"] == 2.0
+        assert line["settings"]["seconds"] == 10.0
     assert [line["seed"] for line in made if line["file"].startswith("b-")] == [0, 1, 2]
     assert not list(output.rglob(".part*"))
 
 
 def test_killed_anywhere_the_same_command_gives_the_same_bytes(rendered, model, prompts, tmp_path):
     output = tmp_path / "out"
-    arguments = [prompts, *options(model, output, "--variations", 3)]
-    for pieces in (1, 5):
-        killed = process(*arguments)
-        while killed.poll() is None and len(list(output.rglob("*.mid"))) < pieces:
-            time.sleep(0.02)
+    arguments = [prompts, *options(model, output, *WHOLE)]
+    for _ in range(2):
+        killed, enough = process(*arguments), len(list(output.rglob("*.mid"))) + 2
+        while killed.poll() is None and len(list(output.rglob("*.mid"))) < enough:
+            time.sleep(0.01)
         killed.send_signal(signal.SIGKILL)
         killed.communicate()
     made = len(list(output.rglob("*.mid")))
-    assert 1 <= made < 9
+    assert 4 <= made < 9
     with (output / "manifest.jsonl").open("ab") as file:
         file.write(b'{"file": "torn')  # as a power cut leaves it
     resumed = process(*arguments)
@@ -119,7 +123,7 @@ def test_killed_anywhere_the_same_command_gives_the_same_bytes(rendered, model, 
 
 def test_two_processes_share_a_folder(rendered, model, prompts, tmp_path):
     output = tmp_path / "out"
-    arguments = [prompts, *options(model, output, "--variations", 3, "--log", "json")]
+    arguments = [prompts, *options(model, output, *WHOLE, "--log", "json")]
     both = [process(*arguments) for _ in range(2)]
     said = [[json.loads(line) for line in one.communicate(timeout=200)[0].splitlines()] for one in both]
     made = [event["file"] for events in said for event in events if event.get("status") == "made"]

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_unattended(shared_compilations, tiny_checkpoint, prepared, tmp_path, monkeypatch):
+def test_unattended(tiny_checkpoint, prepared, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
     options = ["--prompts", 10, "--prompt-seconds", 2, "--seconds", 1, "--latents", 16, "--batch-size", 2]

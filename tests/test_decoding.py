@@ -219,7 +219,7 @@ def test_rows_are_dealt_to_all_devices(decoder):
 
 def test_two_devices_decode_as_one_does():
     """The tests of batches once more, where rows are dealt."""
-    chosen = "rows or stops or (running_batch and 24-sliding)"
+    chosen = "dealt or stops or (running_batch and 24-sliding)"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-n0", "-q", "-k", chosen, __file__],
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from conftest import noisy_model
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from reference_model import reference
 
 from music_ar import decoding, events
@@ -61,26 +60,6 @@ class CountingBatches:
 
     def set_state(self, state):
         self.next = state["next"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compilations(tmp_path_factory):
-    """Compiles each training step once, however many runs and processes use it; returns the folder."""
-    folder = tmp_path_factory.mktemp("compilations")
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_enable_compilation_cache",
-    )
-    before = [getattr(jax.config, name) for name in names]
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    jax.config.update("jax_enable_compilation_cache", True)
-    yield folder
-    compilation_cache.reset_cache()
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
 
 
 @functools.cache
@@ -194,16 +173,13 @@ def test_stopped_and_resumed_is_uninterrupted_to_the_bit(uninterrupted, tmp_path
     assert_same_run(tmp_path, uninterrupted)
 
 
-def in_a_process(code, compilations, **environment):
+def in_a_process(code, **environment):
     """Runs Python that may use this file's names, as `t`."""
     prelude = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_training as t\n"
     return subprocess.run(
         [sys.executable, "-c", prelude + code],
         cwd=Path(__file__).parents[1],
-        env=os.environ
-        | {"JAX_COMPILATION_CACHE_DIR": str(compilations), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
-        | {"JAX_ENABLE_COMPILATION_CACHE": "true"}
-        | environment,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -219,8 +195,8 @@ t.run(pathlib.Path({output!r}), on_progress=kill_after_four)
 """
 
 
-def test_killed_and_resumed_is_uninterrupted_to_the_bit(uninterrupted, compilations, tmp_path):
-    result = in_a_process(KILLED.format(output=str(tmp_path)), compilations)
+def test_killed_and_resumed_is_uninterrupted_to_the_bit(uninterrupted, tmp_path):
+    result = in_a_process(KILLED.format(output=str(tmp_path)))
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert log_of(tmp_path)[-1][0] == 4
     with (tmp_path / "log.jsonl").open("a") as log:
@@ -319,8 +295,8 @@ with pytest.raises(training.TrainingError, match="accumulation . devices, got 6,
 """
 
 
-def test_two_devices_share_the_batch_and_give_the_losses_of_one(every_step, compilations, tmp_path):
-    result = in_a_process(TWO_DEVICES.format(output=str(tmp_path)), compilations, JAX_NUM_CPU_DEVICES="2")
+def test_two_devices_share_the_batch_and_give_the_losses_of_one(every_step, tmp_path):
+    result = in_a_process(TWO_DEVICES.format(output=str(tmp_path)), JAX_NUM_CPU_DEVICES="2")
     assert result.returncode == 0, result.stderr
     losses = [loss for (loss,) in log_of(every_step[0], "loss") if loss is not None]
     assert [loss for (loss,) in log_of(tmp_path, "loss")] == pytest.approx(losses, abs=1e-4)
