@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from music_ar import events, keyboard
 from music_ar.keyboard import Keyboard
@@ -159,7 +159,7 @@ class Decoder:
 
     def start(
         self,
-        prompts: Sequence[Int[np.ndarray, " _P"]],
+        prompts: Sequence[Integer[np.ndarray, " _P"]],
         *,
         latents: int,
         seeds: Sequence[int],
@@ -186,7 +186,7 @@ class Decoder:
         return state._replace(keys_B=jnp.stack([jax.random.key(seed) for seed in seeds]))
 
     def _prefilled(
-        self, prompts: list[Int[np.ndarray, " _P"]], latents: int, limit_steps: int, windows: int
+        self, prompts: list[Integer[np.ndarray, " _P"]], latents: int, limit_steps: int, windows: int
     ) -> DecodeState:
         config = self.config
         B, R, L = len(prompts), ring_size(latents), config.conv_width
@@ -218,7 +218,7 @@ class Decoder:
         before_BxP = jax.tree.map(lambda leaf: jnp.asarray(leaf[:, :-1]), keyboards_BxP)
         return _prefill(self.graph, self.params, state, jnp.asarray(tokens_BxP[:, L - 1 : -1]), before_BxP)
 
-    def _keyboards(self, prompt: Int[np.ndarray, " _P"], size: int) -> Keyboard:
+    def _keyboards(self, prompt: Integer[np.ndarray, " _P"], size: int) -> Keyboard:
         """The keyboard after each of the last `size` tokens of a prompt, untouched before its first."""
         onsets = self.config.onsets
         kept = jax.tree.map(lambda leaf: leaf[-size:], keyboard.after_each(prompt, onsets))

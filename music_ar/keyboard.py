@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
 from music_ar import events
 
@@ -64,8 +64,9 @@ def untouched(batch_shape: tuple[int, ...], onsets: int, xp: Any = np) -> Keyboa
     )
 
 
-def advance(keyboard: Keyboard, token: Int[Any, "*B"], xp: Any = np) -> Keyboard:
+def advance(keyboard: Keyboard, token: Integer[Any, "*B"], xp: Any = np) -> Keyboard:
     """The keyboard after one more token; `PAD`, `START` and `END` change nothing."""
+    token = xp.asarray(token, xp.int32)
     is_on, is_shift, is_velocity = _is_on(token), _is_shift(token), _is_velocity(token)
     step = keyboard.step + xp.where(is_shift, token - (events.TIME_SHIFT - 1), 0).astype(xp.int32)
     velocity = xp.where(is_velocity, token - (events.VELOCITY - 1), keyboard.velocity).astype(xp.int32)
@@ -82,7 +83,7 @@ def advance(keyboard: Keyboard, token: Int[Any, "*B"], xp: Any = np) -> Keyboard
     )
 
 
-def after_each(tokens: Int[Any, "*B T"], onsets: int, xp: Any = np) -> Keyboard:
+def after_each(tokens: Integer[Any, "*B T"], onsets: int, xp: Any = np) -> Keyboard:
     """The keyboard after each token of sequences, [*B, T], as `advance` from `untouched` gives it.
 
     Args:
@@ -90,6 +91,7 @@ def after_each(tokens: Int[Any, "*B T"], onsets: int, xp: Any = np) -> Keyboard:
         onsets: L.
         xp: the array module.
     """
+    tokens = xp.asarray(tokens, xp.int32)
     time_axis = tokens.ndim - 1
     index = xp.broadcast_to(xp.arange(tokens.shape[-1]).astype(xp.int32), tokens.shape)
     is_on, is_shift, is_velocity = _is_on(tokens), _is_shift(tokens), _is_velocity(tokens)

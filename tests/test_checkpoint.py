@@ -12,7 +12,7 @@ from flax import nnx
 
 from music_ar import checkpoint, events
 from music_ar.checkpoint import CheckpointError, TrainingCheckpoints, load_released, save_released
-from music_ar.model import PRESETS
+from music_ar.model import PRESETS, parameter_count
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], width=16, layers=1, cross_depths=(0,), hidden=24)
 
@@ -119,8 +119,13 @@ def test_shipped_models_are_found_by_name(folder, monkeypatch, tmp_path):
     not any((folder / checkpoint.DEFAULT_RELEASE).is_dir() for folder in checkpoint.SHIPPED_FOLDERS),
     reason="no model ships yet",
 )
-def test_the_model_that_ships_loads():
-    assert load_released().config == PRESETS["small"]
+def test_the_model_that_ships_loads_and_is_the_one_whose_figures_lie_beside_it():
+    model, figures = load_released(), json.loads(checkpoint.read_beside(None, "metrics.json"))
+    assert parameter_count(model) == figures["parameters"]
+    assert (model.config.context, model.config.latents) == (
+        figures["scored_with"]["context"],
+        figures["scored_with"]["latents"],
+    )
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "./no/such", "/no/such", "a/b/c"])

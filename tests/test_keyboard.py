@@ -34,6 +34,15 @@ def test_one_pass_equals_token_by_token(tokens, onsets):
         np.testing.assert_array_equal(whole, stepped)
 
 
+def test_the_type_of_tokens_does_not_matter():
+    """Shards hold them in 16 bits, which have no room for what is counted here."""
+    tokens = events.encode(make_performance(2))
+    for narrow, wide in zip(
+        keyboard.after_each(tokens.astype(np.uint16), 2), keyboard.after_each(tokens, 2), strict=True
+    ):
+        np.testing.assert_array_equal(narrow, wide)
+
+
 def test_jax_computes_the_same():
     tokens = np.stack([events.encode(make_performance(seed))[:600] for seed in range(3)])
     expected = keyboard.after_each(tokens, 4)

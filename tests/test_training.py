@@ -594,7 +594,7 @@ def test_a_budget_of_minutes_counts_the_time_before_resuming(tmp_path, monkeypat
         ({"minutes": float("nan")}, "minutes must be above 0"),
         ({"steps": 3, "batch_size": 0}, "batch_size must be at least 1"),
         ({"steps": 3, "accumulation": 0}, "accumulation must be at least 1"),
-        ({"steps": 3, "accumulation": 5}, "multiple of accumulation, got 32 and 5"),
+        ({"steps": 3, "accumulation": 5}, "multiple of accumulation, got 16 and 5"),
         ({"steps": 3, "log_every": 0}, "log_every must be at least 1"),
         ({"steps": 3, "clip_norm": 0.0}, "clip_norm must be above 0"),
         ({"steps": 3, "dropout": 1.5}, r"dropout must lie in 0\.\.1, got 1.5"),
