@@ -342,7 +342,8 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
     # On its own, because it waits for the chunk that is being made. It takes those who wait out of the queue.
     stop.click(None, cancels=[generating, extending], **QUICK)
     undo.click(on_undo, None, shown, **QUICK)
-    player.choose(on_choose, None, None, **QUICK)
+    # By default Gradio drops what comes while it still tells the server of what came before.
+    player.choose(on_choose, None, None, trigger_mode="always_last", **QUICK)
     prompt_shown = [example, file, prompt_box, prompt_player, start_s, end_s]
     told: dict[str, Any] = {**QUICK, "queue": True, "concurrency_limit": None}  # warnings need the queue
     told_cost: dict[str, Any] = {**QUICK, "fn": on_cost, "inputs": [latents, variations], "outputs": [cost, measured]}
@@ -351,7 +352,7 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
     example.input(on_example, example, prompt_shown, **QUICK).then(**told_cost)
     for changed in (latents.change, variations.change, measured.tick):
         changed(**told_cost)
-    prompt_player.crop(on_crop, None, [start_s, end_s], **QUICK)
+    prompt_player.crop(on_crop, None, [start_s, end_s], trigger_mode="always_last", **QUICK)
     for limit in (start_s, end_s):
         limit.input(on_limits, [start_s, end_s], prompt_player, **QUICK)
     for kind, button in downloads.items():

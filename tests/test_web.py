@@ -83,7 +83,7 @@ def shown(page, player, name):
     return float(page.locator(f"#{player}-player .player").get_attribute(f"data-{name}"))
 
 
-def wait_until(condition, what, timeout_s=40):
+def wait_until(condition, what, timeout_s=90):
     end_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end_s, f"waited {timeout_s} s until {what}"
@@ -95,9 +95,16 @@ def wait_for_notes(page, player, number):
 
 
 def fill(page, element, value):
+    """Types as a person does, who looks whether it stands there: what has just opened may still be drawn anew."""
     box = page.locator(f"#{element} input, #{element} textarea").first
-    box.fill(str(value))
-    box.press("Tab")
+
+    def stands_there():
+        box.fill(str(value))
+        box.press("Tab")
+        time.sleep(0.2)
+        return box.input_value() == str(value)
+
+    wait_until(stands_there, f"{element} is {value}")
 
 
 def upload(page, path):
@@ -185,10 +192,9 @@ def test_variations_from_nothing_with_a_seed_and_their_files(page, address, tmp_
     strips.nth(1).click()
     page.keyboard.press("ArrowDown")
     wait_until(lambda: strips.nth(2).get_attribute("aria-checked") == "true", "the third is chosen")
-    time.sleep(0.5)
+    wait_until(lambda: "9" in download(page, "mid", tmp_path).name, "the server knows it too")
 
     path = download(page, "mid", tmp_path)
-    assert "9" in path.name
     assert len(read_midi(path)) == shown(page, "piece", "notes")
     piece = read_midi(path)
     for kind in ("wav", "mp3"):
