@@ -196,6 +196,7 @@ class Session:
         prompt_name: what it is called.
         takes: what was made, the last one shown.
         chosen: the variation that is heard, extended and downloaded.
+        chosen_at: when it was chosen last, by the page's clock.
         reading: what is shown and heard while the prompt is read: the prompt; None once something is made.
         status: what is going on or was done, in words.
         run: the run that goes on, None if none does.
@@ -208,6 +209,7 @@ class Session:
         self.prompt_name = ""
         self.takes: list[Take] = []
         self.chosen = 0
+        self.chosen_at = 0.0
         self.reading: Take | None = None
         self.status = ""
         self.run: object | None = None
@@ -269,8 +271,16 @@ class Session:
         self.chosen = min(self.chosen, len(self.take.pieces) - 1)
         self.status = f"Undone. {_told(self.take)}"
 
-    def choose(self, variation: int) -> None:
-        """Chooses a variation of the take, by its number from 0."""
+    def choose(self, variation: int, at: float = math.inf) -> None:
+        """Chooses a variation of the take.
+
+        Args:
+            variation: its number, from 0.
+            at: when it was chosen, by the page's own clock; choices may arrive in any order, and the latest counts.
+        """
+        if at < self.chosen_at:
+            return
+        self.chosen_at = at if at < math.inf else self.chosen_at
         if self.takes and 0 <= variation < len(self.take.pieces):
             self.chosen = variation
 

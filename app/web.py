@@ -256,7 +256,7 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
         return show(session)
 
     def on_choose(request: gr.Request, event: gr.EventData) -> None:
-        studio.session(_name(request)).choose(int(event.variation))
+        studio.session(_name(request)).choose(int(event.variation), float(event.at))
 
     def show_prompt(session: Session) -> tuple[Any, ...]:
         end = None if session.prompt is None else round(session.prompt.duration_s, 1)
@@ -343,7 +343,7 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
     stop.click(None, cancels=[generating, extending], **QUICK)
     undo.click(on_undo, None, shown, **QUICK)
     # By default Gradio drops what comes while it still tells the server of what came before.
-    player.choose(on_choose, None, None, trigger_mode="always_last", **QUICK)
+    player.choose(on_choose, None, None, trigger_mode="multiple", **QUICK)
     prompt_shown = [example, file, prompt_box, prompt_player, start_s, end_s]
     told: dict[str, Any] = {**QUICK, "queue": True, "concurrency_limit": None}  # warnings need the queue
     told_cost: dict[str, Any] = {**QUICK, "fn": on_cost, "inputs": [latents, variations], "outputs": [cost, measured]}

@@ -95,6 +95,16 @@ def test_a_run_that_is_stopped_or_fails_while_it_reads_leaves_nothing(studio, mi
     assert not session.making
 
 
+def test_the_latest_choice_counts_in_whichever_order_they_come(studio):
+    session = Session()
+    make(studio, session, seconds=1, seed=3, variations=3)
+    for variation, at, chosen in [(1, 10.0, 1), (2, 12.0, 2), (0, 11.0, 2), (5, 13.0, 2), (0, 14.0, 0)]:
+        session.choose(variation, at)
+        assert session.chosen == chosen
+    session.choose(1)  # by a program, which has no clock
+    assert session.chosen == 1
+
+
 def test_extending_keeps_what_was_there_with_caches_and_without(studio):
     for evicted in (False, True):
         session = Session()

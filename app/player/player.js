@@ -357,7 +357,7 @@ function choose(number) { // the same moment of another variation
   pause();
   chosen = number;
   position = Math.min(at, current().until);
-  trigger('choose', { variation: number });
+  trigger('choose', { variation: number, at: performance.now() });
   buildStrips();
   if (was) play();
   dirty = true;
