@@ -18,14 +18,15 @@ if not os.environ.keys() & {"PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"}:  # ne
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
-# In the background of a shell Ctrl-C is ignored, and so would it be by the processes that tests start and interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest
 from hypothesis import settings
 
 from music_ar.midi import Performance, write_midi
+
+# In the background of a shell Ctrl-C is ignored, and so would it be by the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Shared machines stall, and the first example pays for compilation: time says nothing about correctness here.
 settings.register_profile("music-ar", deadline=None, print_blob=True)
