@@ -134,7 +134,7 @@ def attend(
     E, R, K = k_ExRxK.shape
     X, H = rings_Xx2.shape[0], config.heads
     tiling = Tiling.of(E, R) if tiling is None else tiling
-    interpret = jax.default_backend() != "gpu" if interpret is None else interpret
+    interpret = _interpreted() if interpret is None else interpret
     k, v = (None, None) if new is None else new
     sizes = _Sizes(config=config, queries=q.array.shape[0] // X, tiling=tiling, interpreted=interpret)
     inputs = [rings_Xx2, turns_XxPx2xK, q.array, q.scale]
@@ -282,7 +282,7 @@ def _kernel(*refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Place | 
     scores_ref[row, split, 1, number_P] = total_P
     if not sizes.interpreted:
         triton.debug_barrier()  # all threads' writes come before the one thread's counting
-    finished = triton.atomic_add(counters_ref, (row,), 1)
+    finished = triton.atomic_add(counters_ref, (row,), jnp.int32(1))
 
     @pl.when(finished == S - 1)
     def _() -> None:
@@ -300,6 +300,10 @@ def _kernel(*refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Place | 
         total_P = jnp.sum(total_SxP * weight_SxP, axis=0)
         found_ref[(*at(number_P), channel_1xK)] = (sum_PxK / total_P[:, None]).astype(found_ref.dtype)
         counters_ref[row] = 0
+
+
+def _interpreted() -> bool:
+    return jax.default_backend() != "gpu"
 
 
 def _numbers(count: int) -> Array:
