@@ -58,12 +58,14 @@ class Tiling:
     @classmethod
     def of(cls, cache_rows: int, ring: int) -> "Tiling":
         """Enough programs to keep some 132 multiprocessors busy, with 64 entries each at the least."""
-        block = min(_LARGEST_BLOCK, ring & -ring)  # the power of two in the ring's size
         splits = 1
-        while 2 * splits * cache_rows <= _PROGRAMS and ring // (2 * splits) >= 64 and ring % (2 * splits * 16) == 0:
+        while (
+            2 * splits <= min(_MOST_SPLITS, _PROGRAMS // cache_rows, ring // 64)
+            and ring % (2 * splits * LEAST_RING) == 0
+        ):
             splits *= 2
         span = ring // splits
-        return cls(splits=min(splits, _MOST_SPLITS), block=min(block, span & -span))
+        return cls(splits=splits, block=min(_LARGEST_BLOCK, span & -span))  # the power of two in what is a program's
 
 
 _LARGEST_BLOCK, _PROGRAMS, _MOST_SPLITS = 128, 256, 64
@@ -189,15 +191,15 @@ class _Sizes:
         return self.config.heads // self.config.kv_heads
 
 
-def _kernel(*refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Place | None) -> None:
+def _kernel(*all_refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Place | None) -> None:
     """The program of one cache row and one split of it.
 
     Queries beyond the last, which fill up a block, are the last once more: they find the same and are written to the
     same place. Keys and values are read from the outputs, whose buffers are the inputs'.
     """
-    rings_ref, turns_ref, q_ref, q_scale_ref, *refs = refs
-    k_new_ref, k_scale_ref, v_new_ref = refs[:3] if k is not None else (None, None, None)
-    found_ref, k_ref, v_ref, counters_ref, *partial_refs = refs[6 if k is not None else 3 :]
+    rings_ref, turns_ref, q_ref, q_scale_ref, *refs = all_refs
+    new_refs, refs = (refs[:3], refs[3:]) if k is not None else ([], refs)
+    found_ref, k_ref, v_ref, counters_ref, *partial_refs = refs[3:]  # the first three are inputs
     config, tiling = sizes.config, sizes.tiling
     _, R, K = k_ref.shape
     G, F, S = config.kv_heads, sizes.queries * sizes.group, tiling.splits
@@ -233,17 +235,24 @@ def _kernel(*refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Place | 
     top_P = jnp.full(number_P.shape, _LOWEST, jnp.float32)
     total_P, sum_PxK = jnp.zeros_like(top_P), jnp.zeros(q_PxK.shape, jnp.float32)
 
-    nearest = 0
+    nearest = 0  # the latest entry that is read from the ring, counted from the slot back
     if k is not None and v is not None:
         nearest = 1
+        k_new_ref, k_scale_ref, v_new_ref = new_refs
         ring_1x1, head_1x1 = jnp.full((1, 1), ring), jnp.full((1, 1), head)
         k_1xK = turned(k_new_ref, k_scale_ref, k, ring_1x1, head_1x1).astype(k_ref.dtype)
-        v_1xK = v_new_ref[ring_1x1, v.first + head_1x1, channel_1xK]
+        v_1xK = v_new_ref[ring_1x1, v.first + head_1x1, channel_1xK].astype(v_ref.dtype)
         score_P = jnp.sum(q_PxK.astype(jnp.float32) * k_1xK.astype(jnp.float32), axis=1) * scale
         mine = split == 0  # the first split has the new entry, wherever its slot is
         top_P = jnp.where(mine, score_P, top_P)
         total_P = jnp.where(mine, 1.0, total_P)
         sum_PxK = jnp.where(mine, v_1xK.astype(jnp.float32), sum_PxK)
+
+        @pl.when(mine)
+        def _() -> None:
+            place_1xK = (jnp.full((1, 1), row), jnp.full((1, 1), slot), channel_1xK)
+            k_ref[place_1xK] = k_1xK
+            v_ref[place_1xK] = v_1xK
 
     def add_block(index: Array | int, found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top_P, total_P, sum_PxK = found
@@ -263,14 +272,6 @@ def _kernel(*refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Place | 
     found = (top_P, total_P, sum_PxK)
     found = add_block(0, found) if blocks == 1 else jax.lax.fori_loop(0, blocks, add_block, found)
     top_P, total_P, sum_PxK = found
-
-    if k is not None:
-
-        @pl.when(split == 0)
-        def _() -> None:
-            place_1xK = (jnp.full((1, 1), row), jnp.full((1, 1), slot), channel_1xK)
-            k_ref[place_1xK] = k_1xK
-            v_ref[place_1xK] = v_1xK.astype(v_ref.dtype)
 
     if S == 1:
         found_ref[(*at(number_P), channel_1xK)] = (sum_PxK / total_P[:, None]).astype(found_ref.dtype)
@@ -320,7 +321,7 @@ def _product(x: Array, y: Array, *, contracting: tuple[int, int]) -> Array:
     return jax.lax.dot_general(
         x,
         y,
-        (tuple((axis,) for axis in contracting), ((), ())),
+        (((contracting[0],), (contracting[1],)), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )

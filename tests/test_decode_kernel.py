@@ -18,7 +18,7 @@ from music_ar.sampling import SamplingOptions
 
 # Three query heads a key head, of which one counts time; a ring of the context that is no power of two.
 CONFIG = dataclasses.replace(
-    PRESETS["tiny"], context=48, latents=32, heads=6, head_size=16, onsets=3, time_heads=1, cross_depths=(1,)
+    PRESETS["tiny"], context=48, latents=32, layers=1, heads=6, head_size=16, onsets=3, time_heads=1, cross_depths=(0,)
 )
 BUDGET = 16
 PIECE = np.concatenate([[events.START], np.random.default_rng(0).integers(0, events.EVENT_CLASSES, 130)]).astype(
@@ -64,7 +64,7 @@ def test_a_split_ring_is_put_together(split):
 
 @pytest.mark.parametrize("heads", [{"heads": 2, "kv_heads": 2}, {"heads": 8, "kv_heads": 1}])
 def test_other_numbers_of_heads(heads):
-    model = noisy_model(dataclasses.replace(CONFIG, layers=1, cross_depths=(), **heads))
+    model = noisy_model(dataclasses.replace(CONFIG, cross_depths=(), **heads))
     fused, plain = (logits(model, fused=fused, mode="sliding", steps=20) for fused in (True, False))
     np.testing.assert_allclose(fused, plain, atol=2e-5)
 
