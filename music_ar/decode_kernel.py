@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
+from music_ar import linear_kernel
 from music_ar.model import Block, ModelConfig, rotary_angles
 
 _LOWEST = -1e30  # below any score, and finite: what is subtracted from it stays a number
@@ -337,12 +338,19 @@ class FusedAttention:
         clock_B: the time of the step, by row.
         places_BxP: the position that it has in the piece, by either way to count.
         windows: W.
+        linear: whether the linear layers around attention go through `linear_kernel`, if the rows are few.
     """
 
     def __init__(
-        self, config: ModelConfig, clock_B: Int[Array, " B"], places_BxP: Int[Array, "B P"], windows: int
+        self,
+        config: ModelConfig,
+        clock_B: Int[Array, " B"],
+        places_BxP: Int[Array, "B P"],
+        windows: int,
+        *,
+        linear: bool = False,
     ) -> None:
-        self._config, self._clock_B, self._windows = config, clock_B, windows
+        self._config, self._clock_B, self._windows, self._linear = config, clock_B, windows, linear
         self._turns_BxPx2xK = rotary_turns(config, places_BxP)
         # One after another the kernels use these and leave them as they were.
         self._counters_E = jnp.zeros(len(clock_B) * windows * config.kv_heads, jnp.int32)
@@ -362,7 +370,7 @@ class FusedAttention:
                 Heads(self._heads(block.key(context_Bx1xD)), scale=_scale(block.key_norm)),
                 Heads(self._heads(block.value(context_Bx1xD))),
             )
-        q = Heads(self._heads(block.query(block.attention_norm(x_BxTxD))), scale=_scale(block.query_norm))
+        q = Heads(self._heads(self._project(block, block.query, x_BxTxD)), scale=_scale(block.query_norm))
         found, cache = self._attend(q, new, cache, self._clock_B, since_B, self._turns_BxPx2xK)
         return found.reshape(*x_BxTxD.shape[:2], *found.shape[1:]), cache
 
@@ -372,13 +380,45 @@ class FusedAttention:
         """See `decoding.PlainAttention.within`."""
         assert block.joined is not None, "blocks are joined when a decoder is made"
         H, G, K = self._config.heads, self._config.kv_heads, self._config.head_size
-        qkv = self._heads(block.joined.projection(block.attention_norm(x_BWx1xD)))
+        qkv = self._heads(self._project(block, block.joined.projection, x_BWx1xD))
         scale = block.joined.scale_1x1xHxK[...].reshape(H + G, K)
         new = (Heads(qkv, first=H, scale=scale, scale_row=H), Heads(qkv, first=H + G))
         clock_BW = jnp.repeat(self._clock_B, self._windows)
         turns = jnp.repeat(self._turns_BxPx2xK, self._windows, axis=0)
         found, cache = self._attend(Heads(qkv, scale=scale), new, cache, clock_BW, since_BW, turns)
         return found[:, None], cache
+
+    def add(
+        self, block: Block, x_BxTxD: Float[Array, "B T D"], found_BxTxHxK: Float[Array, "B T H K"]
+    ) -> Float[Array, "B T D"]:
+        """See `decoding.PlainAttention.add`."""
+        output, expand, contract = (
+            self._few_rows(layer, x_BxTxD) for layer in (block.output, block.expand, block.contract)
+        )
+        if output is None or expand is None or contract is None:
+            return block.add(x_BxTxD, found_BxTxHxK, nnx.Dropout(0.0, deterministic=True))
+        x_XxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
+        x_XxD = linear_kernel.linear(found_BxTxHxK.reshape(len(x_XxD), -1), output, stream_XxO=x_XxD)
+        scale_D = _scale(block.feed_forward_norm)[0]
+        hidden_XxF = linear_kernel.linear(x_XxD, expand, norm_scale_I=scale_D, squared_relu=True)
+        return linear_kernel.linear(hidden_XxF, contract, stream_XxO=x_XxD).reshape(x_BxTxD.shape)
+
+    def _project(self, block: Block, layer: nnx.Linear, x_BxTxD: Array) -> Array:
+        """A projection of the stream, which is normalised first."""
+        matrix = self._few_rows(layer, x_BxTxD)
+        if matrix is None:
+            return layer(block.attention_norm(x_BxTxD))
+        x_XxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
+        y_XxO = linear_kernel.linear(x_XxD, matrix, norm_scale_I=_scale(block.attention_norm)[0])
+        return y_XxO.reshape(*x_BxTxD.shape[:2], -1)
+
+    def _few_rows(self, layer: nnx.Linear, x_BxTxD: Array) -> Array | None:
+        """The layer's matrix, if `linear_kernel` is to be used for so many rows."""
+        rows = x_BxTxD.shape[0] * x_BxTxD.shape[1]
+        if not self._linear or rows > linear_kernel.MOST_ROWS or not isinstance(layer, nnx.Linear):
+            return None
+        matrix = layer.kernel[...].astype(x_BxTxD.dtype)
+        return matrix if linear_kernel.suits(matrix) else None
 
     def _attend(
         self,

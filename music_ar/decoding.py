@@ -42,7 +42,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from music_ar import decode_kernel, events, keyboard
 from music_ar.decode_kernel import FusedAttention
 from music_ar.keyboard import Keyboard
-from music_ar.model import Block, ModelConfig, PerceiverAR, causal_attention
+from music_ar.model import Block, PerceiverAR, causal_attention
 from music_ar.quantization import with_int8_weights
 from music_ar.sampling import Filters, sample
 
@@ -50,6 +50,8 @@ WindowMode = Literal["exact", "sliding"]
 WINDOW_MODES: tuple[WindowMode, ...] = get_args(WindowMode)
 _NEVER = np.int32(2**30)
 KeysValues = tuple[Array, Array]
+Fused = Literal["", "attention", "blocks"]
+"""What kernels for GPUs do: nothing, each attention, or also the linear layers of blocks (if rows are few)."""
 
 
 class Caches(NamedTuple):
@@ -146,12 +148,13 @@ class Decoder:
         model: the model; it is not changed.
         int8: whether to hold matrices as int8, which is exact for a released model. Default: on a CPU, where a token
             waits for the weights to come from memory.
-        fused: whether attention is done by the kernel of `decode_kernel`. Default: on a GPU, if it suits the model.
+        fused: what the kernels of `decode_kernel` do. Default: on a GPU attention, if they suit the model.
     """
 
-    def __init__(self, model: PerceiverAR, *, int8: bool | None = None, fused: bool | None = None):
+    def __init__(self, model: PerceiverAR, *, int8: bool | None = None, fused: Fused | None = None):
         self.config, self.dtype = model.config, model.dtype
-        self.fused = jax.default_backend() == "gpu" and decode_kernel.suits(model.config) if fused is None else fused
+        kernels = jax.default_backend() == "gpu" and decode_kernel.suits(model.config)
+        self.fused: Fused = ("attention" if kernels else "") if fused is None else fused
         model = nnx.clone(model)
         for block in model.blocks:
             block.join()
@@ -355,8 +358,9 @@ def _on_each(function: Callable[..., Any], mesh: Mesh, in_specs: tuple[Any, ...]
 class _Graph:
     """A model's structure and how it is decoded, as a static argument: what JAX hashes at each call is kept."""
 
-    def __init__(self, graph: nnx.GraphDef[PerceiverAR], fused: bool):
-        self.graph, self.fused, self._hash = graph, fused, hash((graph, fused))
+    def __init__(self, graph: nnx.GraphDef[PerceiverAR], fused: Fused):
+        self.graph, self._hash = graph, hash((graph, fused))
+        self.fused: Fused = fused
 
     def __hash__(self) -> int:
         return self._hash
@@ -443,13 +447,13 @@ def take(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
     )
 
 
-def step(model: PerceiverAR, state: DecodeState, *, fused: bool = False) -> tuple[Float[Array, "B V"], DecodeState]:
+def step(model: PerceiverAR, state: DecodeState, *, fused: Fused = "") -> tuple[Float[Array, "B V"], DecodeState]:
     """Runs the pending token through the model: logits of what follows it, and the state one tick later.
 
     Args:
         model: with its self blocks joined, as `Decoder` makes it.
         state: what came before.
-        fused: whether attention is done by the kernel for GPUs, to which the caches' layout must fit.
+        fused: what kernels for GPUs do; the caches' layout must fit.
     """
     clock_B, caches = state.clock_B, state.caches
     B = state.birth_B.shape[0]
@@ -459,13 +463,16 @@ def step(model: PerceiverAR, state: DecodeState, *, fused: bool = False) -> tupl
     seen_since_B = jnp.maximum(state.birth_B, 0)
     window_since_BW = (starts_BxW + state.birth_B[:, None]).reshape(-1)
     places_BxP = jnp.stack([age_B, state.keyboard.step], axis=-1)
-    attention = (FusedAttention if fused else PlainAttention)(model.config, clock_B, places_BxP, W)
+    if fused:
+        attention = FusedAttention(model.config, clock_B, places_BxP, W, linear=fused == "blocks")
+    else:
+        attention = PlainAttention(clock_B, places_BxP, W)
 
     def attend_context(
         block: Block, x_BxTxD: Array, context: Array | None, cache: KeysValues
     ) -> tuple[Array, KeysValues]:
         found, cache = attention.cross(block, x_BxTxD, context, cache, seen_since_B)
-        return block.add(x_BxTxD, found, _KEEP), cache
+        return attention.add(block, x_BxTxD, found), cache
 
     embedded_Bx1xD = model.tell(model.embed_last(state.recent_BxL), state.keyboard)[:, None]
     context_Bx1xD = model.context_norm(embedded_Bx1xD)
@@ -479,7 +486,7 @@ def step(model: PerceiverAR, state: DecodeState, *, fused: bool = False) -> tupl
             x_BxWxD, cross = attend_context(further[depth], x_BWx1xD.reshape(B, W, -1), None, cross)
             x_BWx1xD = x_BxWxD.reshape(x_BWx1xD.shape)
         found, cache = attention.within(block, x_BWx1xD, (cache[0], cache[1]), window_since_BW)
-        x_BWx1xD = block.add(x_BWx1xD, found, _KEEP)
+        x_BWx1xD = attention.add(block, x_BWx1xD, found)
         filled.append(cache)
     predicting_Bx1xD = x_BWx1xD[jnp.arange(B) * W + active_B]
     caches = Caches(*cross, *zip(*filled, strict=True))
@@ -510,15 +517,12 @@ class PlainAttention:
     """The attention of all blocks in one step, as ordinary operations; `FusedAttention` does the same in a kernel.
 
     Args:
-        config: of the model.
         clock_B: the time of the step, by row.
         places_BxP: the position that it has in the piece, by either way to count.
         windows: W.
     """
 
-    def __init__(
-        self, config: ModelConfig, clock_B: Int[Array, " B"], places_BxP: Int[Array, "B P"], windows: int
-    ) -> None:
+    def __init__(self, clock_B: Int[Array, " B"], places_BxP: Int[Array, "B P"], windows: int) -> None:
         self._clock_B, self._places_Bx1xP, self._windows = clock_B, places_BxP[:, None], windows
 
     def cross(
@@ -562,6 +566,12 @@ class PlainAttention:
         times_BWxR = _times(clock_BW, cache[1].shape[1])
         in_window_BWxR = (times_BWxR >= since_BW[:, None]) | (times_BWxR == clock_BW[:, None])
         return _attend(q, *cache, in_window_BWxR), cache
+
+    def add(
+        self, block: Block, x_BxTxD: Float[Array, "B T D"], found_BxTxHxK: Float[Array, "B T H K"]
+    ) -> Float[Array, "B T D"]:
+        """The stream after a block whose attention found this."""
+        return block.add(x_BxTxD, found_BxTxHxK, _KEEP)
 
 
 def _times(clock_B: Array, size: int) -> Int[Array, "B size"]:
