@@ -39,7 +39,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from music_ar import events, keyboard
+from music_ar import decode_kernel, events, keyboard
+from music_ar.decode_kernel import FusedAttention
 from music_ar.keyboard import Keyboard
 from music_ar.model import Block, PerceiverAR, causal_attention
 from music_ar.quantization import with_int8_weights
@@ -48,6 +49,9 @@ from music_ar.sampling import Filters, sample
 WindowMode = Literal["exact", "sliding"]
 WINDOW_MODES: tuple[WindowMode, ...] = get_args(WindowMode)
 _NEVER = np.int32(2**30)
+KeysValues = tuple[Array, Array]
+Fused = Literal["", "attention", "blocks"]
+"""What kernels for GPUs do: nothing, each attention, or also the linear layers of blocks (if rows are few)."""
 
 
 class Caches(NamedTuple):
@@ -56,14 +60,16 @@ class Caches(NamedTuple):
     Batch, window and key head are one axis. That is not for brevity: XLA drops an axis of length 1 (a batch of one)
     by a reshape, fuses the reshape with the write of the new entry, and then copies the whole cache at each token.
 
+    Keys are laid out otherwise than values, as [.., K, R], except for the kernel of `decode_kernel`.
+
     Attributes:
-        cross_k, cross_v: of the inputs, [B G, K, M] and [B G, M, K]; time t is in slot t mod M.
-        self_k, self_v: of the latents, one array a layer, [B W G, K, R] and [B W G, R, K].
+        cross_k, cross_v: of the inputs, [B G, K, M] (fused: [B G, M, K]) and [B G, M, K]; time t is in slot t mod M.
+        self_k, self_v: of the latents, one array a layer, [B W G, K, R] (fused: [B W G, R, K]) and [B W G, R, K].
     """
 
-    cross_k: Float[Array, "BG K M"]
+    cross_k: Float[Array, "BG _ _"]
     cross_v: Float[Array, "BG M K"]
-    self_k: tuple[Float[Array, "E K R"], ...]
+    self_k: tuple[Float[Array, "E _ _"], ...]
     self_v: tuple[Float[Array, "E R K"], ...]
 
 
@@ -142,17 +148,20 @@ class Decoder:
         model: the model; it is not changed.
         int8: whether to hold matrices as int8, which is exact for a released model. Default: on a CPU, where a token
             waits for the weights to come from memory.
+        fused: what the kernels of `decode_kernel` do. Default: on a GPU attention, if they suit the model.
     """
 
-    def __init__(self, model: PerceiverAR, *, int8: bool | None = None):
+    def __init__(self, model: PerceiverAR, *, int8: bool | None = None, fused: Fused | None = None):
         self.config, self.dtype = model.config, model.dtype
+        kernels = jax.default_backend() == "gpu" and decode_kernel.suits(model.config)
+        self.fused: Fused = ("attention" if kernels else "") if fused is None else fused
         model = nnx.clone(model)
         for block in model.blocks:
             block.join()
         if jax.default_backend() == "cpu" if int8 is None else int8:
             model = with_int8_weights(model)
         graph, params = nnx.split(model)
-        self.graph = _Graph(graph)
+        self.graph = _Graph(graph, self.fused)
         # Matrices are computed with in this type anyway; in a loop XLA would convert them anew for each token.
         self.params = jax.tree.map(lambda leaf: _matrix_as(leaf, self.dtype), params)
         self._params_on: dict[Mesh | None, nnx.State] = {None: self.params}
@@ -190,6 +199,8 @@ class Decoder:
     ) -> DecodeState:
         config = self.config
         B, R, L = len(prompts), ring_size(latents), config.conv_width
+        if self.fused:
+            R = max(R, decode_kernel.LEAST_RING)
         longest = max(len(prompt) for prompt in prompts) - 1
         # What a latent still in a window could see, and the taps before that.
         reach = config.context + R + L
@@ -228,10 +239,14 @@ class Decoder:
     def _empty_caches(self, B: int, R: int, windows: int) -> Caches:
         config, dtype = self.config, self.dtype
         G, K, M = config.kv_heads, config.head_size, config.context
+
+        def keys(rows: int, size: int) -> Array:
+            return jnp.zeros((rows, size, K) if self.fused else (rows, K, size), dtype)
+
         return Caches(
-            cross_k=jnp.zeros((B * G, K, M), dtype),
+            cross_k=keys(B * G, M),
             cross_v=jnp.zeros((B * G, M, K), dtype),
-            self_k=tuple(jnp.zeros((B * windows * G, K, R), dtype) for _ in range(config.layers)),
+            self_k=tuple(keys(B * windows * G, R) for _ in range(config.layers)),
             self_v=tuple(jnp.zeros((B * windows * G, R, K), dtype) for _ in range(config.layers)),
         )
 
@@ -341,16 +356,17 @@ def _on_each(function: Callable[..., Any], mesh: Mesh, in_specs: tuple[Any, ...]
 
 
 class _Graph:
-    """A model's structure as a static argument: what JAX hashes and compares at each call is kept."""
+    """A model's structure and how it is decoded, as a static argument: what JAX hashes at each call is kept."""
 
-    def __init__(self, graph: nnx.GraphDef[PerceiverAR]):
-        self.graph, self._hash = graph, hash(graph)
+    def __init__(self, graph: nnx.GraphDef[PerceiverAR], fused: Fused):
+        self.graph, self._hash = graph, hash((graph, fused))
+        self.fused: Fused = fused
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Graph) and self.graph == other.graph)
+        return self is other or (isinstance(other, _Graph) and (self.graph, self.fused) == (other.graph, other.fused))
 
 
 def ring_size(latents: int) -> int:
@@ -380,7 +396,7 @@ def _decode_rows(
 
     def one_token(carry: tuple[Array, DecodeState, Array, Array]) -> tuple[Array, DecodeState, Array, Array]:
         index, state, tokens, nats = carry
-        logits_BxV, state = step(model, state)
+        logits_BxV, state = step(model, state, fused=graph.fused)
         allowed_BxV = jnp.where(events.playable_events(state.grammar, jnp), logits_BxV, -jnp.inf)
         age_B = state.clock_B - state.birth_B
         drawn_B = sample(jax.vmap(jax.random.fold_in)(state.keys_B, age_B), allowed_BxV, filters)
@@ -411,7 +427,7 @@ def _force_rows(
     model = nnx.merge(graph.graph, params)
 
     def one_token(state: DecodeState, token_B: Array) -> tuple[DecodeState, Array]:
-        logits_BxV, state = step(model, state)
+        logits_BxV, state = step(model, state, fused=graph.fused)
         return take(state, token_B), logits_BxV
 
     state, logits_TxBxV = jax.lax.scan(one_token, state, tokens_BxT.T)
@@ -431,45 +447,49 @@ def take(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
     )
 
 
-def step(model: PerceiverAR, state: DecodeState) -> tuple[Float[Array, "B V"], DecodeState]:
-    """Runs the pending token through the model: logits of what follows it, and the state one tick later."""
+def step(model: PerceiverAR, state: DecodeState, *, fused: Fused = "") -> tuple[Float[Array, "B V"], DecodeState]:
+    """Runs the pending token through the model: logits of what follows it, and the state one tick later.
+
+    Args:
+        model: with its self blocks joined, as `Decoder` makes it.
+        state: what came before.
+        fused: what kernels for GPUs do; the caches' layout must fit.
+    """
     clock_B, caches = state.clock_B, state.caches
-    M, R = caches.cross_v.shape[1], caches.self_v[0].shape[1]
     B = state.birth_B.shape[0]
     W = caches.self_v[0].shape[0] // caches.cross_v.shape[0]
     age_B = clock_B - state.birth_B
     starts_BxW, active_B = window_starts(age_B, state.budget_B, W)
-    seen_BxM = _times(clock_B, M) >= jnp.maximum(state.birth_B, 0)[:, None]
-    times_BWxR = jnp.repeat(_times(clock_B, R), W, axis=0)
-    # A window that has not begun sees itself, so that its softmax has a key; nobody reads it.
-    in_window_BWxR = times_BWxR >= (starts_BxW + state.birth_B[:, None]).reshape(-1, 1)
-    in_window_BWxR |= times_BWxR == jnp.repeat(clock_B, W)[:, None]
+    seen_since_B = jnp.maximum(state.birth_B, 0)
+    window_since_BW = (starts_BxW + state.birth_B[:, None]).reshape(-1)
+    places_BxP = jnp.stack([age_B, state.keyboard.step], axis=-1)
+    if fused:
+        attention = FusedAttention(model.config, clock_B, places_BxP, W, linear=fused == "blocks")
+    else:
+        attention = PlainAttention(clock_B, places_BxP, W)
+
+    def attend_context(
+        block: Block, x_BxTxD: Array, context: Array | None, cache: KeysValues
+    ) -> tuple[Array, KeysValues]:
+        found, cache = attention.cross(block, x_BxTxD, context, cache, seen_since_B)
+        return attention.add(block, x_BxTxD, found), cache
 
     embedded_Bx1xD = model.tell(model.embed_last(state.recent_BxL), state.keyboard)[:, None]
-    places_Bx1xP = jnp.stack([age_B, state.keyboard.step], axis=-1)[:, None]
-    k, v = model.cross.keys_values(model.context_norm(embedded_Bx1xD), places_Bx1xP)
-    cross_k, cross_v = _write(caches.cross_k, caches.cross_v, k, v, clock_B % M)
-
-    def attend_context(block: Block, x_BxTxD: Array, places_BxTxP: Array) -> Array:
-        q_BxTxHxK = block.queries(x_BxTxD, places_BxTxP)
-        return block.add(x_BxTxD, _attend(q_BxTxHxK, cross_k, cross_v, seen_BxM), _KEEP)
-
-    x_Bx1xD = attend_context(model.cross, model.latent(embedded_Bx1xD), places_Bx1xP)
+    context_Bx1xD = model.context_norm(embedded_Bx1xD)
+    cross = (caches.cross_k, caches.cross_v)
+    x_Bx1xD, cross = attend_context(model.cross, model.latent(embedded_Bx1xD), context_Bx1xD, cross)
     x_BWx1xD = jnp.repeat(x_Bx1xD, W, axis=0)
-    places_BWx1xP = jnp.repeat(places_Bx1xP, W, axis=0)
     further = dict(zip(model.config.cross_depths, model.further_crosses, strict=True))
-    self_k, self_v = [], []
-    for depth, block in enumerate(model.blocks):
+    filled = []
+    for depth, (block, *cache) in enumerate(zip(model.blocks, caches.self_k, caches.self_v, strict=True)):
         if depth in further:
-            x_BxWxD = attend_context(further[depth], x_BWx1xD.reshape(B, W, -1), places_BWx1xP.reshape(B, W, -1))
+            x_BxWxD, cross = attend_context(further[depth], x_BWx1xD.reshape(B, W, -1), None, cross)
             x_BWx1xD = x_BxWxD.reshape(x_BWx1xD.shape)
-        q, k, v = block.queries_keys_values(x_BWx1xD, places_BWx1xP)
-        written = _write(caches.self_k[depth], caches.self_v[depth], k, v, clock_B % R)
-        x_BWx1xD = block.add(x_BWx1xD, _attend(q, *written, in_window_BWxR), _KEEP)
-        self_k.append(written[0])
-        self_v.append(written[1])
+        found, cache = attention.within(block, x_BWx1xD, (cache[0], cache[1]), window_since_BW)
+        x_BWx1xD = attention.add(block, x_BWx1xD, found)
+        filled.append(cache)
     predicting_Bx1xD = x_BWx1xD[jnp.arange(B) * W + active_B]
-    caches = Caches(cross_k, cross_v, tuple(self_k), tuple(self_v))
+    caches = Caches(*cross, *zip(*filled, strict=True))
     return model.logits(predicting_Bx1xD)[:, 0], state._replace(clock_B=clock_B + 1, caches=caches)
 
 
@@ -493,17 +513,78 @@ def window_starts(
 _KEEP = nnx.Dropout(0.0, deterministic=True)
 
 
+class PlainAttention:
+    """The attention of all blocks in one step, as ordinary operations; `FusedAttention` does the same in a kernel.
+
+    Args:
+        clock_B: the time of the step, by row.
+        places_BxP: the position that it has in the piece, by either way to count.
+        windows: W.
+    """
+
+    def __init__(self, clock_B: Int[Array, " B"], places_BxP: Int[Array, "B P"], windows: int) -> None:
+        self._clock_B, self._places_Bx1xP, self._windows = clock_B, places_BxP[:, None], windows
+
+    def cross(
+        self,
+        block: Block,
+        x_BxTxD: Float[Array, "B T D"],
+        context_Bx1xD: Float[Array, "B 1 D"] | None,
+        cache: KeysValues,
+        since_B: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B T H K"], KeysValues]:
+        """What a cross block finds in the context for T latents a row, and the context's cache.
+
+        Args:
+            block: the block.
+            x_BxTxD: the stream of the latents.
+            context_Bx1xD: the normalised input that is new in the context; None if the cache has it already.
+            cache: of the context.
+            since_B: the time from which on inputs are seen.
+        """
+        if context_Bx1xD is not None:
+            cache = _write(*cache, *block.keys_values(context_Bx1xD, self._places_Bx1xP), self._clock_B)
+        places_BxTxP = jnp.repeat(self._places_Bx1xP, x_BxTxD.shape[1], axis=1)
+        seen_BxM = _times(self._clock_B, cache[1].shape[1]) >= since_B[:, None]
+        return _attend(block.queries(x_BxTxD, places_BxTxP), *cache, seen_BxM), cache
+
+    def within(
+        self, block: Block, x_BWx1xD: Float[Array, "BW 1 D"], cache: KeysValues, since_BW: Int[Array, " BW"]
+    ) -> tuple[Float[Array, "BW 1 H K"], KeysValues]:
+        """What a self block finds in each window, and the windows' cache.
+
+        Args:
+            block: the block.
+            x_BWx1xD: the stream.
+            cache: of the windows.
+            since_BW: when each window began. One that has not begun sees itself, so that its softmax has a key; nobody
+                reads it.
+        """
+        clock_BW = jnp.repeat(self._clock_B, self._windows)
+        q, k, v = block.queries_keys_values(x_BWx1xD, jnp.repeat(self._places_Bx1xP, self._windows, axis=0))
+        cache = _write(*cache, k, v, clock_BW)
+        times_BWxR = _times(clock_BW, cache[1].shape[1])
+        in_window_BWxR = (times_BWxR >= since_BW[:, None]) | (times_BWxR == clock_BW[:, None])
+        return _attend(q, *cache, in_window_BWxR), cache
+
+    def add(
+        self, block: Block, x_BxTxD: Float[Array, "B T D"], found_BxTxHxK: Float[Array, "B T H K"]
+    ) -> Float[Array, "B T D"]:
+        """The stream after a block whose attention found this."""
+        return block.add(x_BxTxD, found_BxTxHxK, _KEEP)
+
+
 def _times(clock_B: Array, size: int) -> Int[Array, "B size"]:
     """The time that each slot of a ring holds, once the slot of `clock_B` is written."""
     return clock_B[:, None] - (clock_B[:, None] - jnp.arange(size)[None]) % size
 
 
 def _write(
-    k_cache_ExKxR: Array, v_cache_ExRxK: Array, k_Bx1xGxK: Array, v_Bx1xGxK: Array, slot_B: Array
-) -> tuple[Array, Array]:
-    """The caches with the key and value of one time in each row's slot."""
-    E, K, _ = k_cache_ExKxR.shape
-    slot_E = jnp.repeat(slot_B, E // len(slot_B))
+    k_cache_ExKxR: Array, v_cache_ExRxK: Array, k_Bx1xGxK: Array, v_Bx1xGxK: Array, clock_B: Array
+) -> KeysValues:
+    """The caches with the key and value of the clock's time in its slot."""
+    E, K, R = k_cache_ExKxR.shape
+    slot_E = jnp.repeat(clock_B % R, E // len(clock_B))
     return (
         k_cache_ExKxR.at[jnp.arange(E), :, slot_E].set(k_Bx1xGxK.reshape(E, K)),
         v_cache_ExRxK.at[jnp.arange(E), slot_E].set(v_Bx1xGxK.reshape(E, K)),
@@ -563,10 +644,11 @@ def _prefill(
     layers = [[by_window(pair) for pair in zip(*turns, strict=True)] for turns in zip(*by_age, strict=True)]
     last_1xM = jnp.arange(max(0, P - M), P)[None]
     cross_k, cross_v = (_in_slots(x[:, -M:], last_1xM % M, M) for x in (k_BxPxGxK, v_BxPxGxK))
+    key_layout = _value_layout if graph.fused else _key_layout
     caches = Caches(
-        cross_k=_key_layout(cross_k),
+        cross_k=key_layout(cross_k),
         cross_v=_value_layout(cross_v),
-        self_k=tuple(_key_layout(k) for k, _ in layers),
+        self_k=tuple(key_layout(k) for k, _ in layers),
         self_v=tuple(_value_layout(v) for _, v in layers),
     )
     return state._replace(caches=caches)

@@ -155,8 +155,7 @@ def rotate(
         wavelength: the longest, in units of the position.
     """
     half = size // 2
-    rate_R = wavelength ** -jnp.linspace(0.0, 1.0, half, dtype=jnp.float32)
-    angle_BxTxPxR = positions_BxTxP[..., None].astype(jnp.float32) * rate_R.reshape(1, 1, 1, half)
+    angle_BxTxPxR = rotary_angles(positions_BxTxP, size=size, wavelength=wavelength)
     ways = positions_BxTxP.shape[-1]
 
     def of_heads(table_BxTxPxR: Array) -> Array:
@@ -171,6 +170,12 @@ def rotate(
     first, second, rest = jnp.split(x_BxTxHxK, [half, size], axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate([*(part.astype(x_BxTxHxK.dtype) for part in turned), rest], axis=-1)
+
+
+def rotary_angles(positions: Int[Array, "*B P"], *, size: int, wavelength: float) -> Float[Array, "*B P R"]:
+    """By how much each of R = `size` / 2 pairs of channels turns; see `rotate`."""
+    rate_R = wavelength ** -jnp.linspace(0.0, 1.0, size // 2, dtype=jnp.float32)
+    return positions[..., None].astype(jnp.float32) * rate_R.reshape((1,) * positions.ndim + (-1,))
 
 
 def causal_attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:

@@ -178,6 +178,12 @@ def test_equal_prompts_are_prefilled_once(decoder):
     assert state.ended_B.shape == (5,)
 
 
+def test_rows_of_a_model_that_is_not_told_of_the_keyboard():
+    decoder = Decoder(noisy_model(PRESETS["tiny"]), int8=False)
+    _, tokens = decoder.decode(start(decoder, [PIECE[:5]] * 2, seeds=[0, 1]), FILTERS, length=4)
+    assert not np.array_equal(tokens[0], tokens[1])
+
+
 def test_rows_go_on_as_they_would_have(decoder):
     state = start(decoder, [PIECE[:5], PIECE[:60], PIECE[:9]], seeds=[0, 1, 2])
     state, _ = decoder.decode(state, FILTERS, length=24)

@@ -1,0 +1,142 @@
+"""The kernel for GPUs finds what ordinary operations find. Here it runs as the interpreter understands it, on a CPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import noisy_model
+from flax import nnx
+
+from music_ar import decode_kernel, decoding, events, linear_kernel
+from music_ar.decode_kernel import Tiling
+from music_ar.decoding import Decoder
+from music_ar.model import PRESETS, PerceiverAR
+from music_ar.sampling import SamplingOptions
+
+# Three query heads a key head, of which one counts time; a ring of the context that is no power of two.
+CONFIG = dataclasses.replace(
+    PRESETS["tiny"], context=48, latents=32, layers=1, heads=6, head_size=16, onsets=3, time_heads=1, cross_depths=(0,)
+)
+BUDGET = 16
+PIECE = np.concatenate([[events.START], np.random.default_rng(0).integers(0, events.EVENT_CLASSES, 130)]).astype(
+    np.int32
+)
+SPLIT = Tiling(splits=2, block=8)
+
+
+def logits(model, *, fused, mode, steps=56, latents=BUDGET):
+    """Of three rows: one from nothing, one past its context, and one whose piece replaced another."""
+    decoder = Decoder(model, int8=False, fused=fused)
+    start = functools.partial(decoder.start, latents=latents, limit_steps=2**30, mode=mode)
+    state = start([PIECE[:1], PIECE[:70], PIECE[:5]], seeds=[0, 0, 0])
+    state, _ = decoder.force(state, np.stack([PIECE[1:5], PIECE[70:74], PIECE[5:9]]))
+    state = state.replaced(2, start([PIECE[:9]], seeds=[0]))
+    # Budgets of their own, within one ring.
+    state = state._replace(budget_B=jnp.array([latents, latents - 3, latents - 4], jnp.int32))
+    after = np.stack([PIECE[5:][:steps], PIECE[74:][:steps], PIECE[9:][:steps]])
+    return np.asarray(decoder.force(state, after)[1])
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Rings are split among programs even where they are small."""
+    monkeypatch.setattr(Tiling, "of", staticmethod(lambda cache_rows, ring: SPLIT))
+    yield
+    jax.clear_caches()  # what was compiled holds the tiling
+
+
+@pytest.mark.parametrize("mode", decoding.WINDOW_MODES)
+def test_equals_ordinary_operations(mode):
+    """Before, at and after the rings wrap (of 16 latents and of 48 inputs)."""
+    model = noisy_model(CONFIG)
+    np.testing.assert_allclose(
+        logits(model, fused="attention", mode=mode), logits(model, fused="", mode=mode), atol=2e-5
+    )
+
+
+def test_a_split_ring_is_put_together(split):
+    model = noisy_model(CONFIG)
+    np.testing.assert_allclose(
+        logits(model, fused="attention", mode="exact"), logits(model, fused="", mode="exact"), atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("heads", [{"heads": 2, "kv_heads": 2}, {"heads": 8, "kv_heads": 1}])
+def test_other_numbers_of_heads(heads):
+    model = noisy_model(dataclasses.replace(CONFIG, cross_depths=(), **heads))
+    fused, plain = (logits(model, fused=fused, mode="sliding", steps=20) for fused in ("attention", ""))
+    np.testing.assert_allclose(fused, plain, atol=2e-5)
+
+
+def test_linear_layers_of_few_rows():
+    model = noisy_model(CONFIG)
+    fused, plain = (logits(model, fused=fused, mode="exact", steps=8) for fused in ("blocks", ""))
+    np.testing.assert_allclose(fused, plain, atol=2e-5)
+
+
+@pytest.mark.parametrize("inputs", [48, 1536])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_linear_by_definition(inputs, rows):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, kernel = jax.random.normal(keys[0], (rows, inputs)), jax.random.normal(keys[1], (inputs, 32)) / inputs**0.5
+    scale, stream = jax.random.normal(keys[2], (inputs,)), jax.random.normal(keys[3], (rows, 32))
+    normed = x / jnp.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-6) * scale[None]
+    found = linear_kernel.linear(x, kernel, norm_scale_I=scale, squared_relu=True, stream_XxO=stream)
+    np.testing.assert_allclose(found, jax.nn.relu(normed @ kernel) ** 2 + stream, atol=1e-4)
+    np.testing.assert_allclose(linear_kernel.linear(x, kernel), x @ kernel, atol=1e-5)
+
+
+def test_bfloat16():
+    params = nnx.state(noisy_model(CONFIG))
+    model = PerceiverAR(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16))
+    nnx.update(model, params)
+    exact = logits(noisy_model(CONFIG), fused="", mode="sliding")
+    errors = [np.abs(logits(model, fused=fused, mode="sliding") - exact).mean() for fused in ("attention", "")]
+    assert 0 < errors[0] < 1.1 * errors[1]  # as near the float32 model as ordinary operations are
+
+
+def test_a_ring_that_is_smaller_than_a_block():
+    model = noisy_model(CONFIG)
+    fused, plain = (logits(model, fused=fused, mode="sliding", steps=20, latents=6) for fused in ("attention", ""))
+    np.testing.assert_allclose(fused, plain, atol=2e-5)
+
+
+def test_it_samples_the_same_piece():
+    model, filters = noisy_model(CONFIG), SamplingOptions().filters()
+
+    def tokens(fused):
+        decoder = Decoder(model, int8=False, fused=fused)
+        state = decoder.start([PIECE[:9]] * 2, latents=BUDGET, seeds=[0, 1], limit_steps=2**30)
+        return np.asarray(decoder.decode(state, filters, length=24)[1])
+
+    np.testing.assert_array_equal(tokens("attention"), tokens(""))
+
+
+@pytest.mark.parametrize(
+    ("cache_rows", "ring"), [(2, 1024), (6, 1024), (2, 4096), (2, 65_536), (512, 1024), (4, 16), (6, 48), (4, 24 * 16)]
+)
+def test_tilings_divide_the_ring(cache_rows, ring):
+    tiling = Tiling.of(cache_rows, ring)
+    assert ring % (tiling.splits * tiling.block) == 0
+    assert tiling.block >= decode_kernel.LEAST_RING
+    assert {tiling.block & (tiling.block - 1), tiling.splits & (tiling.splits - 1)} == {0}  # powers of two
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="JAX 0.11 translates for a GPU only where there is one")
+@pytest.mark.parametrize("batch", [1, 256])
+@pytest.mark.parametrize("window", decoding.WINDOW_MODES)
+def test_triton_takes_it(monkeypatch, batch, window):
+    """Steps with the shipped model's heads are translated for a GPU, which refuses unknown operations and shapes."""
+    for module in (decode_kernel, linear_kernel):
+        monkeypatch.setattr(module, "_interpreted", lambda: False)
+    config = dataclasses.replace(PRESETS["small"], layers=2, width=32, hidden=32, cross_depths=(1,))
+    decoder = Decoder(PerceiverAR(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16)), int8=False, fused="blocks")
+    prompts = [np.array([events.START], np.int32)] * batch
+    state = jax.eval_shape(
+        lambda: decoder.start(prompts, latents=1024, seeds=range(batch), limit_steps=100, mode=window)
+    )
+    traced = decoding._decode.trace(decoder.graph, decoder.params, state, SamplingOptions().filters(), 2, None)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("triton") >= 4
