@@ -148,13 +148,21 @@ class Decoder:
         model: the model; it is not changed.
         int8: whether to hold matrices as int8, which is exact for a released model. Default: on a CPU, where a token
             waits for the weights to come from memory.
-        fused: what the kernels of `decode_kernel` do. Default: on a GPU attention, if they suit the model.
+        fused: what the kernels of `decode_kernel`, for GPUs, do: nothing, attention, or the linear layers too. They are
+            not the default before their speed is measured.
+
+    Raises:
+        ValueError: the kernels do not suit the model's sizes.
     """
 
-    def __init__(self, model: PerceiverAR, *, int8: bool | None = None, fused: Fused | None = None):
+    def __init__(self, model: PerceiverAR, *, int8: bool | None = None, fused: Fused = ""):
         self.config, self.dtype = model.config, model.dtype
-        kernels = jax.default_backend() == "gpu" and decode_kernel.suits(model.config)
-        self.fused: Fused = ("attention" if kernels else "") if fused is None else fused
+        self.fused: Fused = fused
+        if fused and not decode_kernel.suits(model.config):
+            raise ValueError(
+                "the kernels need a head_size that is a power of two and at least 16, and a context that is a multiple "
+                f"of 16; got {model.config.head_size} and {model.config.context}"
+            )
         model = nnx.clone(model)
         for block in model.blocks:
             block.join()

@@ -71,6 +71,11 @@ def test_other_numbers_of_heads(heads):
     np.testing.assert_allclose(fused, plain, atol=2e-5)
 
 
+def test_sizes_that_do_not_suit_are_refused():
+    with pytest.raises(ValueError, match="of 16; got 12 and 48"):
+        Decoder(noisy_model(dataclasses.replace(CONFIG, head_size=12)), fused="attention")
+
+
 def test_linear_layers_of_few_rows():
     model = noisy_model(CONFIG)
     fused, plain = (logits(model, fused=fused, mode="exact", steps=8) for fused in ("blocks", ""))
