@@ -30,11 +30,11 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from music_ar import linear_kernel
+from music_ar.linear_kernel import EPSILON, interpreted, numbers
 from music_ar.model import Block, ModelConfig, rotary_angles
 
 _LOWEST = -1e30  # below any score, and finite: what is subtracted from it stays a number
 _LOG2_E = 1.4426950408889634
-_EPSILON = 1e-6  # of nnx.RMSNorm
 _LEAST_BLOCK = 16  # the least that Triton multiplies matrices of, in each of their axes
 LEAST_RING = _LEAST_BLOCK
 """Rings have a multiple of this many entries."""
@@ -137,7 +137,7 @@ def attend(
     E, R, K = k_ExRxK.shape
     X, H = rings_Xx2.shape[0], config.heads
     tiling = Tiling.of(E, R) if tiling is None else tiling
-    interpret = _interpreted() if interpret is None else interpret
+    interpret = interpreted() if interpret is None else interpret
     k, v = (None, None) if new is None else new
     sizes = _Sizes(config=config, queries=q.array.shape[0] // X, tiling=tiling, interpreted=interpret)
     inputs = [rings_Xx2, turns_XxPx2xK, q.array, q.scale]
@@ -209,7 +209,7 @@ def _kernel(*all_refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Plac
     ring, head = jax.lax.div(row, G), jax.lax.rem(row, G)
     slot, before = rings_ref[ring, 0], rings_ref[ring, 1]
     way = jnp.where(head >= G - config.time_heads, turns_ref.shape[1] - 1, 0)
-    channel_1xK, half = _numbers(K)[None], config.rotary_size // 2
+    channel_1xK, half = numbers(K)[None], config.rotary_size // 2
     partner_1xK = jnp.where(
         channel_1xK < half, channel_1xK + half, jnp.where(channel_1xK < 2 * half, channel_1xK - half, channel_1xK)
     )
@@ -218,7 +218,7 @@ def _kernel(*all_refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Plac
         """Normalised and rotated heads, float32 [P, K]."""
         x_PxK = ref[row_Px1, place.first + head_Px1, channel_1xK].astype(jnp.float32)
         partner_PxK = ref[row_Px1, place.first + head_Px1, partner_1xK].astype(jnp.float32)
-        size_Px1 = jax.lax.rsqrt(jnp.sum(x_PxK * x_PxK, axis=1)[:, None] / K + _EPSILON)
+        size_Px1 = jax.lax.rsqrt(jnp.sum(x_PxK * x_PxK, axis=1)[:, None] / K + EPSILON)
         cos_1xK, sin_1xK = (turns_ref[ring, way, part, channel_1xK] for part in range(2))
         x_PxK *= scale_ref[place.scale_row, channel_1xK]
         partner_PxK *= scale_ref[place.scale_row, partner_1xK]
@@ -229,7 +229,7 @@ def _kernel(*all_refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Plac
         row_P = ring * sizes.queries + jax.lax.div(number_P, sizes.group)
         return row_P[:, None], (head * sizes.group + jax.lax.rem(number_P, sizes.group))[:, None]
 
-    number_P = jnp.minimum(_numbers(max(_LEAST_BLOCK, _power_of_two(F))), F - 1)
+    number_P = jnp.minimum(numbers(max(_LEAST_BLOCK, _power_of_two(F))), F - 1)
     # Scores are in units of which 2 is the base: exp2 is what the hardware has.
     scale = K**-0.5 * _LOG2_E
     q_PxK = turned(q_ref, q_scale_ref, q, *at(number_P)).astype(k_ref.dtype)
@@ -260,7 +260,7 @@ def _kernel(*all_refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Plac
         first = split * (R // S) + index * tiling.block
         k_LxK, v_LxK = (ref[row, pl.ds(first, tiling.block), :] for ref in (k_ref, v_ref))
         score_PxL = _product(q_PxK, k_LxK, contracting=(1, 1)) * scale
-        behind_L = slot - first - _numbers(tiling.block)
+        behind_L = slot - first - numbers(tiling.block)
         behind_L = jnp.where(behind_L < 0, behind_L + R, behind_L)
         seen_L = (behind_L >= nearest) & (behind_L <= before)
         score_PxL = jnp.where(seen_L[None], score_PxL, -jnp.inf)
@@ -288,8 +288,8 @@ def _kernel(*all_refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Plac
 
     @pl.when(finished == S - 1)
     def _() -> None:
-        number_P = jnp.minimum(_numbers(_power_of_two(F)), F - 1)
-        split_Sx1 = _numbers(S)[:, None]
+        number_P = jnp.minimum(numbers(_power_of_two(F)), F - 1)
+        split_Sx1 = numbers(S)[:, None]
 
         def of_all(ref: Any, *place: Array) -> Array:
             return triton.load(ref.at[(row, *place)], volatile=True)  # not from a cache of its own
@@ -302,14 +302,6 @@ def _kernel(*all_refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Plac
         total_P = jnp.sum(total_SxP * weight_SxP, axis=0)
         found_ref[(*at(number_P), channel_1xK)] = (sum_PxK / total_P[:, None]).astype(found_ref.dtype)
         counters_ref[row] = 0
-
-
-def _interpreted() -> bool:
-    return jax.default_backend() != "gpu"
-
-
-def _numbers(count: int) -> Array:
-    return jax.lax.iota(jnp.int32, count)
 
 
 def _power_of_two(count: int) -> int:

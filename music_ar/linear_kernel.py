@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 MOST_ROWS = 16
 """More rows are what ordinary products are for; Triton multiplies no fewer."""
 _OUTPUTS, _MOST_INPUTS = 16, 256  # with more inputs at a time, registers are spilled
-_EPSILON = 1e-6  # of nnx.RMSNorm
+EPSILON = 1e-6  # of nnx.RMSNorm
 
 
 def suits(kernel_IxO: Float[Array, "I O"]) -> bool:
@@ -56,7 +56,7 @@ def linear(
         out_shape=jax.ShapeDtypeStruct((x_XxI.shape[0], outputs), x_XxI.dtype),
         grid=(outputs // _OUTPUTS,),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
-        interpret=_interpreted() if interpret is None else interpret,
+        interpret=interpreted() if interpret is None else interpret,
         name="decode_linear",
     )(x_XxI, kernel_IxO, *(each for each in optional if each is not None))
 
@@ -67,13 +67,13 @@ def _kernel(x_ref: Any, kernel_ref: Any, *refs: Any, block: int, squared_relu: b
     scale_ref = optional.pop(0) if given[0] else None
     stream_ref = optional.pop(0) if given[1] else None
     rows, inputs = x_ref.shape
-    row_Xx1 = jnp.minimum(_numbers(MOST_ROWS), rows - 1)[:, None]
+    row_Xx1 = jnp.minimum(numbers(MOST_ROWS), rows - 1)[:, None]
     first_output = pl.program_id(0) * _OUTPUTS
-    output_1xL = first_output + _numbers(_OUTPUTS)[None]
+    output_1xL = first_output + numbers(_OUTPUTS)[None]
 
     def add_block(index: Array | int, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         y_XxL, squares_X = sums
-        input_1xC = index * block + _numbers(block)[None]
+        input_1xC = index * block + numbers(block)[None]
         x_XxC = x_ref[row_Xx1, input_1xC].astype(jnp.float32)
         squares_X += jnp.sum(x_XxC * x_XxC, axis=1)
         if scale_ref is not None:
@@ -91,7 +91,7 @@ def _kernel(x_ref: Any, kernel_ref: Any, *refs: Any, block: int, squared_relu: b
     sums = (jnp.zeros((MOST_ROWS, _OUTPUTS), jnp.float32), jnp.zeros(MOST_ROWS, jnp.float32))
     y_XxL, squares_X = add_block(0, sums) if block == inputs else jax.lax.fori_loop(0, inputs // block, add_block, sums)
     if scale_ref is not None:
-        y_XxL *= jax.lax.rsqrt(squares_X / inputs + _EPSILON)[:, None]
+        y_XxL *= jax.lax.rsqrt(squares_X / inputs + EPSILON)[:, None]
     if squared_relu:
         y_XxL = jnp.square(jnp.maximum(y_XxL, 0.0))
     if stream_ref is not None:
@@ -99,9 +99,11 @@ def _kernel(x_ref: Any, kernel_ref: Any, *refs: Any, block: int, squared_relu: b
     y_ref[row_Xx1, output_1xL] = y_XxL.astype(y_ref.dtype)
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether kernels run as ordinary operations, for want of a GPU."""
     return jax.default_backend() != "gpu"
 
 
-def _numbers(count: int) -> Array:
+def numbers(count: int) -> Array:
+    """0, 1, ... `count` - 1, inside a kernel."""
     return jax.lax.iota(jnp.int32, count)

@@ -136,7 +136,7 @@ def test_tilings_divide_the_ring(cache_rows, ring):
 def test_triton_takes_it(monkeypatch, batch, window):
     """Steps with the shipped model's heads are translated for a GPU, which refuses unknown operations and shapes."""
     for module in (decode_kernel, linear_kernel):
-        monkeypatch.setattr(module, "_interpreted", lambda: False)
+        monkeypatch.setattr(module, "interpreted", lambda: False)
     config = dataclasses.replace(PRESETS["small"], layers=2, width=32, hidden=32, cross_depths=(1,))
     decoder = Decoder(PerceiverAR(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16)), int8=False, fused="blocks")
     prompts = [np.array([events.START], np.int32)] * batch
