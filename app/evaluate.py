@@ -83,7 +83,7 @@ class Evaluate:
             check_writable(self.output)
         pieces = {split: Pieces.open(self.data, split) for split in self.split}
         model = load_released(self.checkpoint)
-        context = model.config.context if self.context is None else self.context
+        context = model.config.window if self.context is None else self.context
         latents = min(model.config.latents, context) if self.latents is None else self.latents
         if not 1 <= self.stride <= latents <= context:
             raise CommandError(

@@ -122,7 +122,7 @@ class Train:
         config = PRESETS[self.preset]
         iterator = batches(
             pieces,
-            context=config.context,
+            context=config.window,
             latents=config.latents,
             batch_size=self.training.batch_size // jax.process_count(),
             seed=seed,

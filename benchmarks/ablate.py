@@ -61,7 +61,7 @@ def train_and_score(run: dict[str, Any], data: Path, output: Path, max_pieces: i
     model = PerceiverAR(model_config, rngs=nnx.Rngs(config.seed))
     iterator: Any = batches(
         Pieces.open(data, "train"),
-        context=model_config.context,
+        context=model_config.window,
         latents=model_config.latents,
         batch_size=config.batch_size,
         seed=config.seed,

@@ -79,7 +79,7 @@ def step_runner(model: PerceiverAR, config: TrainingConfig) -> Callable[[], None
     train_step = make_train_step(graph, config, optimizer, mesh)
     ema = jax.tree.map(jnp.copy, params)
     state = TrainState(jnp.zeros((), jnp.int32), params, ema, jax.jit(optimizer.init)(params))
-    size = (config.batch_size, model.config.context + 1)
+    size = (config.batch_size, model.config.window + 1)
     batch = {
         "tokens": np.random.default_rng(0).integers(0, 388, size).astype(np.int32),
         "weights": np.ones((config.batch_size, model.config.latents), np.float32),

@@ -39,11 +39,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from music_ar import decode_kernel, events, keyboard
+from music_ar import decode_kernel, events, keyboard, recall
 from music_ar.decode_kernel import FusedAttention
 from music_ar.keyboard import Keyboard
-from music_ar.model import Block, PerceiverAR, causal_attention
+from music_ar.model import Block, PerceiverAR, Told, causal_attention
 from music_ar.quantization import with_int8_weights
+from music_ar.recall import Memory, Recalled
 from music_ar.sampling import Filters, sample
 
 WindowMode = Literal["exact", "sliding"]
@@ -86,6 +87,7 @@ class DecodeState(NamedTuple):
         budget_B: the latent budget n.
         recent_BxL: the last tokens, `pending` last: what the convolution reads.
         keyboard: after `pending`; its time is what heads that count time go by.
+        memory: the notes up to `pending`, for a model that recalls.
         caches: keys and values of all tokens before `pending`.
         grammar: what may follow `pending`.
         steps_B: music made so far, in steps of 10 ms.
@@ -100,6 +102,7 @@ class DecodeState(NamedTuple):
     budget_B: Int[Array, " B"]
     recent_BxL: Int[Array, "B L"]
     keyboard: Keyboard
+    memory: Memory | None
     caches: Caches
     grammar: events.GrammarState
     steps_B: Int[Array, " B"]
@@ -211,20 +214,23 @@ class Decoder:
             R = max(R, decode_kernel.LEAST_RING)
         longest = max(len(prompt) for prompt in prompts) - 1
         # What a latent still in a window could see, and the taps before that.
-        reach = config.context + R + L
-        P = 0 if longest == 0 else min(reach, max(16, 1 << (longest - 1).bit_length()))
+        most = config.context + R + L
+        P = 0 if longest == 0 else min(most, max(16, 1 << (longest - 1).bit_length()))
         tokens_BxP = np.full((B, P + L), events.PAD, np.int32)
         for row, prompt in zip(tokens_BxP, prompts, strict=True):
             kept = prompt[-(P + L) :]
             row[P + L - len(kept) :] = kept
         grammars = [events.grammar_after(prompt) for prompt in prompts]
-        keyboards_BxP = _stack([self._keyboards(prompt, P + 1) for prompt in prompts])
+        told_BxP = _stack([self._told(prompt, P + 1) for prompt in prompts])
+        reach = config.recall
+        memory = _stack([recall.remember(prompt, reach) for prompt in prompts]) if reach else None
         state = DecodeState(
             clock_B=jnp.full(B, P, jnp.int32),
             birth_B=jnp.array([P + 1 - len(prompt) for prompt in prompts], jnp.int32),
             budget_B=jnp.full(B, max(2, latents), jnp.int32),
             recent_BxL=jnp.asarray(tokens_BxP[:, P:]),
-            keyboard=jax.tree.map(lambda leaf: jnp.asarray(leaf[:, -1]), keyboards_BxP),
+            keyboard=jax.tree.map(lambda leaf: jnp.asarray(leaf[:, -1]), told_BxP.keyboard),
+            memory=jax.tree.map(jnp.asarray, memory),
             caches=self._empty_caches(B, R, windows),
             grammar=jax.tree.map(jnp.asarray, _stack(grammars)),
             steps_B=jnp.zeros(B, jnp.int32),
@@ -234,15 +240,21 @@ class Decoder:
         )
         if P == 0:
             return state
-        before_BxP = jax.tree.map(lambda leaf: jnp.asarray(leaf[:, :-1]), keyboards_BxP)
+        before_BxP = jax.tree.map(lambda leaf: jnp.asarray(leaf[:, :-1]), told_BxP)
         return _prefill(self.graph, self.params, state, jnp.asarray(tokens_BxP[:, L - 1 : -1]), before_BxP)
 
-    def _keyboards(self, prompt: Integer[np.ndarray, " _P"], size: int) -> Keyboard:
-        """The keyboard after each of the last `size` tokens of a prompt, untouched before its first."""
-        onsets = self.config.onsets
-        kept = jax.tree.map(lambda leaf: leaf[-size:], keyboard.after_each(prompt, onsets))
-        padding = keyboard.untouched((size - len(kept.step),), onsets)
-        return jax.tree.map(lambda *parts: np.concatenate(parts), padding, kept)
+    def _told(self, prompt: Integer[np.ndarray, " _P"], size: int) -> Told:
+        """What the model is told after each of the last `size` tokens of a prompt, and before its first: nothing."""
+        config = self.config
+        kept = min(size, len(prompt))
+        whole = keyboard.after_each(prompt, config.onsets)
+        padding = keyboard.untouched((size - kept,), config.onsets)
+        keyboards = Keyboard(*(np.concatenate([before, of[-kept:]]) for before, of in zip(padding, whole, strict=True)))
+        if not config.recall:
+            return Told(keyboards, None)
+        found = recall.after_each(prompt, config.recall, last=kept)
+        nothing = recall.nothing((size - kept,))
+        return Told(keyboards, Recalled(*(np.concatenate(parts) for parts in zip(nothing, found, strict=True))))
 
     def _empty_caches(self, B: int, R: int, windows: int) -> Caches:
         config, dtype = self.config, self.dtype
@@ -445,12 +457,16 @@ def _force_rows(
 def take(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
     """Makes `token_B` pending (`events.PAD` in rows that have ended) and keeps the grammar and the time."""
     token_B = jnp.where(state.ended_B, events.PAD, token_B)
-    is_shift_B = (token_B >= events.TIME_SHIFT) & (token_B < events.VELOCITY)
+    after = keyboard.advance(state.keyboard, token_B, jnp)
+    memory = state.memory
+    if memory is not None:
+        memory = recall.advance(memory, token_B, after.step, after.velocity)
     return state._replace(
         recent_BxL=jnp.concatenate([state.recent_BxL[:, 1:], token_B[:, None]], axis=1),
-        keyboard=keyboard.advance(state.keyboard, token_B, jnp),
+        keyboard=after,
+        memory=memory,
         grammar=events.advance(state.grammar, token_B, jnp),
-        steps_B=state.steps_B + jnp.where(is_shift_B, token_B - events.TIME_SHIFT + 1, 0),
+        steps_B=state.steps_B + after.step - state.keyboard.step,
         ended_B=state.ended_B | (token_B == events.END),
     )
 
@@ -482,7 +498,8 @@ def step(model: PerceiverAR, state: DecodeState, *, fused: Fused = "") -> tuple[
         found, cache = attention.cross(block, x_BxTxD, context, cache, seen_since_B)
         return attention.add(block, x_BxTxD, found), cache
 
-    embedded_Bx1xD = model.tell(model.embed_last(state.recent_BxL), state.keyboard)[:, None]
+    told_B = Told(state.keyboard, None if state.memory is None else recall.recalled(state.memory))
+    embedded_Bx1xD = model.tell(model.embed_last(state.recent_BxL), told_B)[:, None]
     context_Bx1xD = model.context_norm(embedded_Bx1xD)
     cross = (caches.cross_k, caches.cross_v)
     x_Bx1xD, cross = attend_context(model.cross, model.latent(embedded_Bx1xD), context_Bx1xD, cross)
@@ -613,14 +630,14 @@ def _attend(q_BxTxHxK: Array, k_ExKxR: Array, v_ExRxK: Array, seen_BxR: Array) -
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _prefill(
-    graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxP: Array, keyboards_BxP: Keyboard
+    graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxP: Array, told_BxP: Told
 ) -> DecodeState:
     """Fills the caches with P tokens at once.
 
     In exact mode they hold what P steps would have left there; in sliding mode, the last n latents as the model was
     trained to compute them.
 
-    `tokens_BxP` are left-padded; their last has time clock_B - 1. `keyboards_BxP` are after each of them.
+    `tokens_BxP` are left-padded; their last has time clock_B - 1. `told_BxP` is after each of them.
     """
     model = nnx.merge(graph.graph, params)
     caches = state.caches
@@ -629,8 +646,8 @@ def _prefill(
     W = caches.self_v[0].shape[0] // caches.cross_v.shape[0]
     times_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
     # From here on P is also the two ways to count a position, as in `model`.
-    places_BxPxP = jnp.stack([times_BxP - state.birth_B[:, None], keyboards_BxP.step], axis=-1)
-    embedded_BxPxD = model.tell(model.embed(tokens_BxP), keyboards_BxP)
+    places_BxPxP = jnp.stack([times_BxP - state.birth_B[:, None], told_BxP.keyboard.step], axis=-1)
+    embedded_BxPxD = model.tell(model.embed(tokens_BxP), told_BxP)
     k_BxPxGxK, v_BxPxGxK = model.cross.keys_values(model.context_norm(embedded_BxPxD), places_BxPxP)
 
     # The latents from each window's start; those at or after P are in the future and are masked later. The one that

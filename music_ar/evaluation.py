@@ -139,7 +139,7 @@ def score_tokens(
     Raises:
         ValueError: sizes that do not fit together, no pieces, or one that is shorter than its start and end.
     """
-    M = model.config.context if context is None else context
+    M = model.config.window if context is None else context
     N = min(model.config.latents, M) if latents is None else latents
     if not 1 <= stride <= N <= M:
         raise ValueError(f"expected 1 <= stride <= latents <= context, got {stride}, {N}, {M}")

@@ -25,7 +25,10 @@ _RELEASED_DECAYS_STEPS = (32.0, 256.0)
 _CHANNELS = 2 + len(_DECAYS_STEPS) + len(_RELEASED_DECAYS_STEPS)
 _INTERVALS = 48  # classes of the time between two events: exact for the shortest, up to 8 s
 _VELOCITIES = events.VELOCITY_BINS + 1
-_ROOM = 64  # for a velocity bin beside a time in one integer
+NOTE_FEATURES = events.PITCHES + _VELOCITIES + _INTERVALS
+"""How many numbers `note_features` gives a note."""
+ROOM = 64
+"""For a velocity bin beside a time or a pitch in one integer."""
 
 
 class Keyboard(NamedTuple):
@@ -67,10 +70,10 @@ def untouched(batch_shape: tuple[int, ...], onsets: int, xp: Any = np) -> Keyboa
 def advance(keyboard: Keyboard, token: Integer[Any, "*B"], xp: Any = np) -> Keyboard:
     """The keyboard after one more token; `PAD`, `START` and `END` change nothing."""
     token = xp.asarray(token, xp.int32)
-    is_on, is_shift, is_velocity = _is_on(token), _is_shift(token), _is_velocity(token)
-    step = keyboard.step + xp.where(is_shift, token - (events.TIME_SHIFT - 1), 0).astype(xp.int32)
-    velocity = xp.where(is_velocity, token - (events.VELOCITY - 1), keyboard.velocity).astype(xp.int32)
-    note = xp.where(is_on, token * _ROOM + velocity, -1).astype(xp.int32)[..., None]
+    strikes = is_on(token)
+    step = keyboard.step + xp.where(is_shift(token), token - (events.TIME_SHIFT - 1), 0).astype(xp.int32)
+    velocity = xp.where(is_velocity(token), token - (events.VELOCITY - 1), keyboard.velocity).astype(xp.int32)
+    note = xp.where(strikes, token * ROOM + velocity, -1).astype(xp.int32)[..., None]
     L = keyboard.onset_note.shape[-1]
     onset_note = xp.concatenate([note, keyboard.onset_note], axis=-1)[..., :L]
     onset_step = xp.concatenate([step[..., None], keyboard.onset_step], axis=-1)[..., :L]
@@ -78,8 +81,8 @@ def advance(keyboard: Keyboard, token: Integer[Any, "*B"], xp: Any = np) -> Keyb
         step=step,
         velocity=velocity,
         keys=xp.maximum(keyboard.keys, _touched(token, step, velocity, xp)),
-        onset_step=xp.where(is_on[..., None], onset_step, keyboard.onset_step),
-        onset_note=xp.where(is_on[..., None], onset_note, keyboard.onset_note),
+        onset_step=xp.where(strikes[..., None], onset_step, keyboard.onset_step),
+        onset_note=xp.where(strikes[..., None], onset_note, keyboard.onset_note),
     )
 
 
@@ -94,14 +97,10 @@ def after_each(tokens: Integer[Any, "*B T"], onsets: int, xp: Any = np) -> Keybo
     tokens = xp.asarray(tokens, xp.int32)
     time_axis = tokens.ndim - 1
     index = xp.broadcast_to(xp.arange(tokens.shape[-1]).astype(xp.int32), tokens.shape)
-    is_on, is_shift, is_velocity = _is_on(tokens), _is_shift(tokens), _is_velocity(tokens)
-    step = xp.cumsum(xp.where(is_shift, tokens - (events.TIME_SHIFT - 1), 0), axis=time_axis).astype(xp.int32)
-    # The newest velocity is the largest of (index, bin).
-    told = xp.where(is_velocity, index * _ROOM + (tokens - (events.VELOCITY - 1)), 0).astype(xp.int32)
-    velocity = _running_max(told, time_axis, xp) % _ROOM
-    note = tokens * _ROOM + velocity
+    step, velocity = times_and_velocities(tokens, xp)
+    note = tokens * ROOM + velocity
     # The newest note-on up to each token; from there, the newest before that one, and so on.
-    newest = _running_max(xp.where(is_on, index, -1).astype(xp.int32), time_axis, xp)
+    newest = _running_max(xp.where(is_on(tokens), index, -1).astype(xp.int32), time_axis, xp)
     before = xp.concatenate([xp.full_like(newest[..., :1], -1), newest[..., :-1]], axis=-1)
     nothing = xp.zeros((*tokens.shape, 0), xp.int32)
     onset_step, onset_note = [nothing], [nothing]
@@ -121,7 +120,7 @@ def after_each(tokens: Integer[Any, "*B T"], onsets: int, xp: Any = np) -> Keybo
 
 def feature_count(onsets: int) -> int:
     """F: how many numbers `features` gives."""
-    return events.PITCHES * _CHANNELS + _INTERVALS + onsets * (events.PITCHES + _VELOCITIES + _INTERVALS)
+    return events.PITCHES * _CHANNELS + _INTERVALS + onsets * NOTE_FEATURES
 
 
 def features(keyboard: Keyboard, xp: Any = np) -> Float[Any, "*B F"]:
@@ -132,12 +131,12 @@ def features(keyboard: Keyboard, xp: Any = np) -> Float[Any, "*B F"]:
     the class of the time between it and the one before, one-hot. Times depend on differences alone.
     """
     keys, step = keyboard.keys, keyboard.step[..., None]
-    touched, down = keys >= 0, (keys // _ROOM) % 2 == 1
-    age = (step - xp.maximum(keys, 0) // (2 * _ROOM)).astype(xp.float32)
+    touched, down = keys >= 0, (keys // ROOM) % 2 == 1
+    age = (step - xp.maximum(keys, 0) // (2 * ROOM)).astype(xp.float32)
     held, released = (touched & down).astype(xp.float32), (touched & ~down).astype(xp.float32)
     channels = [
         held,
-        held * (keys % _ROOM).astype(xp.float32) / events.VELOCITY_BINS,
+        held * (keys % ROOM).astype(xp.float32) / events.VELOCITY_BINS,
         *(held * xp.exp(-age / decay) for decay in _DECAYS_STEPS),
         *(released * xp.exp(-age / decay) for decay in _RELEASED_DECAYS_STEPS),
     ]
@@ -148,32 +147,61 @@ def features(keyboard: Keyboard, xp: Any = np) -> Float[Any, "*B F"]:
     both = known & xp.concatenate([known[..., 1:], xp.zeros_like(known[..., -1:])], axis=-1)
     parts = [
         *channels,
-        _one_hot(_interval_class(since[..., 0], xp), known[..., 0], _INTERVALS, xp),
-        _flat(_one_hot(keyboard.onset_note // _ROOM, known, events.PITCHES, xp), xp),
-        _flat(_one_hot(keyboard.onset_note % _ROOM, known, _VELOCITIES, xp), xp),
-        _flat(_one_hot(_interval_class(earlier - since, xp), both, _INTERVALS, xp), xp),
+        one_hot(_interval_class(since[..., 0], xp), known[..., 0], _INTERVALS, xp),
+        note_features(keyboard.onset_note, known, earlier - since, both, xp),
     ]
     return xp.concatenate(parts, axis=-1)
 
 
-def _is_on(tokens: Any) -> Any:
+def note_features(note: Any, known: Any, wait: Any, timed: Any, xp: Any) -> Float[Any, "*B _"]:
+    """Notes [*B, L] as numbers, 0 or 1: all pitches, then all velocities, then the classes of the times before them.
+
+    Args:
+        note: pitch 64 + velocity bin of each.
+        known: whether there is one.
+        wait: steps between each and the note before it.
+        timed: whether that is known.
+        xp: the array module.
+    """
+    parts = [
+        one_hot(note // ROOM, known, events.PITCHES, xp),
+        one_hot(note % ROOM, known, _VELOCITIES, xp),
+        one_hot(_interval_class(wait, xp), timed, _INTERVALS, xp),
+    ]
+    return xp.concatenate([part.reshape(*part.shape[:-2], -1) for part in parts], axis=-1)
+
+
+def times_and_velocities(tokens: Integer[Any, "*B T"], xp: Any = np) -> tuple[Any, Any]:
+    """The time after each token of sequences, in steps, and the velocity bin in force, 0 before the first."""
+    tokens = xp.asarray(tokens, xp.int32)
+    time_axis = tokens.ndim - 1
+    step = xp.cumsum(xp.where(is_shift(tokens), tokens - (events.TIME_SHIFT - 1), 0), axis=time_axis).astype(xp.int32)
+    # The newest velocity is the largest of (index, bin).
+    index = xp.broadcast_to(xp.arange(tokens.shape[-1]).astype(xp.int32), tokens.shape)
+    told = xp.where(is_velocity(tokens), index * ROOM + (tokens - (events.VELOCITY - 1)), 0).astype(xp.int32)
+    return step, _running_max(told, time_axis, xp) % ROOM
+
+
+def is_on(tokens: Any) -> Any:
+    """Which tokens are note-ons."""
     return (tokens >= events.NOTE_ON) & (tokens < events.NOTE_OFF)
 
 
-def _is_shift(tokens: Any) -> Any:
+def is_shift(tokens: Any) -> Any:
+    """Which tokens are time shifts."""
     return (tokens >= events.TIME_SHIFT) & (tokens < events.VELOCITY)
 
 
-def _is_velocity(tokens: Any) -> Any:
+def is_velocity(tokens: Any) -> Any:
+    """Which tokens are velocities."""
     return (tokens >= events.VELOCITY) & (tokens < events.EVENT_CLASSES)
 
 
 def _touched(tokens: Any, step: Any, velocity: Any, xp: Any) -> Any:
     """What a token makes of each key, [*B, 128]; -1 where it does not touch it."""
     pitches = xp.arange(events.PITCHES).reshape((1,) * tokens.ndim + (events.PITCHES,))
-    is_on = _is_on(tokens)
     is_note = (tokens >= events.NOTE_ON) & (tokens < events.TIME_SHIFT)
-    number = xp.where(is_on, (2 * step + 1) * _ROOM + velocity, 2 * step * _ROOM)
+    number = xp.where(is_on(tokens), (2 * step + 1) * ROOM + velocity, 2 * step * ROOM)
     pitch = xp.where(is_note, tokens % events.PITCHES, -1)
     return xp.where(pitch[..., None] == pitches, number[..., None], -1).astype(xp.int32)
 
@@ -188,10 +216,7 @@ def _interval_class(steps: Any, xp: Any) -> Any:
     return xp.clip(xp.floor(rising), 0, _INTERVALS - 1).astype(xp.int32)
 
 
-def _one_hot(classes: Any, known: Any, count: int, xp: Any) -> Any:
+def one_hot(classes: Any, known: Any, count: int, xp: Any) -> Any:
+    """Rows of `count` numbers, all 0 where the class is not known."""
     numbers = xp.arange(count).reshape((1,) * classes.ndim + (count,))
     return ((classes[..., None] == numbers) & known[..., None]).astype(xp.float32)
-
-
-def _flat(x: Any, xp: Any) -> Any:
-    return x.reshape(*x.shape[:-2], -1)

@@ -19,8 +19,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from music_ar import events, keyboard
+from music_ar import events, keyboard, recall
 from music_ar.keyboard import Keyboard
+from music_ar.recall import Recalled
+
+
+_TOKENS_A_NOTE = 4  # of MAESTRO, on average
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class ModelConfig:
     """Sizes of a Perceiver AR. Saved as JSON beside the weights.
 
     Attributes:
-        context: M, the most input tokens the model reads.
+        context: M, the most input tokens that attention reads.
         latents: N, the most latents it was trained with; N = M makes it a decoder-only Transformer.
         width: D, channels of the residual stream.
         layers: self-attention blocks after the cross-attention.
@@ -40,6 +44,8 @@ class ModelConfig:
             four tokens, so a key that carries its neighbours is a better key than a bare token.
         onsets: how many of the last note-ons the model is told of at each position, beside the keys that are down (see
             `keyboard`); 0 tells it of neither.
+        recall: how many notes back the model is told of the place where the music was last as it is now (see `recall`);
+            0 tells it of none. It may be far more than the context holds.
         time_heads: key/value heads (of G, the last ones) whose rotary positions count time, not tokens.
         cross_depths: further cross-attends, each before the self block of that index; they share the keys and
             values of the first.
@@ -58,6 +64,7 @@ class ModelConfig:
     hidden: int = 1536
     conv_width: int = 1
     onsets: int = 0
+    recall: int = 0
     time_heads: int = 0
     cross_depths: tuple[int, ...] = ()
     rotary_fraction: float = 0.5
@@ -67,7 +74,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("onsets", "time_heads") else 1
+            least = 0 if field.name in ("onsets", "recall", "time_heads") else 1
             if field.type is int and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{field.name} must be a whole number of at least {least}, got {value!r}")
         if self.latents > self.context:
@@ -97,9 +104,19 @@ class ModelConfig:
         return int(self.head_size * self.rotary_fraction)
 
     @property
+    def window(self) -> int:
+        """The inputs that a window for training or scoring holds: what attention reads, or what is recalled from."""
+        return max(self.context, _TOKENS_A_NOTE * self.recall)
+
+    def read(self, inputs: int) -> int:
+        """Of so many inputs, how many attention reads: with `recall` the last M, without it all."""
+        return min(inputs, self.context) if self.recall else inputs
+
+    @property
     def feature_count(self) -> int:
-        """Numbers that tell of the keyboard at each position."""
-        return keyboard.feature_count(self.onsets) if self.onsets else 0
+        """Numbers that the model is told at each position beside the token."""
+        of_keyboard = keyboard.feature_count(self.onsets) if self.onsets else 0
+        return of_keyboard + (recall.feature_count() if self.recall else 0)
 
     def flops_per_target(self, kept_prefix: int) -> float:
         """Floating-point operations of one training step per target token (forward and backward).
@@ -122,6 +139,18 @@ class ModelConfig:
         cross_scores = crosses * 2 * attention_width * (kept_prefix + self.latents / 2)
         self_scores = self.layers * 2 * attention_width * self.latents / 2
         return 6 * (matrices + cross_scores + self_scores)
+
+
+class Told(NamedTuple):
+    """What the model is told at each position beside the token; any leading batch shape.
+
+    Attributes:
+        keyboard: after the token.
+        recalled: after the token; None if the model recalls nothing.
+    """
+
+    keyboard: Keyboard
+    recalled: Recalled | None
 
 
 _SMALL = ModelConfig(width=512, layers=8, heads=8, kv_heads=2, hidden=1536, conv_width=8, onsets=8, time_heads=1)
@@ -311,7 +340,11 @@ class PerceiverAR(nnx.Module):
             self.conv = nnx.Param(jnp.zeros((config.conv_width, config.width)))
         if config.onsets:
             self.keyboard = nnx.Linear(
-                config.feature_count, config.width, use_bias=False, dtype=dtype, kernel_init=zeros, rngs=rngs
+                keyboard.feature_count(config.onsets), config.width, use_bias=False, dtype=dtype, kernel_init=zeros, rngs=rngs
+            )
+        if config.recall:
+            self.recall = nnx.Linear(
+                recall.feature_count(), config.width, use_bias=False, dtype=dtype, kernel_init=zeros, rngs=rngs
             )
         self.context_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
         self.latent = nnx.Linear(config.width, config.width, use_bias=False, dtype=dtype, rngs=rngs)
@@ -336,9 +369,10 @@ class PerceiverAR(nnx.Module):
         """Logits of the token that follows each of the last N inputs.
 
         Args:
-            tokens_BxM: inputs, left-padded with `events.PAD`; any M up to what memory allows.
-            latents: N, at most M; default `config.latents`.
-            kept_prefix: training only: how many of the M - N prefix positions to keep, drawn anew for each row
+            tokens_BxM: inputs, left-padded with `events.PAD`; any M up to what memory allows. A model that recalls
+                attends to the last `config.context` of them and recalls from all.
+            latents: N, at most those that are attended to; default `config.latents`.
+            kept_prefix: training only: how many of the prefix positions to keep, drawn anew for each row
                 (cross-attend dropout by gather: dropped positions cost nothing). Default: all. Needs `key`.
             dropout: rate of the residual dropout. Needs `key`.
             input_dropout: share of the inputs that are hidden: they are read as `events.END`, which is never an input
@@ -349,23 +383,24 @@ class PerceiverAR(nnx.Module):
         Returns:
             float32 logits [B, N, V]; row k belongs to input position M - N + k. Rows at padding mean nothing.
         """
-        M = tokens_BxM.shape[1]
+        M = self.config.read(tokens_BxM.shape[1])
         N = min(self.config.latents, M) if latents is None else latents
         if not 1 <= N <= M:
-            raise ValueError(f"latents must lie in 1..{M}, the number of inputs; got {N}")
+            raise ValueError(f"latents must lie in 1..{M}, the number of inputs that are read; got {N}")
         if key is None and max(dropout, input_dropout) > 0:
             raise ValueError(f"dropout = {dropout} and input_dropout = {input_dropout} need a key")
         prefix_key, dropout_key, input_key = (None, None, None) if key is None else jax.random.split(key, 3)
         drop = nnx.Dropout(dropout, deterministic=key is None, rngs=None if key is None else nnx.Rngs(dropout_key))
 
-        rows = _lay_out(tokens_BxM, N, kept_prefix, prefix_key)
         if input_key is not None and input_dropout > 0:
             hidden_BxM = jax.random.bernoulli(input_key, input_dropout, tokens_BxM.shape)
             tokens_BxM = jnp.where(hidden_BxM & (tokens_BxM != events.PAD), events.END, tokens_BxM)
-        keyboards_BxM = self.keyboards(tokens_BxM)
-        keyboards_BxS = jax.tree.map(lambda leaf: _take(leaf, rows.positions_BxS), keyboards_BxM)
-        embedded_BxSxD = self.tell(_take(self.embed(tokens_BxM), rows.positions_BxS), keyboards_BxS)
-        positions_BxSxP = jnp.stack([rows.positions_BxS, keyboards_BxS.step], axis=-1)
+        told_BxM = self.told(tokens_BxM, M)
+        tokens_BxM = tokens_BxM[:, -M:]
+        rows = _lay_out(tokens_BxM, N, kept_prefix, prefix_key)
+        told_BxS = jax.tree.map(lambda leaf: _take(leaf, rows.positions_BxS), told_BxM)
+        embedded_BxSxD = self.tell(_take(self.embed(tokens_BxM), rows.positions_BxS), told_BxS)
+        positions_BxSxP = jnp.stack([rows.positions_BxS, told_BxS.keyboard.step], axis=-1)
 
         k, v = self.cross.keys_values(self.context_norm(embedded_BxSxD), positions_BxSxP)
         positions_BxNxP = _take(positions_BxSxP, rows.latent_BxN)
@@ -378,15 +413,18 @@ class PerceiverAR(nnx.Module):
             x_BxNxD = block.attend_self(x_BxNxD, positions_BxNxP, drop)
         return self.logits(_take(x_BxNxD, rows.right_aligned_BxN))
 
-    def keyboards(self, tokens_BxT: Int[Array, "B T"]) -> Keyboard:
-        """The keyboard after each token."""
-        return keyboard.after_each(tokens_BxT, self.config.onsets, jnp)
+    def told(self, tokens_BxT: Int[Array, "B T"], last: int) -> Told:
+        """What the model is told after each of the last tokens; the keyboard is untouched before the first of them."""
+        recalled = recall.after_each(tokens_BxT, self.config.recall, jnp, last=last) if self.config.recall else None
+        return Told(keyboard.after_each(tokens_BxT[:, -last:], self.config.onsets, jnp), recalled)
 
-    def tell(self, embedded: Array, keyboards: Keyboard) -> Float[Array, "*B D"]:
-        """Embedded tokens with what they are told of the keyboard."""
-        if not self.config.onsets:
-            return embedded
-        return embedded + self.keyboard(keyboard.features(keyboards, jnp).astype(self.dtype))
+    def tell(self, embedded: Array, told: Told) -> Float[Array, "*B D"]:
+        """Embedded tokens with what the model is told beside them."""
+        if self.config.onsets:
+            embedded = embedded + self.keyboard(keyboard.features(told.keyboard, jnp).astype(self.dtype))
+        if told.recalled is not None:
+            embedded = embedded + self.recall(recall.features(told.recalled, jnp).astype(self.dtype))
+        return embedded
 
     def embed(self, tokens_BxT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings with the causal depthwise convolution over them; padding is zero.

@@ -212,14 +212,14 @@ def make_train_step(
         if not teacher_graphs:
             return None
         models = [nnx.merge(*teacher) for teacher in zip(teacher_graphs, teacher_params, strict=True)]
-        chances = jnp.stack([jax.nn.softmax(teacher(tokens, **window)) for teacher in models])
+        chances = jnp.stack([jax.nn.softmax(model(tokens[:, -model.config.window :], **window)) for model in models])
         return jax.lax.stop_gradient(chances.mean(axis=0))
 
     def loss_of(
         params: nnx.State, teacher_params: list[nnx.State], tokens: Array, weights: Array, key: Array
     ) -> tuple[Array, Array]:
         model = nnx.merge(graph, params)
-        N, M = weights.shape[1], tokens.shape[1] - 1
+        N, M = weights.shape[1], model.config.read(tokens.shape[1] - 1)
         window = {"latents": N, "kept_prefix": round((M - N) * config.prefix_keep), "key": key}
         return token_loss(
             model(tokens[:, :-1], dropout=config.dropout, input_dropout=config.input_dropout, **window),
@@ -506,7 +506,8 @@ class _Log:
         M, N = self._window
         tokens_per_s = self._config.batch_size * N * self._steps_since_flush / max(now_s - self._flushed_s, 1e-9)
         self._flushed_s, self._steps_since_flush = now_s, 0
-        flops = self._model_config.flops_per_target(round((M - N) * self._config.prefix_keep))
+        prefix = self._model_config.read(M) - N
+        flops = self._model_config.flops_per_target(round(prefix * self._config.prefix_keep))
         done = max(self.share_done(steps[-1]), 1e-9)
         progress = Progress(
             step=steps[-1],

@@ -3,7 +3,7 @@
 import numpy as np
 from flax import nnx
 
-from music_ar import keyboard
+from music_ar import keyboard, recall
 
 
 def reference(model, tokens, latents, positions=None):
@@ -12,6 +12,7 @@ def reference(model, tokens, latents, positions=None):
     `positions` are the inputs that the cross-attention may see; by default all.
     """
     config = model.config
+    all_tokens, tokens = tokens, tokens[-config.read(len(tokens)) :]
     weights = {
         ".".join(map(str, path)): np.asarray(leaf[...], np.float64)
         for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -56,6 +57,9 @@ def reference(model, tokens, latents, positions=None):
         embedded = embedded + moved * weights["conv"][back]
     if config.onsets:
         embedded = embedded + keyboard.features(keyboards) @ weights["keyboard.kernel"]
+    if config.recall:
+        recalled = recall.after_each(all_tokens, config.recall, last=len(tokens))
+        embedded = embedded + recall.features(recalled) @ weights["recall.kernel"]
     context = keys_values(norm(embedded[positions], "context_norm"), "cross", positions)
     x = block(embedded[queries] @ weights["latent.kernel"], "cross", context)
     for depth in range(config.layers):

@@ -19,12 +19,14 @@ from music_ar.model import PRESETS
 from music_ar.sampling import SamplingOptions
 
 CONTEXT, BUDGET = 48, 16
-CONFIG = dataclasses.replace(PRESETS["tiny"], context=CONTEXT, latents=32, onsets=3, time_heads=1, cross_depths=(1,))
+CONFIG = dataclasses.replace(
+    PRESETS["tiny"], context=CONTEXT, latents=32, onsets=3, recall=24, time_heads=1, cross_depths=(1,)
+)
 FOREVER = 2**30
 FILTERS = SamplingOptions().filters()
-PIECE = np.concatenate([[events.START], np.random.default_rng(0).integers(0, events.EVENT_CLASSES, 130)]).astype(
-    np.int32
-)
+# It returns to its beginning, so that there is something to recall, within the context and from before it.
+_PASSAGE = np.random.default_rng(0).integers(0, events.EVENT_CLASSES, 65)
+PIECE = np.concatenate([[events.START], _PASSAGE, _PASSAGE[:40], _PASSAGE[15:40]]).astype(np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +74,9 @@ def uncached(model):
     @jax.jit
     def logits(params, tokens, first, seen):
         model = nnx.merge(graph, params)
-        keyboards = model.keyboards(tokens[None])
-        places = jnp.stack([ages, keyboards.step], axis=-1)
-        embedded = model.tell(model.embed(tokens[None]), keyboards)
+        told = model.told(tokens[None], len(PIECE))
+        places = jnp.stack([ages, told.keyboard.step], axis=-1)
+        embedded = model.tell(model.embed(tokens[None]), told)
         context = model.cross.keys_values(model.context_norm(embedded), places)
 
         def attend(block, x, keys_values, mask):

@@ -86,6 +86,19 @@ def test_equals_the_reference(config):
     np.testing.assert_allclose(logits_of(model, tokens, latents=N), expected, rtol=1e-4, atol=1e-3)
 
 
+def test_what_is_recalled_comes_from_before_the_context():
+    """The last 16 inputs are read; what they recall is from inputs before them."""
+    model = model_of(dataclasses.replace(CONFIG, recall=20))
+    theme, other = np.random.default_rng(0).integers(30, 90, (2, 12))
+    tokens = np.stack([np.concatenate([theme, other, theme]), np.concatenate([other, other[::-1], theme])])
+    expected = [reference(model, row, N) for row in tokens]
+    found = logits_of(model, tokens.astype(np.int32), latents=N)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+    far = dataclasses.replace(CONFIG, recall=26)
+    told = logits_of(model_of(far), tokens.astype(np.int32), latents=N)
+    assert np.abs(told[1] - found[1]).max() < 1e-3 < np.abs(told[0] - found[0]).max()
+
+
 @pytest.mark.parametrize("latents", [1, M])
 def test_equals_the_reference_with_any_number_of_latents(latents):
     expected = [reference(model_of(CONFIG), row, latents) for row in DISTINCT]

@@ -1,0 +1,296 @@
+"""What followed where the music was before as it is now.
+
+Pieces return to their themes after thousands of tokens. To use that, attention has to find, among all it may read, the
+place whose last notes were the present ones; training in minutes does not teach it (docs/training-log.md), and the few
+notes that it would help are hardly seen in the loss. But the place follows from the notes exactly. So it is looked up:
+`PerceiverAR` is told at each position which notes followed there, as if a head that matches n-grams had found them
+(Akyurek et al., arXiv 2401.12973, who build such heads into language models). It costs a comparison of integers a note, so
+it can reach much further back than attention reads.
+
+The last notes are compared in several ways (`LEVELS`), since a theme returns with its chords struck in another order,
+or in another key; of those that find a place, the first in the list counts, and of its places the nearest.
+
+`after_each` does it for whole sequences, `advance` from token to token; both find the same (tests/test_recall.py).
+
+Dimension key, beside that of `model.py`: V levels, C notes that are remembered, A notes told, O notes of a sequence.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer, UInt32
+
+from music_ar import events, keyboard
+
+
+class Level(NamedTuple):
+    """A way to compare the last notes with earlier ones.
+
+    Attributes:
+        by: what has to be equal: the pitches in order, the pitches in any order, or the intervals between them.
+        notes: how many.
+    """
+
+    by: Literal["order", "set", "interval"]
+    notes: int
+
+
+LEVELS = (Level("order", 12), Level("order", 6), Level("set", 12), Level("interval", 9), Level("order", 4))
+TOLD = 4
+"""A: how many notes that followed are told."""
+_LONGEST = max(level.notes for level in LEVELS)
+_DISTANCES = 16  # classes of how many notes ago, each twice as wide as the one before
+_BASE = 0x9E3779B1
+
+
+class Recalled(NamedTuple):
+    """What followed at the place that is like the last notes; any leading batch shape.
+
+    Attributes:
+        level: index in `LEVELS` of what was alike; -1 where nothing was.
+        distance: how many notes ago it was.
+        note: the A notes that followed, pitch 64 + velocity bin; -1 where there is none. Where fewer than A have
+            followed yet they begin again, as in a trill.
+        wait: the steps between each of them and the note before it.
+    """
+
+    level: Int[Any, "*B"]
+    distance: Int[Any, "*B"]
+    note: Int[Any, "*B A"]
+    wait: Int[Any, "*B A"]
+
+
+class Memory(NamedTuple):
+    """The last C notes, in a ring: note number i is in slot i mod C.
+
+    Attributes:
+        count: notes so far.
+        keys: of each note, what by each level is equal for places that are alike.
+        note: pitch 64 + velocity bin.
+        step: their times, in steps of 10 ms.
+        level: of the place that is like the last notes, -1 where there is none.
+        match: the number of the note there that is like the newest.
+    """
+
+    count: Int[Any, "*B"]
+    keys: UInt32[Any, "*B V C"]
+    note: Int[Any, "*B C"]
+    step: Int[Any, "*B C"]
+    level: Int[Any, "*B"]
+    match: Int[Any, "*B"]
+
+
+class _Notes(NamedTuple):
+    """The notes of sequences in order, O = T of them, of which `count` are real; fields as in `Memory`."""
+
+    count: Int[Any, "*B"]
+    keys: UInt32[Any, "*B V O"]
+    note: Int[Any, "*B O"]
+    step: Int[Any, "*B O"]
+    level: Int[Any, "*B O"]
+    match: Int[Any, "*B O"]
+
+
+def after_each(tokens: Integer[Any, "*B T"], reach: int, xp: Any = np, *, last: int | None = None) -> Recalled:
+    """What is recalled after each of the `last` tokens of sequences; by default of all.
+
+    Args:
+        tokens: of each sequence, from its beginning or from anywhere.
+        reach: C; places are looked for among so many notes, the newest included.
+        xp: the array module.
+        last: of how many tokens.
+    """
+    tokens = xp.asarray(tokens, xp.int32)
+    notes = _notes(tokens, reach, xp)
+    newest = (xp.cumsum(keyboard.is_on(tokens), axis=-1).astype(xp.int32) - 1)[..., -(last or tokens.shape[-1]) :]
+    place, known = xp.maximum(newest, 0), newest >= 0
+    level = xp.where(known, xp.take_along_axis(notes.level, place, axis=-1), -1)
+    match = xp.where(known, xp.take_along_axis(notes.match, place, axis=-1), -1)
+
+    def at(values: Any, index: Any) -> Any:
+        flat = index.reshape(*index.shape[:-2], -1)
+        return xp.take_along_axis(values, flat, axis=-1).reshape(index.shape)
+
+    return _followed(level, match, newest, lambda index: (at(notes.note, index), at(notes.step, index)), xp)
+
+
+def remember(tokens: Integer[np.ndarray, " T"], reach: int) -> Memory:
+    """The memory after a sequence, in NumPy."""
+    notes = _notes(np.asarray(tokens, np.int32), reach, np)
+    count = int(notes.count)
+    kept = np.arange(max(0, count - reach), count)
+
+    def ring(values: np.ndarray) -> np.ndarray:
+        slots = np.zeros((*values.shape[:-1], reach), values.dtype)
+        slots[..., kept % reach] = values[..., kept]
+        return slots
+
+    level, match = (values[count - 1] if count else np.int32(-1) for values in (notes.level, notes.match))
+    return Memory(notes.count, ring(notes.keys), ring(notes.note), ring(notes.step), level, match)
+
+
+def advance(
+    memory: Memory, token: Int[Array, " B"], step: Int[Array, " B"], velocity: Int[Array, " B"]
+) -> Memory:
+    """The memory after one more token, in JAX; only a note-on changes it.
+
+    Args:
+        memory: before it.
+        token: the token.
+        step: the time of it.
+        velocity: the velocity bin in force.
+    """
+    C = memory.note.shape[-1]
+    row, is_on, newest = jnp.arange(token.shape[0]), keyboard.is_on(token), memory.count
+    slot = newest % C
+
+    def written(values: Array, new: Array) -> Array:
+        return values.at[row, slot].set(jnp.where(is_on, new, values[row, slot]))
+
+    note = written(memory.note, token * keyboard.ROOM + velocity)
+    back = newest[:, None] - jnp.arange(_LONGEST)[None]
+    pitches = jnp.take_along_axis(note, back % C, axis=1) // keyboard.ROOM
+    new_BxV = _keys(pitches, jnp)
+    keys = memory.keys.at[row, :, slot].set(jnp.where(is_on[:, None], new_BxV, memory.keys[row, :, slot]))
+    number = newest[:, None] - (newest[:, None] - jnp.arange(C)[None]) % C
+    found = jnp.where(
+        _comparable(number[:, None], newest[:, None, None], C, jnp) & (keys == new_BxV[..., None]), number[:, None], -1
+    )
+    level, match = _best(found.max(axis=-1), jnp)
+    return Memory(
+        count=newest + is_on,
+        keys=keys,
+        note=note,
+        step=written(memory.step, step),
+        level=jnp.where(is_on, level, memory.level),
+        match=jnp.where(is_on, match, memory.match),
+    )
+
+
+def recalled(memory: Memory) -> Recalled:
+    """What the memory recalls, in JAX."""
+
+    def at(index: Array) -> tuple[Array, Array]:
+        slots = index % memory.note.shape[-1]
+        return jnp.take_along_axis(memory.note, slots, axis=-1), jnp.take_along_axis(memory.step, slots, axis=-1)
+
+    return _followed(memory.level, memory.match, memory.count - 1, at, jnp)
+
+
+def feature_count() -> int:
+    """F: how many numbers `features` gives."""
+    return len(LEVELS) + _DISTANCES + TOLD * keyboard.NOTE_FEATURES
+
+
+def features(recalled: Recalled, xp: Any = np) -> Float[Any, "*B F"]:
+    """What is recalled as numbers, 0 or 1: the level, the class of the distance, and each note that followed."""
+    found = recalled.level >= 0
+    halvings = xp.floor(xp.log2(xp.maximum(recalled.distance, 1).astype(xp.float32)) + 1e-3).astype(xp.int32)
+    parts = [
+        keyboard.one_hot(recalled.level, found, len(LEVELS), xp),
+        keyboard.one_hot(xp.minimum(halvings, _DISTANCES - 1), found, _DISTANCES, xp),
+        keyboard.note_features(recalled.note, recalled.note >= 0, recalled.wait, recalled.note >= 0, xp),
+    ]
+    return xp.concatenate(parts, axis=-1)
+
+
+def nothing(batch_shape: tuple[int, ...], xp: Any = np) -> Recalled:
+    """What is recalled where nothing is."""
+    none = xp.full(batch_shape, -1, xp.int32)
+    notes = xp.full((*batch_shape, TOLD), -1, xp.int32)
+    return Recalled(none, none, notes, notes)
+
+
+def _notes(tokens: Any, reach: int, xp: Any) -> _Notes:
+    is_on = keyboard.is_on(tokens)
+    step, velocity = keyboard.times_and_velocities(tokens, xp)
+    places = xp.argsort(~is_on, axis=-1, stable=True)  # those of the note-ons first, in order
+    pitch = xp.where(is_on, tokens, 0)
+    pitch, step, velocity = (xp.take_along_axis(values, places, axis=-1) for values in (pitch, step, velocity))
+    earlier = [pitch]
+    for _ in range(_LONGEST - 1):
+        earlier.append(xp.concatenate([xp.zeros_like(pitch[..., :1]), earlier[-1][..., :-1]], axis=-1))
+    keys = xp.moveaxis(_keys(xp.stack(earlier, axis=-1), xp), -1, -2)
+    # The nearest earlier note with the same key is the one before it in the order of the keys.
+    order = xp.argsort(keys, axis=-1, stable=True).astype(xp.int32)
+    ordered = xp.take_along_axis(keys, order, axis=-1)
+    before = xp.where(ordered[..., 1:] == ordered[..., :-1], order[..., :-1], -1)
+    before = xp.concatenate([xp.full_like(order[..., :1], -1), before], axis=-1)
+    nearest = xp.take_along_axis(before, xp.argsort(order, axis=-1, stable=True), axis=-1)
+    newest = xp.arange(tokens.shape[-1]).astype(xp.int32).reshape((1,) * tokens.ndim + (-1,))
+    near = xp.moveaxis(xp.where(_comparable(nearest, newest, reach, xp), nearest, -1), -2, -1)
+    level, match = _best(near, xp)
+    count = is_on.sum(axis=-1).astype(xp.int32)
+    return _Notes(count, keys, pitch * keyboard.ROOM + velocity, step, level, match)
+
+
+def _keys(pitches: Int[Any, "*B N"], xp: Any) -> UInt32[Any, "*B V"]:
+    """A number for each level that is equal where the last notes are alike; of others by chance one in 2**32.
+
+    Args:
+        pitches: of the last `_LONGEST` notes, the newest first.
+        xp: the array module.
+    """
+    powers = [pow(_BASE, power, 2**32) for power in range(_LONGEST)]
+    pitches = pitches.astype(xp.uint32)
+    mixed = (pitches + 1) * np.uint32(_BASE)
+    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0x85EBCA77)
+    mixed = mixed ^ (mixed >> np.uint32(13))
+    between = pitches[..., :-1] - pitches[..., 1:] + 128
+
+    def weighted(values: Any, count: int) -> Any:
+        factors = np.array(powers[:count], np.uint32)
+        return (values[..., :count] * factors.reshape((1,) * (values.ndim - 1) + (count,))).sum(
+            axis=-1, dtype=xp.uint32
+        )
+
+    by_level = {
+        "order": lambda notes: weighted(pitches + 1, notes),
+        "set": lambda notes: mixed[..., :notes].sum(axis=-1, dtype=xp.uint32),
+        "interval": lambda notes: weighted(between, notes - 1),
+    }
+    return xp.stack([by_level[level.by](level.notes) for level in LEVELS], axis=-1)
+
+
+def _comparable(number: Any, newest: Any, reach: int, xp: Any) -> Any:
+    """Whether note `number` [*B, _, _] is one that the `newest`, of as many axes, may be compared with: [*B, V, _].
+
+    There must be enough notes up to it, and it must be remembered. A set has to be another one altogether: in a figure
+    that repeats, the last notes are the same with every note.
+    """
+    column = (len(LEVELS), 1)
+    needed = np.array([level.notes for level in LEVELS], np.int32).reshape(column)
+    least = np.array([level.notes if level.by == "set" else 1 for level in LEVELS], np.int32).reshape(column)
+    leading = (1,) * (number.ndim - 2)
+    needed, least = needed.reshape(leading + column), least.reshape(leading + column)
+    distance = newest - number
+    return (number >= needed - 1) & (distance >= least) & (distance < reach)
+
+
+def _best(nearest: Int[Any, "*B V"], xp: Any) -> tuple[Any, Any]:
+    """The first level that found a place, and the place; -1 where none did."""
+    found = nearest >= 0
+    level = xp.argmax(found, axis=-1).astype(xp.int32)
+    match = xp.take_along_axis(nearest, level[..., None], axis=-1)[..., 0]
+    return xp.where(found.any(axis=-1), level, -1).astype(xp.int32), match.astype(xp.int32)
+
+
+def _followed(level: Any, match: Any, newest: Any, at: Any, xp: Any) -> Recalled:
+    """What followed `match`; `at` gives the notes and times of numbers [*B, A]."""
+    distance = newest - match
+    found = (level >= 0)[..., None]
+    ahead = xp.arange(TOLD).astype(xp.int32).reshape((1,) * level.ndim + (TOLD,)) % xp.maximum(distance, 1)[..., None]
+    number = xp.where(found, match[..., None] + 1 + ahead, 0)
+    note, step = at(number)
+    here, there = (at(xp.maximum(each, 0)[..., None])[0] // keyboard.ROOM for each in (newest, match))
+    by_interval = np.array([each.by == "interval" for each in LEVELS])
+    moved = xp.where(xp.asarray(by_interval)[xp.maximum(level, 0)][..., None], here - there, 0)
+    pitch = note // keyboard.ROOM + moved
+    found = found & (pitch >= 0) & (pitch < events.PITCHES)
+    return Recalled(
+        level=level,
+        distance=xp.where(level >= 0, distance, -1).astype(xp.int32),
+        note=xp.where(found, note + moved * keyboard.ROOM, -1).astype(xp.int32),
+        wait=xp.where(found, step - at(xp.maximum(number - 1, 0))[1], -1).astype(xp.int32),
+    )
