@@ -28,7 +28,8 @@ from music_ar.generator import MAESTRO_TOKENS_PER_S, Chunk, Generator, Piece, Re
 from music_ar.model import PerceiverAR
 from music_ar.sampling import SamplingOptions
 
-_BANDWIDTH_SIZE = 8192
+_BANDWIDTH_ROWS = {"cpu": 8192}  # of a square matrix: 256 MB
+_BANDWIDTH_MOST_ROWS = 32768  # 4 GB, so that a large accelerator is busy for more than its start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +263,8 @@ def with_context(model: PerceiverAR, context: int) -> PerceiverAR:
 
 def read_bandwidth() -> float:
     """Bytes a second that a large matrix-vector product or sum reads, on the default device; the best of ten each."""
-    matrix, vector = jnp.ones((_BANDWIDTH_SIZE, _BANDWIDTH_SIZE)), jnp.ones(_BANDWIDTH_SIZE)
+    rows = _BANDWIDTH_ROWS.get(jax.default_backend(), _BANDWIDTH_MOST_ROWS)
+    matrix, vector = jnp.ones((rows, rows)), jnp.ones(rows)
     best_s = float("inf")
     for read in (jax.jit(jnp.dot), jax.jit(lambda matrix, _: matrix.sum())):
         read(matrix, vector).block_until_ready()

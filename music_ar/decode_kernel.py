@@ -29,10 +29,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from music_ar import linear_kernel
-from music_ar.linear_kernel import EPSILON, interpreted, numbers
 from music_ar.model import Block, ModelConfig, rotary_angles
 
+_EPSILON = 1e-6  # of nnx.RMSNorm
 _LOWEST = -1e30  # below any score, and finite: what is subtracted from it stays a number
 _LOG2_E = 1.4426950408889634
 _LEAST_BLOCK = 16  # the least that Triton multiplies matrices of, in each of their axes
@@ -76,6 +75,11 @@ def suits(config: ModelConfig) -> bool:
     """Whether the kernel can be used for a model: Triton's blocks are powers of two, and at least 16."""
     K = config.head_size
     return K >= _LEAST_BLOCK and K & (K - 1) == 0 and config.context % _LEAST_BLOCK == 0
+
+
+def pays() -> bool:
+    """Whether the kernel is faster than ordinary operations here: it was measured on an H100, and on nothing else."""
+    return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
 
 
 class Heads(NamedTuple):
@@ -137,7 +141,7 @@ def attend(
     E, R, K = k_ExRxK.shape
     X, H = rings_Xx2.shape[0], config.heads
     tiling = Tiling.of(E, R) if tiling is None else tiling
-    interpret = interpreted() if interpret is None else interpret
+    interpret = _interpreted() if interpret is None else interpret
     k, v = (None, None) if new is None else new
     sizes = _Sizes(config=config, queries=q.array.shape[0] // X, tiling=tiling, interpreted=interpret)
     inputs = [rings_Xx2, turns_XxPx2xK, q.array, q.scale]
@@ -209,7 +213,7 @@ def _kernel(*all_refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Plac
     ring, head = jax.lax.div(row, G), jax.lax.rem(row, G)
     slot, before = rings_ref[ring, 0], rings_ref[ring, 1]
     way = jnp.where(head >= G - config.time_heads, turns_ref.shape[1] - 1, 0)
-    channel_1xK, half = numbers(K)[None], config.rotary_size // 2
+    channel_1xK, half = _numbers(K)[None], config.rotary_size // 2
     partner_1xK = jnp.where(
         channel_1xK < half, channel_1xK + half, jnp.where(channel_1xK < 2 * half, channel_1xK - half, channel_1xK)
     )
@@ -218,7 +222,7 @@ def _kernel(*all_refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Plac
         """Normalised and rotated heads, float32 [P, K]."""
         x_PxK = ref[row_Px1, place.first + head_Px1, channel_1xK].astype(jnp.float32)
         partner_PxK = ref[row_Px1, place.first + head_Px1, partner_1xK].astype(jnp.float32)
-        size_Px1 = jax.lax.rsqrt(jnp.sum(x_PxK * x_PxK, axis=1)[:, None] / K + EPSILON)
+        size_Px1 = jax.lax.rsqrt(jnp.sum(x_PxK * x_PxK, axis=1)[:, None] / K + _EPSILON)
         cos_1xK, sin_1xK = (turns_ref[ring, way, part, channel_1xK] for part in range(2))
         x_PxK *= scale_ref[place.scale_row, channel_1xK]
         partner_PxK *= scale_ref[place.scale_row, partner_1xK]
@@ -229,7 +233,7 @@ def _kernel(*all_refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Plac
         row_P = ring * sizes.queries + jax.lax.div(number_P, sizes.group)
         return row_P[:, None], (head * sizes.group + jax.lax.rem(number_P, sizes.group))[:, None]
 
-    number_P = jnp.minimum(numbers(max(_LEAST_BLOCK, _power_of_two(F))), F - 1)
+    number_P = jnp.minimum(_numbers(max(_LEAST_BLOCK, _power_of_two(F))), F - 1)
     # Scores are in units of which 2 is the base: exp2 is what the hardware has.
     scale = K**-0.5 * _LOG2_E
     q_PxK = turned(q_ref, q_scale_ref, q, *at(number_P)).astype(k_ref.dtype)
@@ -260,7 +264,7 @@ def _kernel(*all_refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Plac
         first = split * (R // S) + index * tiling.block
         k_LxK, v_LxK = (ref[row, pl.ds(first, tiling.block), :] for ref in (k_ref, v_ref))
         score_PxL = _product(q_PxK, k_LxK, contracting=(1, 1)) * scale
-        behind_L = slot - first - numbers(tiling.block)
+        behind_L = slot - first - _numbers(tiling.block)
         behind_L = jnp.where(behind_L < 0, behind_L + R, behind_L)
         seen_L = (behind_L >= nearest) & (behind_L <= before)
         score_PxL = jnp.where(seen_L[None], score_PxL, -jnp.inf)
@@ -288,8 +292,8 @@ def _kernel(*all_refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Plac
 
     @pl.when(finished == S - 1)
     def _() -> None:
-        number_P = jnp.minimum(numbers(_power_of_two(F)), F - 1)
-        split_Sx1 = numbers(S)[:, None]
+        number_P = jnp.minimum(_numbers(_power_of_two(F)), F - 1)
+        split_Sx1 = _numbers(S)[:, None]
 
         def of_all(ref: Any, *place: Array) -> Array:
             return triton.load(ref.at[(row, *place)], volatile=True)  # not from a cache of its own
@@ -330,19 +334,12 @@ class FusedAttention:
         clock_B: the time of the step, by row.
         places_BxP: the position that it has in the piece, by either way to count.
         windows: W.
-        linear: whether the linear layers around attention go through `linear_kernel`, if the rows are few.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        clock_B: Int[Array, " B"],
-        places_BxP: Int[Array, "B P"],
-        windows: int,
-        *,
-        linear: bool = False,
+        self, config: ModelConfig, clock_B: Int[Array, " B"], places_BxP: Int[Array, "B P"], windows: int
     ) -> None:
-        self._config, self._clock_B, self._windows, self._linear = config, clock_B, windows, linear
+        self._config, self._clock_B, self._windows = config, clock_B, windows
         self._turns_BxPx2xK = rotary_turns(config, places_BxP)
         # One after another the kernels use these and leave them as they were.
         self._counters_E = jnp.zeros(len(clock_B) * windows * config.kv_heads, jnp.int32)
@@ -362,7 +359,7 @@ class FusedAttention:
                 Heads(self._heads(block.key(context_Bx1xD)), scale=_scale(block.key_norm)),
                 Heads(self._heads(block.value(context_Bx1xD))),
             )
-        q = Heads(self._heads(self._project(block, block.query, x_BxTxD)), scale=_scale(block.query_norm))
+        q = Heads(self._heads(block.query(block.attention_norm(x_BxTxD))), scale=_scale(block.query_norm))
         found, cache = self._attend(q, new, cache, self._clock_B, since_B, self._turns_BxPx2xK)
         return found.reshape(*x_BxTxD.shape[:2], *found.shape[1:]), cache
 
@@ -372,45 +369,13 @@ class FusedAttention:
         """See `decoding.PlainAttention.within`."""
         assert block.joined is not None, "blocks are joined when a decoder is made"
         H, G, K = self._config.heads, self._config.kv_heads, self._config.head_size
-        qkv = self._heads(self._project(block, block.joined.projection, x_BWx1xD))
+        qkv = self._heads(block.joined.projection(block.attention_norm(x_BWx1xD)))
         scale = block.joined.scale_1x1xHxK[...].reshape(H + G, K)
         new = (Heads(qkv, first=H, scale=scale, scale_row=H), Heads(qkv, first=H + G))
         clock_BW = jnp.repeat(self._clock_B, self._windows)
         turns = jnp.repeat(self._turns_BxPx2xK, self._windows, axis=0)
         found, cache = self._attend(Heads(qkv, scale=scale), new, cache, clock_BW, since_BW, turns)
         return found[:, None], cache
-
-    def add(
-        self, block: Block, x_BxTxD: Float[Array, "B T D"], found_BxTxHxK: Float[Array, "B T H K"]
-    ) -> Float[Array, "B T D"]:
-        """See `decoding.PlainAttention.add`."""
-        output, expand, contract = (
-            self._few_rows(layer, x_BxTxD) for layer in (block.output, block.expand, block.contract)
-        )
-        if output is None or expand is None or contract is None:
-            return block.add(x_BxTxD, found_BxTxHxK, nnx.Dropout(0.0, deterministic=True))
-        x_XxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
-        x_XxD = linear_kernel.linear(found_BxTxHxK.reshape(len(x_XxD), -1), output, stream_XxO=x_XxD)
-        scale_D = _scale(block.feed_forward_norm)[0]
-        hidden_XxF = linear_kernel.linear(x_XxD, expand, norm_scale_I=scale_D, squared_relu=True)
-        return linear_kernel.linear(hidden_XxF, contract, stream_XxO=x_XxD).reshape(x_BxTxD.shape)
-
-    def _project(self, block: Block, layer: nnx.Linear, x_BxTxD: Array) -> Array:
-        """A projection of the stream, which is normalised first."""
-        matrix = self._few_rows(layer, x_BxTxD)
-        if matrix is None:
-            return layer(block.attention_norm(x_BxTxD))
-        x_XxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
-        y_XxO = linear_kernel.linear(x_XxD, matrix, norm_scale_I=_scale(block.attention_norm)[0])
-        return y_XxO.reshape(*x_BxTxD.shape[:2], -1)
-
-    def _few_rows(self, layer: nnx.Linear, x_BxTxD: Array) -> Array | None:
-        """The layer's matrix, if `linear_kernel` is to be used for so many rows."""
-        rows = x_BxTxD.shape[0] * x_BxTxD.shape[1]
-        if not self._linear or rows > linear_kernel.MOST_ROWS or not isinstance(layer, nnx.Linear):
-            return None
-        matrix = layer.kernel[...].astype(x_BxTxD.dtype)
-        return matrix if linear_kernel.suits(matrix) else None
 
     def _attend(
         self,
@@ -434,3 +399,13 @@ class FusedAttention:
 def _scale(norm: nnx.RMSNorm) -> Float[Array, "1 K"]:
     assert norm.scale is not None
     return norm.scale[...].reshape(1, -1)
+
+
+def _interpreted() -> bool:
+    """Whether kernels run as ordinary operations, for want of a GPU."""
+    return jax.default_backend() != "gpu"
+
+
+def _numbers(count: int) -> Array:
+    """0, 1, ... `count` - 1, inside a kernel."""
+    return jax.lax.iota(jnp.int32, count)

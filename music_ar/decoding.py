@@ -51,8 +51,6 @@ WindowMode = Literal["exact", "sliding"]
 WINDOW_MODES: tuple[WindowMode, ...] = get_args(WindowMode)
 _NEVER = np.int32(2**30)
 KeysValues = tuple[Array, Array]
-Fused = Literal["", "attention", "blocks"]
-"""What kernels for GPUs do: nothing, each attention, or also the linear layers of blocks (if rows are few)."""
 
 
 class Caches(NamedTuple):
@@ -151,19 +149,20 @@ class Decoder:
         model: the model; it is not changed.
         int8: whether to hold matrices as int8, which is exact for a released model. Default: on a CPU, where a token
             waits for the weights to come from memory.
-        fused: what the kernels of `decode_kernel`, for GPUs, do: nothing, attention, or the linear layers too. They are
-            not the default before their speed is measured.
+        fused: whether the attention of a step is one kernel (`decode_kernel`). Default: on a GPU where that is known to
+            be faster, if the model's sizes suit.
 
     Raises:
-        ValueError: the kernels do not suit the model's sizes.
+        ValueError: the kernel does not suit the model's sizes.
     """
 
-    def __init__(self, model: PerceiverAR, *, int8: bool | None = None, fused: Fused = ""):
+    def __init__(self, model: PerceiverAR, *, int8: bool | None = None, fused: bool | None = None):
         self.config, self.dtype = model.config, model.dtype
-        self.fused: Fused = fused
-        if fused and not decode_kernel.suits(model.config):
+        suits = decode_kernel.suits(model.config)
+        self.fused = suits and decode_kernel.pays() if fused is None else fused
+        if self.fused and not suits:
             raise ValueError(
-                "the kernels need a head_size that is a power of two and at least 16, and a context that is a multiple "
+                "the kernel needs a head_size that is a power of two and at least 16, and a context that is a multiple "
                 f"of 16; got {model.config.head_size} and {model.config.context}"
             )
         model = nnx.clone(model)
@@ -378,9 +377,9 @@ def _on_each(function: Callable[..., Any], mesh: Mesh, in_specs: tuple[Any, ...]
 class _Graph:
     """A model's structure and how it is decoded, as a static argument: what JAX hashes at each call is kept."""
 
-    def __init__(self, graph: nnx.GraphDef[PerceiverAR], fused: Fused):
+    def __init__(self, graph: nnx.GraphDef[PerceiverAR], fused: bool):
         self.graph, self._hash = graph, hash((graph, fused))
-        self.fused: Fused = fused
+        self.fused = fused
 
     def __hash__(self) -> int:
         return self._hash
@@ -471,13 +470,13 @@ def take(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
     )
 
 
-def step(model: PerceiverAR, state: DecodeState, *, fused: Fused = "") -> tuple[Float[Array, "B V"], DecodeState]:
+def step(model: PerceiverAR, state: DecodeState, *, fused: bool = False) -> tuple[Float[Array, "B V"], DecodeState]:
     """Runs the pending token through the model: logits of what follows it, and the state one tick later.
 
     Args:
         model: with its self blocks joined, as `Decoder` makes it.
         state: what came before.
-        fused: what kernels for GPUs do; the caches' layout must fit.
+        fused: whether attention is one kernel; the caches' layout must fit.
     """
     clock_B, caches = state.clock_B, state.caches
     B = state.birth_B.shape[0]
@@ -488,7 +487,7 @@ def step(model: PerceiverAR, state: DecodeState, *, fused: Fused = "") -> tuple[
     window_since_BW = (starts_BxW + state.birth_B[:, None]).reshape(-1)
     places_BxP = jnp.stack([age_B, state.keyboard.step], axis=-1)
     if fused:
-        attention = FusedAttention(model.config, clock_B, places_BxP, W, linear=fused == "blocks")
+        attention = FusedAttention(model.config, clock_B, places_BxP, W)
     else:
         attention = PlainAttention(clock_B, places_BxP, W)
 
@@ -496,7 +495,7 @@ def step(model: PerceiverAR, state: DecodeState, *, fused: Fused = "") -> tuple[
         block: Block, x_BxTxD: Array, context: Array | None, cache: KeysValues
     ) -> tuple[Array, KeysValues]:
         found, cache = attention.cross(block, x_BxTxD, context, cache, seen_since_B)
-        return attention.add(block, x_BxTxD, found), cache
+        return block.add(x_BxTxD, found, _KEEP), cache
 
     told_B = Told(state.keyboard, None if state.memory is None else recall.recalled(state.memory))
     embedded_Bx1xD = model.tell(model.embed_last(state.recent_BxL), told_B)[:, None]
@@ -511,7 +510,7 @@ def step(model: PerceiverAR, state: DecodeState, *, fused: Fused = "") -> tuple[
             x_BxWxD, cross = attend_context(further[depth], x_BWx1xD.reshape(B, W, -1), None, cross)
             x_BWx1xD = x_BxWxD.reshape(x_BWx1xD.shape)
         found, cache = attention.within(block, x_BWx1xD, (cache[0], cache[1]), window_since_BW)
-        x_BWx1xD = attention.add(block, x_BWx1xD, found)
+        x_BWx1xD = block.add(x_BWx1xD, found, _KEEP)
         filled.append(cache)
     predicting_Bx1xD = x_BWx1xD[jnp.arange(B) * W + active_B]
     caches = Caches(*cross, *zip(*filled, strict=True))
@@ -592,12 +591,6 @@ class PlainAttention:
         in_window_BWxR = (times_BWxR >= since_BW[:, None]) | (times_BWxR == clock_BW[:, None])
         return _attend(q, *cache, in_window_BWxR), cache
 
-    def add(
-        self, block: Block, x_BxTxD: Float[Array, "B T D"], found_BxTxHxK: Float[Array, "B T H K"]
-    ) -> Float[Array, "B T D"]:
-        """The stream after a block whose attention found this."""
-        return block.add(x_BxTxD, found_BxTxHxK, _KEEP)
-
 
 def _times(clock_B: Array, size: int) -> Int[Array, "B size"]:
     """The time that each slot of a ring holds, once the slot of `clock_B` is written."""
@@ -629,9 +622,7 @@ def _attend(q_BxTxHxK: Array, k_ExKxR: Array, v_ExRxK: Array, seen_BxR: Array) -
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(
-    graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxP: Array, told_BxP: Told
-) -> DecodeState:
+def _prefill(graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxP: Array, told_BxP: Told) -> DecodeState:
     """Fills the caches with P tokens at once.
 
     In exact mode they hold what P steps would have left there; in sliding mode, the last n latents as the model was

@@ -23,7 +23,6 @@ from music_ar import events, keyboard, recall
 from music_ar.keyboard import Keyboard
 from music_ar.recall import Recalled
 
-
 _TOKENS_A_NOTE = 4  # of MAESTRO, on average
 
 
@@ -153,7 +152,9 @@ class Told(NamedTuple):
     recalled: Recalled | None
 
 
-_SMALL = ModelConfig(width=512, layers=8, heads=8, kv_heads=2, hidden=1536, conv_width=8, onsets=8, time_heads=1)
+_SMALL = ModelConfig(
+    width=512, layers=8, heads=8, kv_heads=2, hidden=1536, conv_width=8, onsets=8, recall=4096, time_heads=1
+)
 PRESETS: dict[str, ModelConfig] = {
     # About 22 million parameters, in few layers, since each costs time when decoding.
     "small": _SMALL,
@@ -340,7 +341,12 @@ class PerceiverAR(nnx.Module):
             self.conv = nnx.Param(jnp.zeros((config.conv_width, config.width)))
         if config.onsets:
             self.keyboard = nnx.Linear(
-                keyboard.feature_count(config.onsets), config.width, use_bias=False, dtype=dtype, kernel_init=zeros, rngs=rngs
+                keyboard.feature_count(config.onsets),
+                config.width,
+                use_bias=False,
+                dtype=dtype,
+                kernel_init=zeros,
+                rngs=rngs,
             )
         if config.recall:
             self.recall = nnx.Linear(

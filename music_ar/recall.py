@@ -1,11 +1,11 @@
 """What followed where the music was before as it is now.
 
 Pieces return to their themes after thousands of tokens. To use that, attention has to find, among all it may read, the
-place whose last notes were the present ones; training in minutes does not teach it (docs/training-log.md), and the few
+place whose last notes were the present ones; training for minutes does not teach it (docs/training-log.md), and the few
 notes that it would help are hardly seen in the loss. But the place follows from the notes exactly. So it is looked up:
 `PerceiverAR` is told at each position which notes followed there, as if a head that matches n-grams had found them
-(Akyurek et al., arXiv 2401.12973, who build such heads into language models). It costs a comparison of integers a note, so
-it can reach much further back than attention reads.
+(Akyurek et al., arXiv 2401.12973, who build such heads into language models). It costs some comparisons of integers a
+note, so it can reach much further back than attention reads.
 
 The last notes are compared in several ways (`LEVELS`), since a theme returns with its chords struck in another order,
 or in another key; of those that find a place, the first in the list counts, and of its places the nearest.
@@ -130,9 +130,7 @@ def remember(tokens: Integer[np.ndarray, " T"], reach: int) -> Memory:
     return Memory(notes.count, ring(notes.keys), ring(notes.note), ring(notes.step), level, match)
 
 
-def advance(
-    memory: Memory, token: Int[Array, " B"], step: Int[Array, " B"], velocity: Int[Array, " B"]
-) -> Memory:
+def advance(memory: Memory, token: Int[Array, " B"], step: Int[Array, " B"], velocity: Int[Array, " B"]) -> Memory:
     """The memory after one more token, in JAX; only a note-on changes it.
 
     Args:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from conftest import noisy_model
 from flax import nnx
 
-from music_ar import decode_kernel, decoding, events, linear_kernel
+from music_ar import decode_kernel, decoding, events
 from music_ar.decode_kernel import Tiling
 from music_ar.decoding import Decoder
 from music_ar.model import PRESETS, PerceiverAR
@@ -52,60 +53,52 @@ def split(monkeypatch):
 def test_equals_ordinary_operations(mode):
     """Before, at and after the rings wrap (of 16 latents and of 48 inputs)."""
     model = noisy_model(CONFIG)
-    np.testing.assert_allclose(
-        logits(model, fused="attention", mode=mode), logits(model, fused="", mode=mode), atol=2e-5
-    )
+    np.testing.assert_allclose(logits(model, fused=True, mode=mode), logits(model, fused=False, mode=mode), atol=2e-5)
 
 
 def test_a_split_ring_is_put_together(split):
     model = noisy_model(CONFIG)
     np.testing.assert_allclose(
-        logits(model, fused="attention", mode="exact"), logits(model, fused="", mode="exact"), atol=2e-5
+        logits(model, fused=True, mode="exact"), logits(model, fused=False, mode="exact"), atol=2e-5
     )
 
 
 @pytest.mark.parametrize("heads", [{"heads": 2, "kv_heads": 2}, {"heads": 8, "kv_heads": 1}])
 def test_other_numbers_of_heads(heads):
     model = noisy_model(dataclasses.replace(CONFIG, cross_depths=(), **heads))
-    fused, plain = (logits(model, fused=fused, mode="sliding", steps=20) for fused in ("attention", ""))
+    fused, plain = (logits(model, fused=fused, mode="sliding", steps=20) for fused in (True, False))
     np.testing.assert_allclose(fused, plain, atol=2e-5)
 
 
 def test_sizes_that_do_not_suit_are_refused():
     with pytest.raises(ValueError, match="of 16; got 12 and 48"):
-        Decoder(noisy_model(dataclasses.replace(CONFIG, head_size=12)), fused="attention")
+        Decoder(noisy_model(dataclasses.replace(CONFIG, head_size=12)), fused=True)
 
 
-def test_linear_layers_of_few_rows():
-    model = noisy_model(CONFIG)
-    fused, plain = (logits(model, fused=fused, mode="exact", steps=8) for fused in ("blocks", ""))
-    np.testing.assert_allclose(fused, plain, atol=2e-5)
-
-
-@pytest.mark.parametrize("inputs", [48, 1536])
-@pytest.mark.parametrize("rows", [1, 3, 16])
-def test_linear_by_definition(inputs, rows):
-    keys = jax.random.split(jax.random.key(0), 4)
-    x, kernel = jax.random.normal(keys[0], (rows, inputs)), jax.random.normal(keys[1], (inputs, 32)) / inputs**0.5
-    scale, stream = jax.random.normal(keys[2], (inputs,)), jax.random.normal(keys[3], (rows, 32))
-    normed = x / jnp.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-6) * scale[None]
-    found = linear_kernel.linear(x, kernel, norm_scale_I=scale, squared_relu=True, stream_XxO=stream)
-    np.testing.assert_allclose(found, jax.nn.relu(normed @ kernel) ** 2 + stream, atol=1e-4)
-    np.testing.assert_allclose(linear_kernel.linear(x, kernel), x @ kernel, atol=1e-5)
+@pytest.mark.parametrize(
+    ("capability", "head_size", "fused"), [("9.0", 16, True), ("9.0", 12, False), ("8.0", 16, False)]
+)
+def test_it_is_the_default_where_it_was_measured_and_suits(monkeypatch, capability, head_size, fused):
+    model = noisy_model(dataclasses.replace(CONFIG, head_size=head_size))
+    assert not Decoder(model, int8=False).fused
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(decode_kernel.jax, "local_devices", lambda: [device])
+    assert decode_kernel.pays() == (capability == "9.0")
+    assert Decoder(model, int8=False).fused is fused
 
 
 def test_bfloat16():
     params = nnx.state(noisy_model(CONFIG))
     model = PerceiverAR(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16))
     nnx.update(model, params)
-    exact = logits(noisy_model(CONFIG), fused="", mode="sliding")
-    errors = [np.abs(logits(model, fused=fused, mode="sliding") - exact).mean() for fused in ("attention", "")]
+    exact = logits(noisy_model(CONFIG), fused=False, mode="sliding")
+    errors = [np.abs(logits(model, fused=fused, mode="sliding") - exact).mean() for fused in (True, False)]
     assert 0 < errors[0] < 1.1 * errors[1]  # as near the float32 model as ordinary operations are
 
 
 def test_a_ring_that_is_smaller_than_a_block():
     model = noisy_model(CONFIG)
-    fused, plain = (logits(model, fused=fused, mode="sliding", steps=20, latents=6) for fused in ("attention", ""))
+    fused, plain = (logits(model, fused=fused, mode="sliding", steps=20, latents=6) for fused in (True, False))
     np.testing.assert_allclose(fused, plain, atol=2e-5)
 
 
@@ -117,7 +110,7 @@ def test_it_samples_the_same_piece():
         state = decoder.start([PIECE[:9]] * 2, latents=BUDGET, seeds=[0, 1], limit_steps=2**30)
         return np.asarray(decoder.decode(state, filters, length=24)[1])
 
-    np.testing.assert_array_equal(tokens("attention"), tokens(""))
+    np.testing.assert_array_equal(tokens(True), tokens(False))
 
 
 @pytest.mark.parametrize(
@@ -135,10 +128,9 @@ def test_tilings_divide_the_ring(cache_rows, ring):
 @pytest.mark.parametrize("window", decoding.WINDOW_MODES)
 def test_triton_takes_it(monkeypatch, batch, window):
     """Steps with the shipped model's heads are translated for a GPU, which refuses unknown operations and shapes."""
-    for module in (decode_kernel, linear_kernel):
-        monkeypatch.setattr(module, "interpreted", lambda: False)
+    monkeypatch.setattr(decode_kernel, "_interpreted", lambda: False)
     config = dataclasses.replace(PRESETS["small"], layers=2, width=32, hidden=32, cross_depths=(1,))
-    decoder = Decoder(PerceiverAR(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16)), int8=False, fused="blocks")
+    decoder = Decoder(PerceiverAR(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16)), int8=False, fused=True)
     prompts = [np.array([events.START], np.int32)] * batch
     state = jax.eval_shape(
         lambda: decoder.start(prompts, latents=1024, seeds=range(batch), limit_steps=100, mode=window)

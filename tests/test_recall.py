@@ -19,7 +19,9 @@ REACH = 24
 
 def melody(pitches, steps=10):
     """A note every so many steps, each louder than the last by a bin; beginning with a start."""
-    notes = [[VELOCITY + 1 + number % 32, ON + pitch, SHIFT + steps, OFF + pitch] for number, pitch in enumerate(pitches)]
+    notes = [
+        [VELOCITY + 1 + number % 32, ON + pitch, SHIFT + steps, OFF + pitch] for number, pitch in enumerate(pitches)
+    ]
     return np.concatenate([[events.START], *notes]).astype(np.int32)
 
 
@@ -114,7 +116,7 @@ OTHER = (40, 43, 47, 50, 41, 45, 48, 52, 39, 42, 44, 46, 49, 51)
     ("again", "level"),
     [
         (THEME, ("order", 12)),
-        (THEME[3:11] + (99,) + THEME[3:9], ("order", 6)),
+        ((*THEME[3:11], 99, *THEME[3:9]), ("order", 6)),
         (THEME[:4][::-1] + THEME[4:8][::-1] + THEME[8:][::-1], ("set", 12)),
         (tuple(pitch + 3 for pitch in THEME[1:11]), ("interval", 9)),
         ((99, *THEME[5:9]), ("order", 4)),
