@@ -28,8 +28,8 @@ from music_ar.generator import MAESTRO_TOKENS_PER_S, Chunk, Generator, Piece, Re
 from music_ar.model import PerceiverAR
 from music_ar.sampling import SamplingOptions
 
-_BANDWIDTH_ROWS = {"cpu": 8192}  # of a square matrix: 256 MB
-_BANDWIDTH_MOST_ROWS = 32768  # 4 GB, so that a large accelerator is busy for more than its start
+_BANDWIDTH_BYTES = 2**28
+_ACCELERATOR_BANDWIDTH_BYTES = 2**32  # so that a large one is busy for more than its start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Bench:
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name); by default the shipped one.
         latents: latent budgets.
         mode: how the windows of latents go on once they are full.
-        context: contexts to give the model; by default its own.
+        context: decode: how many tokens attention reads; by default the model's own. What it recalls from is not cut.
         batch: pieces at once; by default 1 and 4 to decode, and what `music-ar render` takes to render.
         tokens: decode: tokens a piece to time, after the first chunk.
         data: decode: folder that `music-ar prepare` wrote; without it there is no score.
@@ -238,7 +238,7 @@ class Bench:
             state, seconds = next_chunk(state)
             chunk_s.append(seconds)
         step_s = statistics.median(chunk_s) / length
-        read = sum(leaf.nbytes for leaf in jax.tree.leaves((decoder.params, state.caches)))
+        read = sum(leaf.nbytes for leaf in jax.tree.leaves((decoder.params, state.caches, state.memory)))
         return Row(
             context=decoder.config.context,
             latents=latents,
@@ -253,7 +253,7 @@ class Bench:
 
 
 def with_context(model: PerceiverAR, context: int) -> PerceiverAR:
-    """The same weights reading another number of inputs."""
+    """The same weights with attention reading another number of inputs."""
     if context == model.config.context:
         return model
     model = nnx.clone(model)
@@ -263,7 +263,10 @@ def with_context(model: PerceiverAR, context: int) -> PerceiverAR:
 
 def read_bandwidth() -> float:
     """Bytes a second that a large matrix-vector product or sum reads, on the default device; the best of ten each."""
-    rows = _BANDWIDTH_ROWS.get(jax.default_backend(), _BANDWIDTH_MOST_ROWS)
+    device = jax.devices()[0]
+    most = (device.memory_stats() or {}).get("bytes_limit", 2**33)
+    size = _BANDWIDTH_BYTES if device.platform == "cpu" else min(_ACCELERATOR_BANDWIDTH_BYTES, most // 4)
+    rows = int((size / 4) ** 0.5)
     matrix, vector = jnp.ones((rows, rows)), jnp.ones(rows)
     best_s = float("inf")
     for read in (jax.jit(jnp.dot), jax.jit(lambda matrix, _: matrix.sum())):

@@ -22,8 +22,8 @@ class Evaluate:
         data: folder that `music-ar prepare` wrote.
         split: which of its splits; of several, the report's other parts use the first.
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name); by default the shipped one.
-        context: M, how many tokens back the model reads; by default the model's own.
-        latents: N, how many of them are latents; by default the model's own.
+        context: how many tokens back the model knows of; by default as many as it attends to or recalls from.
+        latents: N, how many of the last tokens that attention reads are latents; by default as many as the model has.
         stride: how many tokens each window of the model scores; a smaller one is slower and gives each more before it.
         batch_size: windows at once.
         max_pieces: score only so many pieces, the first ones.
@@ -84,11 +84,12 @@ class Evaluate:
         pieces = {split: Pieces.open(self.data, split) for split in self.split}
         model = load_released(self.checkpoint)
         context = model.config.window if self.context is None else self.context
-        latents = min(model.config.latents, context) if self.latents is None else self.latents
-        if not 1 <= self.stride <= latents <= context:
+        most = model.config.read(context)
+        latents = min(model.config.latents, most) if self.latents is None else self.latents
+        if not 1 <= self.stride <= latents <= most:
             raise CommandError(
-                "expected 1 <= --stride <= --latents <= --context, "
-                f"got a stride of {self.stride}, {latents} latents and a context of {context}"
+                f"expected 1 <= --stride <= --latents <= {most}, which is how many tokens attention reads of a "
+                f"--context of {context}; got a stride of {self.stride} and {latents} latents"
             )
         sizes = {"context": context, "latents": latents, "stride": self.stride}
         if self.report is not None:

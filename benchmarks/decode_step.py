@@ -142,7 +142,7 @@ def runner(
 
     run()  # compiles
     run()
-    read = sum(leaf.nbytes for leaf in jax.tree.leaves((decoder.params, state.caches)))
+    read = sum(leaf.nbytes for leaf in jax.tree.leaves((decoder.params, state.caches, state.memory)))
     return run, np.asarray(logits_BxTxV)[..., : events.EVENT_CLASSES], round(read / 1e6, 1)
 
 

@@ -79,7 +79,7 @@ def batch_size(decoder: Decoder, latents: int, mode: WindowMode) -> int:
     if device.platform == "cpu":
         return CPU_BATCH
     state = jax.eval_shape(lambda: _idle(decoder, 1, latents, mode))
-    row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.caches))
+    row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.caches, state.memory)))
     memory = (device.memory_stats() or {}).get("bytes_limit", 8 * 2**30)  # TPUs and GPUs tell it
     used = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder.params))
     rows = int((memory - used) * _MEMORY_SHARE / row_bytes)

@@ -77,9 +77,14 @@ def suits(config: ModelConfig) -> bool:
     return K >= _LEAST_BLOCK and K & (K - 1) == 0 and config.context % _LEAST_BLOCK == 0
 
 
-def pays() -> bool:
-    """Whether the kernel is faster than ordinary operations here: it was measured on an H100, and on nothing else."""
-    return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+def pays(config: ModelConfig, dtype: jnp.dtype) -> bool:
+    """Whether the kernel is known to be faster here than ordinary operations.
+
+    That was measured on an H100 (compute capability 9.0), in bfloat16, with heads of 64 channels, and on nothing else;
+    larger ones may need more shared memory than there is.
+    """
+    hopper = getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+    return hopper and suits(config) and config.head_size <= 64 and dtype == jnp.bfloat16
 
 
 class Heads(NamedTuple):

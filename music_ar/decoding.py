@@ -19,9 +19,9 @@ every n tokens, so one of them always holds n / 2 to n latents, and that one mak
 Rows are dealt to all devices, each of which goes through its own loop; on a CPU a device is a core, if JAX was told so
 (`JAX_NUM_CPU_DEVICES`), since XLA hardly uses a second one for a step of few rows.
 
-The keys and values of the cross-attention depend on nothing but the token, its near predecessors and its position:
-they are computed once and kept in a ring of the last M. A window is a ring too; when it begins anew nothing is
-moved, its older entries are masked.
+The keys and values of the cross-attention depend on nothing but the token, its position, its near predecessors and what
+the model is told there: they are computed once and kept in a ring of the last M. A window is a ring too; when it begins
+anew nothing is moved, its older entries are masked.
 
 Dimension key, beside that of `model.py`: P prompt tokens, R latents that a window's ring can hold, W windows,
 L conv taps, Q query heads that share a key head, E rows of a cache (batch, window and key head as one axis).
@@ -149,8 +149,8 @@ class Decoder:
         model: the model; it is not changed.
         int8: whether to hold matrices as int8, which is exact for a released model. Default: on a CPU, where a token
             waits for the weights to come from memory.
-        fused: whether the attention of a step is one kernel (`decode_kernel`). Default: on a GPU where that is known to
-            be faster, if the model's sizes suit.
+        fused: whether the attention of a step is one kernel (`decode_kernel`). Default: where that is known to be
+            faster.
 
     Raises:
         ValueError: the kernel does not suit the model's sizes.
@@ -158,9 +158,8 @@ class Decoder:
 
     def __init__(self, model: PerceiverAR, *, int8: bool | None = None, fused: bool | None = None):
         self.config, self.dtype = model.config, model.dtype
-        suits = decode_kernel.suits(model.config)
-        self.fused = suits and decode_kernel.pays() if fused is None else fused
-        if self.fused and not suits:
+        self.fused = decode_kernel.pays(model.config, model.dtype) if fused is None else fused
+        if self.fused and not decode_kernel.suits(model.config):
             raise ValueError(
                 "the kernel needs a head_size that is a power of two and at least 16, and a context that is a multiple "
                 f"of 16; got {model.config.head_size} and {model.config.context}"

@@ -120,12 +120,12 @@ def score_tokens(
 
     A window of `context` inputs ends every `stride` targets; of its `latents` predictions the last `stride`
     count, so each is made with at least context - stride inputs (as far as the piece has them) and
-    latents - stride latents before it.
+    latents - stride latents before it. Of the inputs a model that recalls attends to the last `ModelConfig.context`.
 
     Args:
         model: the model.
         pieces: token arrays, each from `events.START` to `events.END`.
-        context: M; default the model's. Any number that memory allows.
+        context: M; default the model's `window`. Any number that memory allows.
         latents: N; default the model's. At least `stride`.
         stride: targets between windows.
         batch_size: windows at once.
@@ -140,9 +140,13 @@ def score_tokens(
         ValueError: sizes that do not fit together, no pieces, or one that is shorter than its start and end.
     """
     M = model.config.window if context is None else context
-    N = min(model.config.latents, M) if latents is None else latents
-    if not 1 <= stride <= N <= M:
-        raise ValueError(f"expected 1 <= stride <= latents <= context, got {stride}, {N}, {M}")
+    most = model.config.read(M)
+    N = min(model.config.latents, most) if latents is None else latents
+    if not 1 <= stride <= N <= most:
+        raise ValueError(
+            "expected 1 <= stride <= latents <= inputs that attention reads, of a context of "
+            f"{M}; got {stride}, {N}, {most}"
+        )
     if not pieces:
         raise ValueError("there are no pieces to score")
     if min(map(len, pieces)) < 2:

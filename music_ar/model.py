@@ -43,8 +43,9 @@ class ModelConfig:
             four tokens, so a key that carries its neighbours is a better key than a bare token.
         onsets: how many of the last note-ons the model is told of at each position, beside the keys that are down (see
             `keyboard`); 0 tells it of neither.
-        recall: how many notes back the model is told of the place where the music was last as it is now (see `recall`);
-            0 tells it of none. It may be far more than the context holds.
+        recall: among how many of the last notes, the newest included, a place like the present one is looked for, to
+            tell the model what followed there (see `recall`); 0 tells it of none. It may be far more than the context
+            holds.
         time_heads: key/value heads (of G, the last ones) whose rotary positions count time, not tokens.
         cross_depths: further cross-attends, each before the self block of that index; they share the keys and
             values of the first.
@@ -92,6 +93,8 @@ class ModelConfig:
                 "rotary_fraction * head_size must be even, since channels turn in pairs; got "
                 f"{self.rotary_fraction} * {self.head_size}"
             )
+        if 0 < self.recall < recall.LEAST_REACH:
+            raise ValueError(f"recall must be 0 or at least {recall.LEAST_REACH}, got {self.recall}")
         if any(not 0 <= depth < self.layers for depth in self.cross_depths):
             raise ValueError(f"cross_depths must lie in 0..{self.layers - 1}, got {self.cross_depths}")
         if len(set(self.cross_depths)) < len(self.cross_depths):
@@ -364,7 +367,7 @@ class PerceiverAR(nnx.Module):
 
     def __call__(
         self,
-        tokens_BxM: Int[Array, "B M"],
+        tokens_BxT: Int[Array, "B T"],
         *,
         latents: int | None = None,
         kept_prefix: int | None = None,
@@ -375,10 +378,10 @@ class PerceiverAR(nnx.Module):
         """Logits of the token that follows each of the last N inputs.
 
         Args:
-            tokens_BxM: inputs, left-padded with `events.PAD`; any M up to what memory allows. A model that recalls
-                attends to the last `config.context` of them and recalls from all.
-            latents: N, at most those that are attended to; default `config.latents`.
-            kept_prefix: training only: how many of the prefix positions to keep, drawn anew for each row
+            tokens_BxT: inputs, left-padded with `events.PAD`; any T up to what memory allows. Attention reads the last
+                M = `config.read(T)` of them; a model that recalls recalls from all.
+            latents: N, at most M; default `config.latents`.
+            kept_prefix: training only: how many of the M - N prefix positions to keep, drawn anew for each row
                 (cross-attend dropout by gather: dropped positions cost nothing). Default: all. Needs `key`.
             dropout: rate of the residual dropout. Needs `key`.
             input_dropout: share of the inputs that are hidden: they are read as `events.END`, which is never an input
@@ -387,9 +390,9 @@ class PerceiverAR(nnx.Module):
             key: randomness for these three.
 
         Returns:
-            float32 logits [B, N, V]; row k belongs to input position M - N + k. Rows at padding mean nothing.
+            float32 logits [B, N, V]; row k belongs to input position T - N + k. Rows at padding mean nothing.
         """
-        M = self.config.read(tokens_BxM.shape[1])
+        M = self.config.read(tokens_BxT.shape[1])
         N = min(self.config.latents, M) if latents is None else latents
         if not 1 <= N <= M:
             raise ValueError(f"latents must lie in 1..{M}, the number of inputs that are read; got {N}")
@@ -399,10 +402,9 @@ class PerceiverAR(nnx.Module):
         drop = nnx.Dropout(dropout, deterministic=key is None, rngs=None if key is None else nnx.Rngs(dropout_key))
 
         if input_key is not None and input_dropout > 0:
-            hidden_BxM = jax.random.bernoulli(input_key, input_dropout, tokens_BxM.shape)
-            tokens_BxM = jnp.where(hidden_BxM & (tokens_BxM != events.PAD), events.END, tokens_BxM)
-        told_BxM = self.told(tokens_BxM, M)
-        tokens_BxM = tokens_BxM[:, -M:]
+            hidden_BxT = jax.random.bernoulli(input_key, input_dropout, tokens_BxT.shape)
+            tokens_BxT = jnp.where(hidden_BxT & (tokens_BxT != events.PAD), events.END, tokens_BxT)
+        told_BxM, tokens_BxM = self.told(tokens_BxT, M), tokens_BxT[:, -M:]
         rows = _lay_out(tokens_BxM, N, kept_prefix, prefix_key)
         told_BxS = jax.tree.map(lambda leaf: _take(leaf, rows.positions_BxS), told_BxM)
         embedded_BxSxD = self.tell(_take(self.embed(tokens_BxM), rows.positions_BxS), told_BxS)

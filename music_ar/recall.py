@@ -4,15 +4,16 @@ Pieces return to their themes after thousands of tokens. To use that, attention 
 place whose last notes were the present ones; training for minutes does not teach it (docs/training-log.md), and the few
 notes that it would help are hardly seen in the loss. But the place follows from the notes exactly. So it is looked up:
 `PerceiverAR` is told at each position which notes followed there, as if a head that matches n-grams had found them
-(Akyurek et al., arXiv 2401.12973, who build such heads into language models). It costs some comparisons of integers a
-note, so it can reach much further back than attention reads.
+(Akyurek et al., arXiv 2401.12973, who build such heads into language models). It costs some comparisons of integers, so
+it can reach much further back than attention reads.
 
 The last notes are compared in several ways (`LEVELS`), since a theme returns with its chords struck in another order,
-or in another key; of those that find a place, the first in the list counts, and of its places the nearest.
+or in another key. Each way finds the nearest place, or none; of those that find one, the first in the list counts.
 
 `after_each` does it for whole sequences, `advance` from token to token; both find the same (tests/test_recall.py).
 
-Dimension key, beside that of `model.py`: V levels, C notes that are remembered, A notes told, O notes of a sequence.
+Dimension key, beside that of `model.py`: W levels (ways), C notes that are remembered, A notes told, O notes of a
+sequence.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -39,7 +40,8 @@ class Level(NamedTuple):
 LEVELS = (Level("order", 12), Level("order", 6), Level("set", 12), Level("interval", 9), Level("order", 4))
 TOLD = 4
 """A: how many notes that followed are told."""
-_LONGEST = max(level.notes for level in LEVELS)
+LEAST_REACH = max(level.notes for level in LEVELS)
+"""The least C: the notes that are compared have to be remembered."""
 _DISTANCES = 16  # classes of how many notes ago, each twice as wide as the one before
 _BASE = 0x9E3779B1
 
@@ -50,9 +52,9 @@ class Recalled(NamedTuple):
     Attributes:
         level: index in `LEVELS` of what was alike; -1 where nothing was.
         distance: how many notes ago it was.
-        note: the A notes that followed, pitch 64 + velocity bin; -1 where there is none. Where fewer than A have
-            followed yet they begin again, as in a trill.
-        wait: the steps between each of them and the note before it.
+        note: the A notes that followed, pitch 64 + velocity bin; -1 where nothing was alike, or where the note, moved
+            to the key of now, is none of 128. Where fewer than A have followed yet they begin again, as in a trill.
+        wait: the steps between each of them and the note before it; -1 where `note` is.
     """
 
     level: Int[Any, "*B"]
@@ -74,7 +76,7 @@ class Memory(NamedTuple):
     """
 
     count: Int[Any, "*B"]
-    keys: UInt32[Any, "*B V C"]
+    keys: UInt32[Any, "*B W C"]
     note: Int[Any, "*B C"]
     step: Int[Any, "*B C"]
     level: Int[Any, "*B"]
@@ -85,7 +87,7 @@ class _Notes(NamedTuple):
     """The notes of sequences in order, O = T of them, of which `count` are real; fields as in `Memory`."""
 
     count: Int[Any, "*B"]
-    keys: UInt32[Any, "*B V O"]
+    keys: UInt32[Any, "*B W O"]
     note: Int[Any, "*B O"]
     step: Int[Any, "*B O"]
     level: Int[Any, "*B O"]
@@ -147,15 +149,16 @@ def advance(memory: Memory, token: Int[Array, " B"], step: Int[Array, " B"], vel
         return values.at[row, slot].set(jnp.where(is_on, new, values[row, slot]))
 
     note = written(memory.note, token * keyboard.ROOM + velocity)
-    back = newest[:, None] - jnp.arange(_LONGEST)[None]
+    back = newest[:, None] - jnp.arange(LEAST_REACH)[None]
     pitches = jnp.take_along_axis(note, back % C, axis=1) // keyboard.ROOM
-    new_BxV = _keys(pitches, jnp)
-    keys = memory.keys.at[row, :, slot].set(jnp.where(is_on[:, None], new_BxV, memory.keys[row, :, slot]))
+    new_BxW = _keys(pitches, jnp)
+    keys = memory.keys.at[row, :, slot].set(jnp.where(is_on[:, None], new_BxW, memory.keys[row, :, slot]))
     number = newest[:, None] - (newest[:, None] - jnp.arange(C)[None]) % C
-    found = jnp.where(
-        _comparable(number[:, None], newest[:, None, None], C, jnp) & (keys == new_BxV[..., None]), number[:, None], -1
-    )
-    level, match = _best(found.max(axis=-1), jnp)
+    earlier = (number >= 0) & (number < newest[:, None])
+    alike = earlier[:, None] & (keys == new_BxW[..., None])
+    nearest = jnp.where(alike, number[:, None], -1).max(axis=-1)
+    comparable = _comparable(nearest[..., None], newest[:, None, None], C, jnp)[..., 0]
+    level, match = _best(jnp.where(comparable, nearest, -1), jnp)
     return Memory(
         count=newest + is_on,
         keys=keys,
@@ -184,6 +187,7 @@ def feature_count() -> int:
 def features(recalled: Recalled, xp: Any = np) -> Float[Any, "*B F"]:
     """What is recalled as numbers, 0 or 1: the level, the class of the distance, and each note that followed."""
     found = recalled.level >= 0
+    # The summand puts 4,094 and 4,095 into the class of 4,096; models were trained so.
     halvings = xp.floor(xp.log2(xp.maximum(recalled.distance, 1).astype(xp.float32)) + 1e-3).astype(xp.int32)
     parts = [
         keyboard.one_hot(recalled.level, found, len(LEVELS), xp),
@@ -207,7 +211,7 @@ def _notes(tokens: Any, reach: int, xp: Any) -> _Notes:
     pitch = xp.where(is_on, tokens, 0)
     pitch, step, velocity = (xp.take_along_axis(values, places, axis=-1) for values in (pitch, step, velocity))
     earlier = [pitch]
-    for _ in range(_LONGEST - 1):
+    for _ in range(LEAST_REACH - 1):
         earlier.append(xp.concatenate([xp.zeros_like(pitch[..., :1]), earlier[-1][..., :-1]], axis=-1))
     keys = xp.moveaxis(_keys(xp.stack(earlier, axis=-1), xp), -1, -2)
     # The nearest earlier note with the same key is the one before it in the order of the keys.
@@ -223,14 +227,14 @@ def _notes(tokens: Any, reach: int, xp: Any) -> _Notes:
     return _Notes(count, keys, pitch * keyboard.ROOM + velocity, step, level, match)
 
 
-def _keys(pitches: Int[Any, "*B N"], xp: Any) -> UInt32[Any, "*B V"]:
+def _keys(pitches: Int[Any, "*B N"], xp: Any) -> UInt32[Any, "*B W"]:
     """A number for each level that is equal where the last notes are alike; of others by chance one in 2**32.
 
     Args:
-        pitches: of the last `_LONGEST` notes, the newest first.
+        pitches: of the last `LEAST_REACH` notes, the newest first.
         xp: the array module.
     """
-    powers = [pow(_BASE, power, 2**32) for power in range(_LONGEST)]
+    powers = [pow(_BASE, power, 2**32) for power in range(LEAST_REACH)]
     pitches = pitches.astype(xp.uint32)
     mixed = (pitches + 1) * np.uint32(_BASE)
     mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0x85EBCA77)
@@ -252,10 +256,11 @@ def _keys(pitches: Int[Any, "*B N"], xp: Any) -> UInt32[Any, "*B V"]:
 
 
 def _comparable(number: Any, newest: Any, reach: int, xp: Any) -> Any:
-    """Whether note `number` [*B, _, _] is one that the `newest`, of as many axes, may be compared with: [*B, V, _].
+    """Whether `number` [*B, W, _], the nearest note with the same key, is a place that counts for the `newest`.
 
     There must be enough notes up to it, and it must be remembered. A set has to be another one altogether: in a figure
-    that repeats, the last notes are the same with every note.
+    that repeats, the last notes are the same with every note; where the nearest is none, those further back are not
+    looked for.
     """
     column = (len(LEVELS), 1)
     needed = np.array([level.notes for level in LEVELS], np.int32).reshape(column)
@@ -266,7 +271,7 @@ def _comparable(number: Any, newest: Any, reach: int, xp: Any) -> Any:
     return (number >= needed - 1) & (distance >= least) & (distance < reach)
 
 
-def _best(nearest: Int[Any, "*B V"], xp: Any) -> tuple[Any, Any]:
+def _best(nearest: Int[Any, "*B W"], xp: Any) -> tuple[Any, Any]:
     """The first level that found a place, and the place; -1 where none did."""
     found = nearest >= 0
     level = xp.argmax(found, axis=-1).astype(xp.int32)

@@ -203,8 +203,8 @@ def make_train_step(
     """The compiled training step: (state, batch, rate, teachers) -> (state, {"loss", "gradient_norm"}).
 
     `state` is donated and replicated over `mesh`; the batch is split over its axis "data"; `rate` is a float32
-    scalar that scales the peak learning rates; teachers are the parameters of `teacher_graphs`, which read the same
-    inputs without dropout.
+    scalar that scales the peak learning rates; teachers are the parameters of `teacher_graphs`, which read the last of
+    the same inputs, as many as their own windows hold, without dropout, and of the prefix as many as the model does.
     """
 
     def taught(teacher_params: list[nnx.State], tokens: Array, **window: Any) -> Array | None:

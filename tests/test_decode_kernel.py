@@ -76,15 +76,17 @@ def test_sizes_that_do_not_suit_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("capability", "head_size", "fused"), [("9.0", 16, True), ("9.0", 12, False), ("8.0", 16, False)]
+    ("capability", "head_size", "fused"),
+    [("9.0", 16, True), ("9.0", 12, False), ("9.0", 128, False), ("8.0", 16, False)],
 )
 def test_it_is_the_default_where_it_was_measured_and_suits(monkeypatch, capability, head_size, fused):
-    model = noisy_model(dataclasses.replace(CONFIG, head_size=head_size))
+    config = dataclasses.replace(CONFIG, head_size=head_size)
+    model = PerceiverAR(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16))
     assert not Decoder(model, int8=False).fused
     device = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(decode_kernel.jax, "local_devices", lambda: [device])
-    assert decode_kernel.pays() == (capability == "9.0")
     assert Decoder(model, int8=False).fused is fused
+    assert not Decoder(noisy_model(config), int8=False).fused  # in float32
 
 
 def test_bfloat16():

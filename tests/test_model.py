@@ -301,6 +301,7 @@ def test_operations_are_counted_as_by_hand():
         ({"head_size": 6}, r"must be even.* 0\.5 \* 6"),
         ({"rotary_fraction": 1.5}, "rotary_fraction must lie in 0..1"),
         ({"rotary_wavelength": 0.0}, "rotary_wavelength above 0"),
+        ({"recall": 11}, "recall must be 0 or at least 12, got 11"),
         ({"cross_depths": (2,)}, r"cross_depths must lie in 0\.\.1"),
         ({"cross_depths": (1, 1)}, "cross_depths must differ"),
     ],

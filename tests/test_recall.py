@@ -12,9 +12,20 @@ from music_ar import events, keyboard, recall
 
 ON, OFF, SHIFT, VELOCITY = events.NOTE_ON, events.NOTE_OFF, events.TIME_SHIFT - 1, events.VELOCITY - 1
 FEW = [events.START, ON + 60, ON + 61, ON + 62, OFF + 60, SHIFT + 3, VELOCITY + 5, VELOCITY + 6, events.PAD]
+
+
+@st.composite
+def chords(draw):
+    """The same chords again and again, struck in any order."""
+    chord = st.sampled_from([(60, 61), (60, 61, 62), (60, 62, 64, 67), (50, 55)])
+    return np.array([ON + pitch for one in draw(st.lists(chord, max_size=30)) for pitch in draw(st.permutations(one))])
+
+
 # Of so few pitches that everything returns.
-TOKENS = hnp.arrays(np.int32, st.integers(1, 90), elements=st.sampled_from(FEW))
-REACH = 24
+TOKENS = hnp.arrays(np.int32, st.integers(1, 90), elements=st.sampled_from(FEW)) | chords().map(
+    lambda notes: np.concatenate([[events.START], notes]).astype(np.int32)
+)
+REACHES = st.sampled_from([12, 24, 100])
 
 
 def melody(pitches, steps=10):
@@ -58,11 +69,11 @@ def keys_equal(level, pitches, here, there):
     return alike(level, pitches, here, there)
 
 
-@given(tokens=TOKENS)
-def test_places_are_those_that_a_plain_search_finds(tokens):
-    after = recall.after_each(tokens, REACH)
+@given(tokens=TOKENS, reach=REACHES)
+def test_places_are_those_that_a_plain_search_finds(tokens, reach):
+    after = recall.after_each(tokens, reach)
     at = np.flatnonzero(tokens < events.NOTE_OFF)
-    expected = searched(tokens, REACH)
+    expected = searched(tokens, reach)
     assert [int(level) for level in after.level[at]] == [level for level, _ in expected]
     distances = [here - there if level >= 0 else -1 for here, (level, there) in enumerate(expected)]
     assert [int(distance) for distance in after.distance[at]] == distances
@@ -70,20 +81,20 @@ def test_places_are_those_that_a_plain_search_finds(tokens):
 
 @given(tokens=TOKENS)
 def test_between_notes_nothing_changes(tokens):
-    after = recall.after_each(tokens, REACH)
+    after = recall.after_each(tokens, 24)
     for leaf in after:
         for index in np.flatnonzero(tokens >= events.NOTE_OFF):
             before = leaf[index - 1] if index else np.full_like(leaf[0], -1)
             np.testing.assert_array_equal(leaf[index], before)
 
 
-@given(tokens=TOKENS, prompt=st.integers(1, 90))
-def test_token_by_token_equals_one_pass(tokens, prompt):
+@given(tokens=TOKENS, prompt=st.integers(1, 90), reach=REACHES)
+def test_token_by_token_equals_one_pass(tokens, prompt, reach):
     """From a memory that NumPy made of a prompt, the rest in JAX."""
     prompt = min(prompt, len(tokens))
     step, velocity = keyboard.times_and_velocities(tokens)
-    expected = recall.after_each(tokens, REACH)
-    memory = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], recall.remember(tokens[:prompt], REACH))
+    expected = recall.after_each(tokens, reach)
+    memory = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], recall.remember(tokens[:prompt], reach))
     for index in range(prompt - 1, len(tokens)):
         if index >= prompt:
             memory = _advance(memory, tokens[index : index + 1], step[index : index + 1], velocity[index : index + 1])

@@ -373,6 +373,27 @@ def test_who_predicts_as_its_teachers_do_has_nothing_to_learn(take_step):
     assert float(by_both["gradient_norm"]) > 1e-2 * float(alone["gradient_norm"])
 
 
+def test_a_teacher_reads_what_its_own_window_holds():
+    """A student that recalls has a longer one; here it takes no notice of what it recalls, and so predicts the same."""
+    teacher = noisy()
+    student = noisy_model(dataclasses.replace(CONFIG, recall=12))
+    nnx.update(student, nnx.state(teacher, nnx.Param))
+    student.recall.kernel[...] = jnp.zeros_like(student.recall.kernel[...])
+    config = dataclasses.replace(EXACT, z_loss=0.0, distillation=1.0)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tokens = np.random.default_rng(0).integers(0, events.EVENT_CLASSES, (B, student.config.window + 1), np.int32)
+    batch = {"tokens": jnp.asarray(tokens), "weights": jnp.ones((B, N))}
+    (graph, params), (teacher_graph, taught) = (nnx.split(model, nnx.Param) for model in (student, teacher))
+    optimizer = build_optimizer(config)
+    norms = []
+    for teachers in ([taught], [jax.tree.map(lambda leaf: 0.9 * leaf, taught)]):
+        copy = jax.tree.map(jnp.copy, params)
+        state = TrainState(jnp.int32(0), copy, jax.tree.map(jnp.zeros_like, params), optimizer.init(params))
+        step = make_train_step(graph, config, optimizer, mesh, [teacher_graph])
+        norms.append(float(step(state, batch, jnp.float32(1.0), teachers)[1]["gradient_norm"]))
+    assert norms[0] < 1e-4 * norms[1]
+
+
 def test_each_step_draws_its_own_dropout(take_step):
     losses = [float(take_step(TRAINING, done=done)[2]["loss"]) for done in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
