@@ -122,7 +122,7 @@ def test_shipped_models_are_found_by_name(folder, monkeypatch, tmp_path):
 def test_the_model_that_ships_loads_and_is_the_one_whose_figures_lie_beside_it():
     model, figures = load_released(), json.loads(checkpoint.read_beside(None, "metrics.json"))
     assert parameter_count(model) == figures["parameters"]
-    assert (model.config.context, model.config.latents) == (
+    assert (model.config.window, model.config.latents) == (
         figures["scored_with"]["context"],
         figures["scored_with"]["latents"],
     )
