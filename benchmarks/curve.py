@@ -1,6 +1,6 @@
 """Draws what a latent budget costs and gives: tokens a second against likelihood, a point a budget.
 
-    music-ar bench decode --data data/maestro --latents 64 256 512 1024 2048 --output curve.json
+    music-ar bench decode --data data/maestro --latents 64 256 512 1024 2048 --tokens 1024 --output curve.json
     python benchmarks/curve.py curve.json --picture docs/curve.png
 
 Takes any number of such files, of different machines for example: each device, mode and batch is a line.
