@@ -219,9 +219,7 @@ class Decoder:
             kept = prompt[-(P + L) :]
             row[P + L - len(kept) :] = kept
         grammars = [events.grammar_after(prompt) for prompt in prompts]
-        told_BxP = _stack([self._told(prompt, P + 1) for prompt in prompts])
-        reach = config.recall
-        memory = _stack([recall.remember(prompt, reach) for prompt in prompts]) if reach else None
+        told_BxP, memory = _stack([self._told(prompt, P + 1) for prompt in prompts])
         state = DecodeState(
             clock_B=jnp.full(B, P, jnp.int32),
             birth_B=jnp.array([P + 1 - len(prompt) for prompt in prompts], jnp.int32),
@@ -241,18 +239,22 @@ class Decoder:
         before_BxP = jax.tree.map(lambda leaf: jnp.asarray(leaf[:, :-1]), told_BxP)
         return _prefill(self.graph, self.params, state, jnp.asarray(tokens_BxP[:, L - 1 : -1]), before_BxP)
 
-    def _told(self, prompt: Integer[np.ndarray, " _P"], size: int) -> Told:
-        """What the model is told after each of the last `size` tokens of a prompt, and before its first: nothing."""
+    def _told(self, prompt: Integer[np.ndarray, " _P"], size: int) -> tuple[Told, Memory | None]:
+        """What the model is told after each of the last `size` tokens of a prompt, and the memory after it.
+
+        Before the first token it is told nothing.
+        """
         config = self.config
         kept = min(size, len(prompt))
         whole = keyboard.after_each(prompt, config.onsets)
         padding = keyboard.untouched((size - kept,), config.onsets)
         keyboards = Keyboard(*(np.concatenate([before, of[-kept:]]) for before, of in zip(padding, whole, strict=True)))
         if not config.recall:
-            return Told(keyboards, None)
-        found = recall.after_each(prompt, config.recall, last=kept)
+            return Told(keyboards, None), None
+        found, memory = recall.prefill(prompt, config.recall, last=kept)
         nothing = recall.nothing((size - kept,))
-        return Told(keyboards, Recalled(*(np.concatenate(parts) for parts in zip(nothing, found, strict=True))))
+        recalled = Recalled(*(np.concatenate(parts) for parts in zip(nothing, found, strict=True)))
+        return Told(keyboards, recalled), memory
 
     def _empty_caches(self, B: int, R: int, windows: int) -> Caches:
         config, dtype = self.config, self.dtype

@@ -64,7 +64,7 @@ class Recalled(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """The last C notes, in a ring: note number i is in slot i mod C.
+    """The last C notes, in a ring: note number i is in slot i mod C. Of a sequence of T = C tokens, all notes in order.
 
     Attributes:
         count: notes so far.
@@ -83,17 +83,6 @@ class Memory(NamedTuple):
     match: Int[Any, "*B"]
 
 
-class _Notes(NamedTuple):
-    """The notes of sequences in order, O = T of them, of which `count` are real; fields as in `Memory`."""
-
-    count: Int[Any, "*B"]
-    keys: UInt32[Any, "*B W O"]
-    note: Int[Any, "*B O"]
-    step: Int[Any, "*B O"]
-    level: Int[Any, "*B O"]
-    match: Int[Any, "*B O"]
-
-
 def after_each(tokens: Integer[Any, "*B T"], reach: int, xp: Any = np, *, last: int | None = None) -> Recalled:
     """What is recalled after each of the `last` tokens of sequences; by default of all.
 
@@ -103,24 +92,13 @@ def after_each(tokens: Integer[Any, "*B T"], reach: int, xp: Any = np, *, last: 
         xp: the array module.
         last: of how many tokens.
     """
-    tokens = xp.asarray(tokens, xp.int32)
-    notes = _notes(tokens, reach, xp)
-    newest = (xp.cumsum(keyboard.is_on(tokens), axis=-1).astype(xp.int32) - 1)[..., -(last or tokens.shape[-1]) :]
-    place, known = xp.maximum(newest, 0), newest >= 0
-    level = xp.where(known, xp.take_along_axis(notes.level, place, axis=-1), -1)
-    match = xp.where(known, xp.take_along_axis(notes.match, place, axis=-1), -1)
-
-    def at(values: Any, index: Any) -> Any:
-        flat = index.reshape(*index.shape[:-2], -1)
-        return xp.take_along_axis(values, flat, axis=-1).reshape(index.shape)
-
-    return _followed(level, match, newest, lambda index: (at(notes.note, index), at(notes.step, index)), xp)
+    return _recall_after_each(tokens, _read(tokens, reach, xp), last, xp)
 
 
-def remember(tokens: Integer[np.ndarray, " T"], reach: int) -> Memory:
-    """The memory after a sequence, in NumPy."""
-    notes = _notes(np.asarray(tokens, np.int32), reach, np)
-    count = int(notes.count)
+def prefill(tokens: Integer[np.ndarray, " T"], reach: int, *, last: int) -> tuple[Recalled, Memory]:
+    """What `after_each` gives for a sequence, and the memory after it, in NumPy."""
+    whole, *each = _read(tokens, reach, np)
+    count = int(whole.count)
     kept = np.arange(max(0, count - reach), count)
 
     def ring(values: np.ndarray) -> np.ndarray:
@@ -128,8 +106,8 @@ def remember(tokens: Integer[np.ndarray, " T"], reach: int) -> Memory:
         slots[..., kept % reach] = values[..., kept]
         return slots
 
-    level, match = (values[count - 1] if count else np.int32(-1) for values in (notes.level, notes.match))
-    return Memory(notes.count, ring(notes.keys), ring(notes.note), ring(notes.step), level, match)
+    memory = whole._replace(keys=ring(whole.keys), note=ring(whole.note), step=ring(whole.step))
+    return _recall_after_each(tokens, (whole, *each), last, np), memory
 
 
 def advance(memory: Memory, token: Int[Array, " B"], step: Int[Array, " B"], velocity: Int[Array, " B"]) -> Memory:
@@ -171,12 +149,7 @@ def advance(memory: Memory, token: Int[Array, " B"], step: Int[Array, " B"], vel
 
 def recalled(memory: Memory) -> Recalled:
     """What the memory recalls, in JAX."""
-
-    def at(index: Array) -> tuple[Array, Array]:
-        slots = index % memory.note.shape[-1]
-        return jnp.take_along_axis(memory.note, slots, axis=-1), jnp.take_along_axis(memory.step, slots, axis=-1)
-
-    return _followed(memory.level, memory.match, memory.count - 1, at, jnp)
+    return _followed(memory, memory.level, memory.match, memory.count - 1, jnp)
 
 
 def feature_count() -> int:
@@ -197,14 +170,24 @@ def features(recalled: Recalled, xp: Any = np) -> Float[Any, "*B F"]:
     return xp.concatenate(parts, axis=-1)
 
 
-def nothing(batch_shape: tuple[int, ...], xp: Any = np) -> Recalled:
-    """What is recalled where nothing is."""
-    none = xp.full(batch_shape, -1, xp.int32)
-    notes = xp.full((*batch_shape, TOLD), -1, xp.int32)
+def nothing(batch_shape: tuple[int, ...]) -> Recalled:
+    """What is recalled where nothing is, in NumPy."""
+    none = np.full(batch_shape, -1, np.int32)
+    notes = np.full((*batch_shape, TOLD), -1, np.int32)
     return Recalled(none, none, notes, notes)
 
 
-def _notes(tokens: Any, reach: int, xp: Any) -> _Notes:
+def _recall_after_each(tokens: Any, read: tuple[Memory, Any, Any], last: int | None, xp: Any) -> Recalled:
+    memory, *places = read
+    count = xp.cumsum(keyboard.is_on(tokens), axis=-1).astype(xp.int32)
+    newest = (count - 1)[..., -(last or tokens.shape[-1]) :]
+    level, match = (xp.where(newest >= 0, _at(each, newest, xp), -1) for each in places)
+    return _followed(memory, level, match, newest, xp)
+
+
+def _read(tokens: Any, reach: int, xp: Any) -> tuple[Memory, Any, Any]:
+    """The notes of sequences in order, and of each the level and the match, both [*B, T]."""
+    tokens = xp.asarray(tokens, xp.int32)
     is_on = keyboard.is_on(tokens)
     step, velocity = keyboard.times_and_velocities(tokens, xp)
     places = xp.argsort(~is_on, axis=-1, stable=True)  # those of the note-ons first, in order
@@ -224,7 +207,11 @@ def _notes(tokens: Any, reach: int, xp: Any) -> _Notes:
     near = xp.moveaxis(xp.where(_comparable(nearest, newest, reach, xp), nearest, -1), -2, -1)
     level, match = _best(near, xp)
     count = is_on.sum(axis=-1).astype(xp.int32)
-    return _Notes(count, keys, pitch * keyboard.ROOM + velocity, step, level, match)
+    newest_level, newest_match = (
+        xp.where(count > 0, _at(each, count[..., None] - 1, xp)[..., 0], -1) for each in (level, match)
+    )
+    memory = Memory(count, keys, pitch * keyboard.ROOM + velocity, step, newest_level, newest_match)
+    return memory, level, match
 
 
 def _keys(pitches: Int[Any, "*B N"], xp: Any) -> UInt32[Any, "*B W"]:
@@ -279,14 +266,22 @@ def _best(nearest: Int[Any, "*B W"], xp: Any) -> tuple[Any, Any]:
     return xp.where(found.any(axis=-1), level, -1).astype(xp.int32), match.astype(xp.int32)
 
 
-def _followed(level: Any, match: Any, newest: Any, at: Any, xp: Any) -> Recalled:
-    """What followed `match`; `at` gives the notes and times of numbers [*B, A]."""
+def _at(values: Any, number: Any, xp: Any) -> Any:
+    """What a ring [*B, C] has of the notes of these numbers [*B, ...]."""
+    flat = number.reshape(*values.shape[:-1], -1) % values.shape[-1]
+    return xp.take_along_axis(values, flat, axis=-1).reshape(number.shape)
+
+
+def _followed(memory: Memory, level: Any, match: Any, newest: Any, xp: Any) -> Recalled:
+    """What followed `match`, the note that is like the `newest`."""
     distance = newest - match
     found = (level >= 0)[..., None]
     ahead = xp.arange(TOLD).astype(xp.int32).reshape((1,) * level.ndim + (TOLD,)) % xp.maximum(distance, 1)[..., None]
     number = xp.where(found, match[..., None] + 1 + ahead, 0)
-    note, step = at(number)
-    here, there = (at(xp.maximum(each, 0)[..., None])[0] // keyboard.ROOM for each in (newest, match))
+    note, step, step_before = (
+        _at(values, at, xp) for values, at in ((memory.note, number), (memory.step, number), (memory.step, number - 1))
+    )
+    here, there = (_at(memory.note, each[..., None], xp) // keyboard.ROOM for each in (newest, match))
     by_interval = np.array([each.by == "interval" for each in LEVELS])
     moved = xp.where(xp.asarray(by_interval)[xp.maximum(level, 0)][..., None], here - there, 0)
     pitch = note // keyboard.ROOM + moved
@@ -295,5 +290,5 @@ def _followed(level: Any, match: Any, newest: Any, at: Any, xp: Any) -> Recalled
         level=level,
         distance=xp.where(level >= 0, distance, -1).astype(xp.int32),
         note=xp.where(found, note + moved * keyboard.ROOM, -1).astype(xp.int32),
-        wait=xp.where(found, step - at(xp.maximum(number - 1, 0))[1], -1).astype(xp.int32),
+        wait=xp.where(found, step - step_before, -1).astype(xp.int32),
     )

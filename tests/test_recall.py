@@ -94,7 +94,7 @@ def test_token_by_token_equals_one_pass(tokens, prompt, reach):
     prompt = min(prompt, len(tokens))
     step, velocity = keyboard.times_and_velocities(tokens)
     expected = recall.after_each(tokens, reach)
-    memory = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], recall.remember(tokens[:prompt], reach))
+    memory = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], recall.prefill(tokens[:prompt], reach, last=1)[1])
     for index in range(prompt - 1, len(tokens)):
         if index >= prompt:
             memory = _advance(memory, tokens[index : index + 1], step[index : index + 1], velocity[index : index + 1])
