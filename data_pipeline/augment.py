@@ -25,6 +25,7 @@ from music_ar.events import (
     decode,
     encode,
     grammar_after,
+    is_shift,
 )
 
 PIANO_LOW, PIANO_HIGH = 21, 108  # A0 and C8
@@ -177,9 +178,9 @@ def stretch_with_source(
         raise ValueError(f"expected a stretch factor above 0, got {factor}")
     start, stop = _span_of_events(tokens)
     body = tokens[start:stop]
-    is_shift = (body >= TIME_SHIFT) & (body < VELOCITY)
-    clock = np.cumsum(np.where(is_shift, body.astype(np.int64) - (TIME_SHIFT - 1), 0))
-    events = np.flatnonzero(~is_shift)
+    shifts = is_shift(body)
+    clock = np.cumsum(np.where(shifts, body.astype(np.int64) - (TIME_SHIFT - 1), 0))
+    events = np.flatnonzero(~shifts)
     ids = body[events]
     steps, order = _reschedule(ids, _scale(clock[events], factor))
     stretched, shift_counts = _write_events(ids[order], steps)

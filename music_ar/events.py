@@ -65,6 +65,21 @@ FINGERPRINT = _fingerprint()
 """Names the vocabulary and the encoding rules; shards and checkpoints carry it and are checked against it."""
 
 
+def is_on(tokens: Any) -> Any:
+    """Which tokens are note-ons."""
+    return (tokens >= NOTE_ON) & (tokens < NOTE_OFF)
+
+
+def is_shift(tokens: Any) -> Any:
+    """Which tokens are time shifts."""
+    return (tokens >= TIME_SHIFT) & (tokens < VELOCITY)
+
+
+def is_velocity(tokens: Any) -> Any:
+    """Which tokens are velocities."""
+    return (tokens >= VELOCITY) & (tokens < EVENT_CLASSES)
+
+
 def quantize(seconds: np.ndarray) -> Int64[np.ndarray, " n"]:
     """Seconds >= 0 to the nearest step, halves up, by the same float64 operations as note-seq."""
     return (seconds * STEPS_PER_SECOND + 0.5).astype(np.int64)
@@ -110,8 +125,7 @@ def encode(performance: Performance) -> Int32[np.ndarray, " T"]:
 def event_steps(tokens: Integer[np.ndarray, " T"]) -> Int64[np.ndarray, " T"]:
     """The time of each token, in steps: the sum of the shifts before it."""
     tokens = _flat_integers(tokens)
-    is_shift = (tokens >= TIME_SHIFT) & (tokens < VELOCITY)
-    shift = np.where(is_shift, tokens - (TIME_SHIFT - 1), 0)
+    shift = np.where(is_shift(tokens), tokens - (TIME_SHIFT - 1), 0)
     return np.cumsum(shift) - shift
 
 
@@ -181,8 +195,7 @@ def decode_report(tokens: Shaped[np.ndarray, "..."]) -> tuple[Performance, Decod
 def length_steps(tokens: Integer[np.ndarray, " T"]) -> int:
     """The time after the last token, in steps: the sum of all shifts."""
     tokens = _flat_integers(tokens)
-    is_shift = (tokens >= TIME_SHIFT) & (tokens < VELOCITY)
-    return int((tokens[is_shift] - (TIME_SHIFT - 1)).sum())
+    return int((tokens[is_shift(tokens)] - (TIME_SHIFT - 1)).sum())
 
 
 def _velocity_bins(tokens: Int64[np.ndarray, " T"]) -> Int64[np.ndarray, " T"]:
@@ -253,10 +266,10 @@ def allowed_events(state: GrammarState, xp: Any = np) -> Bool[Any, "*batch 391"]
     """
     held, velocity, previous = state
     unstarted, ended = previous == -1, previous == END
-    after_on = (previous >= NOTE_ON) & (previous < NOTE_OFF)
+    after_on = is_on(previous)
     after_off = (previous >= NOTE_OFF) & (previous < TIME_SHIFT)
     after_short_shift = (previous >= TIME_SHIFT) & (previous < TIME_SHIFT + MAX_SHIFT_STEPS - 1)
-    after_velocity = (previous >= VELOCITY) & (previous < EVENT_CLASSES)
+    after_velocity = is_velocity(previous)
     playing = ~(unstarted | ended)
     free = playing & ~after_velocity
 

@@ -70,9 +70,9 @@ def untouched(batch_shape: tuple[int, ...], onsets: int, xp: Any = np) -> Keyboa
 def advance(keyboard: Keyboard, token: Integer[Any, "*B"], xp: Any = np) -> Keyboard:
     """The keyboard after one more token; `PAD`, `START` and `END` change nothing."""
     token = xp.asarray(token, xp.int32)
-    strikes = is_on(token)
-    step = keyboard.step + xp.where(is_shift(token), token - (events.TIME_SHIFT - 1), 0).astype(xp.int32)
-    velocity = xp.where(is_velocity(token), token - (events.VELOCITY - 1), keyboard.velocity).astype(xp.int32)
+    strikes = events.is_on(token)
+    step = keyboard.step + xp.where(events.is_shift(token), token - (events.TIME_SHIFT - 1), 0).astype(xp.int32)
+    velocity = xp.where(events.is_velocity(token), token - (events.VELOCITY - 1), keyboard.velocity).astype(xp.int32)
     note = xp.where(strikes, token * ROOM + velocity, -1).astype(xp.int32)[..., None]
     L = keyboard.onset_note.shape[-1]
     onset_note = xp.concatenate([note, keyboard.onset_note], axis=-1)[..., :L]
@@ -100,7 +100,7 @@ def after_each(tokens: Integer[Any, "*B T"], onsets: int, xp: Any = np) -> Keybo
     step, velocity = times_and_velocities(tokens, xp)
     note = tokens * ROOM + velocity
     # The newest note-on up to each token; from there, the newest before that one, and so on.
-    newest = _running_max(xp.where(is_on(tokens), index, -1).astype(xp.int32), time_axis, xp)
+    newest = _running_max(xp.where(events.is_on(tokens), index, -1).astype(xp.int32), time_axis, xp)
     before = xp.concatenate([xp.full_like(newest[..., :1], -1), newest[..., :-1]], axis=-1)
     nothing = xp.zeros((*tokens.shape, 0), xp.int32)
     onset_step, onset_note = [nothing], [nothing]
@@ -175,33 +175,20 @@ def times_and_velocities(tokens: Integer[Any, "*B T"], xp: Any = np) -> tuple[An
     """The time after each token of sequences, in steps, and the velocity bin in force, 0 before the first."""
     tokens = xp.asarray(tokens, xp.int32)
     time_axis = tokens.ndim - 1
-    step = xp.cumsum(xp.where(is_shift(tokens), tokens - (events.TIME_SHIFT - 1), 0), axis=time_axis).astype(xp.int32)
+    step = xp.cumsum(xp.where(events.is_shift(tokens), tokens - (events.TIME_SHIFT - 1), 0), axis=time_axis).astype(
+        xp.int32
+    )
     # The newest velocity is the largest of (index, bin).
     index = xp.broadcast_to(xp.arange(tokens.shape[-1]).astype(xp.int32), tokens.shape)
-    told = xp.where(is_velocity(tokens), index * ROOM + (tokens - (events.VELOCITY - 1)), 0).astype(xp.int32)
+    told = xp.where(events.is_velocity(tokens), index * ROOM + (tokens - (events.VELOCITY - 1)), 0).astype(xp.int32)
     return step, _running_max(told, time_axis, xp) % ROOM
-
-
-def is_on(tokens: Any) -> Any:
-    """Which tokens are note-ons."""
-    return (tokens >= events.NOTE_ON) & (tokens < events.NOTE_OFF)
-
-
-def is_shift(tokens: Any) -> Any:
-    """Which tokens are time shifts."""
-    return (tokens >= events.TIME_SHIFT) & (tokens < events.VELOCITY)
-
-
-def is_velocity(tokens: Any) -> Any:
-    """Which tokens are velocities."""
-    return (tokens >= events.VELOCITY) & (tokens < events.EVENT_CLASSES)
 
 
 def _touched(tokens: Any, step: Any, velocity: Any, xp: Any) -> Any:
     """What a token makes of each key, [*B, 128]; -1 where it does not touch it."""
     pitches = xp.arange(events.PITCHES).reshape((1,) * tokens.ndim + (events.PITCHES,))
     is_note = (tokens >= events.NOTE_ON) & (tokens < events.TIME_SHIFT)
-    number = xp.where(is_on(tokens), (2 * step + 1) * ROOM + velocity, 2 * step * ROOM)
+    number = xp.where(events.is_on(tokens), (2 * step + 1) * ROOM + velocity, 2 * step * ROOM)
     pitch = xp.where(is_note, tokens % events.PITCHES, -1)
     return xp.where(pitch[..., None] == pitches, number[..., None], -1).astype(xp.int32)
 

@@ -120,7 +120,7 @@ def advance(memory: Memory, token: Int[Array, " B"], step: Int[Array, " B"], vel
         velocity: the velocity bin in force.
     """
     C = memory.note.shape[-1]
-    row, is_on, newest = jnp.arange(token.shape[0]), keyboard.is_on(token), memory.count
+    row, is_on, newest = jnp.arange(token.shape[0]), events.is_on(token), memory.count
     slot = newest % C
 
     def written(values: Array, new: Array) -> Array:
@@ -179,7 +179,7 @@ def nothing(batch_shape: tuple[int, ...]) -> Recalled:
 
 def _recall_after_each(tokens: Any, read: tuple[Memory, Any, Any], last: int | None, xp: Any) -> Recalled:
     memory, *places = read
-    count = xp.cumsum(keyboard.is_on(tokens), axis=-1).astype(xp.int32)
+    count = xp.cumsum(events.is_on(tokens), axis=-1).astype(xp.int32)
     newest = (count - 1)[..., -(last or tokens.shape[-1]) :]
     level, match = (xp.where(newest >= 0, _at(each, newest, xp), -1) for each in places)
     return _followed(memory, level, match, newest, xp)
@@ -188,7 +188,7 @@ def _recall_after_each(tokens: Any, read: tuple[Memory, Any, Any], last: int | N
 def _read(tokens: Any, reach: int, xp: Any) -> tuple[Memory, Any, Any]:
     """The notes of sequences in order, and of each the level and the match, both [*B, T]."""
     tokens = xp.asarray(tokens, xp.int32)
-    is_on = keyboard.is_on(tokens)
+    is_on = events.is_on(tokens)
     step, velocity = keyboard.times_and_velocities(tokens, xp)
     places = xp.argsort(~is_on, axis=-1, stable=True)  # those of the note-ons first, in order
     pitch = xp.where(is_on, tokens, 0)
