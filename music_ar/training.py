@@ -199,21 +199,28 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     teacher_graphs: Sequence[nnx.GraphDef[PerceiverAR]] = (),
+    *,
+    out_of_fold: bool = False,
 ) -> Callable[[TrainState, dict[str, Array], Array, list[nnx.State]], tuple[TrainState, dict[str, Array]]]:
     """The compiled training step: (state, batch, rate, teachers) -> (state, {"loss", "gradient_norm"}).
 
     `state` is donated and replicated over `mesh`; the batch is split over its axis "data"; `rate` is a float32
     scalar that scales the peak learning rates; teachers are the parameters of `teacher_graphs`, which read the last of
     the same inputs, as many as their own windows hold, without dropout, and of the prefix as many as the model does.
+    `out_of_fold`: each teacher teaches its own part of the batch alone, in order, in place of their mean for all.
     """
 
     def taught(teacher_params: list[nnx.State], tokens: Array, **window: Any) -> Array | None:
-        """The mean of the teachers' predictions."""
+        """The mean of the teachers' predictions, or of each its own part."""
         if not teacher_graphs:
             return None
         models = [nnx.merge(*teacher) for teacher in zip(teacher_graphs, teacher_params, strict=True)]
-        chances = jnp.stack([jax.nn.softmax(model(tokens[:, -model.config.window :], **window)) for model in models])
-        return jax.lax.stop_gradient(chances.mean(axis=0))
+        parts = jnp.split(tokens, len(models)) if out_of_fold else [tokens] * len(models)
+        chances = [
+            jax.nn.softmax(model(part[:, -model.config.window :], **window))
+            for model, part in zip(models, parts, strict=True)
+        ]
+        return jax.lax.stop_gradient(jnp.concatenate(chances) if out_of_fold else jnp.stack(chances).mean(axis=0))
 
     def loss_of(
         params: nnx.State, teacher_params: list[nnx.State], tokens: Array, weights: Array, key: Array
@@ -282,6 +289,7 @@ def fit(
     *,
     output: Path,
     teachers: Sequence[PerceiverAR] = (),
+    out_of_fold: bool = False,
     final_batches: Batches | None = None,
     data: dict[str, Any] | None = None,
     resume: bool = False,
@@ -300,6 +308,7 @@ def fit(
         batches: the training data.
         output: folder of the run; made if it is missing.
         teachers: models whose mean prediction the model learns beside the tokens; see `config.distillation`.
+        out_of_fold: with K teachers, each batch holds K parts, and each teacher teaches one of them alone.
         final_batches: data for the last `config.final_fraction` of the run; default: `batches` to the end.
         data: what the batches are made of, JSON-like; saved, and compared when resuming.
         resume: go on from the newest checkpoint under `output`; exact to the bit for a run counted in steps.
@@ -321,7 +330,9 @@ def fit(
     graph, params = nnx.split(model, nnx.Param)
     split_teachers = [nnx.split(teacher, nnx.Param) for teacher in teachers]
     optimizer = build_optimizer(config)
-    train_step = make_train_step(graph, config, optimizer, mesh, [teacher for teacher, _ in split_teachers])
+    train_step = make_train_step(
+        graph, config, optimizer, mesh, [teacher for teacher, _ in split_teachers], out_of_fold=out_of_fold
+    )
     teacher_params = jax.device_put([taught for _, taught in split_teachers], NamedSharding(mesh, PartitionSpec()))
     state = _initial_state(params, optimizer, mesh)
     sources = [batches] if final_batches is None else [batches, final_batches]

@@ -314,14 +314,16 @@ def take_step():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     @functools.cache
-    def compiled(config, teachers):
+    def compiled(config, teachers, out_of_fold):
         optimizer = build_optimizer(config)
-        return make_train_step(graph, config, optimizer, mesh, [graph] * teachers), jax.jit(optimizer.init)(params)
+        step = make_train_step(graph, config, optimizer, mesh, [graph] * teachers, out_of_fold=out_of_fold)
+        return step, jax.jit(optimizer.init)(params)
 
-    def take(config, *, rate=1.0, done=0, teachers=()):
-        step, optimizer_state = compiled(config, len(teachers))
+    def take(config, *, rate=1.0, done=0, teachers=(), out_of_fold=False, weighed=slice(None)):
+        step, optimizer_state = compiled(config, len(teachers), out_of_fold)
         before = TrainState(jnp.int32(done), params, jax.tree.map(jnp.zeros_like, params), optimizer_state)
         batch = jax.tree.map(jnp.asarray, next(CountingBatches()))
+        batch["weights"] = jnp.zeros_like(batch["weights"]).at[weighed].set(batch["weights"][weighed])
         after, metrics = step(jax.tree.map(jnp.copy, before), batch, jnp.float32(rate), list(teachers))
         return before, after, metrics
 
@@ -371,6 +373,19 @@ def test_who_predicts_as_its_teachers_do_has_nothing_to_learn(take_step):
     )  # the loss that is told is that of the tokens
     assert float(by_itself["gradient_norm"]) < 1e-4 * float(alone["gradient_norm"])
     assert float(by_both["gradient_norm"]) > 1e-2 * float(alone["gradient_norm"])
+
+
+def test_out_of_fold_each_teacher_teaches_its_own_part_of_the_batch(take_step):
+    config = dataclasses.replace(EXACT, prefix_keep=1.0, z_loss=0.0, distillation=1.0)
+    own = nnx.split(noisy(), nnx.Param)[1]
+    other = jax.tree.map(lambda leaf: 0.9 * leaf, own)
+    half = EXACT.batch_size // 2
+
+    def learnt(weighed):
+        _, _, metrics = take_step(config, teachers=[own, other], out_of_fold=True, weighed=weighed)
+        return float(metrics["gradient_norm"])
+
+    assert learnt(slice(0, half)) < 1e-3 * learnt(slice(half, None))
 
 
 def test_a_teacher_reads_what_its_own_window_holds():
