@@ -308,7 +308,7 @@ def fit(
         batches: the training data.
         output: folder of the run; made if it is missing.
         teachers: models whose mean prediction the model learns beside the tokens; see `config.distillation`.
-        out_of_fold: with K teachers, each batch holds K parts, and each teacher teaches one of them alone.
+        out_of_fold: with K teachers, each batch holds K equal parts, and the teachers, in order, teach one each.
         final_batches: data for the last `config.final_fraction` of the run; default: `batches` to the end.
         data: what the batches are made of, JSON-like; saved, and compared when resuming.
         resume: go on from the newest checkpoint under `output`; exact to the bit for a run counted in steps.
@@ -317,7 +317,8 @@ def fit(
         on_progress: called with each log line.
 
     Raises:
-        TrainingError: the loss or its gradient stopped being finite, or the devices cannot share the batch.
+        TrainingError: the loss or its gradient stopped being finite, or the devices or the teachers out of fold cannot
+            share the batch.
         CheckpointError: `output` holds a run and `resume` is false; or it is true and there is no checkpoint, or
             one of other settings.
     """
@@ -325,6 +326,11 @@ def fit(
         raise TrainingError(
             f"batch_size must be a multiple of accumulation * devices, got {config.batch_size}, "
             f"{config.accumulation} and {jax.device_count()}"
+        )
+    if out_of_fold and (not teachers or config.batch_size % (config.accumulation * len(teachers))):
+        raise TrainingError(
+            f"out of fold, batch_size must be a multiple of accumulation * teachers, got {config.batch_size}, "
+            f"{config.accumulation} and {len(teachers)}"
         )
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     graph, params = nnx.split(model, nnx.Param)

@@ -388,6 +388,13 @@ def test_out_of_fold_each_teacher_teaches_its_own_part_of_the_batch(take_step):
     assert learnt(slice(0, half)) < 1e-3 * learnt(slice(half, None))
 
 
+@pytest.mark.parametrize("teachers", [0, 3])
+def test_teachers_out_of_fold_that_cannot_share_the_batch_are_refused(tmp_path, teachers):
+    with pytest.raises(TrainingError, match=f"multiple of accumulation \\* teachers, got {B}, 1 and {teachers}"):
+        run(tmp_path, teachers=[noisy()] * teachers, out_of_fold=True)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_teacher_reads_what_its_own_window_holds():
     """A student that recalls has a longer one; here it takes no notice of what it recalls, and so predicts the same."""
     teacher = noisy()
