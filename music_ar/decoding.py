@@ -42,6 +42,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from music_ar import decode_kernel, events, keyboard, recall
 from music_ar.decode_kernel import FusedAttention
 from music_ar.keyboard import Keyboard
+from music_ar.linear import TransposedLinear, replace_linears
 from music_ar.model import Block, PerceiverAR, Told, causal_attention
 from music_ar.quantization import with_int8_weights
 from music_ar.recall import Memory, Recalled
@@ -169,6 +170,8 @@ class Decoder:
             block.join()
         if jax.default_backend() == "cpu" if int8 is None else int8:
             model = with_int8_weights(model)
+        elif jax.default_backend() == "gpu":
+            model = replace_linears(model, TransposedLinear)
         graph, params = nnx.split(model)
         self.graph = _Graph(graph, self.fused)
         # Matrices are computed with in this type anyway; in a loop XLA would convert them anew for each token.

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int8
 
+from music_ar.linear import replace_linears
 from music_ar.model import PerceiverAR
 
 _LARGEST = 127 * 128 + 63  # of 128 high + low with high in -127..127 and low in -64..63
@@ -60,9 +61,4 @@ class Int8Linear(nnx.Module):
 
 def with_int8_weights(model: PerceiverAR) -> PerceiverAR:
     """A copy of a model with every linear layer as `Int8Linear`; exact for weights that were released as int8."""
-    model = nnx.clone(model)
-    for _, module in list(nnx.iter_modules(model)):
-        for name, child in list(vars(module).items()):
-            if isinstance(child, nnx.Linear):
-                setattr(module, name, Int8Linear(child))
-    return model
+    return replace_linears(model, Int8Linear)

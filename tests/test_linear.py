@@ -1,0 +1,33 @@
+"""A transposed linear layer is the layer it replaces."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import noisy_model
+from flax import nnx
+
+from music_ar.linear import TransposedLinear, replace_linears
+from music_ar.model import PRESETS
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_transposed_layer_equals_the_layer(use_bias, dtype):
+    bias = nnx.initializers.normal(1.0)
+    linear = nnx.Linear(24, 10, use_bias=use_bias, bias_init=bias, dtype=dtype, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 24)), jnp.float32)
+    found, expected = TransposedLinear(linear)(x), linear(x)
+    assert found.dtype == expected.dtype
+    np.testing.assert_allclose(found, expected, rtol=2 * jnp.finfo(dtype).eps, atol=4 * jnp.finfo(dtype).eps)
+
+
+def test_a_model_with_transposed_layers_predicts_the_same():
+    model = noisy_model(dataclasses.replace(PRESETS["tiny"], context=48))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 388, (1, 48)))
+    transposed = replace_linears(model, TransposedLinear)
+    assert isinstance(model.head, nnx.Linear)
+    assert isinstance(transposed.head, TransposedLinear)
+    assert isinstance(transposed.blocks[0].expand, TransposedLinear)
+    np.testing.assert_allclose(transposed(tokens), model(tokens), atol=2e-5)
