@@ -73,35 +73,19 @@ def filter_logits(logits_BxV: Float[Array, "B V"], filters: Filters) -> Float[Ar
     temperature, top_k, top_p, min_p = (option.reshape(-1, 1) for option in filters)  # [1, 1], or [B, 1]
     # A temperature of 0 is the limit: the likeliest stays, everything else is infinitely far below it.
     scaled_BxV = logits_BxV / jnp.maximum(temperature, 1e-6)
-    highest_Bx1 = scaled_BxV.max(axis=-1, keepdims=True)
-    mass_BxV = jnp.exp(scaled_BxV - highest_Bx1)
-    rank_BxV, before_BxV = jax.lax.platform_dependent(scaled_BxV, mass_BxV, cpu=_above_by_product, default=_above)
-    in_top_k_BxV = rank_BxV < top_k
-    allowance_Bx1 = top_p * jnp.where(in_top_k_BxV, mass_BxV, 0).sum(axis=-1, keepdims=True)
-    # Float sums may pass the whole a little early: at top_p = 1 nothing is cut.
-    in_top_p_BxV = (before_BxV < allowance_Bx1) | (top_p >= 1)
-    near_BxV = scaled_BxV >= highest_Bx1 + jnp.log(min_p)
-    return jnp.where(in_top_k_BxV & in_top_p_BxV & near_BxV | (rank_BxV == 0), scaled_BxV, -jnp.inf)
-
-
-def _above(scaled_BxV: Array, mass_BxV: Array) -> tuple[Float[Array, "B V"], Float[Array, "B V"]]:
-    """How many tokens are likelier than each, and their mass.
-
-    All pairs are compared: for some hundred tokens that takes less time than to sort them.
-    """
-    above_BxVxV = (scaled_BxV[:, None, :] > scaled_BxV[:, :, None]).astype(jnp.float32)
-    pair = above_BxVxV, above_BxVxV * mass_BxV[:, None, :]
-    zero = jnp.float32(0)
-    # XLA would make two kernels of two sums.
-    return jax.lax.reduce(pair, (zero, zero), lambda sums, pair: (sums[0] + pair[0], sums[1] + pair[1]), (2,))
-
-
-def _above_by_product(scaled_BxV: Array, mass_BxV: Array) -> tuple[Float[Array, "B V"], Float[Array, "B V"]]:
-    """The same as a matrix product, which XLA is faster at on a CPU."""
-    above_BxVxV = (scaled_BxV[:, None, :] > scaled_BxV[:, :, None]).astype(jnp.float32)
-    both_BxVx2 = jnp.stack([jnp.ones_like(mass_BxV), mass_BxV], axis=-1)
-    sums_BxVx2 = above_BxVxV @ both_BxVx2
-    return sums_BxVx2[..., 0], sums_BxVx2[..., 1]
+    B, V = logits_BxV.shape
+    falling_BxV = jnp.sort(scaled_BxV, axis=-1, descending=True)
+    last_Bx1 = jnp.broadcast_to(jnp.clip(top_k, 1, V) - 1, (B, 1))
+    kth_Bx1 = jnp.take_along_axis(falling_BxV, last_Bx1, axis=1)
+    falling_BxV = jnp.where(falling_BxV >= kth_Bx1, falling_BxV, -jnp.inf)
+    chance_BxV = jax.nn.softmax(falling_BxV, axis=-1)
+    before_BxV = jnp.cumsum(chance_BxV, axis=-1) - chance_BxV
+    # Float sums may pass 1 a little early: at top_p = 1 nothing is cut.
+    kept_BxV = (before_BxV < top_p) | (top_p >= 1)
+    nucleus_Bx1 = jnp.min(jnp.where(kept_BxV, falling_BxV, jnp.inf), axis=-1, keepdims=True)
+    near_Bx1 = falling_BxV[:, :1] + jnp.log(min_p)
+    lowest_Bx1 = jnp.minimum(jnp.maximum(jnp.maximum(kth_Bx1, nucleus_Bx1), near_Bx1), falling_BxV[:, :1])
+    return jnp.where(scaled_BxV >= lowest_Bx1, scaled_BxV, -jnp.inf)
 
 
 def sample(keys_B: Array, logits_BxV: Float[Array, "B V"], filters: Filters) -> Int[Array, " B"]:

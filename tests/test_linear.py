@@ -20,7 +20,8 @@ def test_a_transposed_layer_equals_the_layer(use_bias, dtype):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 24)), jnp.float32)
     found, expected = TransposedLinear(linear)(x), linear(x)
     assert found.dtype == expected.dtype
-    np.testing.assert_allclose(found, expected, rtol=2 * jnp.finfo(dtype).eps, atol=4 * jnp.finfo(dtype).eps)
+    epsilon = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(found, expected, rtol=2 * epsilon, atol=4 * epsilon)
 
 
 def test_a_model_with_transposed_layers_predicts_the_same():
