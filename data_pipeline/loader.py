@@ -243,7 +243,9 @@ class _Rows:
         batch, row = divmod(index, self.batch_size)
         size = self.batch_size * self.process_count // len(self.parts)
         part, row = divmod(self.process_index * self.batch_size + row, size)
-        return self.parts[part][batch * size + row]
+        window = self.parts[part][batch * size + row]
+        assert window is not None  # none is filtered out
+        return window
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

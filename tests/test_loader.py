@@ -249,7 +249,7 @@ def test_impossible_arguments_are_refused(music):
         with pytest.raises(ValueError, match=message):
             batches(music, **(defaults | options))
     with pytest.raises(ValueError, match=r"in 2 equal parts, got 3 \* 1"):
-        batches(music, music, **(defaults | {"batch_size": 3}))
+        make(music, music, batch_size=3)
 
 
 # --- folds -----------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_impossible_arguments_are_refused(music):
 
 def sized(**tokens):
     """A piece of so many tokens for each composition, several where there is a list."""
-    each = [(name.replace("_", " "), size) for name, sizes in tokens.items() for size in np.atleast_1d(sizes)]
+    each = [(name, size) for name, sizes in tokens.items() for size in np.atleast_1d(sizes)]
     return pieces_of([np.zeros(size + 2, np.uint16) for _, size in each], [name for name, _ in each])
 
 
@@ -344,11 +344,9 @@ def test_processes_side_by_side_hold_the_batch_of_one(music, processes):
     """Where a process holds several parts, and where a part lies with several processes."""
     folds = music.folds(3)
     alone = rows(make(*folds, batch_size=12), 60)
-    shared = [
-        make(*folds, batch_size=12 // processes, process_index=index, process_count=processes)
-        for index in range(processes)
-    ]
-    together = [window for _ in range(5) for iterator in shared for window in rows(iterator, 12 // processes)]
+    size = 12 // processes
+    shared = [make(*folds, batch_size=size, process_index=index, process_count=processes) for index in range(processes)]
+    together = [window for _ in range(5) for iterator in shared for window in rows(iterator, size)]
     assert_same(alone, together)
 
 
