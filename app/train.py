@@ -39,6 +39,10 @@ class Train:
         preset: size of the model: small, small-decoder or tiny.
         teacher: models whose mean prediction the model learns beside the tokens: names of shipped checkpoints, or
             folders such as the model/ of other runs.
+        out_of_fold: the teachers have each been trained without a fold of this data, the first without the first, and
+            so on; each teaches the pieces of that fold alone.
+        folds: number of folds of about equal size to cut the data into, each composition whole in one of them.
+        without_fold: the fold, from 1, that is left out: to train a teacher for `out_of_fold`.
         workers: processes that prepare batches; for contexts so long that one core cannot keep up with the device.
         resume: go on from the newest state in `output`.
         augment: whether to transpose and stretch the pieces, but for the run's `final_fraction`.
@@ -50,6 +54,9 @@ class Train:
     output: Path
     preset: str = "small"
     teacher: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = ()
+    out_of_fold: bool = False
+    folds: int | None = None
+    without_fold: int | None = None
     workers: int = 0
     resume: bool = False
     augment: Annotated[
@@ -61,6 +68,32 @@ class Train:
     ] = True
     training: tyro.conf.OmitArgPrefixes[TrainingConfig]
     augmentation: tyro.conf.OmitArgPrefixes[Augmentation] = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        if (self.folds is None) != (self.without_fold is None):
+            raise CommandError(
+                "--folds and --without-fold go together, the number of folds and the one to leave out; with "
+                "--out-of-fold there are as many folds as teachers"
+            )
+        if self.folds is not None and self.without_fold is not None:
+            if self.out_of_fold:
+                raise CommandError("give either --without-fold, to train a teacher, or --out-of-fold, to be taught")
+            if self.folds < 2:
+                raise CommandError(f"--folds must be at least 2; got {self.folds}")
+            if not 1 <= self.without_fold <= self.folds:
+                raise CommandError(f"--without-fold must lie in 1..{self.folds}; got {self.without_fold}")
+        if self.out_of_fold:
+            if len(self.teacher) < 2:
+                raise CommandError(
+                    "--out-of-fold needs two or more --teacher models, each trained with --without-fold; got "
+                    f"{len(self.teacher)}"
+                )
+            shares = self.training.accumulation * len(self.teacher)
+            if self.training.batch_size % shares:
+                raise CommandError(
+                    "--out-of-fold: teachers have equal parts of a batch, so --batch-size must be a multiple of "
+                    f"--accumulation times their number, {shares}; got {self.training.batch_size}"
+                )
 
     def run(self) -> None:
         """Trains, and writes the model in released form if the run reached its end."""
@@ -75,21 +108,23 @@ class Train:
 
         if self.preset not in PRESETS:
             raise CommandError(f"--preset must be one of {', '.join(PRESETS)}; got {self.preset}")
-        pieces, manifest = Pieces.open(self.data, "train"), Manifest.load(self.data)
+        manifest, parts = Manifest.load(self.data), self._parts(Pieces.open(self.data, "train"))
         # Of one's own data there may be none.
         held_out = Pieces.open(self.data, "validation").tokens if manifest.splits["validation"].pieces else []
         model = PerceiverAR(PRESETS[self.preset], rngs=nnx.Rngs(self.training.seed))
         device = jax.devices()[0].device_kind
-        title = f"{parameter_count(model):,} parameters, {pieces.targets:,} tokens, {jax.device_count()} x {device}"
+        targets = sum(part.targets for part in parts)
+        title = f"{parameter_count(model):,} parameters, {targets:,} tokens, {jax.device_count()} x {device}"
         with ProgressLine(title) as line:
             fitted = fit(
                 model,
                 self.training,
-                self._batches(pieces, self.augmentation if self.augment else None, self.training.seed),
-                final_batches=self._batches(pieces, None, self.training.seed + 1) if self.augment else None,
-                data=self._description(manifest),
+                self._batches(parts, self.augmentation if self.augment else None, self.training.seed),
+                final_batches=self._batches(parts, None, self.training.seed + 1) if self.augment else None,
+                data=self._description(manifest, parts),
                 output=self.output,
                 teachers=[load_released(teacher) for teacher in self.teacher],
+                out_of_fold=self.out_of_fold,
                 validate=(lambda model: _nats(model, held_out)) if held_out else None,
                 resume=self.resume,
                 on_progress=lambda progress: line.report(_share(progress), _describe(progress)),
@@ -104,16 +139,30 @@ class Train:
         save_released(model, released)
         print(f"{fitted.step} steps in {clock(fitted.elapsed_s)}; the model is in {released}")
 
-    def _description(self, manifest: Manifest) -> dict[str, Any]:
-        """What the model learns from, so that a run is not resumed with other data or teachers."""
+    def _parts(self, pieces: "Pieces") -> "list[Pieces]":
+        """What a batch holds equal parts of: all pieces, those outside of a fold, or each teacher's fold."""
+        if self.out_of_fold:
+            return pieces.folds(len(self.teacher))
+        if self.folds is None:
+            return [pieces]
+        folds = pieces.folds(self.folds)
+        return [pieces.join(fold for number, fold in enumerate(folds, start=1) if number != self.without_fold)]
+
+    def _description(self, manifest: Manifest, parts: "list[Pieces]") -> dict[str, Any]:
+        """What the model learns from, so that a run is not resumed with other data, folds or teachers."""
         from music_ar.checkpoint import identity
 
         shards = [shard.sha256 for shard in manifest.shards if shard.split == "train"]
         teachers = [identity(teacher)["weights_sha256"] for teacher in self.teacher]
         augmentation = asdict(self.augmentation) if self.augment else None
-        return {"shards": shards, "augmentation": augmentation, "teachers": teachers}
+        folds = None  # as in the settings of earlier versions, which know of none
+        if self.out_of_fold or self.folds is not None:
+            # How large they are tells of other folds of the same shards, too: compositions are no part of these.
+            targets = [part.targets for part in parts]
+            folds = {"without": self.without_fold, "of": self.folds or len(self.teacher), "targets": targets}
+        return {"shards": shards, "augmentation": augmentation, "teachers": teachers, "folds": folds}
 
-    def _batches(self, pieces: "Pieces", augmentation: Augmentation | None, seed: int) -> "Batches":
+    def _batches(self, parts: "list[Pieces]", augmentation: Augmentation | None, seed: int) -> "Batches":
         import jax
 
         from data_pipeline.loader import batches
@@ -121,7 +170,7 @@ class Train:
 
         config = PRESETS[self.preset]
         iterator = batches(
-            pieces,
+            *parts,
             context=config.window,
             latents=config.latents,
             batch_size=self.training.batch_size // jax.process_count(),

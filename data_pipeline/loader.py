@@ -12,12 +12,19 @@ random crops, which rarely reach a piece's ends.
 is heard before. Stretching leaves a block with a few time shifts more or less, so its N latents reach a little less or
 further back than the block did: a weight goes with its event, and a total of 1 an epoch then holds on average. A first
 block keeps its first N targets rather than its last, so that the beginnings of pieces are never what is lost.
+
+**Folds.** A split can be cut by composition, to train models that have not seen what they are asked about. Batches of
+several folds hold an equal part of each, and each fold has epochs of its own.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
@@ -46,7 +53,7 @@ class Pieces:
 
     Attributes:
         tokens: a piece an array, each START, events, END.
-        records: the manifest's record of each: name, notes, seconds.
+        records: the manifest's record of each: name, notes, seconds, composition.
     """
 
     tokens: tuple[Integer[np.ndarray, " _"], ...]
@@ -75,6 +82,43 @@ class Pieces:
         records = [record for shard in shards for record in shard.pieces]
         return cls(tokens=tuple(tokens), records=tuple(records))
 
+    @classmethod
+    def join(cls, parts: Iterable[Pieces]) -> Pieces:
+        """All pieces of the parts, one part after another."""
+        parts = list(parts)
+        return cls(
+            tokens=tuple(piece for part in parts for piece in part.tokens),
+            records=tuple(record for part in parts for record in part.records),
+        )
+
+    def folds(self, count: int) -> list[Pieces]:
+        """Cuts the pieces into folds of about equally many tokens, each composition whole in one of them.
+
+        The largest composition comes first, and each goes to the fold that is the smallest so far: the same pieces
+        give the same folds. Titles that differ only in case, accents, spaces or punctuation are one composition;
+        otherwise what MAESTRO calls differently, such as a sonata and its first movement, counts as different.
+
+        Raises:
+            DatasetError: there are fewer compositions than folds, or the manifest does not tell the compositions.
+        """
+        sizes: Counter[str] = Counter()
+        for record in self.records:
+            sizes[_composition(record)] += record.tokens
+        if not 1 <= count <= len(sizes):
+            raise DatasetError(f"expected at least 1 fold and at most {len(sizes)}, one a composition; got {count}.")
+        fold_of, totals = {}, [0] * count
+        for composition, tokens in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+            fold_of[composition] = totals.index(min(totals))
+            totals[fold_of[composition]] += tokens
+        chosen = [fold_of[_composition(record)] for record in self.records]
+        return [self._take([index for index, fold in enumerate(chosen) if fold == number]) for number in range(count)]
+
+    def _take(self, indices: list[int]) -> Pieces:
+        return Pieces(
+            tokens=tuple(self.tokens[index] for index in indices),
+            records=tuple(self.records[index] for index in indices),
+        )
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -82,6 +126,17 @@ class Pieces:
     def targets(self) -> int:
         """Number of tokens that are predicted once an epoch: all but the STARTs."""
         return sum(len(tokens) - 1 for tokens in self.tokens)
+
+
+def _composition(record: PieceRecord) -> str:
+    """A piece's composition by its letters and digits alone: MAESTRO has "Images Book II" and "Images, Book II"."""
+    if record.composition is None:
+        raise DatasetError(
+            f"{MANIFEST_NAME}: folds are cut by composition, and an earlier version prepared this data without saying "
+            f"what {record.name} is. Prepare the data again, into the same folder."
+        )
+    plain = unicodedata.normalize("NFKD", record.composition.casefold())
+    return "".join(character for character in plain if character.isalnum())
 
 
 def _map_shard(folder: str | os.PathLike[str], shard: ShardRecord) -> list[np.ndarray]:
@@ -101,8 +156,7 @@ def _map_shard(folder: str | os.PathLike[str], shard: ShardRecord) -> list[np.nd
 
 
 def batches(
-    pieces: Pieces,
-    *,
+    *parts: Pieces,
     context: int,
     latents: int,
     batch_size: int,
@@ -115,18 +169,19 @@ def batches(
 ) -> grain.DatasetIterator[Batch]:
     """An endless iterator of batches, epoch after epoch, each shuffled anew.
 
-    Deterministic in `seed`: batch i is the same however many threads make it. `get_state()` gives the position as a
-    small dict for a checkpoint; `set_state` on an iterator made with the same arguments goes on exactly there.
+    Deterministic in `seed`: batch i is the same however many threads and processes make it. `get_state()` gives the
+    position as a small dict for a checkpoint; `set_state` on an iterator made with the same arguments goes on exactly
+    there.
 
     Args:
-        pieces: what to cut windows from.
+        parts: what to cut windows from. Of several, the batch of all processes together, which put theirs one after
+            another, holds an equal part of each, in order.
         context: M, inputs a window.
         latents: N, targets a window; at most M.
         batch_size: B, windows a batch of this process.
         seed: in [0, 2**32).
         augmentation: what to draw for each window; None leaves them as they are.
-        process_index: which of `process_count` processes this is. Each gets every `process_count`-th window of
-            the one shuffled order.
+        process_index: which of `process_count` processes this is: its batches are these windows of those of all.
         process_count: number of processes that share the epochs.
         threads: threads that prepare batches ahead; 0 prepares each when it is asked for. One makes over a million
             targets a second; more mostly wait for each other (`benchmarks/loader.py`).
@@ -141,12 +196,20 @@ def batches(
         raise ValueError(f"expected 0 <= process_index < process_count, got {process_index} of {process_count}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"expected a seed in [0, 2**32), got {seed}")
-    windows = _Windows(pieces=pieces, context=context, latents=latents, seed=seed, augmentation=augmentation)
-    # Windows are made before the shuffle, where an index is (epoch, block): what a block looks like then does not
-    # depend on when, or in which process, it comes. Nothing is computed until an index is asked for.
-    dataset = grain.MapDataset.range(len(windows)).map_with_index(windows.cut)
-    dataset = dataset.random_map(windows.finish, seed=seed).shuffle(seed).repeat()
-    dataset = dataset[process_index::process_count].batch(batch_size, drop_remainder=True)
+    if not parts or batch_size * process_count % len(parts):
+        raise ValueError(
+            f"expected batch_size * process_count in {len(parts)} equal parts, got {batch_size} * {process_count}"
+        )
+    shuffled = []
+    for number, pieces in enumerate(parts):
+        own_seed = (seed + number) % 2**32  # or parts of equal length would come in the same order
+        windows = _Windows(pieces=pieces, context=context, latents=latents, seed=own_seed, augmentation=augmentation)
+        # Windows are made before the shuffle, where an index is (epoch, block): what a block looks like then does not
+        # depend on when, or in which process, it comes. Nothing is computed until an index is asked for.
+        dataset = grain.MapDataset.range(len(windows)).map_with_index(windows.cut)
+        shuffled.append(dataset.random_map(windows.finish, seed=own_seed).shuffle(own_seed).repeat())
+    rows = _Rows(parts=shuffled, batch_size=batch_size, process_index=process_index, process_count=process_count)
+    dataset = grain.MapDataset.source(rows).batch(batch_size, drop_remainder=True)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
     batched = dataset.to_iter_dataset(options)
     if workers == 0:
@@ -162,6 +225,27 @@ def windows_per_epoch(pieces: Pieces, *, latents: int) -> int:
 
 def _block_count(targets: int, latents: int) -> int:
     return -(-targets // latents)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Rows:
+    """The rows of one process's batches, one after another: of its share of a batch that holds each part in order."""
+
+    parts: list[grain.MapDataset[dict[str, np.ndarray]]]
+    batch_size: int
+    process_index: int
+    process_count: int
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        batch, row = divmod(index, self.batch_size)
+        size = self.batch_size * self.process_count // len(self.parts)
+        part, row = divmod(self.process_index * self.batch_size + row, size)
+        window = self.parts[part][batch * size + row]
+        assert window is not None  # none is filtered out
+        return window
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -22,7 +22,7 @@ SPLITS = ("train", "validation", "test")
 MIDI_SUFFIXES = (".mid", ".midi")
 MAX_FILE_BYTES = 64 * 2**20
 _CSV_PATTERN = "maestro-*.csv"
-_CSV_COLUMNS = ("split", "midi_filename")
+_CSV_COLUMNS = ("canonical_composer", "canonical_title", "split", "midi_filename")
 
 
 class DatasetError(ValueError):
@@ -37,11 +37,13 @@ class Piece:
         name: what the dataset calls it: its path below the dataset's root, with forward slashes.
         path: what `MidiFiles.read` calls it; differs from `name` where the root is a folder inside a zip.
         split: one of `SPLITS`.
+        composition: what is played: composer and title.
     """
 
     name: str
     path: str
     split: str
+    composition: str
 
 
 class MidiFiles:
@@ -136,8 +138,15 @@ def read_table(files: MidiFiles) -> list[Piece]:
     """
     table = _find_table(files)
     root = PurePosixPath(table).parent
-    rows = _parse_table(table, files.read(table))
-    pieces = [Piece(name=name, path=str(root / name), split=split) for name, split in rows]
+    pieces = [
+        Piece(
+            name=row["midi_filename"],
+            path=str(root / row["midi_filename"]),
+            split=row["split"],
+            composition=f"{row['canonical_composer']}: {row['canonical_title']}",
+        )
+        for row in _parse_table(table, files.read(table))
+    ]
     listed = {piece.path for piece in pieces}
     present = set(files.midi_names())
     problems = [
@@ -164,8 +173,8 @@ def _find_table(files: MidiFiles) -> str:
     return tables[0]
 
 
-def _parse_table(table: str, content: bytes) -> list[tuple[str, str]]:
-    """(midi_filename, split) of every row."""
+def _parse_table(table: str, content: bytes) -> list[dict[str, str]]:
+    """`_CSV_COLUMNS` of every row."""
     try:
         reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
         columns = reader.fieldnames or ()
@@ -173,15 +182,17 @@ def _parse_table(table: str, content: bytes) -> list[tuple[str, str]]:
             raise DatasetError(
                 f"{table}: expected the columns {', '.join(_CSV_COLUMNS)}; found no {', '.join(missing)}."
             )
-        rows = [(row["midi_filename"] or "", row["split"] or "") for row in reader]
+        rows = [{column: row[column] or "" for column in _CSV_COLUMNS} for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(f"{table}: not a readable CSV ({error}).") from error
     if not rows:
         raise DatasetError(f"{table}: no rows.")
-    for name, split in rows:
-        if split not in SPLITS:
-            raise DatasetError(f"{table}: {name!r} has split {split!r}; expected one of {', '.join(SPLITS)}.")
-    if repeated := [name for name, count in Counter(name for name, _ in rows).items() if count > 1]:
+    for row in rows:
+        if row["split"] not in SPLITS:
+            raise DatasetError(
+                f"{table}: {row['midi_filename']!r} has split {row['split']!r}; expected one of {', '.join(SPLITS)}."
+            )
+    if repeated := [name for name, count in Counter(row["midi_filename"] for row in rows).items() if count > 1]:
         raise DatasetError(f"{table}: {_name_some('listed more than once', repeated)}.")
     return rows
 

@@ -50,13 +50,17 @@ class SplitCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class PieceRecord:
-    """One piece in a shard: START at index `start`, `tokens` events, END; `seconds` up to its last note's end."""
+    """One piece in a shard: START at index `start`, `tokens` events, END; `seconds` up to its last note's end.
+
+    `composition` is what is played, by which folds are cut; earlier versions did not record it.
+    """
 
     name: str
     start: int
     tokens: int
     notes: int
     seconds: float
+    composition: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,8 @@ class Manifest:
     Attributes:
         splits: totals of every split.
         fingerprint: of the vocabulary and encoding rules that made the tokens (`music_ar.events.FINGERPRINT`).
-        source: what it was made from: kind, settings of the splits, SHA-256 over names and contents.
+        source: what it was made from: kind, settings of the splits, SHA-256 over compositions and over names and
+            contents.
         skipped: name -> reason, of files that are not usable MIDI.
         shards: the files, in order of split and piece.
     """
@@ -148,6 +153,7 @@ def prepare_maestro(
         splits = {piece.name: piece.split for piece in pieces}
         job = _Job(
             paths={piece.name: piece.path for piece in pieces},
+            compositions={piece.name: piece.composition for piece in pieces},
             deal=lambda names: {name: splits[name] for name in names},
             settings={"kind": "maestro", "splits": _sha256(json.dumps(sorted(splits.items())))},
             skip_bad=False,
@@ -168,7 +174,7 @@ def prepare_midi(
     """Tokenises every .mid and .midi file in a folder (or zip) and the folders below it.
 
     Files are dealt to splits by a hash of their names and `seed`: the same files, the same splits. Files that are not
-    usable MIDI are skipped; the manifest's `skipped` names them with the reason.
+    usable MIDI are skipped; the manifest's `skipped` names them with the reason. Each file is its own composition.
 
     Args:
         folder: where the MIDI files are.
@@ -192,6 +198,7 @@ def prepare_midi(
             raise DatasetError(f"{folder}: no MIDI file (.mid, .midi) in it or in the folders below it.")
         job = _Job(
             paths={name: name for name in names},
+            compositions={name: name for name in names},
             deal=lambda usable: assign_splits(usable, validation=validation, test=test, seed=seed),
             settings={"kind": "midi", "validation": str(validation), "test": str(test), "seed": str(seed)},
             skip_bad=True,
@@ -244,12 +251,14 @@ class _Job:
 
     Attributes:
         paths: name -> path in the `MidiFiles`.
+        compositions: name -> what is played.
         deal: names of the usable files -> their splits.
         settings: all that decides about splits; with the files' contents it identifies the result.
         skip_bad: whether to go on without files that are not usable MIDI.
     """
 
     paths: Mapping[str, str]
+    compositions: Mapping[str, str]
     deal: Callable[[Sequence[str]], Mapping[str, str]]
     settings: Mapping[str, str]
     skip_bad: bool
@@ -272,7 +281,8 @@ def _prepare(
     console = Console(stderr=True, quiet=not progress)
     folder = _make_folder(output)
     contents = "".join(f"{name}\n{files.checksum(path)}\n" for name, path in sorted(job.paths.items()))
-    source = {**job.settings, "sha256": _sha256(contents)}
+    compositions = _sha256(json.dumps(sorted(job.compositions.items())))
+    source = {**job.settings, "compositions": compositions, "sha256": _sha256(contents)}
     if (existing := _up_to_date(folder, source)) is not None:
         console.print(f"{folder} is up to date.", highlight=False)
         return existing
@@ -284,7 +294,7 @@ def _prepare(
         raise DatasetError(f"{files.path}: {len(skipped)} files are not usable MIDI: {_reasons(skipped)}")
     splits = job.deal([result.name for result in usable])
     try:
-        manifest = _write(folder, usable, splits, source, skipped)
+        manifest = _write(folder, usable, splits, job.compositions, source, skipped)
     finally:
         _remove_stale(folder)
     if skipped:
@@ -371,13 +381,14 @@ def _write(
     folder: Path,
     usable: Sequence[_Encoded],
     splits: Mapping[str, str],
+    compositions: Mapping[str, str],
     source: Mapping[str, str],
     skipped: Mapping[str, str],
 ) -> Manifest:
     shards = []
     for split in SPLITS:
         pieces = sorted((result for result in usable if splits[result.name] == split), key=lambda piece: piece.name)
-        shards += [_write_shard(folder, split, index, part) for index, part in enumerate(_parts(pieces))]
+        shards += [_write_shard(folder, split, index, part, compositions) for index, part in enumerate(_parts(pieces))]
     manifest = Manifest(
         splits={split: _count(split, shards) for split in SPLITS},
         fingerprint=FINGERPRINT,
@@ -408,7 +419,9 @@ def _tokens(piece: _Encoded) -> np.ndarray:
     return piece.tokens
 
 
-def _write_shard(folder: Path, split: str, index: int, pieces: Sequence[_Encoded]) -> ShardRecord:
+def _write_shard(
+    folder: Path, split: str, index: int, pieces: Sequence[_Encoded], compositions: Mapping[str, str]
+) -> ShardRecord:
     arrays = [_tokens(piece) for piece in pieces]
     starts = np.cumsum([0] + [len(tokens) for tokens in arrays]).tolist()
     buffer = io.BytesIO()
@@ -430,6 +443,7 @@ def _write_shard(folder: Path, split: str, index: int, pieces: Sequence[_Encoded
                 tokens=len(_tokens(piece)) - 2,
                 notes=piece.notes,
                 seconds=round(piece.seconds, 3),
+                composition=compositions[piece.name],
             )
             for piece, start in zip(pieces, starts, strict=False)
         ),

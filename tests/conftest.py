@@ -37,7 +37,8 @@ settings.load_profile("music-ar")
 # come first, the longest before the others; the short ones then fill the time until both workers are done.
 LONG_FILES = (
     "test_decoding", "test_training", "test_decode_kernel", "test_system", "test_batch", "test_model", "test_web",
-    "test_cli", "test_generator", "test_report", "test_evaluation", "test_style", "test_examples", "test_benchmarks",
+    "test_cli", "test_generator", "test_train", "test_report", "test_evaluation", "test_style", "test_examples",
+    "test_benchmarks",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_maestro import archive_files, random_performance, write_zip
+from tiny_maestro import archive_files, forget_compositions, random_performance, write_zip
 
 from data_pipeline.augment import Augmentation
 from data_pipeline.loader import Pieces, batches, windows_per_epoch
@@ -20,10 +20,12 @@ CONTEXT, LATENTS = 24, 8
 LENGTHS = (2, 5, 8, 9, 10, 16, 17, 24, 60, 101)
 
 
-def pieces_of(arrays):
+def pieces_of(arrays, compositions=None):
     records = [
-        PieceRecord(name=str(number), start=0, tokens=len(tokens) - 2, notes=1, seconds=1.0)
-        for number, tokens in enumerate(arrays)
+        PieceRecord(name=str(number), start=0, tokens=len(tokens) - 2, notes=1, seconds=1.0, composition=composition)
+        for number, (tokens, composition) in enumerate(
+            zip(arrays, compositions or map(str, range(len(arrays))), strict=True)
+        )
     ]
     return Pieces(tokens=tuple(arrays), records=tuple(records))
 
@@ -44,8 +46,8 @@ def music():
     return pieces_of([np.array([START, *tokens, END], np.uint16) for tokens in events])
 
 
-def make(pieces, *, batch_size=1, seed=0, **options):
-    return batches(pieces, context=CONTEXT, latents=LATENTS, batch_size=batch_size, seed=seed, **options)
+def make(*parts, batch_size=1, seed=0, **options):
+    return batches(*parts, context=CONTEXT, latents=LATENTS, batch_size=batch_size, seed=seed, **options)
 
 
 def rows(iterator, count):
@@ -246,6 +248,118 @@ def test_impossible_arguments_are_refused(music):
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             batches(music, **(defaults | options))
+    with pytest.raises(ValueError, match=r"in 2 equal parts, got 3 \* 1"):
+        make(music, music, batch_size=3)
+
+
+# --- folds -----------------------------------------------------------------------------------------------------------
+
+
+def sized(**tokens):
+    """A piece of so many tokens for each composition, several where there is a list."""
+    each = [(name, size) for name, sizes in tokens.items() for size in np.atleast_1d(sizes)]
+    return pieces_of([np.zeros(size + 2, np.uint16) for _, size in each], [name for name, _ in each])
+
+
+def names(folds):
+    return [[record.composition for record in fold.records] for fold in folds]
+
+
+def test_folds_by_hand():
+    pieces = sized(E=1, A=[10, 3], D=5, B=12, C=6)
+    # In order of size: A 13 | B 12; C joins B, 18; D joins A, 18; E finds both alike and goes to the first.
+    assert names(pieces.folds(2)) == [["E", "A", "A", "D"], ["B", "C"]]
+    # A 13 | B 12 | C 6; D joins C, 11, and so does E, 12.
+    assert names(pieces.folds(3)) == [["A", "A"], ["B"], ["E", "D", "C"]]
+    assert names(pieces.folds(1)) == [["E", "A", "A", "D", "B", "C"]]
+    for fold in pieces.folds(3):
+        assert [len(tokens) - 2 for tokens in fold.tokens] == [record.tokens for record in fold.records]
+
+
+def test_of_equal_compositions_the_name_decides():
+    assert names(sized(B=4, A=4, C=4).folds(2)) == [["A", "C"], ["B"]]
+    assert names(sized(C=4, B=4, A=4).folds(2)) == [["C", "A"], ["B"]]
+
+
+def test_titles_that_are_only_written_differently_are_one_composition():
+    titles = ["Liszt: Après une lecture, S. 161", "Other: Étude", "Liszt: Aprés  une Lecture S.161", "Liszt: S. 162"]
+    pieces = pieces_of([np.zeros(8, np.uint16)] * 4, titles)
+    assert names(pieces.folds(3)) == [[titles[0], titles[2]], [titles[3]], [titles[1]]]
+
+
+def test_joined_folds_are_all_pieces_again(numbered):
+    folds = numbered.folds(3)
+    joined = Pieces.join(folds)
+    assert sorted(record.name for record in joined.records) == sorted(record.name for record in numbered.records)
+    for tokens, record in zip(joined.tokens, joined.records, strict=True):
+        np.testing.assert_array_equal(tokens, numbered.tokens[int(record.name)])
+    assert len(Pieces.join(folds[1:])) == len(numbered) - len(folds[0])
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_folds_that_cannot_be_cut_are_refused(count):
+    with pytest.raises(DatasetError, match=f"at least 1 fold and at most 3, one a composition; got {count}"):
+        sized(A=[1, 2], B=3, C=4).folds(count)
+
+
+def test_data_that_earlier_versions_prepared_serves_but_has_no_folds(folder):
+    assert len(Pieces.open(folder, "train").folds(3)) == 3
+    forget_compositions(folder)
+    pieces = Pieces.open(folder, "train")
+    next(make(pieces))
+    with pytest.raises(DatasetError, match=r"manifest\.json: .* 2004/aria\.midi is\. Prepare the data again"):
+        pieces.folds(3)
+
+
+def parts_of(iterator, count, parts):
+    """Of the next `count` batches, the windows of each part."""
+    taken = list(itertools.islice(iterator, count))
+    cut = [[np.split(batch[name], parts) for name in ("tokens", "weights")] for batch in taken]
+    return [
+        [window for tokens, weights in cut for window in zip(tokens[part], weights[part], strict=True)]
+        for part in range(parts)
+    ]
+
+
+def test_part_k_of_a_batch_is_of_fold_k_and_each_fold_has_whole_epochs(numbered):
+    folds = numbered.folds(3)
+    sizes = [windows_per_epoch(fold, latents=LATENTS) for fold in folds]
+    windows = parts_of(make(*folds, batch_size=6), max(sizes), 3)
+    for fold, size, part in zip(folds, sizes, windows, strict=True):
+        totals = total_weights(part[:size])
+        totals.pop(PAD, 0)
+        starts = [int(tokens[0]) for tokens in fold.tokens]
+        assert [totals.pop(start, 0) for start in starts] == [0] * len(starts)
+        assert totals == {int(token): 1.0 for tokens in fold.tokens for token in tokens[1:]}
+
+
+def test_folds_of_equal_length_come_in_different_orders(numbered):
+    twins = [numbered, numbered]
+    first, second = parts_of(make(*twins, batch_size=2), 20, 2)
+    assert any((left != right).any() for (left, _), (right, _) in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_processes_side_by_side_hold_the_batch_of_one(music, processes):
+    """Where a process holds several parts, and where a part lies with several processes."""
+    folds = music.folds(3)
+    alone = rows(make(*folds, batch_size=12), 60)
+    size = 12 // processes
+    shared = [make(*folds, batch_size=size, process_index=index, process_count=processes) for index in range(processes)]
+    together = [window for _ in range(5) for iterator in shared for window in rows(iterator, size)]
+    assert_same(alone, together)
+
+
+def test_batches_of_folds_go_on_exactly_and_in_processes_too(music):
+    folds = music.folds(2)
+    iterator = make(*folds, batch_size=4, augmentation=Augmentation())
+    rows(iterator, 28)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = rows(iterator, 20)
+    fresh = make(*folds, batch_size=4, augmentation=Augmentation())
+    fresh.set_state(state)
+    assert_same(rows(fresh, 20), expected)
+    assert_same(rows(make(*folds, batch_size=4, augmentation=Augmentation(), workers=2), 48)[28:], expected)
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ def test_zip_and_unpacked_folder_are_the_same_data_set(tmp_path):
         pieces = read_table(source)
         assert {piece.name: piece.split for piece in pieces} == PIECES
         assert [source.read(piece.path) for piece in pieces] == [files[piece.name] for piece in pieces]
+        assert pieces[1].composition == "Composer, A.: bagatelle"
     assert [zipped.checksum(piece.path) for piece in read_table(zipped)] == [
         unpacked.checksum(piece.path) for piece in read_table(unpacked)
     ]
@@ -46,8 +47,11 @@ def _without(files, name):
         (lambda files: {**files, "2018/x.mid": b"MThd"}, r"1 MIDI files that the CSV does not name: .*2018/x\.mid"),
         (lambda files: _without(files, "maestro-v3.0.0.csv"), r"expected one MAESTRO table.*found none.*--midi FOLDER"),
         (lambda files: {**files, "maestro-v2.0.0.csv": b""}, r"expected one MAESTRO table.*found .*v2.*v3"),
-        (lambda files: {**files, "maestro-v3.0.0.csv": b"a,b\n1,2\n"}, r"expected the columns split, midi_filename"),
-        (lambda files: {**files, "maestro-v3.0.0.csv": b"split,midi_filename\n"}, r"maestro-v3\.0\.0\.csv: no rows"),
+        (
+            lambda files: {**files, "maestro-v3.0.0.csv": b"canonical_composer,split\nA,train\n"},
+            r"expected the columns .*, split, midi_filename; found no canonical_title, midi_filename",
+        ),
+        (lambda files: {**files, "maestro-v3.0.0.csv": table({})}, r"maestro-v3\.0\.0\.csv: no rows"),
         (lambda files: {**files, "maestro-v3.0.0.csv": b"\xff\xfe"}, r"not a readable CSV"),
         (
             lambda files: {**files, "maestro-v3.0.0.csv": table({**PIECES, "2004/aria.midi": "dev"})},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_maestro import PIECES, archive_files, midi_bytes, write_folder, write_zip
+from tiny_maestro import PIECES, archive_files, forget_compositions, midi_bytes, write_folder, write_zip
 
 from data_pipeline import prepare
 from data_pipeline.maestro import SPLITS, DatasetError
@@ -105,6 +105,35 @@ def test_changed_inputs_replace_the_data_set_and_nothing_else(archive, output):
     assert second.shards[0].sha256 != first.shards[0].sha256
     assert second.shards[1:] == first.shards[1:]
     assert set(content(output)) == {"manifest.json", "notes.txt", *(shard.file for shard in second.shards)}
+
+
+def test_compositions_are_recorded(archive, own_midi, output):
+    manifest = prepare_maestro(archive, output, workers=1, progress=False)
+    assert compositions_of(manifest)["2004/aria.midi"] == "Composer, A.: aria"
+    manifest = prepare_midi(own_midi, output, workers=1, progress=False)
+    assert all(composition == name for name, composition in compositions_of(manifest).items())
+
+
+def test_other_compositions_of_the_same_files_are_no_longer_up_to_date(archive, output):
+    first = prepare_maestro(archive, output, workers=1, progress=False)
+    files = archive_files()
+    table = files["maestro-v3.0.0.csv"].replace(b"bagatelle,train", b"aria,train")
+    second = prepare_maestro(
+        write_zip(archive, {**files, "maestro-v3.0.0.csv": table}), output, workers=1, progress=False
+    )
+    assert compositions_of(second)["2004/bagatelle.midi"] == "Composer, A.: aria"
+    assert [shard.sha256 for shard in second.shards] == [shard.sha256 for shard in first.shards]
+
+
+def test_the_manifest_of_an_earlier_version_opens_and_preparing_again_adds_compositions(archive, output):
+    prepared = prepare_maestro(archive, output, workers=1, progress=False)
+    forget_compositions(output)
+    assert compositions_of(Manifest.load(output)) == dict.fromkeys(PIECES)
+    assert prepare_maestro(archive, output, workers=1, progress=False) == prepared == Manifest.load(output)
+
+
+def compositions_of(manifest):
+    return {piece.name: piece.composition for shard in manifest.shards for piece in shard.pieces}
 
 
 def test_damaged_shards_are_made_again(archive, output):

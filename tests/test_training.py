@@ -375,8 +375,9 @@ def test_who_predicts_as_its_teachers_do_has_nothing_to_learn(take_step):
     assert float(by_both["gradient_norm"]) > 1e-2 * float(alone["gradient_norm"])
 
 
-def test_out_of_fold_each_teacher_teaches_its_own_part_of_the_batch(take_step):
-    config = dataclasses.replace(EXACT, prefix_keep=1.0, z_loss=0.0, distillation=1.0)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_out_of_fold_each_teacher_teaches_its_own_part_of_the_batch(take_step, accumulation):
+    config = dataclasses.replace(EXACT, prefix_keep=1.0, z_loss=0.0, distillation=1.0, accumulation=accumulation)
     own = nnx.split(noisy(), nnx.Param)[1]
     other = jax.tree.map(lambda leaf: 0.9 * leaf, own)
     half = EXACT.batch_size // 2

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import tempfile
 import zipfile
 from pathlib import Path
@@ -42,7 +43,7 @@ def table(pieces: dict[str, str]) -> bytes:
     writer = csv.writer(text)
     writer.writerow(["canonical_composer", "canonical_title", "split", "year", "midi_filename"])
     for name, split in pieces.items():
-        writer.writerow(["Composer, A.", "Title", split, name[:4], name])
+        writer.writerow(["Composer, A.", Path(name).stem, split, name[:4], name])
     return text.getvalue().encode()
 
 
@@ -65,3 +66,14 @@ def write_folder(path: Path, files: dict[str, bytes]) -> Path:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
     return path
+
+
+def forget_compositions(prepared: Path) -> None:
+    """Makes the manifest of a prepared folder what versions wrote that did not record compositions."""
+    path = prepared / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["source"]["compositions"]
+    for shard in manifest["shards"]:
+        for piece in shard["pieces"]:
+            del piece["composition"]
+    path.write_text(json.dumps(manifest))
