@@ -134,8 +134,9 @@ class Train:
             return
         model, released = fitted.model, self.output / "model"
         if held_out:
-            model, temperature = calibrated(model, held_out)
-            print(f"calibrated on validation: logits divided by {temperature:.2f}")
+            model, kinds = calibrated(model, held_out)
+            told = (f"{kind} × {fit['scale']:.3f} {fit['offset']:+.3f}" for kind, fit in kinds.items())
+            print(f"calibrated on validation: logits of {', '.join(told)}")
         save_released(model, released)
         print(f"{fitted.step} steps in {clock(fitted.elapsed_s)}; the model is in {released}")
 

@@ -87,7 +87,7 @@ def train_and_score(run: dict[str, Any], data: Path, output: Path, max_pieces: i
         validate=lambda averaged: score(averaged, validation, stride=model_config.latents).nats_per_token,
         on_progress=show,
     )
-    trained, temperature = calibrated(fitted.model, validation)
+    trained, calibration = calibrated(fitted.model, validation)
     save_released(trained, output / "model")
     released = load_released(output / "model")
     stride = min(512, model_config.latents)
@@ -106,7 +106,7 @@ def train_and_score(run: dict[str, Any], data: Path, output: Path, max_pieces: i
         "parameters": parameter_count(model),
         "steps": fitted.step,
         "model_step": fitted.model_step,
-        "temperature": round(temperature, 3),
+        "calibration": calibration,
         "elapsed_s": round(fitted.elapsed_s, 1),
         "scores": {name: round(nats, 4) for name, nats in scores.items()},
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -169,25 +170,82 @@ def test_nothing_to_score_is_refused(model):
         score(model, [np.array([events.START])], stride=8)
 
 
-@pytest.mark.parametrize("too_sure", [0.8, 1.5])
-def test_calibration_finds_by_how_much_a_model_is_too_sure(too_sure):
-    """Pieces drawn from what the model says, whatever it reads; then its logits are multiplied."""
+KIND_SIZES = (events.PITCHES, events.PITCHES, events.MAX_SHIFT_STEPS, events.VELOCITY_BINS, 3)
+
+
+def by_kind(numbers):
+    """A number a kind of event as one a token."""
+    return np.repeat(np.asarray(numbers), KIND_SIZES)
+
+
+def saying(logits_V):
+    """A model that says the same whatever it reads."""
+    model = noisy_model(dataclasses.replace(CONFIG, context=256, latents=256))
+    kernel_DxV = jnp.zeros_like(model.head.kernel[...])
+    nnx.update(model.head, {"kernel": kernel_DxV, "bias": jnp.asarray(logits_V, jnp.float32)})
+    return model
+
+
+@pytest.fixture(scope="module")
+def told():
+    """Pieces, and the logits by which each token is exactly as likely as it is frequent in them."""
     random = np.random.default_rng(0)
-    bias = np.where(np.arange(events.VOCABULARY_SIZE) < events.EVENT_CLASSES, random.normal(size=391), -30.0)
-    chances = np.exp(bias) / np.exp(bias).sum()
-    drawn = random.choice(events.VOCABULARY_SIZE, (4, 500), p=chances)
-    pieces = [np.array([events.START, *row, events.END], np.uint16) for row in drawn]
-    model = noisy_model(CONFIG)
-    bias[events.END] = 0.0
-    head = {"kernel": jnp.zeros_like(model.head.kernel[...]), "bias": jnp.asarray(too_sure * bias, jnp.float32)}
-    nnx.update(model.head, head)
-    better, temperature = calibrated(model, pieces)
-    assert temperature == pytest.approx(too_sure, rel=0.05)
-    assert score(better, pieces, stride=8).nats < score(model, pieces, stride=8).nats - 5
+    counts = np.ceil(30 * np.exp(random.normal(size=events.VOCABULARY_SIZE))).astype(int)
+    counts[[events.PAD, events.START]] = 0
+    parts = np.array_split(random.permutation(np.repeat(np.arange(events.VOCABULARY_SIZE), counts)), 3)
+    pieces = [np.array([events.START, *part], np.uint16) for part in parts]
+    return pieces, np.where(counts > 0, np.log(np.maximum(counts, 1) / counts.sum()), -30.0)
+
+
+@pytest.mark.parametrize(
+    ("scales", "offsets"),
+    [
+        ((1, 1, 1, 1, 1), (0, 0, 0, 0, 0)),
+        ((1.25, 1.25, 1.25, 1.25, 1.25), (0, 0, 0, 0, 0)),  # one temperature
+        ((0.7, 1.5, 1.1, 0.9, 1), (-0.4, 0.8, -0.5, 0.2, 0.1)),  # so far off that whole steps lead up
+    ],
+)
+def test_calibration_finds_the_scale_and_the_offset_of_each_kind(told, scales, offsets):
+    pieces, logits_V = told
+    better, found = calibrated(saying((logits_V - by_kind(offsets)) / by_kind(scales)), pieces)
+    assert tuple(found) == KINDS
     assert better.head.bias is not None
-    assert model.head.bias is not None
-    np.testing.assert_allclose(better.head.bias[...], head["bias"] / temperature, rtol=1e-5)
-    np.testing.assert_array_equal(model.head.bias[...], head["bias"])
+    chances_V = jax.nn.softmax(better.head.bias[...])
+    np.testing.assert_allclose(chances_V, np.exp(logits_V), rtol=0.005, atol=1e-7)
+    # Offsets count beside each other only, and the one end token's scale and offset do the same.
+    np.testing.assert_allclose([found[kind]["scale"] for kind in KINDS[:4]], scales[:4], rtol=0.005)
+    found_offsets = np.array([found[kind]["offset"] for kind in KINDS[:4]])
+    np.testing.assert_allclose(found_offsets - found_offsets[0], np.subtract(offsets[:4], offsets[0]), atol=0.02)
+
+
+def test_a_calibrated_model_is_left_alone(told):
+    pieces, logits_V = told
+    better, found = calibrated(saying(logits_V), pieces)
+    assert [fit["scale"] for fit in found.values()] == pytest.approx([1] * 5, abs=1e-3)
+    assert [fit["offset"] for fit in found.values()] == pytest.approx([0] * 5, abs=1e-3)
+    assert better.head.bias is not None
+    np.testing.assert_allclose(jax.nn.softmax(better.head.bias[...]), np.exp(logits_V), rtol=0.001, atol=1e-7)
+
+
+def test_calibration_is_worth_more_than_any_temperature(model, pieces):
+    """Its scales and offsets are in the logits, whatever was read, and nothing else has changed."""
+    before = nnx.state(nnx.clone(model))
+    better, found = calibrated(model, pieces)
+    nats = np.concatenate(
+        score_tokens(model, pieces, stride=8, temperatures=np.geomspace(0.5, 50, 30).tolist()), axis=1
+    )
+    assert score(better, pieces, stride=8).nats < nats.sum(axis=1).min() - 5
+    tokens_BxT = jnp.asarray(pieces[-1][None, 3:20], jnp.int32)
+    scale_V, offset_V = (by_kind([fit[name] for fit in found.values()]) for name in ("scale", "offset"))
+    np.testing.assert_allclose(
+        better(tokens_BxT), model(tokens_BxT) * scale_V[None, None] + offset_V[None, None], rtol=1e-4, atol=1e-4
+    )
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
+
+
+def test_nothing_to_calibrate_on_is_refused(model):
+    with pytest.raises(ValueError, match="no pieces"):
+        calibrated(model, [])
 
 
 def test_scoring_through_the_decoder(model):
