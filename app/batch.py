@@ -85,7 +85,7 @@ class Render:
         mode: how the window of latents goes on once it is full: sliding, or exact as in training.
         temperature: below 1 is more predictable, above 1 more daring; 0 takes the likeliest event each time.
         top_k: keep only so many of the likeliest events; 0 keeps all.
-        top_p: keep only the likeliest events that together have this probability; 1 keeps all.
+        top_p: of each kind of event keep the likeliest that together have this share of it; 1 keeps all.
         min_p: keep only events at least this likely, relative to the likeliest; 0 keeps all.
         seed: of each prompt's first variation.
         audio: also write each piece as sound, tagged with title, seed and model.
@@ -112,7 +112,7 @@ class Render:
     mode: Literal["sliding", "exact"] = "sliding"
     temperature: float = 1.0
     top_k: int = 0
-    top_p: float = 0.95
+    top_p: float = 0.97
     min_p: float = 0.0
     seed: int = 0
     audio: Literal["wav", "flac", "mp3"] | None = None

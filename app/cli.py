@@ -123,7 +123,7 @@ class Generate:
         mode: how the window of latents goes on once it is full: sliding, or exact as in training.
         temperature: below 1 is more predictable, above 1 more daring; 0 takes the likeliest event each time.
         top_k: keep only so many of the likeliest events; 0 keeps all.
-        top_p: keep only the likeliest events that together have this probability; 1 keeps all.
+        top_p: of each kind of event keep the likeliest that together have this share of it; 1 keeps all.
         min_p: keep only events at least this likely, relative to the likeliest; 0 keeps all.
         seed: the same seed gives the same piece; by default a new one, which is told.
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name).
@@ -140,7 +140,7 @@ class Generate:
     mode: Literal["sliding", "exact"] = "sliding"
     temperature: float = 1.0
     top_k: int = 0
-    top_p: float = 0.95
+    top_p: float = 0.97
     min_p: float = 0.0
     seed: int | None = None
     checkpoint: str | None = None

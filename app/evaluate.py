@@ -56,7 +56,7 @@ class Evaluate:
     prompt_seconds: float = 0.0
     budget: int | None = None
     temperature: float = 1.0
-    top_p: float = 0.95
+    top_p: float = 0.97
     min_p: float = 0.0
     seed: int = 0
     made: Path | None = None

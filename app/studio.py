@@ -74,7 +74,7 @@ class Settings:
     latents: int = AUTO
     variations: int = 1
     temperature: float = 1.0
-    top_p: float = 0.95
+    top_p: float = 0.97
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None

@@ -373,7 +373,7 @@ def _api(studio: Studio) -> None:
         latents = gr.Number(AUTO, label="latents", precision=0)
         variations = gr.Number(1, label="variations", precision=0)
         temperature = gr.Number(1.0, label="temperature")
-        top_p = gr.Number(0.95, label="top_p")
+        top_p = gr.Number(0.97, label="top_p")
         seed = gr.Number(None, label="seed", precision=0)
         prompt_start = gr.Number(0.0, label="start_s")
         prompt_end = gr.Number(None, label="end_s")
@@ -402,7 +402,7 @@ def _api(studio: Studio) -> None:
         latents: int = AUTO,
         variations: int = 1,
         temperature: float = 1.0,
-        top_p: float = 0.95,
+        top_p: float = 0.97,
         seed: int | None = None,
         start_s: float = 0.0,
         end_s: float | None = None,

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--latents", type=int, default=1024)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--top-p", type=float, default=0.97)
     parser.add_argument("--picture", type=Path, help="PNG file for the piano rolls of the first two of each")
     arguments = parser.parse_args()
 

@@ -1,6 +1,6 @@
 """Which sampling settings make music most like real music: temperatures and top-p, from nothing or from prompts.
 
-    python benchmarks/sampling.py data/maestro [--temperatures 0.9 1.0 1.1] [--top-ps 0.95 0.98 1.0] [--output DIR]
+    python benchmarks/sampling.py data/maestro [--temperatures 0.9 1.0 1.1] [--top-ps 0.95 0.97 1.0] [--output DIR]
 
 Pieces of all settings have the same seeds. For each setting: the distances to the validation split over those between
 real pieces (see `music_ar.comparison`), as a geometric mean and the largest; and the longest run of notes that stands
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder that `music-ar prepare` wrote")
     parser.add_argument("--checkpoint", help="default: the shipped one")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.9, 1.0, 1.1])
-    parser.add_argument("--top-ps", type=float, nargs="+", default=[0.95, 0.98, 1.0])
+    parser.add_argument("--top-ps", type=float, nargs="+", default=[0.95, 0.97, 1.0])
     parser.add_argument("--pieces", type=int, default=16, help="of each setting")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--prompt-seconds", type=float, default=0.0, help="go on from so much of validation pieces")

@@ -288,7 +288,7 @@ class Generator:
         mode: WindowMode = "sliding",
         temperature: float = 1.0,
         top_k: int = 0,
-        top_p: float = 0.95,
+        top_p: float = 0.97,
         min_p: float = 0.0,
         seed: int | None = None,
         prompt_seconds: float | None = None,

@@ -1,4 +1,11 @@
-"""From logits to a token: temperature, then top-k, top-p and min-p, in this order."""
+"""From logits to a token: temperature, then top-k, top-p and min-p, in this order.
+
+The filters cut each kind of event by itself: note-ons, note-offs, time shifts, velocities, and the control tokens. How
+likely a kind is they leave alone. Cut together, rare kinds fall out where one is likely, and pieces come out slow and
+sparse (docs/evaluation.md).
+
+Dimension key: B rows, V vocabulary, C kinds, W the size of the largest.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from music_ar.events import VOCABULARY_SIZE
+from music_ar import events
 
 
 class SamplingError(ValueError):
@@ -22,16 +29,16 @@ class SamplingOptions:
 
     Attributes:
         temperature: divides the logits; 0 takes the likeliest token always.
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: of those, keep the likeliest whose probabilities before them sum to less than p (Holtzman et al.,
-            arXiv 1904.09751); 1 keeps all.
-        min_p: of those, keep tokens at least min_p times as likely as the likeliest (Nguyen et al.,
+        top_k: keep the k likeliest tokens of each kind of event; 0 keeps all.
+        top_p: of those, keep the likeliest whose probabilities before them, of their kind, sum to less than p of
+            that kind's (Holtzman et al., arXiv 1904.09751, who know no kinds); 1 keeps all.
+        min_p: of those, keep tokens at least min_p times as likely as the likeliest of their kind (Nguyen et al.,
             arXiv 2407.01082); 0 keeps all.
     """
 
     temperature: float = 1.0
     top_k: int = 0
-    top_p: float = 0.95
+    top_p: float = 0.97
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
@@ -62,30 +69,34 @@ class Filters(NamedTuple):
         """One entry a row. Each array is put together in NumPy: it is one transfer, however many rows there are."""
         return cls(
             temperature=jnp.asarray(np.array([each.temperature for each in options], np.float32)),
-            top_k=jnp.asarray(np.array([each.top_k or VOCABULARY_SIZE for each in options], np.int32)),
+            top_k=jnp.asarray(np.array([each.top_k or events.VOCABULARY_SIZE for each in options], np.int32)),
             top_p=jnp.asarray(np.array([each.top_p for each in options], np.float32)),
             min_p=jnp.asarray(np.array([each.min_p for each in options], np.float32)),
         )
 
 
+_KIND_STARTS = (events.NOTE_OFF, events.TIME_SHIFT, events.VELOCITY, events.EVENT_CLASSES)
+
+
 def filter_logits(logits_BxV: Float[Array, "B V"], filters: Filters) -> Float[Array, "B V"]:
-    """Logits divided by the temperature, with -inf for tokens that are filtered out. The likeliest always stays."""
-    temperature, top_k, top_p, min_p = (option.reshape(-1, 1) for option in filters)  # [1, 1], or [B, 1]
+    """Logits divided by the temperature, with -inf for tokens that are filtered out. A kind's likeliest always stays."""
+    temperature, top_k, top_p, min_p = (option.reshape(-1, 1, 1) for option in filters)  # [1, 1, 1], or [B, 1, 1]
     # A temperature of 0 is the limit: the likeliest stays, everything else is infinitely far below it.
-    scaled_BxV = logits_BxV / jnp.maximum(temperature, 1e-6)
-    B, V = logits_BxV.shape
-    falling_BxV = jnp.sort(scaled_BxV, axis=-1, descending=True)
-    last_Bx1 = jnp.broadcast_to(jnp.clip(top_k, 1, V) - 1, (B, 1))
-    kth_Bx1 = jnp.take_along_axis(falling_BxV, last_Bx1, axis=1)
-    falling_BxV = jnp.where(falling_BxV >= kth_Bx1, falling_BxV, -jnp.inf)
-    chance_BxV = jax.nn.softmax(falling_BxV, axis=-1)
-    before_BxV = jnp.cumsum(chance_BxV, axis=-1) - chance_BxV
-    # Float sums may pass 1 a little early: at top_p = 1 nothing is cut.
-    kept_BxV = (before_BxV < top_p) | (top_p >= 1)
-    nucleus_Bx1 = jnp.min(jnp.where(kept_BxV, falling_BxV, jnp.inf), axis=-1, keepdims=True)
-    near_Bx1 = falling_BxV[:, :1] + jnp.log(min_p)
-    lowest_Bx1 = jnp.minimum(jnp.maximum(jnp.maximum(kth_Bx1, nucleus_Bx1), near_Bx1), falling_BxV[:, :1])
-    return jnp.where(scaled_BxV >= lowest_Bx1, scaled_BxV, -jnp.inf)
+    kinds = jnp.split(logits_BxV, [start for start in _KIND_STARTS if start < logits_BxV.shape[1]], axis=1)
+    W = max(kind.shape[1] for kind in kinds)
+    padded = [jnp.pad(kind, ((0, 0), (0, W - kind.shape[1])), constant_values=-jnp.inf) for kind in kinds]
+    scaled_BxCxW = jnp.stack(padded, axis=1) / jnp.maximum(temperature, 1e-6)
+    falling_BxCxW = jnp.sort(scaled_BxCxW, axis=-1, descending=True)
+    highest_BxCx1 = jnp.maximum(falling_BxCxW[..., :1], jnp.finfo(jnp.float32).min)  # finite where all are ruled out
+    in_top_k_BxCxW = jnp.arange(W)[None, None] < jnp.maximum(top_k, 1)
+    mass_BxCxW = jnp.where(in_top_k_BxCxW, jnp.exp(falling_BxCxW - highest_BxCx1), 0)
+    before_BxCxW = jnp.cumsum(mass_BxCxW, axis=-1) - mass_BxCxW
+    # Float sums may pass the whole a little early: at top_p = 1 nothing is cut.
+    in_top_p_BxCxW = (before_BxCxW < top_p * mass_BxCxW.sum(axis=-1, keepdims=True)) | (top_p >= 1)
+    kept_BxCxW = in_top_k_BxCxW & in_top_p_BxCxW & (falling_BxCxW >= highest_BxCx1 + jnp.log(min_p))
+    lowest_BxCx1 = jnp.min(jnp.where(kept_BxCxW, falling_BxCxW, jnp.inf), axis=-1, keepdims=True)
+    cut_BxCxW = jnp.where(scaled_BxCxW >= jnp.minimum(lowest_BxCx1, highest_BxCx1), scaled_BxCxW, -jnp.inf)
+    return jnp.concatenate([cut_BxCxW[:, index, : kind.shape[1]] for index, kind in enumerate(kinds)], axis=1)
 
 
 def sample(keys_B: Array, logits_BxV: Float[Array, "B V"], filters: Filters) -> Int[Array, " B"]:
