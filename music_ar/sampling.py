@@ -79,7 +79,7 @@ _KIND_STARTS = (events.NOTE_OFF, events.TIME_SHIFT, events.VELOCITY, events.EVEN
 
 
 def filter_logits(logits_BxV: Float[Array, "B V"], filters: Filters) -> Float[Array, "B V"]:
-    """Logits divided by the temperature, with -inf for tokens that are filtered out. A kind's likeliest always stays."""
+    """Logits divided by the temperature, -inf for tokens that are filtered out. A kind's likeliest always stays."""
     temperature, top_k, top_p, min_p = (option.reshape(-1, 1, 1) for option in filters)  # [1, 1, 1], or [B, 1, 1]
     # A temperature of 0 is the limit: the likeliest stays, everything else is infinitely far below it.
     kinds = jnp.split(logits_BxV, [start for start in _KIND_STARTS if start < logits_BxV.shape[1]], axis=1)
