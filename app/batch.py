@@ -84,9 +84,9 @@ class Render:
         latents: the latent budget: fewer are faster, more are better; by default 1024, or what the model has.
         mode: how the window of latents goes on once it is full: sliding, or exact as in training.
         temperature: below 1 is more predictable, above 1 more daring; 0 takes the likeliest event each time.
-        top_k: keep only so many of the likeliest events; 0 keeps all.
+        top_k: of each kind of event keep only so many of the likeliest; 0 keeps all.
         top_p: of each kind of event keep the likeliest that together have this share of it; 1 keeps all.
-        min_p: keep only events at least this likely, relative to the likeliest; 0 keeps all.
+        min_p: keep only events at least this likely, relative to the likeliest of their kind; 0 keeps all.
         seed: of each prompt's first variation.
         audio: also write each piece as sound, tagged with title, seed and model.
         batch_size: pieces at once; by default 16 on a CPU, elsewhere what the memory holds. The music depends on it.

@@ -122,9 +122,9 @@ class Generate:
         speed: with "auto", how many seconds of music to make in a second; by default 1.5.
         mode: how the window of latents goes on once it is full: sliding, or exact as in training.
         temperature: below 1 is more predictable, above 1 more daring; 0 takes the likeliest event each time.
-        top_k: keep only so many of the likeliest events; 0 keeps all.
+        top_k: of each kind of event keep only so many of the likeliest; 0 keeps all.
         top_p: of each kind of event keep the likeliest that together have this share of it; 1 keeps all.
-        min_p: keep only events at least this likely, relative to the likeliest; 0 keeps all.
+        min_p: keep only events at least this likely, relative to the likeliest of their kind; 0 keeps all.
         seed: the same seed gives the same piece; by default a new one, which is told.
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name).
     """

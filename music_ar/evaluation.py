@@ -60,9 +60,7 @@ class Score:
 
 
 KINDS = ("note-on", "note-off", "time shift", "velocity", "end")
-_KIND_STARTS = (events.NOTE_OFF, events.TIME_SHIFT, events.VELOCITY, events.EVENT_CLASSES)
-
-_KIND_OF = np.searchsorted(_KIND_STARTS, np.arange(events.VOCABULARY_SIZE), side="right")  # "end": all control tokens
+_KIND_OF = np.searchsorted(events.KIND_STARTS, np.arange(events.VOCABULARY_SIZE), side="right")  # "end": control tokens
 
 # The fit of `calibrated` ends with the step that promises less than so many nats a token, at the latest after so many
 # passes over the pieces; two or three are usual.

@@ -35,6 +35,8 @@ PAD = EVENT_CLASSES
 START = PAD + 1
 END = START + 1
 VOCABULARY_SIZE = END + 1
+KIND_STARTS = (NOTE_OFF, TIME_SHIFT, VELOCITY, EVENT_CLASSES)
+"""Where each kind of token after note-ons begins; the last is the control tokens."""
 
 # The bin of a note-on that no velocity precedes, as in a window cut from the middle of a piece.
 DEFAULT_VELOCITY_BIN = 16

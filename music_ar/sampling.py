@@ -75,14 +75,11 @@ class Filters(NamedTuple):
         )
 
 
-_KIND_STARTS = (events.NOTE_OFF, events.TIME_SHIFT, events.VELOCITY, events.EVENT_CLASSES)
-
-
 def filter_logits(logits_BxV: Float[Array, "B V"], filters: Filters) -> Float[Array, "B V"]:
     """Logits divided by the temperature, -inf for tokens that are filtered out. A kind's likeliest always stays."""
     temperature, top_k, top_p, min_p = (option.reshape(-1, 1, 1) for option in filters)  # [1, 1, 1], or [B, 1, 1]
     # A temperature of 0 is the limit: the likeliest stays, everything else is infinitely far below it.
-    kinds = jnp.split(logits_BxV, [start for start in _KIND_STARTS if start < logits_BxV.shape[1]], axis=1)
+    kinds = jnp.split(logits_BxV, [start for start in events.KIND_STARTS if start < logits_BxV.shape[1]], axis=1)
     W = max(kind.shape[1] for kind in kinds)
     padded = [jnp.pad(kind, ((0, 0), (0, W - kind.shape[1])), constant_values=-jnp.inf) for kind in kinds]
     scaled_BxCxW = jnp.stack(padded, axis=1) / jnp.maximum(temperature, 1e-6)
