@@ -65,10 +65,13 @@ class Tiling:
         ):
             splits *= 2
         span = ring // splits
-        return cls(splits=splits, block=min(_LARGEST_BLOCK, span & -span))  # the power of two in what is a program's
+        divisor = span & -span  # the power of two in what is a program's
+        if splits == 1:  # small programs, so that all of many rows' fit onto the card at once
+            return cls(splits=1, block=min(_BLOCK_OF_MANY, divisor), warps=2, stages=4)
+        return cls(splits=splits, block=min(_LARGEST_BLOCK, divisor))
 
 
-_LARGEST_BLOCK, _PROGRAMS, _MOST_SPLITS = 128, 256, 64
+_LARGEST_BLOCK, _BLOCK_OF_MANY, _PROGRAMS, _MOST_SPLITS = 128, 32, 256, 64
 
 
 def suits(config: ModelConfig) -> bool:

@@ -209,7 +209,6 @@ def make_train_step(
     the same inputs, as many as their own windows hold, without dropout, and of the prefix as many as the model does.
     `out_of_fold`: each teacher teaches its own part of the batch alone, in order, in place of their mean for all.
     """
-
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
     def taught(teacher_params: list[nnx.State], tokens: Array, **window: Any) -> Array | None:
