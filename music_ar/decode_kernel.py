@@ -66,7 +66,7 @@ class Tiling:
             splits *= 2
         span = ring // splits
         divisor = span & -span  # the power of two in what is a program's
-        if splits == 1:  # small programs, so that all of many rows' fit onto the card at once
+        if splits == 1:  # what was fastest of the cuts that docs/decoding.md lists
             return cls(splits=1, block=min(_BLOCK_OF_MANY, divisor), warps=2, stages=4)
         return cls(splits=splits, block=min(_LARGEST_BLOCK, divisor))
 

@@ -209,7 +209,6 @@ def make_train_step(
     the same inputs, as many as their own windows hold, without dropout, and of the prefix as many as the model does.
     `out_of_fold`: each teacher teaches its own part of the batch alone, in order, in place of their mean for all.
     """
-    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
     def taught(teacher_params: list[nnx.State], tokens: Array, **window: Any) -> Array | None:
         """The mean of the teachers' predictions, or of each its own part."""
@@ -218,16 +217,10 @@ def make_train_step(
         models = [nnx.merge(*teacher) for teacher in zip(teacher_graphs, teacher_params, strict=True)]
         parts = jnp.split(tokens, len(models)) if out_of_fold else [tokens] * len(models)
         chances = [
-            jax.nn.softmax(model(spread(part[:, -model.config.window :]), **window))
+            jax.nn.softmax(model(part[:, -model.config.window :], **window))
             for model, part in zip(models, parts, strict=True)
         ]
-        return jax.lax.stop_gradient(
-            spread(jnp.concatenate(chances)) if out_of_fold else jnp.stack(chances).mean(axis=0)
-        )
-
-    def spread(rows: Array) -> Array:
-        """The rows over all devices: a teacher's part of the batch lies on some of them alone."""
-        return jax.lax.with_sharding_constraint(rows, split) if rows.shape[0] % mesh.size == 0 else rows
+        return jax.lax.stop_gradient(jnp.concatenate(chances) if out_of_fold else jnp.stack(chances).mean(axis=0))
 
     def loss_of(
         params: nnx.State, teacher_params: list[nnx.State], tokens: Array, weights: Array, key: Array
@@ -280,6 +273,7 @@ def make_train_step(
         metrics = {"loss": nats, "gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, ema, optimizer_state), metrics
 
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     return jax.jit(
         step,
         in_shardings=(everywhere, split, everywhere, everywhere),
