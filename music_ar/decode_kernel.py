@@ -126,6 +126,7 @@ def attend(
     counters_E: Int[Array, " _E"],
     *,
     config: ModelConfig,
+    first_row: int = 0,
     tiling: Tiling | None = None,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "XT H K"], Array, Array, Int[Array, " _E"]]:
@@ -134,24 +135,28 @@ def attend(
     Args:
         q: queries; T rows of the array for each ring in turn.
         new: key and value of the new entry, one row of the array a ring; None if the ring holds it already.
-        k_ExRxK: keys of the rings, row x G + g for key head g of ring x; the result takes its buffer.
+        k_ExRxK: keys of the rings, row `first_row` + x G + g for key head g of ring x; the result takes its buffer.
         v_ExRxK: values, likewise.
         rings_Xx2: of each ring, the slot of the new entry and how many entries before it are seen; none if negative.
         turns_XxPx2xK: `rotary_turns` of each ring.
         counters_E: zeros, at least one a cache row; they are zeros again in the result.
         config: of the model.
+        first_row: of the cache, where the rings begin; there may be others before and behind them.
         tiling: how the work is cut.
         interpret: whether to run as ordinary operations, for tests. Default: where there is no GPU.
 
     Returns:
         What each query found, the keys, the values, and the counters.
     """
-    E, R, K = k_ExRxK.shape
+    _, R, K = k_ExRxK.shape
     X, H = rings_Xx2.shape[0], config.heads
+    E = X * config.kv_heads
     tiling = Tiling.of(E, R) if tiling is None else tiling
     interpret = _interpreted() if interpret is None else interpret
     k, v = (None, None) if new is None else new
-    sizes = _Sizes(config=config, queries=q.array.shape[0] // X, tiling=tiling, interpreted=interpret)
+    sizes = _Sizes(
+        config=config, queries=q.array.shape[0] // X, tiling=tiling, first_row=first_row, interpreted=interpret
+    )
     inputs = [rings_Xx2, turns_XxPx2xK, q.array, q.scale]
     if k is not None and v is not None:
         inputs += [k.array, k.scale, v.array]
@@ -196,6 +201,7 @@ class _Sizes:
     config: ModelConfig
     queries: int
     tiling: Tiling
+    first_row: int
     interpreted: bool
 
     @property
@@ -219,6 +225,7 @@ def _kernel(*all_refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Plac
 
     row, split = pl.program_id(0), pl.program_id(1)
     ring, head = jax.lax.div(row, G), jax.lax.rem(row, G)
+    cache_row = row + sizes.first_row
     slot, before = rings_ref[ring, 0], rings_ref[ring, 1]
     way = jnp.where(head >= G - config.time_heads, turns_ref.shape[1] - 1, 0)
     channel_1xK, half = _numbers(K)[None], config.rotary_size // 2
@@ -263,14 +270,14 @@ def _kernel(*all_refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Plac
 
         @pl.when(mine)
         def _() -> None:
-            place_1xK = (jnp.full((1, 1), row), jnp.full((1, 1), slot), channel_1xK)
+            place_1xK = (jnp.full((1, 1), cache_row), jnp.full((1, 1), slot), channel_1xK)
             k_ref[place_1xK] = k_1xK
             v_ref[place_1xK] = v_1xK
 
     def add_block(index: Array | int, found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top_P, total_P, sum_PxK = found
         first = split * (R // S) + index * tiling.block
-        k_LxK, v_LxK = (ref[row, pl.ds(first, tiling.block), :] for ref in (k_ref, v_ref))
+        k_LxK, v_LxK = (ref[cache_row, pl.ds(first, tiling.block), :] for ref in (k_ref, v_ref))
         score_PxL = _product(q_PxK, k_LxK, contracting=(1, 1)) * scale
         behind_L = slot - first - _numbers(tiling.block)
         behind_L = jnp.where(behind_L < 0, behind_L + R, behind_L)
@@ -342,12 +349,19 @@ class FusedAttention:
         clock_B: the time of the step, by row.
         places_BxP: the position that it has in the piece, by either way to count.
         windows: W.
+        first: of the rows that the caches hold, which of these comes first.
     """
 
     def __init__(
-        self, config: ModelConfig, clock_B: Int[Array, " B"], places_BxP: Int[Array, "B P"], windows: int
+        self,
+        config: ModelConfig,
+        clock_B: Int[Array, " B"],
+        places_BxP: Int[Array, "B P"],
+        windows: int,
+        *,
+        first: int = 0,
     ) -> None:
-        self._config, self._clock_B, self._windows = config, clock_B, windows
+        self._config, self._clock_B, self._windows, self._first = config, clock_B, windows, first
         self._turns_BxPx2xK = rotary_turns(config, places_BxP)
         # One after another the kernels use these and leave them as they were.
         self._counters_E = jnp.zeros(len(clock_B) * windows * config.kv_heads, jnp.int32)
@@ -368,7 +382,7 @@ class FusedAttention:
                 Heads(self._heads(block.value(context_Bx1xD))),
             )
         q = Heads(self._heads(block.query(block.attention_norm(x_BxTxD))), scale=_scale(block.query_norm))
-        found, cache = self._attend(q, new, cache, self._clock_B, since_B, self._turns_BxPx2xK)
+        found, cache = self._attend(q, new, cache, self._clock_B, since_B, self._turns_BxPx2xK, self._first)
         return found.reshape(*x_BxTxD.shape[:2], *found.shape[1:]), cache
 
     def within(
@@ -382,7 +396,9 @@ class FusedAttention:
         new = (Heads(qkv, first=H, scale=scale, scale_row=H), Heads(qkv, first=H + G))
         clock_BW = jnp.repeat(self._clock_B, self._windows)
         turns = jnp.repeat(self._turns_BxPx2xK, self._windows, axis=0)
-        found, cache = self._attend(Heads(qkv, scale=scale), new, cache, clock_BW, since_BW, turns)
+        found, cache = self._attend(
+            Heads(qkv, scale=scale), new, cache, clock_BW, since_BW, turns, self._first * self._windows
+        )
         return found[:, None], cache
 
     def _attend(
@@ -393,10 +409,13 @@ class FusedAttention:
         clock_X: Array,
         since_X: Array,
         turns_XxPx2xK: Array,
+        first_ring: int,
     ) -> tuple[Array, tuple[Array, Array]]:
+        config = self._config
         rings_Xx2 = jnp.stack([clock_X % cache[0].shape[1], clock_X - since_X], axis=1)
+        first_row = first_ring * config.kv_heads
         found, k, v, self._counters_E = attend(
-            q, new, *cache, rings_Xx2, turns_XxPx2xK, self._counters_E, config=self._config
+            q, new, *cache, rings_Xx2, turns_XxPx2xK, self._counters_E, config=config, first_row=first_row
         )
         return found, (k, v)
 

@@ -42,7 +42,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from music_ar import decode_kernel, events, keyboard, recall
 from music_ar.decode_kernel import FusedAttention
 from music_ar.keyboard import Keyboard
-from music_ar.linear import TransposedLinear, replace_linears
+from music_ar.linear import TransposedLinear, join_norms, replace_linears
 from music_ar.model import Block, PerceiverAR, Told, causal_attention
 from music_ar.quantization import with_int8_weights
 from music_ar.recall import Memory, Recalled
@@ -171,7 +171,7 @@ class Decoder:
         if jax.default_backend() == "cpu" if int8 is None else int8:
             model = with_int8_weights(model)
         elif jax.default_backend() == "gpu":
-            model = replace_linears(model, TransposedLinear)
+            model = replace_linears(join_norms(model), TransposedLinear)
         graph, params = nnx.split(model)
         self.graph = _Graph(graph, self.fused)
         # Matrices are computed with in this type anyway; in a loop XLA would convert them anew for each token.
@@ -299,7 +299,7 @@ class Decoder:
             temperature and filters, as `evaluation` scores.
         """
         state, mesh = self._dealt(state)
-        return _decode(self.graph, self._params_on[mesh], state, filters, length, mesh)
+        return _decode_here(state, mesh)(self.graph, self._params_on[mesh], state, filters, length, mesh)
 
     def force(
         self, state: DecodeState, tokens_BxT: Int[np.ndarray, "B T"]
@@ -397,8 +397,7 @@ def ring_size(latents: int) -> int:
     return max(8, 1 << (latents - 1).bit_length())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=2)
-def _decode(
+def _decode_loop(
     graph: _Graph, params: nnx.State, state: DecodeState, filters: Filters, length: int, mesh: Mesh | None
 ) -> tuple[DecodeState, Array, Array]:
     if mesh is not None:
@@ -408,10 +407,46 @@ def _decode(
     return _decode_rows(graph, length, params, state, filters)
 
 
+_decode = jax.jit(_decode_loop, static_argnums=(0, 4, 5), donate_argnums=2)
+
+
+def _decode_here(state: DecodeState, mesh: Mesh | None) -> Callable[..., tuple[DecodeState, Array, Array]]:
+    """`_decode`, compiled for a state of so many rows as suits the machine."""
+    if jax.default_backend() != "gpu":
+        return _decode
+    return _decode_on_gpu(_part_count(state.clock_B.shape[0] // (1 if mesh is None else mesh.size)))
+
+
+@functools.cache
+def _decode_on_gpu(parts: int) -> Callable[..., tuple[DecodeState, Array, Array]]:
+    """`_decode` with operations side by side where none needs what another makes, which XLA tells by their buffers.
+
+    Parts of the rows stay apart only if it does not put operations of the same kind together again.
+    """
+    options: dict[str, Any] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+    if parts > 1:
+        options["xla_gpu_dot_merger_threshold_mb"] = 0
+        options["xla_disable_hlo_passes"] = "gpu_horizontal_loop_fusion,gpu_horizontal_input_fusion"
+    return jax.jit(_decode_loop, static_argnums=(0, 4, 5), donate_argnums=2, compiler_options=options)
+
+
+def _part_count(rows: int) -> int:
+    """In how many parts a step with the kernel takes the rows of a device.
+
+    Of many rows, one part's attention waits for memory while another's small operations wait for each other. It was
+    measured with 256 (docs/decoding.md).
+    """
+    return 2 if rows >= _ROWS_OF_TWO_PARTS and rows % 2 == 0 else 1
+
+
+_ROWS_OF_TWO_PARTS = 256
+
+
 def _decode_rows(
     graph: _Graph, length: int, params: nnx.State, state: DecodeState, filters: Filters
 ) -> tuple[DecodeState, Array, Array]:
     model = nnx.merge(graph.graph, params)
+    B = state.ended_B.shape[0]
 
     def unfinished(carry: tuple[Array, DecodeState, Array, Array]) -> Array:
         index, state, *_ = carry
@@ -419,8 +454,8 @@ def _decode_rows(
 
     def one_token(carry: tuple[Array, DecodeState, Array, Array]) -> tuple[Array, DecodeState, Array, Array]:
         index, state, tokens, nats = carry
-        logits_BxV, state = step(model, state, fused=graph.fused)
-        allowed_BxV = jnp.where(events.playable_events(state.grammar, jnp), logits_BxV, -jnp.inf)
+        logits_BxV, state = step(model, state, fused=graph.fused, parts=_part_count(B) if graph.fused else 1)
+        allowed_BxV = jnp.where(drawable(state), logits_BxV, -jnp.inf)
         age_B = state.clock_B - state.birth_B
         drawn_B = sample(jax.vmap(jax.random.fold_in)(state.keys_B, age_B), allowed_BxV, filters)
         drawn_logit_B = jnp.take_along_axis(logits_BxV, drawn_B[:, None], axis=1)[:, 0]
@@ -428,7 +463,6 @@ def _decode_rows(
         state = take(state, drawn_B)
         return index + 1, state, tokens.at[:, index].set(state.recent_BxL[:, -1]), nats.at[:, index].set(nats_B)
 
-    B = state.ended_B.shape[0]
     tokens, nats = jnp.full((B, length), events.PAD, jnp.int32), jnp.zeros((B, length))
     _, state, tokens, nats = jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state, tokens, nats))
     return state, tokens, nats
@@ -457,6 +491,19 @@ def _force_rows(
     return state, logits_TxBxV.swapaxes(0, 1)
 
 
+def drawable(state: DecodeState) -> Bool[Array, "B V"]:
+    """Which tokens may be drawn next: `events.playable_events`; of keys that are held for too long, the release alone.
+
+    Where a model forgets to release a key once, nothing it was trained on tells it to later on: without this, notes
+    that real pianists never hold would sound for half a minute (docs/evaluation.md).
+    """
+    playable_BxV = events.playable_events(state.grammar, jnp)
+    overdue_Bx128 = keyboard.overdue(state.keyboard, jnp) & (state.grammar.held > 0)
+    before, behind = events.NOTE_OFF, playable_BxV.shape[1] - events.NOTE_OFF - events.PITCHES
+    releases_BxV = jnp.pad(overdue_Bx128, ((0, 0), (before, behind)))
+    return jnp.where(overdue_Bx128.any(axis=1, keepdims=True), releases_BxV, playable_BxV)
+
+
 def take(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
     """Makes `token_B` pending (`events.PAD` in rows that have ended) and keeps the grammar and the time."""
     token_B = jnp.where(state.ended_B, events.PAD, token_B)
@@ -474,13 +521,17 @@ def take(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
     )
 
 
-def step(model: PerceiverAR, state: DecodeState, *, fused: bool = False) -> tuple[Float[Array, "B V"], DecodeState]:
+def step(
+    model: PerceiverAR, state: DecodeState, *, fused: bool = False, parts: int = 1
+) -> tuple[Float[Array, "B V"], DecodeState]:
     """Runs the pending token through the model: logits of what follows it, and the state one tick later.
 
     Args:
         model: with its self blocks joined, as `Decoder` makes it.
         state: what came before.
         fused: whether attention is one kernel; the caches' layout must fit.
+        parts: equal parts that the rows are taken in, which need nothing of each other but their turn at the caches;
+            more than one only if `fused`.
     """
     clock_B, caches = state.clock_B, state.caches
     B = state.birth_B.shape[0]
@@ -488,35 +539,42 @@ def step(model: PerceiverAR, state: DecodeState, *, fused: bool = False) -> tupl
     age_B = clock_B - state.birth_B
     starts_BxW, active_B = window_starts(age_B, state.budget_B, W)
     seen_since_B = jnp.maximum(state.birth_B, 0)
-    window_since_BW = (starts_BxW + state.birth_B[:, None]).reshape(-1)
+    window_since_BxW = starts_BxW + state.birth_B[:, None]
     places_BxP = jnp.stack([age_B, state.keyboard.step], axis=-1)
-    if fused:
-        attention = FusedAttention(model.config, clock_B, places_BxP, W)
-    else:
-        attention = PlainAttention(clock_B, places_BxP, W)
-
-    def attend_context(
-        block: Block, x_BxTxD: Array, context: Array | None, cache: KeysValues
-    ) -> tuple[Array, KeysValues]:
-        found, cache = attention.cross(block, x_BxTxD, context, cache, seen_since_B)
-        return block.add(x_BxTxD, found, _KEEP), cache
-
     told_B = Told(state.keyboard, None if state.memory is None else recall.recalled(state.memory))
     embedded_Bx1xD = model.tell(model.embed_last(state.recent_BxL), told_B)[:, None]
-    context_Bx1xD = model.context_norm(embedded_Bx1xD)
+
+    rows = [slice(first, first + B // parts) for first in range(0, B, B // parts)]
+    attentions: list[FusedAttention | PlainAttention] = [PlainAttention(clock_B, places_BxP, W)]
+    if fused:
+        attentions = [FusedAttention(model.config, clock_B[of], places_BxP[of], W, first=of.start) for of in rows]
     cross = (caches.cross_k, caches.cross_v)
-    x_Bx1xD, cross = attend_context(model.cross, model.latent(embedded_Bx1xD), context_Bx1xD, cross)
-    x_BWx1xD = jnp.repeat(x_Bx1xD, W, axis=0)
+
+    def attend_context(block: Block, streams: list[Array], contexts: Sequence[Array | None]) -> list[Array]:
+        nonlocal cross
+        after = []
+        for of, attention, x_BxTxD, context in zip(rows, attentions, streams, contexts, strict=True):
+            found, cross = attention.cross(block, x_BxTxD, context, cross, seen_since_B[of])
+            after.append(block.add(x_BxTxD, found, _KEEP))
+        return after
+
+    contexts = [model.context_norm(embedded_Bx1xD[of]) for of in rows]
+    streams = attend_context(model.cross, [model.latent(embedded_Bx1xD[of]) for of in rows], contexts)
+    streams = [jnp.repeat(x_Bx1xD, W, axis=0) for x_Bx1xD in streams]
     further = dict(zip(model.config.cross_depths, model.further_crosses, strict=True))
     filled = []
-    for depth, (block, *cache) in enumerate(zip(model.blocks, caches.self_k, caches.self_v, strict=True)):
+    for depth, (block, *layer) in enumerate(zip(model.blocks, caches.self_k, caches.self_v, strict=True)):
         if depth in further:
-            x_BxWxD, cross = attend_context(further[depth], x_BWx1xD.reshape(B, W, -1), None, cross)
-            x_BWx1xD = x_BxWxD.reshape(x_BWx1xD.shape)
-        found, cache = attention.within(block, x_BWx1xD, (cache[0], cache[1]), window_since_BW)
-        x_BWx1xD = block.add(x_BWx1xD, found, _KEEP)
+            by_row = [x_BWx1xD.reshape(-1, W, x_BWx1xD.shape[-1]) for x_BWx1xD in streams]
+            by_row = attend_context(further[depth], by_row, [None] * parts)
+            streams = [x_BxWxD.reshape(-1, 1, x_BxWxD.shape[-1]) for x_BxWxD in by_row]
+        cache, after = (layer[0], layer[1]), []
+        for of, attention, x_BWx1xD in zip(rows, attentions, streams, strict=True):
+            found, cache = attention.within(block, x_BWx1xD, cache, window_since_BxW[of].reshape(-1))
+            after.append(block.add(x_BWx1xD, found, _KEEP))
+        streams = after
         filled.append(cache)
-    predicting_Bx1xD = x_BWx1xD[jnp.arange(B) * W + active_B]
+    predicting_Bx1xD = jnp.concatenate(streams)[jnp.arange(B) * W + active_B]
     caches = Caches(*cross, *zip(*filled, strict=True))
     return model.logits(predicting_Bx1xD)[:, 0], state._replace(clock_B=clock_B + 1, caches=caches)
 

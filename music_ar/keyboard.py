@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer
 
 from music_ar import events
 
@@ -29,6 +29,8 @@ NOTE_FEATURES = events.PITCHES + _VELOCITIES + _INTERVALS
 """How many numbers `note_features` gives a note."""
 ROOM = 64
 """For a velocity bin beside a time or a pitch in one integer."""
+LONGEST_HOLD_STEPS = 1200
+"""What a key is held for at most in what is made: 12 s, as 99.94 % of the notes of MAESTRO's train split are."""
 
 
 class Keyboard(NamedTuple):
@@ -84,6 +86,13 @@ def advance(keyboard: Keyboard, token: Integer[Any, "*B"], xp: Any = np) -> Keyb
         onset_step=xp.where(strikes[..., None], onset_step, keyboard.onset_step),
         onset_note=xp.where(strikes[..., None], onset_note, keyboard.onset_note),
     )
+
+
+def overdue(keyboard: Keyboard, xp: Any = np) -> Bool[Any, "*B 128"]:
+    """Which keys have been down for `LONGEST_HOLD_STEPS` or longer."""
+    keys, step = keyboard.keys, keyboard.step[..., None]
+    is_down = (keys >= 0) & ((keys // ROOM) % 2 == 1)
+    return is_down & (step - xp.maximum(keys, 0) // (2 * ROOM) >= LONGEST_HOLD_STEPS)
 
 
 def after_each(tokens: Integer[Any, "*B T"], onsets: int, xp: Any = np) -> Keyboard:

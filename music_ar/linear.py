@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -28,6 +29,57 @@ class TransposedLinear(nnx.Module):
         if self.bias_O is not None:
             y = y + self.bias_O[...].astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
+
+
+class NormedLinear(nnx.Module):
+    """RMSNorm and the linear layer behind it in one, with a matrix as `TransposedLinear` has it. Not for training.
+
+    The norm's scale is in the matrix, and what it divides by, one number a row, divides the product: so the product
+    does not wait for it, and no normalised stream passes through memory (docs/decoding.md has figures).
+    """
+
+    def __init__(self, norm: nnx.RMSNorm, linear: nnx.Linear):
+        assert norm.scale is not None
+        assert linear.bias is None, "what is divided has none"
+        self.kernel_OxI = nnx.Variable((norm.scale[...][:, None] * linear.kernel[...]).T)
+        self.epsilon, self.dtype = norm.epsilon, linear.dtype
+
+    def __call__(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+        """The layer's output, in the layer's type."""
+        mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+        y = jax.lax.dot_general(
+            x.astype(self.dtype),
+            self.kernel_OxI[...].astype(self.dtype),
+            (((x.ndim - 1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        return (y * jax.lax.rsqrt(mean_square + self.epsilon)).astype(self.dtype)
+
+
+class _Unchanged(nnx.Module):
+    """What stands in a norm's place once it is part of a `NormedLinear`."""
+
+    def __call__(self, x: Array) -> Array:
+        return x
+
+
+def join_norms(model: PerceiverAR) -> PerceiverAR:
+    """A copy of a model with a `NormedLinear` for each norm of a block that one linear layer alone reads.
+
+    Its self blocks have been joined, as `Decoder` does.
+    """
+    model = nnx.clone(model)
+    for block in model.blocks:
+        assert block.joined is not None, "blocks are joined when a decoder is made"
+        _join(block, "attention_norm", block.joined, "projection")
+    for block in (model.cross, *model.further_crosses, *model.blocks):
+        _join(block, "feed_forward_norm", block, "expand")
+    return model
+
+
+def _join(norm_of: nnx.Module, norm: str, linear_of: nnx.Module, linear: str) -> None:
+    setattr(linear_of, linear, NormedLinear(getattr(norm_of, norm), getattr(linear_of, linear)))
+    setattr(norm_of, norm, _Unchanged())
 
 
 def replace_linears(model: PerceiverAR, layer: Callable[[nnx.Linear], nnx.Module]) -> PerceiverAR:

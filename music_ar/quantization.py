@@ -17,6 +17,7 @@ from music_ar.model import PerceiverAR
 _LARGEST = 127 * 128 + 63  # of 128 high + low with high in -127..127 and low in -64..63
 # With more rows than this, as in a prefill, arithmetic takes longer than the weights, and float32 is faster at it.
 _MOST_ROWS = 64
+_PARTS = 2
 
 
 def quantize(array: Float[np.ndarray, "I O"]) -> tuple[Int8[np.ndarray, "I O"], Float32[np.ndarray, " O"]]:
@@ -31,20 +32,24 @@ def dequantize(array: Int8[np.ndarray, "I O"], scale: Float32[np.ndarray, " O"])
 
 
 class Int8Linear(nnx.Module):
-    """A linear layer with an int8 matrix, in place of `nnx.Linear`. Not for training."""
+    """A linear layer with an int8 matrix, in place of `nnx.Linear`. Not for training.
+
+    The matrix is held as [out, in], which XLA multiplies with as it is, where it packs one of [in, out] anew at each
+    call; and in two parts, whose products run at the same time if there are two cores (docs/decoding.md has figures).
+    """
 
     def __init__(self, linear: nnx.Linear):
         kernel, scale = quantize(np.asarray(linear.kernel[...], np.float32))
-        self.kernel_IxO, self.scale_O = nnx.Variable(jnp.asarray(kernel)), nnx.Variable(jnp.asarray(scale))
+        parts = np.array_split(np.ascontiguousarray(kernel.T), _PARTS)
+        self.parts_OxI = nnx.List([nnx.Variable(jnp.asarray(part)) for part in parts])
+        self.scale_O = nnx.Variable(jnp.asarray(scale))
         self.bias_O = None if linear.bias is None else nnx.Variable(linear.bias[...])
 
     def __call__(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """The layer's output, in the type of `x`."""
         x_TxI = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        if x_TxI.shape[0] > _MOST_ROWS:
-            y_TxO = x_TxI @ self.kernel_IxO[...].astype(jnp.float32) * self.scale_O[...][None]
-        else:
-            y_TxO = self._product(x_TxI)
+        few = x_TxI.shape[0] <= _MOST_ROWS
+        y_TxO = self._product(x_TxI) if few else self._times(x_TxI) * self.scale_O[...][None]
         if self.bias_O is not None:
             y_TxO = y_TxO + self.bias_O[...][None]
         return y_TxO.reshape(*x.shape[:-1], -1).astype(x.dtype)
@@ -54,9 +59,22 @@ class Int8Linear(nnx.Module):
         whole_TxI = jnp.round(x_TxI / step_Tx1)
         high_TxI = jnp.round(whole_TxI / 128)
         halves = jnp.concatenate([high_TxI, whole_TxI - 128 * high_TxI]).astype(jnp.int8)
-        sums = jax.lax.dot(halves, self.kernel_IxO[...], preferred_element_type=jnp.int32).astype(jnp.float32)
-        high_TxO, low_TxO = jnp.split(sums, 2)
+        high_TxO, low_TxO = jnp.split(self._times(halves).astype(jnp.float32), 2)
         return (128 * high_TxO + low_TxO) * step_Tx1 * self.scale_O[...][None]
+
+    def _times(self, x_TxI: Array) -> Array:
+        """The product of `x` and the matrix in numbers of their kind: int8 ones are summed in int32."""
+        whole = x_TxI.dtype == jnp.int8
+        products = [
+            jax.lax.dot_general(
+                x_TxI,
+                part_OxI[...].astype(x_TxI.dtype),
+                (((1,), (1,)), ((), ())),
+                preferred_element_type=jnp.int32 if whole else x_TxI.dtype,
+            )
+            for part_OxI in self.parts_OxI
+        ]
+        return jnp.concatenate(products, axis=1)
 
 
 def with_int8_weights(model: PerceiverAR) -> PerceiverAR:

@@ -115,6 +115,27 @@ def test_it_samples_the_same_piece():
     np.testing.assert_array_equal(tokens(True), tokens(False))
 
 
+@pytest.mark.parametrize("mode", decoding.WINDOW_MODES)
+def test_rows_in_two_parts_are_what_they_are_together(monkeypatch, mode):
+    """Each part finds its own rings among all, in the context's cache and in the windows'."""
+    decoder, filters = Decoder(noisy_model(CONFIG), int8=False, fused=True), SamplingOptions().filters()
+    prompts = [PIECE[:9], PIECE[:70], PIECE[:5], PIECE[:1]]
+    made = []
+    for count in (1, 2):
+        monkeypatch.setattr(decoding, "_ROWS_OF_TWO_PARTS", 4 if count == 2 else 5)
+        jax.clear_caches()  # what was compiled holds the number of parts
+        assert decoding._part_count(4) == count
+        state = decoder.start(prompts, latents=BUDGET, seeds=[0, 1, 2, 3], limit_steps=2**30, mode=mode)
+        made.append([np.asarray(found) for found in decoder.decode_scored(state, filters, length=24)[1:]])
+    jax.clear_caches()
+    np.testing.assert_array_equal(made[0][0], made[1][0])
+    np.testing.assert_allclose(made[0][1], made[1][1], atol=2e-5)
+
+
+def test_an_odd_number_of_rows_stays_together():
+    assert [decoding._part_count(rows) for rows in (1, 255, 256, 257, 258)] == [1, 1, 2, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("cache_rows", "ring"), [(2, 1024), (6, 1024), (2, 4096), (2, 65_536), (512, 1024), (4, 16), (6, 48), (4, 24 * 16)]
 )

@@ -323,6 +323,24 @@ def test_a_piece_that_ended_is_followed_by_padding_and_leaves_the_others(decoder
     np.testing.assert_array_equal(tokens[1], free[1])
 
 
+def test_keys_that_are_held_for_too_long_are_released_before_anything_else(decoder):
+    """Two that a piece has held for 12 s; not a third, struck 10 ms later."""
+    long = [events.TIME_SHIFT + 99] * 11 + [events.TIME_SHIFT + 98]
+    chord = [events.NOTE_ON + 40, events.NOTE_ON + 50, events.TIME_SHIFT, events.NOTE_ON + 60]
+    prompt = np.array([events.START, events.VELOCITY + 15, *chord, *long], np.int32)
+    state = start(decoder, [prompt, np.append(prompt, events.TIME_SHIFT).astype(np.int32)], seeds=[0, 1])
+    allowed = np.asarray(decoding.drawable(state))
+    np.testing.assert_array_equal(np.flatnonzero(allowed[0]), events.NOTE_OFF + np.array([40, 50]))
+    np.testing.assert_array_equal(np.flatnonzero(allowed[1]), events.NOTE_OFF + np.array([40, 50, 60]))
+    _, tokens = decoder.decode(state, FILTERS, length=2)
+    assert set(np.asarray(tokens[0]).tolist()) == {events.NOTE_OFF + 40, events.NOTE_OFF + 50}
+    state, _ = decoder.force(start(decoder, [prompt], seeds=[0]), np.asarray(tokens[:1]))
+    np.testing.assert_array_equal(
+        decoding.drawable(state)[0],
+        events.playable_events(events.grammar_after(np.concatenate([prompt, np.asarray(tokens[0])]))),
+    )
+
+
 def test_another_budget_within_a_ring_compiles_nothing_anew(decoder):
     compiled: Any = decoding._decode
     counts = set()
