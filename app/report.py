@@ -215,6 +215,11 @@ def excerpts(tokens: Tokens, start_s: float, seconds: float) -> list[Performance
     return [piece for piece in cut if len(piece)]
 
 
+def spread(number: int, pieces: int, prompts: int) -> int:
+    """Which of the prompts the piece of this number goes on from: few pieces take theirs from all over the split."""
+    return number * prompts // pieces if pieces < prompts else number % prompts
+
+
 def made(
     options: "Evaluate",
     model: PerceiverAR,
@@ -238,7 +243,7 @@ def made(
     budget = min(DEFAULT_LATENTS, model.config.latents) if options.budget is None else options.budget
     requests = [
         Request(
-            prompt=prompts[number % len(prompts)],
+            prompt=prompts[spread(number, options.pieces, len(prompts))],
             seconds=options.seconds,
             latents=budget,
             options=sampling,

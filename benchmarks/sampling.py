@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from app.report import excerpts
+from app.report import excerpts, spread
 from data_pipeline.loader import Pieces
 from music_ar import Generator, events, write_midi
 from music_ar.comparison import compare
@@ -47,7 +47,7 @@ def main() -> None:
     settings = list(itertools.product(arguments.temperatures, arguments.top_ps))
     requests = [
         Request(
-            prompt=prompts[seed % len(prompts)],
+            prompt=prompts[spread(seed, arguments.pieces, len(prompts))],
             seconds=arguments.seconds,
             latents=arguments.latents,
             options=SamplingOptions(temperature=temperature, top_p=top_p),

@@ -492,13 +492,13 @@ def _force_rows(
 
 
 def drawable(state: DecodeState) -> Bool[Array, "B V"]:
-    """Which tokens may be drawn next: `events.playable_events`; of keys that are held for too long, the release alone.
+    """Which tokens may be drawn next: `events.playable_events`, or only releases where keys are `keyboard.overdue`.
 
-    Where a model forgets to release a key once, nothing it was trained on tells it to later on: without this, notes
-    that real pianists never hold would sound for half a minute (docs/evaluation.md).
+    Where a model forgets to let go of the pedal once, what it was trained on does not tell it to later on: without
+    this, dozens of notes would sound for half a minute (docs/evaluation.md).
     """
     playable_BxV = events.playable_events(state.grammar, jnp)
-    overdue_Bx128 = keyboard.overdue(state.keyboard, jnp) & (state.grammar.held > 0)
+    overdue_Bx128 = keyboard.overdue(state.keyboard, state.grammar.held, jnp)
     before, behind = events.NOTE_OFF, playable_BxV.shape[1] - events.NOTE_OFF - events.PITCHES
     releases_BxV = jnp.pad(overdue_Bx128, ((0, 0), (before, behind)))
     return jnp.where(overdue_Bx128.any(axis=1, keepdims=True), releases_BxV, playable_BxV)

@@ -29,8 +29,9 @@ NOTE_FEATURES = events.PITCHES + _VELOCITIES + _INTERVALS
 """How many numbers `note_features` gives a note."""
 ROOM = 64
 """For a velocity bin beside a time or a pitch in one integer."""
-LONGEST_HOLD_STEPS = 1200
-"""What a key is held for at most in what is made: 12 s, as 99.94 % of the notes of MAESTRO's train split are."""
+LONGEST_HOLD_STEPS = 800
+"""What a key is held for at most in what is made: 8 s, as 99.84 % of the notes of MAESTRO's train split are."""
+_FINGERS_STEPS = 200  # what fingers may hold on to when the pedal is released
 
 
 class Keyboard(NamedTuple):
@@ -88,11 +89,24 @@ def advance(keyboard: Keyboard, token: Integer[Any, "*B"], xp: Any = np) -> Keyb
     )
 
 
-def overdue(keyboard: Keyboard, xp: Any = np) -> Bool[Any, "*B 128"]:
-    """Which keys have been down for `LONGEST_HOLD_STEPS` or longer."""
+def overdue(keyboard: Keyboard, held: Int[Any, "*B 128"], xp: Any = np) -> Bool[Any, "*B 128"]:
+    """Which keys have to be released before anything else; none, unless one was held for `LONGEST_HOLD_STEPS`.
+
+    What holds a key for so long is the pedal, and whoever lets go of it releases all but what the fingers have just
+    struck: the keys that have been down for `_FINGERS_STEPS`. The one that was held for too long comes last, so that
+    until then there is one.
+
+    Args:
+        keyboard: the keyboard.
+        held: how often each key can be released, as `events.GrammarState` counts.
+        xp: the array module.
+    """
     keys, step = keyboard.keys, keyboard.step[..., None]
-    is_down = (keys >= 0) & ((keys // ROOM) % 2 == 1)
-    return is_down & (step - xp.maximum(keys, 0) // (2 * ROOM) >= LONGEST_HOLD_STEPS)
+    is_down = (keys >= 0) & ((keys // ROOM) % 2 == 1) & (held > 0)
+    age = xp.where(is_down, step - xp.maximum(keys, 0) // (2 * ROOM), -1)
+    too_long = age >= LONGEST_HOLD_STEPS
+    others = (age >= _FINGERS_STEPS) & ~too_long & too_long.any(axis=-1, keepdims=True)
+    return xp.where(others.any(axis=-1, keepdims=True), others, too_long)
 
 
 def after_each(tokens: Integer[Any, "*B T"], onsets: int, xp: Any = np) -> Keyboard:

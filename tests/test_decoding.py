@@ -323,22 +323,22 @@ def test_a_piece_that_ended_is_followed_by_padding_and_leaves_the_others(decoder
     np.testing.assert_array_equal(tokens[1], free[1])
 
 
-def test_keys_that_are_held_for_too_long_are_released_before_anything_else(decoder):
-    """Two that a piece has held for 12 s; not a third, struck 10 ms later."""
-    long = [events.TIME_SHIFT + 99] * 11 + [events.TIME_SHIFT + 98]
-    chord = [events.NOTE_ON + 40, events.NOTE_ON + 50, events.TIME_SHIFT, events.NOTE_ON + 60]
-    prompt = np.array([events.START, events.VELOCITY + 15, *chord, *long], np.int32)
-    state = start(decoder, [prompt, np.append(prompt, events.TIME_SHIFT).astype(np.int32)], seeds=[0, 1])
-    allowed = np.asarray(decoding.drawable(state))
-    np.testing.assert_array_equal(np.flatnonzero(allowed[0]), events.NOTE_OFF + np.array([40, 50]))
-    np.testing.assert_array_equal(np.flatnonzero(allowed[1]), events.NOTE_OFF + np.array([40, 50, 60]))
-    _, tokens = decoder.decode(state, FILTERS, length=2)
-    assert set(np.asarray(tokens[0]).tolist()) == {events.NOTE_OFF + 40, events.NOTE_OFF + 50}
-    state, _ = decoder.force(start(decoder, [prompt], seeds=[0]), np.asarray(tokens[:1]))
-    np.testing.assert_array_equal(
-        decoding.drawable(state)[0],
-        events.playable_events(events.grammar_after(np.concatenate([prompt, np.asarray(tokens[0])]))),
-    )
+def test_after_eight_seconds_the_pedal_is_released(decoder):
+    """Two keys have been down since the beginning, a third nearly so long, a fourth for a second: it stays down."""
+    on, off, rest = events.NOTE_ON, events.NOTE_OFF, events.TIME_SHIFT + 99
+    prompt = [events.START, events.VELOCITY + 15, on + 40, on + 50, events.TIME_SHIFT, on + 60, *[rest] * 6, on + 70]
+    before = np.array([*prompt, events.TIME_SHIFT + 98 - 1], np.int32)
+    after = np.array([*prompt, events.TIME_SHIFT + 98, rest], np.int32)
+    state = start(decoder, [before, after], seeds=[0, 1])
+    np.testing.assert_array_equal(decoding.drawable(state)[0], events.playable_events(events.grammar_after(before)))
+    np.testing.assert_array_equal(np.flatnonzero(decoding.drawable(state)[1]), [off + 60])
+    _, tokens = decoder.decode(state, FILTERS, length=3)
+    released = np.asarray(tokens[1])
+    assert released[0] == off + 60
+    assert set(released[1:].tolist()) == {off + 40, off + 50}
+    state, _ = decoder.force(start(decoder, [after], seeds=[0]), released[None])
+    grammar = events.grammar_after(np.concatenate([after, released]))
+    np.testing.assert_array_equal(decoding.drawable(state)[0], events.playable_events(grammar))
 
 
 def test_another_budget_within_a_ring_compiles_nothing_anew(decoder):
