@@ -139,7 +139,7 @@ def attend(
         v_ExRxK: values, likewise.
         rings_Xx2: of each ring, the slot of the new entry and how many entries before it are seen; none if negative.
         turns_XxPx2xK: `rotary_turns` of each ring.
-        counters_E: zeros, at least one a cache row; they are zeros again in the result.
+        counters_E: zeros, at least one a row of the rings; they are zeros again in the result.
         config: of the model.
         first_row: of the cache, where the rings begin; there may be others before and behind them.
         tiling: how the work is cut.
@@ -349,7 +349,7 @@ class FusedAttention:
         clock_B: the time of the step, by row.
         places_BxP: the position that it has in the piece, by either way to count.
         windows: W.
-        first: of the rows that the caches hold, which of these comes first.
+        first: the batch row of the caches that is the first of these.
     """
 
     def __init__(

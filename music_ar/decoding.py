@@ -17,7 +17,7 @@ every n tokens, so one of them always holds n / 2 to n latents, and that one mak
 `evaluation.score_decoding` measures what each costs in likelihood; the figures are in docs/decoding.md.
 
 Rows are dealt to all devices, each of which goes through its own loop; on a CPU a device is a core, if JAX was told so
-(`JAX_NUM_CPU_DEVICES`), since XLA hardly uses a second one for a step of few rows.
+(`JAX_NUM_CPU_DEVICES`), since a step of few rows keeps a second one busy in its matrix products alone.
 
 The keys and values of the cross-attention depend on nothing but the token, its position, its near predecessors and what
 the model is told there: they are computed once and kept in a ring of the last M. A window is a ring too; when it begins
@@ -299,7 +299,10 @@ class Decoder:
             temperature and filters, as `evaluation` scores.
         """
         state, mesh = self._dealt(state)
-        return _decode_here(state, mesh)(self.graph, self._params_on[mesh], state, filters, length, mesh)
+        rows = state.clock_B.shape[0] // (1 if mesh is None else mesh.size)
+        parts = _part_count(rows) if self.fused else 1
+        decode = _decode_on_gpu(parts) if jax.default_backend() == "gpu" else _decode
+        return decode(self.graph, self._params_on[mesh], state, filters, length, mesh, parts)
 
     def force(
         self, state: DecodeState, tokens_BxT: Int[np.ndarray, "B T"]
@@ -398,36 +401,36 @@ def ring_size(latents: int) -> int:
 
 
 def _decode_loop(
-    graph: _Graph, params: nnx.State, state: DecodeState, filters: Filters, length: int, mesh: Mesh | None
+    graph: _Graph,
+    params: nnx.State,
+    state: DecodeState,
+    filters: Filters,
+    length: int,
+    mesh: Mesh | None,
+    parts: int = 1,
 ) -> tuple[DecodeState, Array, Array]:
+    loop = functools.partial(_decode_rows, graph, length, parts)
     if mesh is not None:
         by_row = jax.tree.map(lambda option: _BY_ROWS if option.ndim else PartitionSpec(), filters)
-        loop = functools.partial(_decode_rows, graph, length)
         return _on_each(loop, mesh, (PartitionSpec(), _BY_ROWS, by_row))(params, state, filters)
-    return _decode_rows(graph, length, params, state, filters)
+    return loop(params, state, filters)
 
 
-_decode = jax.jit(_decode_loop, static_argnums=(0, 4, 5), donate_argnums=2)
-
-
-def _decode_here(state: DecodeState, mesh: Mesh | None) -> Callable[..., tuple[DecodeState, Array, Array]]:
-    """`_decode`, compiled for a state of so many rows as suits the machine."""
-    if jax.default_backend() != "gpu":
-        return _decode
-    return _decode_on_gpu(_part_count(state.clock_B.shape[0] // (1 if mesh is None else mesh.size)))
+_STATIC = (0, 4, 5, 6)
+_decode = jax.jit(_decode_loop, static_argnums=_STATIC, donate_argnums=2)
 
 
 @functools.cache
 def _decode_on_gpu(parts: int) -> Callable[..., tuple[DecodeState, Array, Array]]:
     """`_decode` with operations side by side where none needs what another makes, which XLA tells by their buffers.
 
-    Parts of the rows stay apart only if it does not put operations of the same kind together again.
+    Parts of the rows stay apart only if XLA does not put operations of the same kind together again.
     """
     options: dict[str, Any] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
     if parts > 1:
         options["xla_gpu_dot_merger_threshold_mb"] = 0
         options["xla_disable_hlo_passes"] = "gpu_horizontal_loop_fusion,gpu_horizontal_input_fusion"
-    return jax.jit(_decode_loop, static_argnums=(0, 4, 5), donate_argnums=2, compiler_options=options)
+    return jax.jit(_decode_loop, static_argnums=_STATIC, donate_argnums=2, compiler_options=options)
 
 
 def _part_count(rows: int) -> int:
@@ -436,17 +439,13 @@ def _part_count(rows: int) -> int:
     Of many rows, one part's attention waits for memory while another's small operations wait for each other. It was
     measured with 256 (docs/decoding.md).
     """
-    return 2 if rows >= _ROWS_OF_TWO_PARTS and rows % 2 == 0 else 1
-
-
-_ROWS_OF_TWO_PARTS = 256
+    return 2 if rows >= 256 and rows % 2 == 0 else 1
 
 
 def _decode_rows(
-    graph: _Graph, length: int, params: nnx.State, state: DecodeState, filters: Filters
+    graph: _Graph, length: int, parts: int, params: nnx.State, state: DecodeState, filters: Filters
 ) -> tuple[DecodeState, Array, Array]:
     model = nnx.merge(graph.graph, params)
-    B = state.ended_B.shape[0]
 
     def unfinished(carry: tuple[Array, DecodeState, Array, Array]) -> Array:
         index, state, *_ = carry
@@ -454,7 +453,7 @@ def _decode_rows(
 
     def one_token(carry: tuple[Array, DecodeState, Array, Array]) -> tuple[Array, DecodeState, Array, Array]:
         index, state, tokens, nats = carry
-        logits_BxV, state = step(model, state, fused=graph.fused, parts=_part_count(B) if graph.fused else 1)
+        logits_BxV, state = step(model, state, fused=graph.fused, parts=parts)
         allowed_BxV = jnp.where(drawable(state), logits_BxV, -jnp.inf)
         age_B = state.clock_B - state.birth_B
         drawn_B = sample(jax.vmap(jax.random.fold_in)(state.keys_B, age_B), allowed_BxV, filters)
@@ -463,6 +462,7 @@ def _decode_rows(
         state = take(state, drawn_B)
         return index + 1, state, tokens.at[:, index].set(state.recent_BxL[:, -1]), nats.at[:, index].set(nats_B)
 
+    B = state.ended_B.shape[0]
     tokens, nats = jnp.full((B, length), events.PAD, jnp.int32), jnp.zeros((B, length))
     _, state, tokens, nats = jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state, tokens, nats))
     return state, tokens, nats
@@ -500,8 +500,9 @@ def drawable(state: DecodeState) -> Bool[Array, "B V"]:
     playable_BxV = events.playable_events(state.grammar, jnp)
     overdue_Bx128 = keyboard.overdue(state.keyboard, state.grammar.held, jnp)
     before, behind = events.NOTE_OFF, playable_BxV.shape[1] - events.NOTE_OFF - events.PITCHES
-    releases_BxV = jnp.pad(overdue_Bx128, ((0, 0), (before, behind)))
-    return jnp.where(overdue_Bx128.any(axis=1, keepdims=True), releases_BxV, playable_BxV)
+    # None may follow a note-on that a prompt ends with; then they follow the next shift.
+    releases_BxV = jnp.pad(overdue_Bx128, ((0, 0), (before, behind))) & playable_BxV
+    return jnp.where(releases_BxV.any(axis=1, keepdims=True), releases_BxV, playable_BxV)
 
 
 def take(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
@@ -544,6 +545,8 @@ def step(
     told_B = Told(state.keyboard, None if state.memory is None else recall.recalled(state.memory))
     embedded_Bx1xD = model.tell(model.embed_last(state.recent_BxL), told_B)[:, None]
 
+    assert B % parts == 0
+    assert fused or parts == 1
     rows = [slice(first, first + B // parts) for first in range(0, B, B // parts)]
     attentions: list[FusedAttention | PlainAttention] = [PlainAttention(clock_B, places_BxP, W)]
     if fused:

@@ -30,7 +30,7 @@ NOTE_FEATURES = events.PITCHES + _VELOCITIES + _INTERVALS
 ROOM = 64
 """For a velocity bin beside a time or a pitch in one integer."""
 LONGEST_HOLD_STEPS = 800
-"""What a key is held for at most in what is made: 8 s, as 99.84 % of the notes of MAESTRO's train split are."""
+"""What a key may be held for in what is made: 8 s, as 99.84 % of the notes of MAESTRO's train split are."""
 _FINGERS_STEPS = 200  # what fingers may hold on to when the pedal is released
 
 
@@ -93,17 +93,16 @@ def overdue(keyboard: Keyboard, held: Int[Any, "*B 128"], xp: Any = np) -> Bool[
     """Which keys have to be released before anything else; none, unless one was held for `LONGEST_HOLD_STEPS`.
 
     What holds a key for so long is the pedal, and whoever lets go of it releases all but what the fingers have just
-    struck: the keys that have been down for `_FINGERS_STEPS`. The one that was held for too long comes last, so that
-    until then there is one.
+    struck: the keys that have been down for `_FINGERS_STEPS`. Those that were held for too long come last, so that
+    until then there is one. (Performances are written in the other order, by onset; that would need a memory.)
 
     Args:
         keyboard: the keyboard.
         held: how often each key can be released, as `events.GrammarState` counts.
         xp: the array module.
     """
-    keys, step = keyboard.keys, keyboard.step[..., None]
-    is_down = (keys >= 0) & ((keys // ROOM) % 2 == 1) & (held > 0)
-    age = xp.where(is_down, step - xp.maximum(keys, 0) // (2 * ROOM), -1)
+    # Of a key that was struck twice and released once, from its release on.
+    age = xp.where(held > 0, keyboard.step[..., None] - keyboard.keys // (2 * ROOM), -1)
     too_long = age >= LONGEST_HOLD_STEPS
     others = (age >= _FINGERS_STEPS) & ~too_long & too_long.any(axis=-1, keepdims=True)
     return xp.where(others.any(axis=-1, keepdims=True), others, too_long)

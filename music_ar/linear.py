@@ -64,7 +64,7 @@ class _Unchanged(nnx.Module):
 
 
 def join_norms(model: PerceiverAR) -> PerceiverAR:
-    """A copy of a model with a `NormedLinear` for each norm of a block that one linear layer alone reads.
+    """A copy of a model with a `NormedLinear` where queries, keys and values of a self block, or a feed-forward, begin.
 
     Its self blocks have been joined, as `Decoder` does.
     """

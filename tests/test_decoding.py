@@ -324,11 +324,10 @@ def test_a_piece_that_ended_is_followed_by_padding_and_leaves_the_others(decoder
 
 
 def test_after_eight_seconds_the_pedal_is_released(decoder):
-    """Two keys have been down since the beginning, a third nearly so long, a fourth for a second: it stays down."""
+    """Two keys are down since the beginning, a third nearly so long, and a fourth for almost two seconds: it stays."""
     on, off, rest = events.NOTE_ON, events.NOTE_OFF, events.TIME_SHIFT + 99
     prompt = [events.START, events.VELOCITY + 15, on + 40, on + 50, events.TIME_SHIFT, on + 60, *[rest] * 6, on + 70]
-    before = np.array([*prompt, events.TIME_SHIFT + 98 - 1], np.int32)
-    after = np.array([*prompt, events.TIME_SHIFT + 98, rest], np.int32)
+    before, after = (np.array([*prompt, rest, events.TIME_SHIFT + last], np.int32) for last in (97, 98))
     state = start(decoder, [before, after], seeds=[0, 1])
     np.testing.assert_array_equal(decoding.drawable(state)[0], events.playable_events(events.grammar_after(before)))
     np.testing.assert_array_equal(np.flatnonzero(decoding.drawable(state)[1]), [off + 60])
@@ -339,6 +338,18 @@ def test_after_eight_seconds_the_pedal_is_released(decoder):
     state, _ = decoder.force(start(decoder, [after], seeds=[0]), released[None])
     grammar = events.grammar_after(np.concatenate([after, released]))
     np.testing.assert_array_equal(decoding.drawable(state)[0], events.playable_events(grammar))
+
+
+def test_releases_that_are_due_obey_the_grammar_and_reach_keys_that_were_struck_twice(decoder):
+    on, off, rest = events.NOTE_ON, events.NOTE_OFF, events.TIME_SHIFT + 99
+    held = [events.START, events.VELOCITY + 15, on + 40, on + 40, events.TIME_SHIFT, off + 40, *[rest] * 8]
+    twice, ends_with_a_note = np.array(held, np.int32), np.array([*held, on + 50], np.int32)
+    state = start(decoder, [twice, ends_with_a_note], seeds=[0, 1])
+    np.testing.assert_array_equal(np.flatnonzero(decoding.drawable(state)[0]), [off + 40])
+    grammar = events.grammar_after(ends_with_a_note)
+    np.testing.assert_array_equal(decoding.drawable(state)[1], events.playable_events(grammar))
+    state, _ = decoder.force(start(decoder, [ends_with_a_note], seeds=[0]), np.array([[events.TIME_SHIFT]], np.int32))
+    np.testing.assert_array_equal(np.flatnonzero(decoding.drawable(state)[0]), [off + 40])
 
 
 def test_another_budget_within_a_ring_compiles_nothing_anew(decoder):
