@@ -17,7 +17,7 @@ from music_ar.model import PerceiverAR
 _LARGEST = 127 * 128 + 63  # of 128 high + low with high in -127..127 and low in -64..63
 # With more rows than this, as in a prefill, arithmetic takes longer than the weights, and float32 is faster at it.
 _MOST_ROWS = 64
-_PARTS = 2
+_OUT_FIRST = jax.__version_info__ >= (0, 12)
 
 
 def quantize(array: Float[np.ndarray, "I O"]) -> tuple[Int8[np.ndarray, "I O"], Float32[np.ndarray, " O"]]:
@@ -34,14 +34,15 @@ def dequantize(array: Int8[np.ndarray, "I O"], scale: Float32[np.ndarray, " O"])
 class Int8Linear(nnx.Module):
     """A linear layer with an int8 matrix, in place of `nnx.Linear`. Not for training.
 
-    The matrix is held as [out, in], which XLA multiplies with as it is, where it packs one of [in, out] anew at each
-    call; and in two parts, whose products run at the same time if there are two cores (docs/decoding.md has figures).
+    With JAX 0.12 the matrix is held as [out, in], which XLA multiplies with as it is, where it packs one of [in, out]
+    anew at each call; and in two parts, whose products run at the same time if there are two cores. With JAX 0.10, as
+    Python 3.11 has it, that is slower than [in, out] (docs/decoding.md has figures).
     """
 
     def __init__(self, linear: nnx.Linear):
         kernel, scale = quantize(np.asarray(linear.kernel[...], np.float32))
-        parts = np.array_split(np.ascontiguousarray(kernel.T), _PARTS)
-        self.parts_OxI = nnx.List([nnx.Variable(jnp.asarray(part)) for part in parts])
+        parts = np.array_split(np.ascontiguousarray(kernel.T), 2) if _OUT_FIRST else [kernel]
+        self.parts = nnx.List([nnx.Variable(jnp.asarray(part)) for part in parts])
         self.scale_O = nnx.Variable(jnp.asarray(scale))
         self.bias_O = None if linear.bias is None else nnx.Variable(linear.bias[...])
 
@@ -68,11 +69,11 @@ class Int8Linear(nnx.Module):
         products = [
             jax.lax.dot_general(
                 x_TxI,
-                part_OxI[...].astype(x_TxI.dtype),
-                (((1,), (1,)), ((), ())),
+                part[...].astype(x_TxI.dtype),
+                (((1,), (1 if _OUT_FIRST else 0,)), ((), ())),
                 preferred_element_type=jnp.int32 if whole else x_TxI.dtype,
             )
-            for part_OxI in self.parts_OxI
+            for part in self.parts
         ]
         return jnp.concatenate(products, axis=1)
 
