@@ -171,7 +171,8 @@ class Decoder:
         if jax.default_backend() == "cpu" if int8 is None else int8:
             model = with_int8_weights(model)
         elif jax.default_backend() == "gpu":
-            model = replace_linears(join_norms(model), TransposedLinear)
+            join_norms(model)
+            model = replace_linears(model, TransposedLinear)
         graph, params = nnx.split(model)
         self.graph = _Graph(graph, self.fused)
         # Matrices are computed with in this type anyway; in a loop XLA would convert them anew for each token.

@@ -102,7 +102,7 @@ def overdue(keyboard: Keyboard, held: Int[Any, "*B 128"], xp: Any = np) -> Bool[
         xp: the array module.
     """
     # Of a key that was struck twice and released once, from its release on.
-    age = xp.where(held > 0, keyboard.step[..., None] - keyboard.keys // (2 * ROOM), -1)
+    age = xp.where(held > 0, _since_touched(keyboard, xp), -1)
     too_long = age >= LONGEST_HOLD_STEPS
     others = (age >= _FINGERS_STEPS) & ~too_long & too_long.any(axis=-1, keepdims=True)
     return xp.where(others.any(axis=-1, keepdims=True), others, too_long)
@@ -154,7 +154,7 @@ def features(keyboard: Keyboard, xp: Any = np) -> Float[Any, "*B F"]:
     """
     keys, step = keyboard.keys, keyboard.step[..., None]
     touched, down = keys >= 0, (keys // ROOM) % 2 == 1
-    age = (step - xp.maximum(keys, 0) // (2 * ROOM)).astype(xp.float32)
+    age = _since_touched(keyboard, xp).astype(xp.float32)
     held, released = (touched & down).astype(xp.float32), (touched & ~down).astype(xp.float32)
     channels = [
         held,
@@ -204,6 +204,11 @@ def times_and_velocities(tokens: Integer[Any, "*B T"], xp: Any = np) -> tuple[An
     index = xp.broadcast_to(xp.arange(tokens.shape[-1]).astype(xp.int32), tokens.shape)
     told = xp.where(events.is_velocity(tokens), index * ROOM + (tokens - (events.VELOCITY - 1)), 0).astype(xp.int32)
     return step, _running_max(told, time_axis, xp) % ROOM
+
+
+def _since_touched(keyboard: Keyboard, xp: Any) -> Any:
+    """Steps since the last event of each key; of one without, since the beginning."""
+    return keyboard.step[..., None] - xp.maximum(keyboard.keys, 0) // (2 * ROOM)
 
 
 def _touched(tokens: Any, step: Any, velocity: Any, xp: Any) -> Any:

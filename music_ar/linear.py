@@ -24,8 +24,7 @@ class TransposedLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """The layer's output, in the layer's type."""
-        kernel_OxI = self.kernel_OxI[...].astype(self.dtype)
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel_OxI, (((x.ndim - 1,), (1,)), ((), ())))
+        y = _product(x.astype(self.dtype), self.kernel_OxI[...].astype(self.dtype))
         if self.bias_O is not None:
             y = y + self.bias_O[...].astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
@@ -47,13 +46,12 @@ class NormedLinear(nnx.Module):
     def __call__(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """The layer's output, in the layer's type."""
         mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-        y = jax.lax.dot_general(
-            x.astype(self.dtype),
-            self.kernel_OxI[...].astype(self.dtype),
-            (((x.ndim - 1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        y = _product(x.astype(self.dtype), self.kernel_OxI[...].astype(self.dtype), jnp.float32)
         return (y * jax.lax.rsqrt(mean_square + self.epsilon)).astype(self.dtype)
+
+
+def _product(x: Array, kernel_OxI: Array, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*T O"]:
+    return jax.lax.dot_general(x, kernel_OxI, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
 class _Unchanged(nnx.Module):
@@ -63,18 +61,16 @@ class _Unchanged(nnx.Module):
         return x
 
 
-def join_norms(model: PerceiverAR) -> PerceiverAR:
-    """A copy of a model with a `NormedLinear` where queries, keys and values of a self block, or a feed-forward, begin.
+def join_norms(model: PerceiverAR) -> None:
+    """Puts a `NormedLinear` where queries, keys and values of a self block, or a feed-forward, begin.
 
-    Its self blocks have been joined, as `Decoder` does.
+    Like `Block.join`, which has to come before, it changes the model itself.
     """
-    model = nnx.clone(model)
     for block in model.blocks:
         assert block.joined is not None, "blocks are joined when a decoder is made"
         _join(block, "attention_norm", block.joined, "projection")
     for block in (model.cross, *model.further_crosses, *model.blocks):
         _join(block, "feed_forward_norm", block, "expand")
-    return model
 
 
 def _join(norm_of: nnx.Module, norm: str, linear_of: nnx.Module, linear: str) -> None:

@@ -17,6 +17,7 @@ from music_ar.model import PerceiverAR
 _LARGEST = 127 * 128 + 63  # of 128 high + low with high in -127..127 and low in -64..63
 # With more rows than this, as in a prefill, arithmetic takes longer than the weights, and float32 is faster at it.
 _MOST_ROWS = 64
+# Which way XLA is faster at, by the version of JAX; see `Int8Linear`.
 _OUT_FIRST = jax.__version_info__ >= (0, 12)
 
 
