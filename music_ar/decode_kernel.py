@@ -56,8 +56,14 @@ class Tiling:
     stages: int = 3
 
     @classmethod
-    def of(cls, cache_rows: int, ring: int) -> "Tiling":
-        """Enough programs to keep some 132 multiprocessors busy, with 64 entries each at the least."""
+    def of(cls, cache_rows: int, ring: int, *, beside: bool = False) -> "Tiling":
+        """Enough programs to keep some 132 multiprocessors busy, with 64 entries each at the least.
+
+        Args:
+            cache_rows: rows of the cache that the kernel goes through.
+            ring: entries of each.
+            beside: whether others of its kind run beside the kernel.
+        """
         splits = 1
         while (
             2 * splits <= min(_MOST_SPLITS, _PROGRAMS // cache_rows, ring // 64)
@@ -67,7 +73,7 @@ class Tiling:
         span = ring // splits
         divisor = span & -span  # the power of two in what is a program's
         if splits == 1:  # what was fastest of the cuts that docs/decoding.md lists
-            return cls(splits=1, block=min(_BLOCK_OF_MANY, divisor), warps=2, stages=4)
+            return cls(splits=1, block=min(_BLOCK_OF_MANY, divisor), warps=1 if beside else 2, stages=4)
         return cls(splits=splits, block=min(_LARGEST_BLOCK, divisor))
 
 
@@ -350,6 +356,7 @@ class FusedAttention:
         places_BxP: the position that it has in the piece, by either way to count.
         windows: W.
         first: the batch row of the caches that is the first of these.
+        beside: whether the attention of other rows runs beside it.
     """
 
     def __init__(
@@ -360,8 +367,9 @@ class FusedAttention:
         windows: int,
         *,
         first: int = 0,
+        beside: bool = False,
     ) -> None:
-        self._config, self._clock_B, self._windows, self._first = config, clock_B, windows, first
+        self._config, self._clock_B, self._windows, self._first, self._beside = config, clock_B, windows, first, beside
         self._turns_BxPx2xK = rotary_turns(config, places_BxP)
         # One after another the kernels use these and leave them as they were.
         self._counters_E = jnp.zeros(len(clock_B) * windows * config.kv_heads, jnp.int32)
@@ -411,11 +419,17 @@ class FusedAttention:
         turns_XxPx2xK: Array,
         first_ring: int,
     ) -> tuple[Array, tuple[Array, Array]]:
-        config = self._config
-        rings_Xx2 = jnp.stack([clock_X % cache[0].shape[1], clock_X - since_X], axis=1)
-        first_row = first_ring * config.kv_heads
+        config, size = self._config, cache[0].shape[1]
         found, k, v, self._counters_E = attend(
-            q, new, *cache, rings_Xx2, turns_XxPx2xK, self._counters_E, config=config, first_row=first_row
+            q,
+            new,
+            *cache,
+            jnp.stack([clock_X % size, clock_X - since_X], axis=1),
+            turns_XxPx2xK,
+            self._counters_E,
+            config=config,
+            first_row=first_ring * config.kv_heads,
+            tiling=Tiling.of(len(clock_X) * config.kv_heads, size, beside=self._beside),
         )
         return found, (k, v)
 

@@ -42,7 +42,7 @@ def test_however_the_matrix_is_held_the_product_is_the_same(monkeypatch, out_fir
     layer = exact_linear(48, 33, use_bias=True)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 48)), jnp.float32)
     expected = Int8Linear(layer)(x)
-    monkeypatch.setattr(quantization, "_OUT_FIRST", out_first)
+    monkeypatch.setattr(quantization, "YNNPACK", out_first)
     np.testing.assert_array_equal(Int8Linear(layer)(x), expected)
 
 
