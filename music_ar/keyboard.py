@@ -7,7 +7,7 @@ tokens exactly, so `PerceiverAR` is told it at each position, as `features`.
 The rules look at the tokens so far and at nothing else, so they are as causal as an embedding. `after_each` applies
 them to whole sequences at once, `advance` from token to token; both do the same (tests/test_keyboard.py).
 
-Dimension key, beside that of `model.py`: L onsets that are remembered, C channels a key, F features.
+Dimension key, beside that of `model.py`: L onsets that are remembered, F features.
 """
 
 from typing import Any, NamedTuple
@@ -22,11 +22,12 @@ MAX_STEP = 2**23
 """The latest time that `Keyboard.keys` has room for, in steps: 23 hours."""
 _DECAYS_STEPS = (8.0, 32.0, 128.0, 512.0)
 _RELEASED_DECAYS_STEPS = (32.0, 256.0)
-_CHANNELS = 2 + len(_DECAYS_STEPS) + len(_RELEASED_DECAYS_STEPS)
+CHANNELS = events.PITCHES * (2 + len(_DECAYS_STEPS) + len(_RELEASED_DECAYS_STEPS))
+"""How many numbers `channels` gives."""
 _INTERVALS = 48  # classes of the time between two events: exact for the shortest, up to 8 s
 _VELOCITIES = events.VELOCITY_BINS + 1
 NOTE_FEATURES = events.PITCHES + _VELOCITIES + _INTERVALS
-"""How many numbers `note_features` gives a note."""
+"""How many classes `note_classes` knows, for each note."""
 ROOM = 64
 """For a velocity bin beside a time or a pitch in one integer."""
 LONGEST_HOLD_STEPS = 800
@@ -142,55 +143,88 @@ def after_each(tokens: Integer[Any, "*B T"], onsets: int, xp: Any = np) -> Keybo
 
 def feature_count(onsets: int) -> int:
     """F: how many numbers `features` gives."""
-    return events.PITCHES * _CHANNELS + _INTERVALS + onsets * NOTE_FEATURES
+    return CHANNELS + _INTERVALS + onsets * NOTE_FEATURES
 
 
 def features(keyboard: Keyboard, xp: Any = np) -> Float[Any, "*B F"]:
-    """The keyboard as numbers from 0 to 1, for a linear layer.
+    """The keyboard as numbers from 0 to 1, for a linear layer: `channels`, then `classes`, each of them one-hot.
 
-    Of each key: whether it is down, how recently it went down by several decays, how hard, and how recently it went up.
-    Of time: the class of the time since the last onset. Of each remembered onset: its pitch, its velocity, and
-    the class of the time between it and the one before, one-hot. Times depend on differences alone.
+    Times depend on differences alone.
     """
-    keys, step = keyboard.keys, keyboard.step[..., None]
+    return xp.concatenate([channels(keyboard, xp), one_hot(classes(keyboard, xp), xp)], axis=-1)
+
+
+def channels(keyboard: Keyboard, xp: Any = np) -> Float[Any, "*B _"]:
+    """Of each key: whether it is down, how hard and how recently (by several decays) it went down, how recently up."""
+    keys = keyboard.keys
     touched, down = keys >= 0, (keys // ROOM) % 2 == 1
     age = _since_touched(keyboard, xp).astype(xp.float32)
     held, released = (touched & down).astype(xp.float32), (touched & ~down).astype(xp.float32)
-    channels = [
+    parts = [
         held,
         held * (keys % ROOM).astype(xp.float32) / events.VELOCITY_BINS,
         *(held * xp.exp(-age / decay) for decay in _DECAYS_STEPS),
         *(released * xp.exp(-age / decay) for decay in _RELEASED_DECAYS_STEPS),
     ]
-    known = keyboard.onset_note >= 0
-    # The oldest remembered onset has none before it.
-    since = step - keyboard.onset_step
-    earlier = xp.concatenate([since[..., 1:], since[..., -1:]], axis=-1)
-    both = known & xp.concatenate([known[..., 1:], xp.zeros_like(known[..., -1:])], axis=-1)
-    parts = [
-        *channels,
-        one_hot(_interval_class(since[..., 0], xp), known[..., 0], _INTERVALS, xp),
-        note_features(keyboard.onset_note, known, earlier - since, both, xp),
-    ]
     return xp.concatenate(parts, axis=-1)
 
 
-def note_features(note: Any, known: Any, wait: Any, timed: Any, xp: Any) -> Float[Any, "*B _"]:
-    """Notes [*B, L] as numbers, 0 or 1: all pitches, then all velocities, then the classes of the times before them.
+class Classes(NamedTuple):
+    """Some numbers, each of them one of `size` classes.
+
+    Attributes:
+        number: from 0 on, -1 where it is not known.
+        size: how many classes there are.
+    """
+
+    number: Int[Any, "*B _"]
+    size: int
+
+
+def classes(keyboard: Keyboard, xp: Any = np) -> list[Classes]:
+    """The class of the time since the last onset; of each remembered onset, `note_classes`."""
+    known = keyboard.onset_note >= 0
+    # The oldest remembered onset has none before it.
+    since = keyboard.step[..., None] - keyboard.onset_step
+    earlier = xp.concatenate([since[..., 1:], since[..., -1:]], axis=-1)
+    both = known & xp.concatenate([known[..., 1:], xp.zeros_like(known[..., -1:])], axis=-1)
+    last = xp.where(known[..., :1], _interval_class(since[..., :1], xp), -1)
+    return [Classes(last, _INTERVALS), *note_classes(keyboard.onset_note, earlier - since, both, xp)]
+
+
+def note_classes(note: Any, wait: Any, timed: Any, xp: Any) -> list[Classes]:
+    """The pitches of notes, their velocities, and the classes of the times before them.
 
     Args:
-        note: pitch 64 + velocity bin of each.
-        known: whether there is one.
+        note: pitch 64 + velocity bin of each; -1 where there is none.
         wait: steps between each and the note before it.
         timed: whether that is known.
         xp: the array module.
     """
-    parts = [
-        one_hot(note // ROOM, known, events.PITCHES, xp),
-        one_hot(note % ROOM, known, _VELOCITIES, xp),
-        one_hot(_interval_class(wait, xp), timed, _INTERVALS, xp),
+    return [
+        Classes(xp.where(note >= 0, note // ROOM, -1), events.PITCHES),
+        Classes(xp.where(note >= 0, note % ROOM, -1), _VELOCITIES),
+        Classes(xp.where(timed, _interval_class(wait, xp), -1), _INTERVALS),
     ]
-    return xp.concatenate([part.reshape(*part.shape[:-2], -1) for part in parts], axis=-1)
+
+
+def one_hot(all_classes: list[Classes], xp: Any = np) -> Float[Any, "*B _"]:
+    """Each number in turn as `size` numbers, 1 at its class and 0 elsewhere."""
+    parts = []
+    for number, size in all_classes:
+        hot = number[..., None] == xp.arange(size).reshape((1,) * number.ndim + (size,))
+        parts.append(hot.astype(xp.float32).reshape(*number.shape[:-1], -1))
+    return xp.concatenate(parts, axis=-1)
+
+
+def hot(all_classes: list[Classes], xp: Any = np) -> Int[Any, "*B _"]:
+    """Where in `one_hot` the ones are, -1 for those that are not known."""
+    parts, first = [], 0
+    for number, size in all_classes:
+        of_each = first + size * xp.arange(number.shape[-1]).astype(xp.int32)
+        parts.append(xp.where(number >= 0, number + of_each.reshape((1,) * (number.ndim - 1) + (-1,)), -1))
+        first += size * number.shape[-1]
+    return xp.concatenate(parts, axis=-1)
 
 
 def times_and_velocities(tokens: Integer[Any, "*B T"], xp: Any = np) -> tuple[Any, Any]:
@@ -228,9 +262,3 @@ def _interval_class(steps: Any, xp: Any) -> Any:
     """0 for no time, a class for each of the first steps, then classes that widen with the time."""
     rising = 6 * xp.log2(1 + steps.astype(xp.float32) / 3) + 1e-3  # so that whole numbers stay whole in float32
     return xp.clip(xp.floor(rising), 0, _INTERVALS - 1).astype(xp.int32)
-
-
-def one_hot(classes: Any, known: Any, count: int, xp: Any) -> Any:
-    """Rows of `count` numbers, all 0 where the class is not known."""
-    numbers = xp.arange(count).reshape((1,) * classes.ndim + (count,))
-    return ((classes[..., None] == numbers) & known[..., None]).astype(xp.float32)

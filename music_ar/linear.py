@@ -61,19 +61,20 @@ class _Unchanged(nnx.Module):
         return x
 
 
-def join_norms(
-    model: PerceiverAR, layer: Callable[[nnx.RMSNorm, nnx.Linear], nnx.Module] = NormedLinear
-) -> None:
+def join_norms(model: PerceiverAR, layer: Callable[[nnx.RMSNorm, nnx.Linear], nnx.Module] = NormedLinear) -> None:
     """Puts `layer(norm, linear)` where queries, keys and values of a joined self block, or a feed-forward, begin.
 
     Like `Block.join`, it changes the model itself.
     """
     for block in (model.cross, *model.further_crosses, *model.blocks):
         if block.joined is not None:
-            block.joined.projection = layer(block.attention_norm, block.joined.projection)
-            block.attention_norm = _Unchanged()
-        block.expand = layer(block.feed_forward_norm, block.expand)
-        block.feed_forward_norm = _Unchanged()
+            _join(block, "attention_norm", block.joined, "projection", layer)
+        _join(block, "feed_forward_norm", block, "expand", layer)
+
+
+def _join(norm_of: nnx.Module, norm: str, linear_of: nnx.Module, linear: str, layer: Callable[..., nnx.Module]) -> None:
+    setattr(linear_of, linear, layer(getattr(norm_of, norm), getattr(linear_of, linear)))
+    setattr(norm_of, norm, _Unchanged())
 
 
 def replace_linears(model: PerceiverAR, layer: Callable[[nnx.Linear], nnx.Module]) -> PerceiverAR:

@@ -12,7 +12,7 @@ Dimension key, used as suffixes of names:
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from music_ar import events, keyboard, recall
-from music_ar.keyboard import Keyboard
+from music_ar.keyboard import Classes, Keyboard
 from music_ar.recall import Recalled
 
 _TOKENS_A_NOTE = 4  # of MAESTRO, on average
@@ -329,6 +329,15 @@ class _Joined(nnx.Module):
         return (self.plain_norm(qk_BxTxHxK) * self.scale_1x1xHxK[...]).astype(self.dtype)
 
 
+@runtime_checkable
+class Gathering(Protocol):
+    """A layer that can stand in an `nnx.Linear`'s place and takes classes as they are, not as one-hot numbers."""
+
+    def gather(self, numbers: Array | None, classes: list[Classes]) -> Array:
+        """What the linear layer would make of the numbers and, behind them, of `keyboard.one_hot` of the classes."""
+        ...
+
+
 class PerceiverAR(nnx.Module):
     """The model: event tokens in, logits of the next token at the last N positions out.
 
@@ -429,9 +438,17 @@ class PerceiverAR(nnx.Module):
     def tell(self, embedded: Array, told: Told) -> Float[Array, "*B D"]:
         """Embedded tokens with what the model is told beside them."""
         if self.config.onsets:
-            embedded = embedded + self.keyboard(keyboard.features(told.keyboard, jnp).astype(self.dtype))
+            if isinstance(self.keyboard, Gathering):
+                read = self.keyboard.gather(keyboard.channels(told.keyboard, jnp), keyboard.classes(told.keyboard, jnp))
+            else:
+                read = self.keyboard(keyboard.features(told.keyboard, jnp).astype(self.dtype))
+            embedded = embedded + read.astype(self.dtype)
         if told.recalled is not None:
-            embedded = embedded + self.recall(recall.features(told.recalled, jnp).astype(self.dtype))
+            if isinstance(self.recall, Gathering):
+                read = self.recall.gather(None, recall.classes(told.recalled, jnp))
+            else:
+                read = self.recall(recall.features(told.recalled, jnp).astype(self.dtype))
+            embedded = embedded + read.astype(self.dtype)
         return embedded
 
     def embed(self, tokens_BxT: Int[Array, "B T"]) -> Float[Array, "B T D"]:

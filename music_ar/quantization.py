@@ -2,7 +2,7 @@
 
 One-token decoding on a CPU waits for weights to arrive from memory, so int8 weights pay. Activations are not rounded
 to int8 with them: each is taken as 128 high + low, two int8 numbers that together hold 15 bits, and both rows go
-through one integer product. The result is that of the released weights to about 1e-4 of its size.
+through one integer product. The result is that of the released weights to about 1e-4 of its size, behind a norm 1e-3.
 """
 
 import jax
@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int8
 
+from music_ar import keyboard
+from music_ar.keyboard import Classes, hot, one_hot
 from music_ar.linear import join_norms, replace_linears
 from music_ar.model import PerceiverAR
 
@@ -18,7 +20,7 @@ _LARGEST = 127 * 128 + 63  # of 128 high + low with high in -127..127 and low in
 # With more rows than this, as in a prefill, arithmetic takes longer than the weights, and float32 is faster at it.
 _MOST_ROWS = 64
 YNNPACK = jax.__version_info__ >= (0, 12)
-"""Whether YNNPACK makes XLA's products on CPUs: it is fast at other layouts and types (docs/decoding.md has figures)."""
+"""Whether YNNPACK makes XLA's products on CPUs: it is fast at other layouts and types (figures: docs/decoding.md)."""
 
 
 def quantize(array: Float[np.ndarray, "I O"]) -> tuple[Int8[np.ndarray, "I O"], Float32[np.ndarray, " O"]]:
@@ -38,10 +40,15 @@ class Int8Linear(nnx.Module):
     With JAX 0.12 the matrix is held as [out, in], which XLA multiplies with as it is, where it packs one of [in, out]
     anew at each call; and in two parts, whose products run at the same time if there are two cores. With JAX 0.10, as
     Python 3.11 has it, that is slower than [in, out] (docs/decoding.md has figures).
+
+    Args:
+        linear: the layer.
+        inputs: of so many of its inputs, the first ones; default: of all. The scales are those of all.
     """
 
-    def __init__(self, linear: nnx.Linear):
-        kernel, scale = quantize(np.asarray(linear.kernel[...], np.float32))
+    def __init__(self, linear: nnx.Linear, *, inputs: int | None = None):
+        whole_kernel, scale = quantize(np.asarray(linear.kernel[...], np.float32))
+        kernel = whole_kernel[:inputs]
         parts = np.array_split(np.ascontiguousarray(kernel.T), 2) if YNNPACK else [kernel]
         self.parts = nnx.List([nnx.Variable(jnp.asarray(part)) for part in parts])
         self.scale_O = nnx.Variable(jnp.asarray(scale))
@@ -89,8 +96,8 @@ class Int8Linear(nnx.Module):
 class NormedInt8Linear(Int8Linear):
     """RMSNorm and the linear layer behind it in one, with an int8 matrix. Not for training.
 
-    A normed row's numbers are at most sqrt(I) times the norm's largest scale, so that nobody has to look for the largest
-    before they are rounded: of some 600 small operations a step that saves 90 (docs/decoding.md). It costs two or three
+    A normed row's numbers are at most sqrt(I) times the norm's largest scale, so nobody has to look for the largest
+    before they are rounded: of some 640 small operations a step that saves 84 (docs/decoding.md). It costs two or three
     of their 15 bits.
     """
 
@@ -101,9 +108,9 @@ class NormedInt8Linear(Int8Linear):
         self.epsilon = norm.epsilon
 
     def _product(self, x_TxI: Array) -> Array:
-        norm_I = self.norm_I[...]
-        step = jnp.maximum(jnp.abs(norm_I).max() * x_TxI.shape[-1] ** 0.5, 1e-30) / _LARGEST
-        return self._times_whole(x_TxI * self._factor(x_TxI) * (norm_I / step)[None]) * (self.scale_O[...] * step)[None]
+        step = jnp.maximum(jnp.abs(self.norm_I[...]).max() * x_TxI.shape[-1] ** 0.5, 1e-30) / _LARGEST
+        y_TxO = self._times_whole(x_TxI * self._factor(x_TxI) * (self.norm_I[...] / step)[None])
+        return y_TxO * (self.scale_O[...] * step)[None]
 
     def _rows(self, x_TxI: Array) -> Array:
         return super()._rows(x_TxI * self._factor(x_TxI) * self.norm_I[...][None])
@@ -112,8 +119,41 @@ class NormedInt8Linear(Int8Linear):
         return jax.lax.rsqrt(jnp.square(x_TxI).mean(axis=-1, keepdims=True) + self.epsilon)
 
 
+class GatheredInt8Linear(nnx.Module):
+    """A linear layer of numbers and classes (`model.Gathering`) with an int8 matrix. Not for training.
+
+    Of the rows that belong to classes, a token needs a few dozen of some thousand, and they are all that is read.
+
+    Args:
+        linear: the layer that takes classes as one-hot numbers.
+        numbers: how many other numbers it takes, before them.
+    """
+
+    def __init__(self, linear: nnx.Linear, numbers: int):
+        assert linear.bias is None, "what is told has none"
+        kernel, scale = quantize(np.asarray(linear.kernel[...], np.float32))
+        self.rows_CxO, self.scale_O = nnx.Variable(jnp.asarray(kernel[numbers:])), nnx.Variable(jnp.asarray(scale))
+        self.of_numbers = Int8Linear(linear, inputs=numbers) if numbers else None
+
+    def gather(self, numbers: Float[Array, "*T _"] | None, classes: list[Classes]) -> Float[Array, "*T O"]:
+        """The layer's output in float32; see `model.Gathering`."""
+        index = hot(classes, jnp)
+        index_TxH = index.reshape(-1, index.shape[-1])
+        if len(index_TxH) <= _MOST_ROWS:
+            known_TxHx1 = (index_TxH >= 0)[..., None]
+            y_TxO = jnp.where(known_TxHx1, self.rows_CxO[...][index_TxH], 0).sum(axis=1, dtype=jnp.float32)
+        else:
+            hot_TxC = one_hot(classes, jnp).reshape(len(index_TxH), -1)
+            y_TxO = hot_TxC @ self.rows_CxO[...].astype(jnp.float32)
+        y = (y_TxO * self.scale_O[...][None]).reshape(*index.shape[:-1], -1)
+        return y if self.of_numbers is None else y + self.of_numbers(numbers)
+
+
 def with_int8_weights(model: PerceiverAR) -> PerceiverAR:
-    """A copy of a model with every linear layer in int8; exact for weights that were released so, but for the norms."""
+    """A copy of a model with every linear layer in int8; weights that were released so stay as they are."""
     model = nnx.clone(model)
     join_norms(model, NormedInt8Linear)
+    for name, numbers in (("keyboard", keyboard.CHANNELS), ("recall", 0)):
+        if hasattr(model, name):
+            setattr(model, name, GatheredInt8Linear(getattr(model, name), numbers))
     return replace_linears(model, Int8Linear)

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer, UInt32
 
 from music_ar import events, keyboard
+from music_ar.keyboard import Classes
 
 
 class Level(NamedTuple):
@@ -158,16 +159,20 @@ def feature_count() -> int:
 
 
 def features(recalled: Recalled, xp: Any = np) -> Float[Any, "*B F"]:
-    """What is recalled as numbers, 0 or 1: the level, the class of the distance, and each note that followed."""
-    found = recalled.level >= 0
+    """What is recalled as numbers, 0 or 1, for a linear layer: `classes`, each of them one-hot."""
+    return keyboard.one_hot(classes(recalled, xp), xp)
+
+
+def classes(recalled: Recalled, xp: Any = np) -> list[Classes]:
+    """The level, the class of the distance, and each note that followed."""
     # The summand puts 4,094 and 4,095 into the class of 4,096; models were trained so.
     halvings = xp.floor(xp.log2(xp.maximum(recalled.distance, 1).astype(xp.float32)) + 1e-3).astype(xp.int32)
-    parts = [
-        keyboard.one_hot(recalled.level, found, len(LEVELS), xp),
-        keyboard.one_hot(xp.minimum(halvings, _DISTANCES - 1), found, _DISTANCES, xp),
-        keyboard.note_features(recalled.note, recalled.note >= 0, recalled.wait, recalled.note >= 0, xp),
+    distance = xp.where(recalled.level >= 0, xp.minimum(halvings, _DISTANCES - 1), -1)
+    return [
+        Classes(recalled.level[..., None], len(LEVELS)),
+        Classes(distance[..., None], _DISTANCES),
+        *keyboard.note_classes(recalled.note, recalled.wait, recalled.note >= 0, xp),
     ]
-    return xp.concatenate(parts, axis=-1)
 
 
 def nothing(batch_shape: tuple[int, ...]) -> Recalled:

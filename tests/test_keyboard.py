@@ -93,6 +93,16 @@ def test_features_by_hand():
     assert features.shape[-1] == keyboard.feature_count(2)
 
 
+def test_hot_says_where_the_ones_are():
+    tokens = np.array([VELOCITY + 16, ON + 60, SHIFT + 32, ON + 62, OFF + 60, SHIFT + 32, ON + 64])
+    after = keyboard.after_each(tokens, 2)
+    classes, features = keyboard.classes(after), keyboard.features(after)[:, keyboard.CHANNELS :]
+    for places, row in zip(keyboard.hot(classes), features, strict=True):
+        np.testing.assert_array_equal(np.sort(places[places >= 0]), np.flatnonzero(row))
+    assert (keyboard.hot(classes)[0] < 0).all()  # no note yet
+    assert (keyboard.hot(classes)[-1] >= 0).sum() == 6  # two notes, but of the older nobody knows what was before it
+
+
 @given(tokens=TOKENS, earlier=st.integers(0, 5000))
 def test_only_differences_of_time_are_told(tokens, earlier):
     """So that a piece is read alike wherever it stands in a recording."""
