@@ -146,7 +146,7 @@ class GatheredInt8Linear(nnx.Module):
             hot_TxC = one_hot(classes, jnp).reshape(len(index_TxH), -1)
             y_TxO = hot_TxC @ self.rows_CxO[...].astype(jnp.float32)
         y = (y_TxO * self.scale_O[...][None]).reshape(*index.shape[:-1], -1)
-        return y if self.of_numbers is None else y + self.of_numbers(numbers)
+        return y if self.of_numbers is None or numbers is None else y + self.of_numbers(numbers)
 
 
 def with_int8_weights(model: PerceiverAR) -> PerceiverAR:

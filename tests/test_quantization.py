@@ -24,6 +24,12 @@ from music_ar.quantization import (
 from music_ar.sampling import SamplingOptions
 
 
+def norm_with(scale):
+    norm = nnx.RMSNorm(len(scale), rngs=nnx.Rngs(0))
+    norm.scale = nnx.Param(jnp.asarray(scale, jnp.float32))
+    return norm
+
+
 def exact_linear(inputs, outputs, *, use_bias, seed=0):
     """A linear layer whose matrix int8 holds without rounding."""
     rng = np.random.default_rng(seed)
@@ -57,9 +63,8 @@ def test_however_the_matrix_is_held_the_product_is_the_same(monkeypatch, out_fir
 
 @pytest.mark.parametrize("rows", [1, 64, 65])
 def test_an_int8_layer_behind_a_norm_equals_both(rows):
-    layer, norm = exact_linear(384, 96, use_bias=False), nnx.RMSNorm(384, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(1)
-    norm.scale[...] = jnp.asarray(rng.normal(size=384), jnp.float32)
+    layer, norm = exact_linear(384, 96, use_bias=False), norm_with(rng.normal(size=384))
     x = jnp.asarray(rng.normal(size=(rows, 384)) ** 3 * 10.0 ** rng.uniform(-6, 6, (rows, 1)), jnp.float32)
     expected, found = np.asarray(layer(norm(x))), np.asarray(NormedInt8Linear(norm, layer)(x))
     np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
@@ -68,8 +73,7 @@ def test_an_int8_layer_behind_a_norm_equals_both(rows):
 
 def test_no_normed_row_is_too_large_for_15_bits():
     """The largest there can be: all of a row in one channel, the one with the largest scale."""
-    layer, norm = exact_linear(384, 96, use_bias=False), nnx.RMSNorm(384, rngs=nnx.Rngs(0))
-    norm.scale[...] = norm.scale[...].at[7].set(-3.0)
+    layer, norm = exact_linear(384, 96, use_bias=False), norm_with(np.where(np.arange(384) == 7, -3.0, 1.0))
     x = jnp.zeros((1, 384)).at[0, 7].set(1e4)
     np.testing.assert_allclose(NormedInt8Linear(norm, layer)(x), layer(norm(x)), rtol=1e-3)
 
