@@ -169,7 +169,9 @@ class Decoder:
         for block in model.blocks:
             block.join()
         int8 = jax.default_backend() == "cpu" if int8 is None else int8
-        self.key_dtype = jnp.dtype(jnp.bfloat16) if int8 and YNNPACK else self.dtype
+        self._key_dtype = self.dtype
+        if int8 and YNNPACK and jax.default_backend() == "cpu":
+            self._key_dtype = jnp.dtype(jnp.bfloat16)
         if int8:
             model = with_int8_weights(model)
         elif jax.default_backend() == "gpu":
@@ -267,7 +269,7 @@ class Decoder:
         G, K, M = config.kv_heads, config.head_size, config.context
 
         def keys(rows: int, size: int) -> Array:
-            return jnp.zeros((rows, size, K) if self.fused else (rows, K, size), self.key_dtype)
+            return jnp.zeros((rows, size, K) if self.fused else (rows, K, size), self._key_dtype)
 
         return Caches(
             cross_k=keys(B * G, M),
@@ -302,8 +304,7 @@ class Decoder:
             temperature and filters, as `evaluation` scores.
         """
         state, mesh = self._dealt(state)
-        rows = state.clock_B.shape[0] // (1 if mesh is None else mesh.size)
-        parts = _part_count(rows) if self.fused else 1
+        parts = self._parts(state, mesh)
         decode = _decode_on_gpu(parts) if jax.default_backend() == "gpu" else _decode
         return decode(self.graph, self._params_on[mesh], state, filters, length, mesh, parts)
 
@@ -320,7 +321,12 @@ class Decoder:
             The state, and the logits that each token was predicted with.
         """
         state, mesh = self._dealt(state)
-        return _force(self.graph, self._params_on[mesh], state, jnp.asarray(tokens_BxT), mesh)
+        parts = self._parts(state, mesh)
+        return _force(self.graph, self._params_on[mesh], state, jnp.asarray(tokens_BxT), mesh, parts)
+
+    def _parts(self, state: DecodeState, mesh: Mesh | None) -> int:
+        """In how many parts a step takes the rows of a device."""
+        return _part_count(state.clock_B.shape[0] // (1 if mesh is None else mesh.size)) if self.fused else 1
 
     def _dealt(self, state: DecodeState) -> tuple[DecodeState, Mesh | None]:
         """The state with its rows on as many devices as they can be evenly dealt to, and these; None is the first."""
@@ -471,18 +477,18 @@ def _decode_rows(
     return state, tokens, nats
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=2)
 def _force(
-    graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxT: Int[Array, "B T"], mesh: Mesh | None
+    graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxT: Int[Array, "B T"], mesh: Mesh | None, parts: int
 ) -> tuple[DecodeState, Array]:
+    loop = functools.partial(_force_rows, graph, parts)
     if mesh is not None:
-        loop = functools.partial(_force_rows, graph)
         return _on_each(loop, mesh, (PartitionSpec(), _BY_ROWS, _BY_ROWS))(params, state, tokens_BxT)
-    return _force_rows(graph, params, state, tokens_BxT)
+    return loop(params, state, tokens_BxT)
 
 
 def _force_rows(
-    graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxT: Int[Array, "B T"]
+    graph: _Graph, parts: int, params: nnx.State, state: DecodeState, tokens_BxT: Int[Array, "B T"]
 ) -> tuple[DecodeState, Array]:
     model = nnx.merge(graph.graph, params)
 
@@ -696,8 +702,8 @@ def _attend(q_BxTxHxK: Array, k_ExKxR: Array, v_ExRxK: Array, seen_BxR: Array) -
 def _prefill(graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxP: Array, told_BxP: Told) -> DecodeState:
     """Fills the caches with P tokens at once.
 
-    In exact mode they hold what P steps would have left there; in sliding mode, the last n latents as the model was
-    trained to compute them.
+    In exact mode they hold what P steps would have left there, but for rounding; in sliding mode, the last n latents as
+    the model was trained to compute them.
 
     `tokens_BxP` are left-padded; their last has time clock_B - 1. `told_BxP` is after each of them.
     """

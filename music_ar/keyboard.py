@@ -2,7 +2,7 @@
 
 Event tokens tell of changes alone. Which keys are down, how long ago each was struck, how much time lies between the
 last onsets: a model that reads tokens has to add all this up in its layers, again at every place. It follows from the
-tokens exactly, so `PerceiverAR` is told it at each position, as `features`.
+tokens exactly, so `PerceiverAR` is told it at each position, as `channels` and `classes`.
 
 The rules look at the tokens so far and at nothing else, so they are as causal as an embedding. `after_each` applies
 them to whole sequences at once, `advance` from token to token; both do the same (tests/test_keyboard.py).
@@ -142,20 +142,15 @@ def after_each(tokens: Integer[Any, "*B T"], onsets: int, xp: Any = np) -> Keybo
 
 
 def feature_count(onsets: int) -> int:
-    """F: how many numbers `features` gives."""
+    """F: how many numbers `channels` and, one-hot, `classes` give."""
     return CHANNELS + _INTERVALS + onsets * NOTE_FEATURES
 
 
-def features(keyboard: Keyboard, xp: Any = np) -> Float[Any, "*B F"]:
-    """The keyboard as numbers from 0 to 1, for a linear layer: `channels`, then `classes`, each of them one-hot.
-
-    Times depend on differences alone.
-    """
-    return xp.concatenate([channels(keyboard, xp), one_hot(classes(keyboard, xp), xp)], axis=-1)
-
-
 def channels(keyboard: Keyboard, xp: Any = np) -> Float[Any, "*B _"]:
-    """Of each key: whether it is down, how hard and how recently (by several decays) it went down, how recently up."""
+    """Of each key: whether it is down, how hard and how recently (by several decays) it went down, how recently up.
+
+    All from 0 to 1. Times depend on differences alone, here and in `classes`.
+    """
     keys = keyboard.keys
     touched, down = keys >= 0, (keys // ROOM) % 2 == 1
     age = _since_touched(keyboard, xp).astype(xp.float32)
@@ -212,12 +207,12 @@ def one_hot(all_classes: list[Classes], xp: Any = np) -> Float[Any, "*B _"]:
     """Each number in turn as `size` numbers, 1 at its class and 0 elsewhere."""
     parts = []
     for number, size in all_classes:
-        hot = number[..., None] == xp.arange(size).reshape((1,) * number.ndim + (size,))
-        parts.append(hot.astype(xp.float32).reshape(*number.shape[:-1], -1))
+        is_class = number[..., None] == xp.arange(size).reshape((1,) * number.ndim + (size,))
+        parts.append(is_class.astype(xp.float32).reshape(*number.shape[:-1], -1))
     return xp.concatenate(parts, axis=-1)
 
 
-def hot(all_classes: list[Classes], xp: Any = np) -> Int[Any, "*B _"]:
+def hot_places(all_classes: list[Classes], xp: Any = np) -> Int[Any, "*B _"]:
     """Where in `one_hot` the ones are, -1 for those that are not known."""
     parts, first = [], 0
     for number, size in all_classes:

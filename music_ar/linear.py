@@ -55,7 +55,7 @@ def _product(x: Array, kernel_OxI: Array, dtype: jax.typing.DTypeLike | None = N
 
 
 class _Unchanged(nnx.Module):
-    """What stands in a norm's place once it is part of a `NormedLinear`."""
+    """What stands in a norm's place once it is part of the layer behind it."""
 
     def __call__(self, x: Array) -> Array:
         return x

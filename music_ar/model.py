@@ -438,18 +438,18 @@ class PerceiverAR(nnx.Module):
     def tell(self, embedded: Array, told: Told) -> Float[Array, "*B D"]:
         """Embedded tokens with what the model is told beside them."""
         if self.config.onsets:
-            if isinstance(self.keyboard, Gathering):
-                read = self.keyboard.gather(keyboard.channels(told.keyboard, jnp), keyboard.classes(told.keyboard, jnp))
-            else:
-                read = self.keyboard(keyboard.features(told.keyboard, jnp).astype(self.dtype))
-            embedded = embedded + read.astype(self.dtype)
+            numbers, classes = keyboard.channels(told.keyboard, jnp), keyboard.classes(told.keyboard, jnp)
+            embedded = embedded + self._read(self.keyboard, numbers, classes)
         if told.recalled is not None:
-            if isinstance(self.recall, Gathering):
-                read = self.recall.gather(None, recall.classes(told.recalled, jnp))
-            else:
-                read = self.recall(recall.features(told.recalled, jnp).astype(self.dtype))
-            embedded = embedded + read.astype(self.dtype)
+            embedded = embedded + self._read(self.recall, None, recall.classes(told.recalled, jnp))
         return embedded
+
+    def _read(self, layer: nnx.Linear | Gathering, numbers: Array | None, classes: list[Classes]) -> Array:
+        """What a layer, or one that gathers in its place, makes of numbers and of classes."""
+        if isinstance(layer, Gathering):
+            return layer.gather(numbers, classes).astype(self.dtype)
+        hot = keyboard.one_hot(classes, jnp)
+        return layer((hot if numbers is None else jnp.concatenate([numbers, hot], axis=-1)).astype(self.dtype))
 
     def embed(self, tokens_BxT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings with the causal depthwise convolution over them; padding is zero.

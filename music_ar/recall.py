@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer, UInt32
+from jaxtyping import Array, Int, Integer, UInt32
 
 from music_ar import events, keyboard
 from music_ar.keyboard import Classes
@@ -154,13 +154,8 @@ def recalled(memory: Memory) -> Recalled:
 
 
 def feature_count() -> int:
-    """F: how many numbers `features` gives."""
+    """F: how many numbers `classes` are, one-hot."""
     return len(LEVELS) + _DISTANCES + TOLD * keyboard.NOTE_FEATURES
-
-
-def features(recalled: Recalled, xp: Any = np) -> Float[Any, "*B F"]:
-    """What is recalled as numbers, 0 or 1, for a linear layer: `classes`, each of them one-hot."""
-    return keyboard.one_hot(classes(recalled, xp), xp)
 
 
 def classes(recalled: Recalled, xp: Any = np) -> list[Classes]:

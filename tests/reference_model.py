@@ -6,6 +6,16 @@ from flax import nnx
 from music_ar import keyboard, recall
 
 
+def keyboard_features(told, xp=np):
+    """The keyboard as the numbers that the model's layer multiplies."""
+    return xp.concatenate([keyboard.channels(told, xp), keyboard.one_hot(keyboard.classes(told, xp), xp)], axis=-1)
+
+
+def recall_features(told, xp=np):
+    """What is recalled as the numbers that the model's layer multiplies."""
+    return keyboard.one_hot(recall.classes(told, xp), xp)
+
+
 def reference(model, tokens, latents, positions=None):
     """Logits [N, V] of one row of tokens by the paper's formulas: dense masks, float64, no tricks.
 
@@ -56,10 +66,10 @@ def reference(model, tokens, latents, positions=None):
         moved = np.concatenate([np.zeros((back, config.width)), looked_up])[: len(tokens)]
         embedded = embedded + moved * weights["conv"][back]
     if config.onsets:
-        embedded = embedded + keyboard.features(keyboards) @ weights["keyboard.kernel"]
+        embedded = embedded + keyboard_features(keyboards) @ weights["keyboard.kernel"]
     if config.recall:
         recalled = recall.after_each(all_tokens, config.recall, last=len(tokens))
-        embedded = embedded + recall.features(recalled) @ weights["recall.kernel"]
+        embedded = embedded + recall_features(recalled) @ weights["recall.kernel"]
     context = keys_values(norm(embedded[positions], "context_norm"), "cross", positions)
     x = block(embedded[queries] @ weights["latent.kernel"], "cross", context)
     for depth in range(config.layers):

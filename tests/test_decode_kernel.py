@@ -136,8 +136,9 @@ def test_an_odd_number_of_rows_stays_together():
 @pytest.mark.parametrize(
     ("cache_rows", "ring"), [(2, 1024), (6, 1024), (2, 4096), (2, 65_536), (512, 1024), (4, 16), (6, 48), (4, 24 * 16)]
 )
-def test_tilings_divide_the_ring(cache_rows, ring):
-    tiling = Tiling.of(cache_rows, ring)
+@pytest.mark.parametrize("beside", [False, True])
+def test_tilings_divide_the_ring(cache_rows, ring, beside):
+    tiling = Tiling.of(cache_rows, ring, beside=beside)
     assert ring % (tiling.splits * tiling.block) == 0
     assert tiling.block >= decode_kernel.LEAST_RING
     assert {tiling.block & (tiling.block - 1), tiling.splits & (tiling.splits - 1)} == {0}  # powers of two

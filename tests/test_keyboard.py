@@ -10,6 +10,7 @@ from conftest import make_performance
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from reference_model import keyboard_features
 
 from music_ar import events, keyboard
 from music_ar.midi import read_midi
@@ -49,8 +50,8 @@ def test_jax_computes_the_same():
     found = jax.jit(lambda tokens: keyboard.after_each(tokens, 4, jnp))(tokens)
     for here, there in zip(expected, found, strict=True):
         np.testing.assert_array_equal(here, there)
-    features = jax.jit(lambda state: keyboard.features(state, jnp))(found)
-    np.testing.assert_allclose(features, keyboard.features(expected), atol=1e-6)
+    features = jax.jit(lambda state: keyboard_features(state, jnp))(found)
+    np.testing.assert_allclose(features, keyboard_features(expected), atol=1e-6)
     advanced = jax.jit(lambda state, token: keyboard.advance(state, token, jnp))(
         keyboard.untouched((3,), 4, jnp), jnp.asarray(tokens[:, 0])
     )
@@ -79,7 +80,7 @@ def test_onsets_by_hand():
 
 def test_features_by_hand():
     tokens = np.array([VELOCITY + 16, ON + 60, SHIFT + 32, ON + 62, OFF + 60, SHIFT + 32])
-    features = keyboard.features(keyboard.after_each(tokens, 2))
+    features = keyboard_features(keyboard.after_each(tokens, 2))
     channels = features[:, : 8 * 128].reshape(-1, 8, 128)
     np.testing.assert_array_equal(np.flatnonzero(channels[3, 0]), [60, 62])
     np.testing.assert_array_equal(np.flatnonzero(channels[5, 0]), [62])
@@ -93,14 +94,16 @@ def test_features_by_hand():
     assert features.shape[-1] == keyboard.feature_count(2)
 
 
-def test_hot_says_where_the_ones_are():
+def test_where_the_ones_are():
     tokens = np.array([VELOCITY + 16, ON + 60, SHIFT + 32, ON + 62, OFF + 60, SHIFT + 32, ON + 64])
     after = keyboard.after_each(tokens, 2)
-    classes, features = keyboard.classes(after), keyboard.features(after)[:, keyboard.CHANNELS :]
-    for places, row in zip(keyboard.hot(classes), features, strict=True):
+    classes, features = keyboard.classes(after), keyboard_features(after)[:, keyboard.CHANNELS :]
+    for places, row in zip(keyboard.hot_places(classes), features, strict=True):
         np.testing.assert_array_equal(np.sort(places[places >= 0]), np.flatnonzero(row))
-    assert (keyboard.hot(classes)[0] < 0).all()  # no note yet
-    assert (keyboard.hot(classes)[-1] >= 0).sum() == 6  # two notes, but of the older nobody knows what was before it
+    assert (keyboard.hot_places(classes)[0] < 0).all()  # no note yet
+    assert (
+        keyboard.hot_places(classes)[-1] >= 0
+    ).sum() == 6  # two notes, but of the older nobody knows what was before it
 
 
 @given(tokens=TOKENS, earlier=st.integers(0, 5000))
@@ -108,7 +111,7 @@ def test_only_differences_of_time_are_told(tokens, earlier):
     """So that a piece is read alike wherever it stands in a recording."""
     waiting = np.full(earlier // 100, SHIFT + 100, np.int32)
     alone, later = (keyboard.after_each(row, 3) for row in (tokens, np.concatenate([waiting, tokens])))
-    np.testing.assert_allclose(keyboard.features(alone), keyboard.features(later)[len(waiting) :], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(keyboard_features(alone), keyboard_features(later)[len(waiting) :], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("token", [events.PAD, events.START, events.END])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import noisy_model
 from flax import nnx
+from reference_model import keyboard_features
 
 from music_ar import events, keyboard, quantization
 from music_ar.decoding import Decoder
@@ -86,7 +87,7 @@ def test_gathered_rows_equal_one_hot_numbers(rows):
     found = GatheredInt8Linear(layer, keyboard.CHANNELS).gather(
         keyboard.channels(told, jnp), keyboard.classes(told, jnp)
     )
-    expected = np.asarray(layer(keyboard.features(told, jnp)))
+    expected = np.asarray(layer(keyboard_features(told, jnp)))
     np.testing.assert_allclose(found, expected, atol=3e-4 * np.abs(expected).max())
     alone = exact_linear(keyboard.feature_count(4) - keyboard.CHANNELS, 48, use_bias=False)
     expected = np.asarray(alone(keyboard.one_hot(keyboard.classes(told, jnp), jnp)))

