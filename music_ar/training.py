@@ -7,6 +7,7 @@ all devices; parameters are replicated.
 import contextlib
 import dataclasses
 import json
+import math
 import signal
 import threading
 import time
@@ -204,17 +205,24 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, Array], Array, list[nnx.State]], tuple[TrainState, dict[str, Array]]]:
     """The compiled training step: (state, batch, rate, teachers) -> (state, {"loss", "gradient_norm"}).
 
-    `state` is donated and replicated over `mesh`; the batch is split over its axis "data"; `rate` is a float32
-    scalar that scales the peak learning rates; teachers are the parameters of `teacher_graphs`, which read the last of
-    the same inputs, as many as their own windows hold, without dropout, and of the prefix as many as the model does.
-    `out_of_fold`: each teacher teaches its own part of the batch alone, in order, in place of their mean for all.
+    `state` is donated and replicated over `mesh`; the batch is split over its axis "data": each device computes the
+    gradient of its own windows, with dropout of its own, and they add them up. `rate` is a float32 scalar that scales
+    the peak learning rates; teachers are the parameters of `teacher_graphs`, which read the last of the same inputs, as
+    many as their own windows hold, without dropout, and of the prefix as many as the model does.
+    `out_of_fold`: each teacher teaches its own part of the batch alone, in order, in place of their mean for all. The
+    graphs are one graph then, and the parameters come as `stacked_teachers`.
     """
 
-    def taught(teacher_params: list[nnx.State], tokens: Array, **window: Any) -> Array | None:
+    def taught(teachers: list[nnx.State], tokens: Array, **window: Any) -> Array | None:
         """The mean of the teachers' predictions, or of each its own part."""
         if not teacher_graphs:
             return None
-        models = [nnx.merge(*teacher) for teacher in zip(teacher_graphs, teacher_params, strict=True)]
+        if out_of_fold:
+            (stacked,) = teachers
+            count = jax.tree.leaves(stacked)[0].shape[0]
+            models = [nnx.merge(teacher_graphs[0], _entry(stacked, number)) for number in range(count)]
+        else:
+            models = [nnx.merge(*teacher) for teacher in zip(teacher_graphs, teachers, strict=True)]
         parts = jnp.split(tokens, len(models)) if out_of_fold else [tokens] * len(models)
         chances = [
             jax.nn.softmax(model(part[:, -model.config.window :], **window))
@@ -223,7 +231,7 @@ def make_train_step(
         return jax.lax.stop_gradient(jnp.concatenate(chances) if out_of_fold else jnp.stack(chances).mean(axis=0))
 
     def loss_of(
-        params: nnx.State, teacher_params: list[nnx.State], tokens: Array, weights: Array, key: Array
+        params: nnx.State, teachers: list[nnx.State], tokens: Array, weights: Array, key: Array
     ) -> tuple[Array, Array]:
         model = nnx.merge(graph, params)
         N, M = weights.shape[1], model.config.read(tokens.shape[1] - 1)
@@ -233,38 +241,53 @@ def make_train_step(
             tokens[:, -N:],
             weights,
             config.z_loss,
-            taught_BxNxV=taught(teacher_params, tokens[:, :-1], **window),
+            taught_BxNxV=taught(teachers, tokens[:, :-1], **window),
             distillation=config.distillation,
         )
 
     def gradients(
-        params: nnx.State, teacher_params: list[nnx.State], batch: dict[str, Array], key: Array
+        params: nnx.State, teachers: list[nnx.State], batch: dict[str, Array], key: Array
     ) -> tuple[Array, nnx.State]:
+        """On one device, with its share of the batch and its teachers: the mean loss and gradient of the whole batch."""
+        key = jax.random.fold_in(key, jax.lax.axis_index("data"))
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+
+        def weighted(index: Array | int, tokens: Array, weights: Array) -> Any:
+            """The weight of a part, and its loss and gradient times that."""
+            (_, nats), grads = gradient_of(params, teachers, tokens, weights, jax.random.fold_in(key, index))
+            return jax.tree.map(lambda x: x * weights.sum(), (jnp.ones(()), nats, grads))
+
         if config.accumulation == 1:
-            (_, nats), grads = gradient_of(params, teacher_params, batch["tokens"], batch["weights"], key)
-            return nats, grads
+            sums = weighted(0, batch["tokens"], batch["weights"])
+        else:
+            # Each part takes every so-many-th window, so that it holds as much of each teacher's as the others do.
+            parts = jax.tree.map(lambda x: x.reshape(-1, config.accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+            indices = jnp.arange(config.accumulation)
+            zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+            sums, _ = jax.lax.scan(
+                lambda sums, part: (jax.tree.map(jnp.add, sums, weighted(*part)), None),
+                zeros,
+                (indices, parts["tokens"], parts["weights"]),
+            )
+        total, nats, grads = jax.lax.psum(sums, "data")
+        return jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), (nats, grads))
 
-        def add(sums: Any, part: tuple[Array, Array, Array]) -> tuple[Any, None]:
-            index, tokens, weights = part
-            (_, nats), grads = gradient_of(params, teacher_params, tokens, weights, jax.random.fold_in(key, index))
-            weighted = jax.tree.map(lambda x: x * weights.sum(), (nats, grads))
-            return jax.tree.map(jnp.add, sums, (weights.sum(), *weighted)), None
-
-        # Each part takes every so-many-th window, so that it is spread over all devices as the batch is.
-        parts = jax.tree.map(lambda x: x.reshape(-1, config.accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
-        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        indices = jnp.arange(config.accumulation)
-        (total, *sums), _ = jax.lax.scan(add, zeros, (indices, parts["tokens"], parts["weights"]))
-        nats, grads = jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), tuple(sums))
-        return nats, grads
+    everywhere, split = PartitionSpec(), PartitionSpec("data")
+    teaching = split if out_of_fold else everywhere
+    shared_gradients = jax.shard_map(
+        gradients,
+        mesh=mesh,
+        in_specs=(everywhere, teaching, split, everywhere),
+        out_specs=everywhere,
+        check_vma=False,  # fused attention does not say over which axes its outcome varies
+    )
 
     def step(
-        state: TrainState, batch: dict[str, Array], rate: Array, teacher_params: list[nnx.State]
+        state: TrainState, batch: dict[str, Array], rate: Array, teachers: list[nnx.State]
     ) -> tuple[TrainState, dict[str, Array]]:
         # Counter-based hardware bits: threefry would take a tenth of the step for dropout alone.
         key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), state.step)
-        nats, grads = gradients(state.params, teacher_params, batch, key)
+        nats, grads = shared_gradients(state.params, teachers, batch, key)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, jax.tree.map(lambda u: u * rate, updates))
         # Early on the average follows closely, so that it forgets the initial weights.
@@ -273,13 +296,27 @@ def make_train_step(
         metrics = {"loss": nats, "gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, ema, optimizer_state), metrics
 
-    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    on_all = NamedSharding(mesh, everywhere)
     return jax.jit(
         step,
-        in_shardings=(everywhere, split, everywhere, everywhere),
-        out_shardings=(everywhere, everywhere),
+        in_shardings=(on_all, NamedSharding(mesh, split), on_all, NamedSharding(mesh, teaching)),
+        out_shardings=(on_all, on_all),
         donate_argnums=0,
     )
+
+
+def stacked_teachers(teachers: Sequence[nnx.State], devices: int) -> list[nnx.State]:
+    """Teachers out of fold as one state, whose leaves have them along a new first axis, to be split over the devices.
+
+    There each device finds those that teach its part of the batch. Where the devices cannot share them out evenly, each
+    teacher comes several times, one after another, and teaches so many smaller parts.
+    """
+    repeats = math.lcm(len(teachers), devices) // len(teachers)
+    return [jax.tree.map(lambda *leaves: jnp.repeat(jnp.stack(leaves), repeats, axis=0), *teachers)]
+
+
+def _entry(stacked: nnx.State, number: int) -> nnx.State:
+    return jax.tree.map(lambda leaf: leaf[number], stacked)
 
 
 def fit(
@@ -327,11 +364,8 @@ def fit(
             f"batch_size must be a multiple of accumulation * devices, got {config.batch_size}, "
             f"{config.accumulation} and {jax.device_count()}"
         )
-    if out_of_fold and (not teachers or config.batch_size % (config.accumulation * len(teachers))):
-        raise TrainingError(
-            f"out of fold, batch_size must be a multiple of accumulation * teachers, got {config.batch_size}, "
-            f"{config.accumulation} and {len(teachers)}"
-        )
+    if out_of_fold:
+        _check_out_of_fold(config, teachers)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     graph, params = nnx.split(model, nnx.Param)
     split_teachers = [nnx.split(teacher, nnx.Param) for teacher in teachers]
@@ -339,7 +373,11 @@ def fit(
     train_step = make_train_step(
         graph, config, optimizer, mesh, [teacher for teacher, _ in split_teachers], out_of_fold=out_of_fold
     )
-    teacher_params = jax.device_put([taught for _, taught in split_teachers], NamedSharding(mesh, PartitionSpec()))
+    teacher_params = [taught for _, taught in split_teachers]
+    if out_of_fold:
+        teacher_params = stacked_teachers(teacher_params, mesh.size)
+    teaching = PartitionSpec("data") if out_of_fold else PartitionSpec()
+    teacher_params = jax.device_put(teacher_params, NamedSharding(mesh, teaching))
     state = _initial_state(params, optimizer, mesh)
     sources = [batches] if final_batches is None else [batches, final_batches]
     settings = {
@@ -394,6 +432,19 @@ def fit(
             save()
             chosen, chosen_step = (state.ema, step) if best_figure is None else (best, best_figure.step)
             return Fitted(nnx.merge(graph, chosen), chosen_step, step, log.elapsed_s, finished=progress >= 1)
+
+
+def _check_out_of_fold(config: TrainingConfig, teachers: Sequence[PerceiverAR]) -> None:
+    """Raises TrainingError unless the teachers are of one design and can share the batch, on these devices."""
+    parts = math.lcm(max(1, len(teachers)), jax.device_count())
+    if not teachers or config.batch_size % (config.accumulation * parts):
+        raise TrainingError(
+            "out of fold, batch_size must be a multiple of accumulation * the least common multiple of teachers and "
+            f"devices, got {config.batch_size}, {config.accumulation}, {len(teachers)} and {jax.device_count()}"
+        )
+    designs = {(teacher.config, teacher.dtype) for teacher in teachers}
+    if len(designs) > 1:
+        raise TrainingError(f"out of fold, teachers must be of one design, got {len(designs)}: {designs}")
 
 
 def _initial_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

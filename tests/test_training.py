@@ -29,6 +29,7 @@ from music_ar.training import (
     build_optimizer,
     fit,
     make_train_step,
+    stacked_teachers,
     token_loss,
 )
 
@@ -275,7 +276,8 @@ def test_tensorboard_is_told_too(uninterrupted):
     assert b"gradient_norm" in written
 
 
-TWO_DEVICES = """
+DEVICES = """
+import json
 import pathlib
 import pytest
 from music_ar import training
@@ -287,19 +289,40 @@ def watched(batch, mesh):
     return placed
 training._put_batch = watched
 output = pathlib.Path({output!r})
-config = t.dataclasses.replace(t.TRAINING, log_every=1, checkpoint_minutes=5.0)
-t.run(output, config)
-assert shards == [{{"tokens": [(2, 13), (2, 13)], "weights": [(2, 8), (2, 8)]}}] * 6, shards
-with pytest.raises(training.TrainingError, match="accumulation . devices, got 6, 2 and 2"):
-    t.run(output / "other", t.dataclasses.replace(config, batch_size=6, accumulation=2))
+config = t.dataclasses.replace(t.EXACT, log_every=1, checkpoint_minutes=5.0)
+teachers = [t.noisy(), t.fresh_model()]
+t.run(output / "plain", config)
+t.run(output / "taught", config, teachers=teachers)
+t.run(output / "out of fold", config, teachers=teachers, out_of_fold=True)
+if {devices} > 1:
+    B = 4 // {devices}
+    assert shards == [{{"tokens": [(B, 13)] * {devices}, "weights": [(B, 8)] * {devices}}}] * 18, shards
+    with pytest.raises(training.TrainingError, match="accumulation . devices, got 6, 2 and {devices}"):
+        t.run(output / "other", t.dataclasses.replace(config, batch_size=6, accumulation=2))
 """
 
 
-def test_two_devices_share_the_batch_and_give_the_losses_of_one(every_step, tmp_path):
-    result = in_a_process(TWO_DEVICES.format(output=str(tmp_path)), JAX_NUM_CPU_DEVICES="2")
-    assert result.returncode == 0, result.stderr
-    losses = [loss for (loss,) in log_of(every_step[0], "loss") if loss is not None]
-    assert [loss for (loss,) in log_of(tmp_path, "loss")] == pytest.approx(losses, abs=1e-4)
+@pytest.fixture(scope="module")
+def losses_on_devices(tmp_path_factory):
+    """The losses of a plain run, one with two teachers and one with them out of fold, on so many devices."""
+
+    def losses(devices):
+        output = tmp_path_factory.mktemp(f"devices-{devices}")
+        script = DEVICES.format(output=str(output), devices=devices)
+        result = in_a_process(script, JAX_NUM_CPU_DEVICES=str(devices))
+        assert result.returncode == 0, result.stderr
+        kinds = ("plain", "taught", "out of fold")
+        return np.array([[loss for (loss,) in log_of(output / kind, "loss")] for kind in kinds])
+
+    return functools.cache(losses)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_devices_share_the_batch_and_its_teachers_and_give_the_losses_of_one(losses_on_devices, devices):
+    """Four devices are more than there are teachers."""
+    of_one = losses_on_devices(1)
+    assert np.abs(np.diff(of_one[:, 1:], axis=0)).max(axis=1).min() > 1e-3  # what teaches, and what, makes a difference
+    np.testing.assert_allclose(losses_on_devices(devices), of_one, atol=1e-4)
 
 
 @functools.cache
@@ -324,7 +347,8 @@ def take_step():
         before = TrainState(jnp.int32(done), params, jax.tree.map(jnp.zeros_like, params), optimizer_state)
         batch = jax.tree.map(jnp.asarray, next(CountingBatches()))
         batch["weights"] = jnp.zeros_like(batch["weights"]).at[weighed].set(batch["weights"][weighed])
-        after, metrics = step(jax.tree.map(jnp.copy, before), batch, jnp.float32(rate), list(teachers))
+        taught = stacked_teachers(teachers, devices=1) if out_of_fold else list(teachers)
+        after, metrics = step(jax.tree.map(jnp.copy, before), batch, jnp.float32(rate), taught)
         return before, after, metrics
 
     return take
@@ -391,8 +415,15 @@ def test_out_of_fold_each_teacher_teaches_its_own_part_of_the_batch(take_step, a
 
 @pytest.mark.parametrize("teachers", [0, 3])
 def test_teachers_out_of_fold_that_cannot_share_the_batch_are_refused(tmp_path, teachers):
-    with pytest.raises(TrainingError, match=f"multiple of accumulation \\* teachers, got {B}, 1 and {teachers}"):
+    with pytest.raises(TrainingError, match=f"common multiple of teachers and devices, got {B}, 1, {teachers} and 1"):
         run(tmp_path, teachers=[noisy()] * teachers, out_of_fold=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_teachers_out_of_fold_of_two_designs_are_refused(tmp_path):
+    other = noisy_model(dataclasses.replace(CONFIG, conv_width=2))
+    with pytest.raises(TrainingError, match="teachers must be of one design, got 2"):
+        run(tmp_path, teachers=[noisy(), other], out_of_fold=True)
     assert not any(tmp_path.iterdir())
 
 
