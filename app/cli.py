@@ -294,15 +294,22 @@ def common_notes(first: "Performance", second: "Performance") -> str:
 
 
 def copied_runs(performances: "Sequence[Performance]", data: Path) -> Iterator[str]:
-    """Of each performance, its longest run of notes that stands in the train split, in any key and rhythm."""
+    """Of each performance, its longest run of notes that stands in the train split, in any key and rhythm.
+
+    It is told of all notes, and apart from those that only go on with a figure, as trills do.
+    """
     from data_pipeline.loader import Pieces
     from music_ar.copying import longest_runs
     from music_ar.events import decode
 
     train = Pieces.open(data, "train")
-    for run in longest_runs(performances, [decode(tokens) for tokens in train.tokens]):
-        where = f", in {train.records[run.source].name}" if run.notes else ""
-        yield f"{run.notes} notes in a row stand in the training set{where}"
+    corpus = [decode(tokens) for tokens in train.tokens]
+    for ways in zip(*(longest_runs(performances, corpus, figures=figures) for figures in (True, False)), strict=True):
+        places = [f", in {train.records[run.source].name}" if run.notes else "" for run in ways]
+        yield (
+            f"{ways[0].notes} notes in a row stand in the training set{places[0]}; apart from figures that go on, "
+            f"{ways[1].notes}{places[1]}"
+        )
 
 
 def token_lines(performance: "Performance") -> Iterator[str]:

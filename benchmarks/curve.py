@@ -3,7 +3,8 @@
     music-ar bench decode --data data/maestro --latents 64 256 512 1024 2048 --tokens 1024 --output curve.json
     python benchmarks/curve.py curve.json --picture docs/curve.png
 
-Takes any number of such files, of different machines for example: each device, mode and batch is a line.
+Takes any number of such files, of different machines for example: each device has an axis of its own, and each of its
+modes and batches is a line.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 
 def main() -> None:
@@ -20,27 +22,37 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, required=True, help="PNG file to write")
     arguments = parser.parse_args()
 
-    lines: dict[tuple[str, str, int], list[dict]] = defaultdict(list)
+    lines: dict[str, dict[tuple[str, int], list[dict]]] = defaultdict(lambda: defaultdict(list))
     for path in arguments.curves:
         curve = json.loads(path.read_text(encoding="utf-8"))
         for row in curve["rows"]:
             if row["nats_per_token"] is not None:
-                lines[curve["device"], row["mode"], row["batch"]].append(row)
+                lines[curve["device"]][row["mode"], row["batch"]].append(row)
     if not lines:
         parser.error("no row has a likelihood: run `music-ar bench decode` with --data")
 
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for (device, mode, batch), rows in sorted(lines.items()):
-        rows.sort(key=lambda row: row["latents"])
-        speeds, nats = [row["tokens_per_s"] for row in rows], [row["nats_per_token"] for row in rows]
-        axis.plot(speeds, nats, marker="o", label=f"{device}, {mode}, {batch} at once")
-        for row, speed, loss in zip(rows, speeds, nats, strict=True):
-            axis.annotate(str(row["latents"]), (speed, loss), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    axis.set(xlabel="tokens a second", ylabel="nats a token, real music through the decoder")
-    axis.set_title("Latent budget: speed against coherence", loc="left", fontsize=10)
-    axis.grid(linewidth=0.3)
-    axis.legend(fontsize=8)
+    size = {"figsize": (1.5 + 5.5 * len(lines), 4.2), "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(lines), sharey=True, squeeze=False, **size)
+    for axis, (device, of_device) in zip(axes[0], lines.items(), strict=True):
+        for (mode, batch), rows in sorted(of_device.items()):
+            draw(axis, rows, f"{mode}, {batch} at once")
+        axis.set_title(device, loc="left", fontsize=10)
+        axis.set(xlabel="tokens a second", xlim=(0, None))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.grid(linewidth=0.3)
+        axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel("nats a token, real music through the decoder")
+    figure.suptitle("Latent budget: speed against coherence", fontsize=11)
     figure.savefig(arguments.picture, dpi=110)
+
+
+def draw(axis: Axes, rows: list[dict], label: str) -> None:
+    """One line, a point a budget."""
+    rows = sorted(rows, key=lambda row: row["latents"])
+    speeds, nats = [row["tokens_per_s"] for row in rows], [row["nats_per_token"] for row in rows]
+    axis.plot(speeds, nats, marker="o", label=label)
+    for row, speed, loss in zip(rows, speeds, nats, strict=True):
+        axis.annotate(str(row["latents"]), (speed, loss), textcoords="offset points", xytext=(6, 4), fontsize=8)
 
 
 if __name__ == "__main__":

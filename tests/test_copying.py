@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from music_ar.copying import Run, longest_runs, melody
+from music_ar.copying import Run, goes_on, longest_runs, melody
 from music_ar.midi import Performance
 
 
@@ -70,3 +70,33 @@ def test_the_order_of_a_chord_says_nothing():
     pitch = np.array([67, 60, 64, 72, 71])
     rolled = Performance(onset_s=onset_s, offset_s=onset_s + 1, pitch=pitch, velocity=np.full(5, 64))
     assert melody(rolled).tolist() == [60, 64, 67, 72, 71]
+
+
+@pytest.mark.parametrize(
+    ("intervals", "left"),
+    [
+        ([2, -2] * 10, [2, -2, 2, -2, 2]),  # a trill
+        ([0] * 9, [0] * 4),  # a repeated note
+        ([4, 3, 5, -12] * 4, [4, 3, 5, -12, 4, 3, 5]),  # an arpeggio
+        ([2, 2, 1, 2, 2, 2, 1] * 3, [2, 2, 1, 2, 2, 2, 1, 1, 2]),  # a scale; 2, 2, 1, 2 comes again sooner
+        ([1, 2, 3, 4, 5, 6, 7, 8, 9] * 2, [1, 2, 3, 4, 5, 6, 7, 8, 9] * 2),  # longer than a figure
+        ([1], [1]),
+        ([], []),
+    ],
+)
+def test_what_goes_on_with_a_figure_is_left_out(intervals, left):
+    intervals = np.array(intervals, int)
+    assert intervals[~goes_on(intervals)].tolist() == left
+
+
+def test_apart_from_figures_a_trill_counts_once_however_long():
+    theme = random_pitches(0, 20)
+    source = [*theme, *[70, 72] * 20, *random_pitches(1, 30)]
+    copied = [*random_pitches(2, 10), *theme, *[70, 72] * 5, *random_pitches(3, 10)]
+    corpus = [play([60, 62] * 50), play(source)]
+    (whole,) = longest_runs([play(copied)], corpus)
+    assert whole == Run(notes=30, start=10, source=1, source_start=0)
+    (apart,) = longest_runs([play(copied)], corpus, figures=False)
+    assert apart == Run(notes=26, start=10, source=1, source_start=0)
+    (trill,) = longest_runs([play([50, 52] * 30)], corpus, figures=False)
+    assert trill.notes == 6

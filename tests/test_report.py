@@ -66,6 +66,9 @@ def test_training_pieces_are_found_in_the_training_set(figures, prepared):
     assert [run["source"] for run in runs] == [record.name for record in records]
     assert all(run["notes"] > 50 for run in runs)
     assert figures["copying"]["longer_than_any_real"] == 0
+    apart = figures["copying"]["apart_from_figures"]
+    assert [run["source"] for run in apart["real"]] == [record.name for record in records]
+    assert all(run["notes"] <= each["notes"] for run, each in zip(apart["real"], runs, strict=True))
 
 
 def test_the_text_shows_the_figures_and_the_pictures_that_are_there(folder, figures):
