@@ -42,8 +42,8 @@ def melody(performance: Performance) -> Int[np.ndarray, " n"]:
 def goes_on(intervals: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
     """Whether each interval only goes on with a figure: whether the last ones are those of up to eight notes before.
 
-    The last ones are as many as the figure has, and at least four. So of a trill, a tremolo, a scale or an accompaniment
-    what is not left out is the figure and once more the same, and how long it lasts makes no difference.
+    The last ones are as many as the figure has, and at least four. So of a trill, a tremolo, a scale or an
+    accompaniment what is not left out is the figure and once more the same, and how long it lasts makes no difference.
     """
     found = np.zeros(len(intervals), bool)
     for period in range(1, _LONGEST_FIGURE + 1):

@@ -248,7 +248,7 @@ def make_train_step(
     def gradients(
         params: nnx.State, teachers: list[nnx.State], batch: dict[str, Array], key: Array
     ) -> tuple[Array, nnx.State]:
-        """On one device, with its share of the batch and its teachers: the mean loss and gradient of the whole batch."""
+        """On a device with its share of the batch and its teachers: the mean loss and gradient of the whole batch."""
         key = jax.random.fold_in(key, jax.lax.axis_index("data"))
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
 
