@@ -19,7 +19,9 @@ import statistics
 import time
 from collections.abc import Callable
 
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(os.cpu_count()))  # as the command line does; before JAX is imported
+from app.cli import cpu_devices
+
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(cpu_devices()))  # as the command line does; before JAX is imported
 
 import jax
 import numpy as np

@@ -16,8 +16,8 @@ every n tokens, so one of them always holds n / 2 to n latents, and that one mak
 
 `evaluation.score_decoding` measures what each costs in likelihood; the figures are in docs/decoding.md.
 
-Rows are dealt to all devices, each of which goes through its own loop; on a CPU a device is a core, if JAX was told so
-(`JAX_NUM_CPU_DEVICES`), since a step of few rows keeps a second one busy in its matrix products alone.
+Rows are dealt to all devices, each of which goes through its own loop. A CPU can be several, if JAX is told so
+(`JAX_NUM_CPU_DEVICES`): a step of few rows keeps two cores busy, with JAX 0.10 hardly more than one.
 
 The keys and values of the cross-attention depend on nothing but the token, its position, its near predecessors and what
 the model is told there: they are computed once and kept in a ring of the last M. A window is a ring too; when it begins

@@ -325,3 +325,13 @@ def test_the_version_is_told(capsys):
     code, output, _ = run(capsys, "--version")
     assert code == 0
     assert output[0].isdigit()
+
+
+@pytest.mark.parametrize(
+    ("jax", "cores", "devices"),
+    [("0.10.2", 2, 2), ("0.12.0", 2, 1), ("0.12.1", 7, 3), ("1.0.0", 64, 16), ("0.12.0", 1, 1)],
+)
+def test_a_cpu_is_as_many_devices_as_pay(monkeypatch, jax, cores, devices):
+    monkeypatch.setattr(cli.metadata, "version", {"jax": jax}.__getitem__)
+    monkeypatch.setattr(cli.os, "cpu_count", lambda: cores)
+    assert cli.cpu_devices() == devices
