@@ -102,7 +102,9 @@ def draw_runs(generated: Sequence[int], real: Sequence[int], picture: Path) -> N
     for runs, color, label in ((real, REAL, "real"), (generated, GENERATED, "generated")):
         falling = np.sort(runs)[::-1]
         axis.step(falling, np.arange(1, len(falling) + 1) / len(falling), where="post", color=color, label=label)
-    axis.set(xlabel="longest run of notes found in the training set", ylabel="share of pieces", ylim=(0, 1.02))
+    axis.set(
+        xlabel="longest run of notes found in the training set, all notes", ylabel="share of pieces", ylim=(0, 1.02)
+    )
     axis.grid(linewidth=0.3)
     axis.legend(fontsize=8)
     save(figure, picture)

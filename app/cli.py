@@ -307,8 +307,8 @@ def copied_runs(performances: "Sequence[Performance]", data: Path) -> Iterator[s
     for ways in zip(*(longest_runs(performances, corpus, figures=figures) for figures in (True, False)), strict=True):
         places = [f", in {train.records[run.source].name}" if run.notes else "" for run in ways]
         yield (
-            f"{ways[0].notes} notes in a row stand in the training set{places[0]}; apart from figures that go on, "
-            f"{ways[1].notes}{places[1]}"
+            f"{ways[0].notes} notes in a row stand in the training set{places[0]}; leaving out figures that go on, "
+            f"{ways[1].notes} notes{places[1]}"
         )
 
 

@@ -37,8 +37,10 @@ def main() -> None:
         for (mode, batch), rows in sorted(of_device.items()):
             draw(axis, rows, f"{mode}, {batch} at once")
         axis.set_title(device, loc="left", fontsize=10)
-        axis.set(xlabel="tokens a second", xlim=(0, None))
+        axis.set_xlabel("tokens a second")
+        axis.locator_params(axis="x", nbins=6)
         axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.margins(0.1)
         axis.grid(linewidth=0.3)
         axis.legend(fontsize=8)
     axes[0, 0].set_ylabel("nats a token, real music through the decoder")

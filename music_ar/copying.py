@@ -43,7 +43,8 @@ def goes_on(intervals: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
     """Whether each interval only goes on with a figure: whether the last ones are those of up to eight notes before.
 
     The last ones are as many as the figure has, and at least four. So of a trill, a tremolo, a scale or an
-    accompaniment what is not left out is the figure and once more the same, and how long it lasts makes no difference.
+    accompaniment what is not left out is the figure and once more the same, of short ones four notes more, and how long
+    it lasts makes no difference.
     """
     found = np.zeros(len(intervals), bool)
     for period in range(1, _LONGEST_FIGURE + 1):
@@ -58,6 +59,8 @@ def longest_runs(pieces: Sequence[Performance], corpus: Sequence[Performance], *
     """The longest run of notes of each piece that stands somewhere in the corpus, in any key.
 
     Without `figures`, notes that only go on with a figure (`goes_on`) are left out on both sides, and do not count.
+    What stands before and after them counts as adjacent then: a run may go on behind figures of different length, and
+    be longer, and in more than one key, than with them.
 
     Runs are compared by 64-bit hashes of their intervals (polynomials, so that the hash of any run is a difference of
     two running sums); of k intervals only places that agreed on k - 1 are looked at again. For MAESTRO's 5.7 million

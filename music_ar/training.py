@@ -1,7 +1,7 @@
 """Training: the loss, the optimiser, one compiled step, and `fit`, which runs it for steps or for minutes.
 
 `fit` takes an iterator of arrays and knows nothing of where they come from. The batch is split over a mesh of
-all devices; parameters are replicated.
+all devices; parameters are replicated, and teachers out of fold are split as the batch is.
 """
 
 import contextlib
@@ -355,7 +355,7 @@ def fit(
 
     Raises:
         TrainingError: the loss or its gradient stopped being finite, or the devices or the teachers out of fold cannot
-            share the batch.
+            share the batch, or these are not of one design.
         CheckpointError: `output` holds a run and `resume` is false; or it is true and there is no checkpoint, or
             one of other settings.
     """

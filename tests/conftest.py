@@ -8,7 +8,7 @@ import tempfile
 
 # Set before JAX is imported, and inherited by the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")  # the command line would take every core; tests of several say so
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")  # the command line would make several; tests of several say so
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # Tests are mostly compilation: what one of them, or a process that it starts, compiles, the others load. The folder is
 # a new one for each run of the tests, so that none depends on what you, or another version, compiled before.

@@ -140,7 +140,7 @@ def test_inspect_finds_what_stands_in_the_training_set(capsys, midi_folder, prep
     code, output, errors = run(capsys, "inspect", tmp_path / "copy.mid", "--data", prepared)
     assert code == 0, errors
     assert output.splitlines()[-1].startswith(
-        f"copy.mid: 200 notes in a row stand in the training set, in {name}; apart"
+        f"copy.mid: 200 notes in a row stand in the training set, in {name}; leaving"
     )
 
 

@@ -68,6 +68,7 @@ def test_training_pieces_are_found_in_the_training_set(figures, prepared):
     assert figures["copying"]["longer_than_any_real"] == 0
     apart = figures["copying"]["apart_from_figures"]
     assert [run["source"] for run in apart["real"]] == [record.name for record in records]
+    # Of whole pieces that are there as they are; others may have more in common apart from figures than with them.
     assert all(run["notes"] <= each["notes"] for run, each in zip(apart["real"], runs, strict=True))
 
 

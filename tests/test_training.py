@@ -304,7 +304,7 @@ if {devices} > 1:
 
 @pytest.fixture(scope="module")
 def losses_on_devices(tmp_path_factory):
-    """The losses of a plain run, one with two teachers and one with them out of fold, on so many devices."""
+    """Loss and gradient of a plain run, one with two teachers and one with them out of fold, on so many devices."""
 
     def losses(devices):
         output = tmp_path_factory.mktemp(f"devices-{devices}")
@@ -312,7 +312,7 @@ def losses_on_devices(tmp_path_factory):
         result = in_a_process(script, JAX_NUM_CPU_DEVICES=str(devices))
         assert result.returncode == 0, result.stderr
         kinds = ("plain", "taught", "out of fold")
-        return np.array([[loss for (loss,) in log_of(output / kind, "loss")] for kind in kinds])
+        return np.array([log_of(output / kind, "loss", "gradient_norm") for kind in kinds])
 
     return functools.cache(losses)
 
@@ -321,8 +321,9 @@ def losses_on_devices(tmp_path_factory):
 def test_devices_share_the_batch_and_its_teachers_and_give_the_losses_of_one(losses_on_devices, devices):
     """Four devices are more than there are teachers."""
     of_one = losses_on_devices(1)
-    assert np.abs(np.diff(of_one[:, 1:], axis=0)).max(axis=1).min() > 1e-3  # what teaches, and what, makes a difference
-    np.testing.assert_allclose(losses_on_devices(devices), of_one, atol=1e-4)
+    # What teaches, and what it teaches, makes a difference.
+    assert np.abs(np.diff(of_one[:, 1:, 0], axis=0)).max(axis=1).min() > 1e-3
+    np.testing.assert_allclose(losses_on_devices(devices), of_one, rtol=1e-3)
 
 
 @functools.cache
