@@ -380,20 +380,21 @@ def parse(arguments: Sequence[str]) -> Command:
         commands.add_parser(name, help=summary, add_help=False)
     name = parser.parse_args(arguments[:1]).command
     if name in _DECODING_COMMANDS:  # rows of a batch are dealt to devices; JAX reads this when it is imported
-        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(cpu_devices()))
+        many = "render" in arguments[:2]  # or what `bench` is asked to time
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(cpu_devices(many_rows=many)))
     module, _, class_name = COMMANDS[name][1].partition(":")
     command = getattr(importlib.import_module(module), class_name)
     markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
     return tyro.cli(command, prog=f"music-ar {name}", args=arguments[1:], config=markers)
 
 
-def cpu_devices() -> int:
+def cpu_devices(*, many_rows: bool = False) -> int:
     """How many devices to make of the CPU for decoding; JAX, which this does not import, has to be told before it is.
 
-    A step keeps about one core busy with JAX 0.10 and two with 0.12 (docs/decoding.md).
+    A step of few rows keeps about one core busy with JAX 0.10 and two with 0.12 (docs/decoding.md).
     """
     major, minor = map(int, metadata.version("jax").split(".")[:2])
-    cores = 2 if (major, minor) >= (0, 12) else 1
+    cores = 2 if (major, minor) >= (0, 12) and not many_rows else 1
     return max(1, min(_MOST_CPU_DEVICES, (os.cpu_count() or 1) // cores))
 
 

@@ -335,3 +335,4 @@ def test_a_cpu_is_as_many_devices_as_pay(monkeypatch, jax, cores, devices):
     monkeypatch.setattr(cli.metadata, "version", {"jax": jax}.__getitem__)
     monkeypatch.setattr(cli.os, "cpu_count", lambda: cores)
     assert cli.cpu_devices() == devices
+    assert cli.cpu_devices(many_rows=True) == min(cores, 16)
