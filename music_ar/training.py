@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -220,7 +221,9 @@ def make_train_step(
         if out_of_fold:
             (stacked,) = teachers
             count = jax.tree.leaves(stacked)[0].shape[0]
-            models = [nnx.merge(teacher_graphs[0], _entry(stacked, number)) for number in range(count)]
+            models = [
+                nnx.merge(teacher_graphs[0], jax.tree.map(itemgetter(number), stacked)) for number in range(count)
+            ]
         else:
             models = [nnx.merge(*teacher) for teacher in zip(teacher_graphs, teachers, strict=True)]
         parts = jnp.split(tokens, len(models)) if out_of_fold else [tokens] * len(models)
@@ -313,10 +316,6 @@ def stacked_teachers(teachers: Sequence[nnx.State], devices: int) -> list[nnx.St
     """
     repeats = math.lcm(len(teachers), devices) // len(teachers)
     return [jax.tree.map(lambda *leaves: jnp.repeat(jnp.stack(leaves), repeats, axis=0), *teachers)]
-
-
-def _entry(stacked: nnx.State, number: int) -> nnx.State:
-    return jax.tree.map(lambda leaf: leaf[number], stacked)
 
 
 def fit(

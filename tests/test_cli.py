@@ -139,8 +139,9 @@ def test_inspect_finds_what_stands_in_the_training_set(capsys, midi_folder, prep
     write_midi(read_midi(midi_folder / name), tmp_path / "copy.mid")
     code, output, errors = run(capsys, "inspect", tmp_path / "copy.mid", "--data", prepared)
     assert code == 0, errors
-    assert output.splitlines()[-1].startswith(
-        f"copy.mid: 200 notes in a row stand in the training set, in {name}; leaving"
+    assert output.splitlines()[-1] == (
+        f"copy.mid: 200 notes in a row stand in the training set, in {name}; leaving out figures that go on, "
+        f"200 notes, in {name}"
     )
 
 
