@@ -8,10 +8,11 @@ and rounded, and the events are written again as `music_ar.events.encode` would 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Int64, Integer
 
 from music_ar.events import (
     EVENT_CLASSES,
@@ -26,6 +27,7 @@ from music_ar.events import (
     encode,
     grammar_after,
     is_shift,
+    is_velocity,
 )
 
 PIANO_LOW, PIANO_HIGH = 21, 108  # A0 and C8
@@ -75,10 +77,21 @@ class Augmentation:
         return int(semitones), float(factor), int(louder)
 
 
-def transpose(tokens: Integer[np.ndarray, " T"], semitones: int) -> Integer[np.ndarray, " T"]:
-    """Moves every note by `semitones`, or by as much of it as keeps the notes of these tokens on the piano.
+def room_to_transpose(tokens: Integer[np.ndarray, " T"], semitones: int) -> int:
+    """As much of a transposition as keeps the notes of these tokens on the piano.
 
     Notes that already lie outside 21-108 forbid a move further out, never force one back.
+    """
+    pitches = tokens[tokens < TIME_SHIFT] % PITCHES
+    if len(pitches) == 0:
+        return semitones
+    lowest = min(0, PIANO_LOW - int(pitches.min()))
+    highest = max(0, PIANO_HIGH - int(pitches.max()))
+    return min(max(semitones, lowest), highest)
+
+
+def transpose(tokens: Integer[np.ndarray, " T"], semitones: int) -> Integer[np.ndarray, " T"]:
+    """Moves every note by `semitones`, or by as much of it as there is room for.
 
     Args:
         tokens: event ids; other ids than note-ons and note-offs stay.
@@ -87,18 +100,20 @@ def transpose(tokens: Integer[np.ndarray, " T"], semitones: int) -> Integer[np.n
     Returns:
         A new array of the same shape and type.
     """
-    is_note = tokens < TIME_SHIFT
-    pitches = tokens[is_note] % PITCHES
-    if len(pitches) == 0:
-        return tokens.copy()
-    lowest = min(0, PIANO_LOW - int(pitches.min()))
-    highest = max(0, PIANO_HIGH - int(pitches.max()))
-    shift = np.int32(min(max(semitones, lowest), highest))  # signed, where the tokens may not be
-    return np.where(is_note, tokens + shift, tokens).astype(tokens.dtype)
+    shift = np.int32(room_to_transpose(tokens, semitones))  # signed, where the tokens may not be
+    return np.where(tokens < TIME_SHIFT, tokens + shift, tokens).astype(tokens.dtype)
+
+
+def room_to_louden(tokens: Integer[np.ndarray, " T"], bins: int) -> int:
+    """As much of a change of loudness as keeps the softest and the loudest velocity in range."""
+    levels = tokens[is_velocity(tokens)].astype(np.int64) - VELOCITY
+    if len(levels) == 0:
+        return bins
+    return min(max(bins, -int(levels.min())), VELOCITY_BINS - 1 - int(levels.max()))
 
 
 def louden(tokens: Integer[np.ndarray, " T"], bins: int) -> Integer[np.ndarray, " T"]:
-    """Moves every velocity by `bins`, or by as much of it as keeps the softest and the loudest of them in range.
+    """Moves every velocity by `bins`, or by as much of it as there is room for.
 
     So dynamics keep their shape, and two different velocities stay different.
 
@@ -109,12 +124,8 @@ def louden(tokens: Integer[np.ndarray, " T"], bins: int) -> Integer[np.ndarray, 
     Returns:
         A new array of the same shape and type.
     """
-    is_velocity = (tokens >= VELOCITY) & (tokens < EVENT_CLASSES)
-    levels = tokens[is_velocity].astype(np.int64) - VELOCITY
-    if len(levels) == 0:
-        return tokens.copy()
-    shift = np.int32(min(max(bins, -int(levels.min())), VELOCITY_BINS - 1 - int(levels.max())))
-    return np.where(is_velocity, tokens + shift, tokens).astype(tokens.dtype)
+    shift = np.int32(room_to_louden(tokens, bins))
+    return np.where(is_velocity(tokens), tokens + shift, tokens).astype(tokens.dtype)
 
 
 def foreshadow(
@@ -153,38 +164,53 @@ def stretch(tokens: Integer[np.ndarray, " T"], factor: float) -> Integer[np.ndar
 def stretch_with_source(
     tokens: Integer[np.ndarray, " T"], factor: float
 ) -> tuple[Integer[np.ndarray, " S"], Integer[np.ndarray, " S"]]:
-    """`stretch`, and for every token it returns, the input token that it comes from.
+    """`stretch`, and for every token it returns, the input token that it comes from; see `retime`.
+
+    Args:
+        tokens: as for `retime`.
+        factor: above 0; 1.1 is a tenth slower.
+
+    Raises:
+        ValueError: `factor` is not a positive number.
+        EventError: as `retime`.
+    """
+    if not (math.isfinite(factor) and factor > 0):
+        raise ValueError(f"expected a stretch factor above 0, got {factor}")
+    return retime(tokens, lambda steps: np.floor(steps * factor + 0.5).astype(np.int64))
+
+
+def retime(
+    tokens: Integer[np.ndarray, " T"], clock: Callable[[Int64[np.ndarray, " E"]], Int64[np.ndarray, " E"]]
+) -> tuple[Integer[np.ndarray, " S"], Integer[np.ndarray, " S"]]:
+    """Moves every event to another time, and tells of every token it returns which input token it comes from.
 
     Every note-on, note-off and velocity is kept; only time shifts appear and vanish. As in `encode`, a note is at least
     one step long, and of the events of one step the note-offs come first, in the order of their notes' onsets, then the
-    note-ons in their order of time with their velocities. The result equals encoding the stretched notes up to the
+    note-ons in their order of time with their velocities. The result equals encoding the moved notes up to the
     10 ms by which the input was rounded already.
 
     Args:
         tokens: a canonically encoded piece, or a window cut anywhere from one. START, END and PAD may stand at its
             ends and stay there. Time counts from the window's first token. Where a window ends inside a silence of
             unknown length, so does the result.
-        factor: above 0; 1.1 is a tenth slower.
+        clock: from times in steps to times in steps; must not fall.
 
     Returns:
-        The stretched tokens, of the input's type, and their sources int64: indices into `tokens`. A time shift's source
+        The moved tokens, of the input's type, and their sources int64: indices into `tokens`. A time shift's source
         is that of the event that it leads to.
 
     Raises:
-        ValueError: `factor` is not a positive number.
         EventError: START, END or PAD between events.
     """
-    if not (math.isfinite(factor) and factor > 0):
-        raise ValueError(f"expected a stretch factor above 0, got {factor}")
     start, stop = _span_of_events(tokens)
     body = tokens[start:stop]
     shifts = is_shift(body)
-    clock = np.cumsum(np.where(shifts, body.astype(np.int64) - (TIME_SHIFT - 1), 0))
+    times = np.cumsum(np.where(shifts, body.astype(np.int64) - (TIME_SHIFT - 1), 0))
     events = np.flatnonzero(~shifts)
     ids = body[events]
-    steps, order = _reschedule(ids, _scale(clock[events], factor))
-    stretched, shift_counts = _write_events(ids[order], steps)
-    trailing = _trailing_shifts(body, clock, steps, factor)
+    steps, order = _reschedule(ids, clock(times[events]))
+    moved, shift_counts = _write_events(ids[order], steps)
+    trailing = _trailing_shifts(body, int(clock(times[-1:]).sum()), steps)
     ends = np.arange(len(tokens))
     source = (
         ends[:start],
@@ -192,7 +218,7 @@ def stretch_with_source(
         np.full(len(trailing), stop - 1),
         ends[stop:],
     )
-    pieces = (tokens[:start], stretched, trailing, tokens[stop:])
+    pieces = (tokens[:start], moved, trailing, tokens[stop:])
     return np.concatenate(pieces).astype(tokens.dtype, copy=False), np.concatenate(source)
 
 
@@ -205,10 +231,6 @@ def _span_of_events(tokens: np.ndarray) -> tuple[int, int]:
     if len(inner) != stop - start:
         raise EventError("PAD, START or END between events; expected them only at the ends of a window.")
     return start, stop
-
-
-def _scale(steps: np.ndarray, factor: float) -> np.ndarray:
-    return np.floor(steps * factor + 0.5).astype(np.int64)
 
 
 def _reschedule(ids: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -258,11 +280,11 @@ def _write_events(ids: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.nd
     return tokens, counts
 
 
-def _trailing_shifts(body: np.ndarray, clock: np.ndarray, steps: np.ndarray, factor: float) -> np.ndarray:
-    """The shifts after the last event of a window that was cut before the event they lead to."""
+def _trailing_shifts(body: np.ndarray, end: int, steps: np.ndarray) -> np.ndarray:
+    """The shifts up to the time `end` after the last event of a window that was cut before the event they lead to."""
     if len(body) == 0:
         return np.empty(0, np.int64)
-    remaining = max(0, int(_scale(clock[-1:], factor)[0]) - (int(steps[-1]) if len(steps) else 0))
+    remaining = max(0, end - (int(steps[-1]) if len(steps) else 0))
     full, rest = divmod(remaining, MAX_SHIFT_STEPS)
     shifts = [TIME_SHIFT + MAX_SHIFT_STEPS - 1] * full
     # After a full shift the silence may go on beyond the window, so a rest would state a length nobody knows.

@@ -13,6 +13,8 @@ is heard before. Stretching leaves a block with a few time shifts more or less, 
 further back than the block did: a weight goes with its event, and a total of 1 an epoch then holds on average. A first
 block keeps its first N targets rather than its last, so that the beginnings of pieces are never what is lost.
 
+**Views.** What was done to a window comes with it (`variation.view`), so that a model can be told.
+
 **Folds.** A split can be cut by composition, to train models that have not seen what they are asked about. Batches of
 several folds hold an equal part of each, and each fold has epochs of its own.
 """
@@ -34,17 +36,27 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float, Integer
 
-from data_pipeline.augment import Augmentation, foreshadow, louden, stretch_with_source, transpose
+from data_pipeline.augment import (
+    Augmentation,
+    foreshadow,
+    louden,
+    room_to_louden,
+    room_to_transpose,
+    stretch_with_source,
+    transpose,
+)
 from data_pipeline.maestro import SPLITS, DatasetError
 from data_pipeline.prepare import MANIFEST_NAME, Manifest, PieceRecord, ShardRecord, shard_path
+from data_pipeline.variation import AS_PLAYED, VIEW_SIZE, Variation, vary, view
 from music_ar.events import END, FINGERPRINT, PAD, START
 
 
 class Batch(TypedDict):
-    """B windows. Inputs are `tokens[:, :-1]`, targets `tokens[:, -N:]` with their `weights`."""
+    """B windows. Inputs are `tokens[:, :-1]`, targets `tokens[:, -N:]` with their `weights`; `view`: what was done."""
 
     tokens: Integer[np.ndarray, "B M+1"]
     weights: Float[np.ndarray, "B N"]
+    view: Float[np.ndarray, f"B {VIEW_SIZE}"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,10 +66,12 @@ class Pieces:
     Attributes:
         tokens: a piece an array, each START, events, END.
         records: the manifest's record of each: name, notes, seconds, composition.
+        variations: how each differs from what was played.
     """
 
     tokens: tuple[Integer[np.ndarray, " _"], ...]
     records: tuple[PieceRecord, ...]
+    variations: tuple[Variation, ...]
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], split: str) -> Pieces:
@@ -80,7 +94,7 @@ class Pieces:
             raise DatasetError(f"{Path(folder) / MANIFEST_NAME}: the {split} split is empty.")
         tokens = [piece for shard in shards for piece in _map_shard(folder, shard)]
         records = [record for shard in shards for record in shard.pieces]
-        return cls(tokens=tuple(tokens), records=tuple(records))
+        return cls(tokens=tuple(tokens), records=tuple(records), variations=(AS_PLAYED,) * len(records))
 
     @classmethod
     def join(cls, parts: Iterable[Pieces]) -> Pieces:
@@ -89,7 +103,15 @@ class Pieces:
         return cls(
             tokens=tuple(piece for part in parts for piece in part.tokens),
             records=tuple(record for part in parts for record in part.records),
+            variations=tuple(variation for part in parts for variation in part.variations),
         )
+
+    def varied(self, seed: int) -> Pieces:
+        """The same pieces, each in a variation drawn for it (`variation.vary`); they are held in memory."""
+        rngs = [np.random.default_rng((seed, index)) for index in range(len(self))]
+        variations = tuple(Variation.draw(rng) for rng in rngs)
+        tokens = tuple(map(vary, self.tokens, variations, rngs))
+        return Pieces(tokens=tokens, records=self.records, variations=variations)
 
     def folds(self, count: int) -> list[Pieces]:
         """Cuts the pieces into folds of about equally many tokens, each composition whole in one of them.
@@ -117,6 +139,7 @@ class Pieces:
         return Pieces(
             tokens=tuple(self.tokens[index] for index in indices),
             records=tuple(self.records[index] for index in indices),
+            variations=tuple(self.variations[index] for index in indices),
         )
 
     def __len__(self) -> int:
@@ -250,11 +273,12 @@ class _Rows:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Cut:
-    """Raw tokens [T] up to a block's last target, weights [T] of these tokens as targets."""
+    """Raw tokens [T] up to a block's last target, weights [T] of these tokens as targets, and whose they are."""
 
     tokens: np.ndarray
     weights: np.ndarray
     is_first: bool
+    variation: Variation
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -289,13 +313,16 @@ class _Windows:
             tokens=tokens[low:stop].astype(np.int32),
             weights=_target_weights(starts, size, low, stop),
             is_first=start == 0,
+            variation=self.pieces.variations[piece],
         )
 
     def finish(self, cut: _Cut, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Draws the augmentation, applies it, and pads to M + 1 tokens and N weights."""
         tokens, weights = cut.tokens, cut.weights
+        semitones, factor, louder = 0, 1.0, 0
         if self.augmentation is not None:
             semitones, factor, louder = self.augmentation.draw(rng)
+            semitones, louder = room_to_transpose(tokens, semitones), room_to_louden(tokens, louder)
             tokens, source = stretch_with_source(louden(transpose(tokens, semitones), louder), factor)
             weights = weights[source]
         if cut.is_first:
@@ -305,6 +332,7 @@ class _Windows:
         return {
             "tokens": _last(tokens, self.context + 1, PAD),
             "weights": _last(weights, self.latents, 0),
+            "view": view(semitones, factor, louder, cut.variation),
         }
 
     def _with_return(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -49,6 +49,7 @@ class ModelConfig:
         time_heads: key/value heads (of G, the last ones) whose rotary positions count time, not tokens.
         cross_depths: further cross-attends, each before the self block of that index; they share the keys and
             values of the first.
+        view_size: how many numbers tell the model how a training window was made; see `PerceiverAR.__call__`.
         rotary_fraction: share of each head's channels that is rotated by position.
         rotary_wavelength: longest wavelength of the rotary positions, in tokens.
         vocabulary_size: V, with padding and the two piece boundaries.
@@ -67,6 +68,7 @@ class ModelConfig:
     recall: int = 0
     time_heads: int = 0
     cross_depths: tuple[int, ...] = ()
+    view_size: int = 0
     rotary_fraction: float = 0.5
     rotary_wavelength: float = 10_000.0
     vocabulary_size: int = events.VOCABULARY_SIZE
@@ -74,7 +76,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("onsets", "recall", "time_heads") else 1
+            least = 0 if field.name in ("onsets", "recall", "time_heads", "view_size") else 1
             if field.type is int and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{field.name} must be a whole number of at least {least}, got {value!r}")
         if self.latents > self.context:
@@ -364,6 +366,10 @@ class PerceiverAR(nnx.Module):
             self.recall = nnx.Linear(
                 recall.feature_count(), config.width, use_bias=False, dtype=dtype, kernel_init=zeros, rngs=rngs
             )
+        if config.view_size:
+            self.view = nnx.Linear(
+                config.view_size, config.width, use_bias=False, dtype=dtype, kernel_init=zeros, rngs=rngs
+            )
         self.context_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
         self.latent = nnx.Linear(config.width, config.width, use_bias=False, dtype=dtype, rngs=rngs)
         self.cross = Block(config, dtype=dtype, rngs=rngs)
@@ -382,6 +388,7 @@ class PerceiverAR(nnx.Module):
         kept_prefix: int | None = None,
         dropout: float = 0.0,
         input_dropout: float = 0.0,
+        view_BxC: Float[Array, "B C"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "B N V"]:
         """Logits of the token that follows each of the last N inputs.
@@ -396,6 +403,9 @@ class PerceiverAR(nnx.Module):
             input_dropout: share of the inputs that are hidden: they are read as `events.END`, which is never an input
                 otherwise. (As zeros they would do harm: the gradient of a norm at zero is a thousandfold, at each layer
                 anew.) Needs `key`.
+            view_BxC: training only: how each window differs from music as it is, C = `config.view_size` numbers, all
+                0 for not at all, as where None is given. What is made or scored is music as it is. (Telling keeps
+                what augmentation adds apart: Jun et al., "Distribution augmentation for generative modeling", 2020.)
             key: randomness for these three.
 
         Returns:
@@ -417,6 +427,8 @@ class PerceiverAR(nnx.Module):
         rows = _lay_out(tokens_BxM, N, kept_prefix, prefix_key)
         told_BxS = jax.tree.map(lambda leaf: _take(leaf, rows.positions_BxS), told_BxM)
         embedded_BxSxD = self.tell(_take(self.embed(tokens_BxM), rows.positions_BxS), told_BxS)
+        if view_BxC is not None:
+            embedded_BxSxD = embedded_BxSxD + self.view(view_BxC.astype(self.dtype))[:, None]
         positions_BxSxP = jnp.stack([rows.positions_BxS, told_BxS.keyboard.step], axis=-1)
 
         k, v = self.cross.keys_values(self.context_norm(embedded_BxSxD), positions_BxSxP)

@@ -47,8 +47,9 @@ PEAK_FLOPS = {
 class Batches(Protocol):
     """An iterator of batches whose position can be saved, such as grain's.
 
-    A batch is {"tokens": int32 [B, M + 1], "weights": float32 [B, N]}: inputs are all tokens but the last,
-    targets the last N, weighted; tokens are left-padded. B is this process's share of the batch.
+    A batch is {"tokens": int32 [B, M + 1], "weights": float32 [B, N], "view": float32 [B, C]}: inputs are all tokens
+    but the last, targets the last N, weighted; tokens are left-padded; `view` tells a model how its windows were made,
+    if it has `ModelConfig.view_size`. B is this process's share of the batch.
     """
 
     def __next__(self) -> dict[str, np.ndarray]: ...
@@ -214,7 +215,11 @@ def make_train_step(
     graphs are one graph then, and the parameters come as `stacked_teachers`.
     """
 
-    def taught(teachers: list[nnx.State], tokens: Array, **window: Any) -> Array | None:
+    def seen(model: PerceiverAR, part: dict[str, Array]) -> dict[str, Array]:
+        """What a model is told of how the windows of a part were made."""
+        return {"view_BxC": part["view"]} if model.config.view_size else {}
+
+    def taught(teachers: list[nnx.State], part: dict[str, Array], **window: Any) -> Array | None:
         """The mean of the teachers' predictions, or of each its own part."""
         if not teacher_graphs:
             return None
@@ -226,25 +231,33 @@ def make_train_step(
             ]
         else:
             models = [nnx.merge(*teacher) for teacher in zip(teacher_graphs, teachers, strict=True)]
-        parts = jnp.split(tokens, len(models)) if out_of_fold else [tokens] * len(models)
+        count = len(models) if out_of_fold else 1
+        cut = [{name: jnp.split(array, count)[number] for name, array in part.items()} for number in range(count)]
         chances = [
-            jax.nn.softmax(model(part[:, -model.config.window :], **window))
-            for model, part in zip(models, parts, strict=True)
+            jax.nn.softmax(model(own["tokens"][:, :-1][:, -model.config.window :], **seen(model, own), **window))
+            for model, own in zip(models, cut if out_of_fold else cut * len(models), strict=True)
         ]
         return jax.lax.stop_gradient(jnp.concatenate(chances) if out_of_fold else jnp.stack(chances).mean(axis=0))
 
     def loss_of(
-        params: nnx.State, teachers: list[nnx.State], tokens: Array, weights: Array, key: Array
+        params: nnx.State, teachers: list[nnx.State], part: dict[str, Array], key: Array
     ) -> tuple[Array, Array]:
         model = nnx.merge(graph, params)
+        tokens, weights = part["tokens"], part["weights"]
         N, M = weights.shape[1], model.config.read(tokens.shape[1] - 1)
         window = {"latents": N, "kept_prefix": round((M - N) * config.prefix_keep), "key": key}
         return token_loss(
-            model(tokens[:, :-1], dropout=config.dropout, input_dropout=config.input_dropout, **window),
+            model(
+                tokens[:, :-1],
+                dropout=config.dropout,
+                input_dropout=config.input_dropout,
+                **seen(model, part),
+                **window,
+            ),
             tokens[:, -N:],
             weights,
             config.z_loss,
-            taught_BxNxV=taught(teachers, tokens[:, :-1], **window),
+            taught_BxNxV=taught(teachers, part, **window),
             distillation=config.distillation,
         )
 
@@ -255,13 +268,13 @@ def make_train_step(
         key = jax.random.fold_in(key, jax.lax.axis_index("data"))
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
 
-        def weighted(index: Array | int, tokens: Array, weights: Array) -> Any:
+        def weighted(index: Array | int, part: dict[str, Array]) -> Any:
             """The weight of a part, and its loss and gradient times that."""
-            (_, nats), grads = gradient_of(params, teachers, tokens, weights, jax.random.fold_in(key, index))
-            return jax.tree.map(lambda x: x * weights.sum(), (jnp.ones(()), nats, grads))
+            (_, nats), grads = gradient_of(params, teachers, part, jax.random.fold_in(key, index))
+            return jax.tree.map(lambda x: x * part["weights"].sum(), (jnp.ones(()), nats, grads))
 
         if config.accumulation == 1:
-            sums = weighted(0, batch["tokens"], batch["weights"])
+            sums = weighted(0, batch)
         else:
             # Each part takes every so-many-th window, so that it holds as much of each teacher's as the others do.
             parts = jax.tree.map(lambda x: x.reshape(-1, config.accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
@@ -270,7 +283,7 @@ def make_train_step(
             sums, _ = jax.lax.scan(
                 lambda sums, part: (jax.tree.map(jnp.add, sums, weighted(*part)), None),
                 zeros,
-                (indices, parts["tokens"], parts["weights"]),
+                (indices, parts),
             )
         total, nats, grads = jax.lax.psum(sums, "data")
         return jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), (nats, grads))

@@ -13,6 +13,7 @@ from data_pipeline.augment import Augmentation
 from data_pipeline.loader import Pieces, batches, windows_per_epoch
 from data_pipeline.maestro import DatasetError
 from data_pipeline.prepare import PieceRecord, prepare_maestro
+from data_pipeline.variation import AS_PLAYED
 from music_ar.events import END, NOTE_OFF, PAD, START, TIME_SHIFT, VELOCITY, encode
 
 CONTEXT, LATENTS = 24, 8
@@ -27,7 +28,7 @@ def pieces_of(arrays, compositions=None):
             zip(arrays, compositions or map(str, range(len(arrays))), strict=True)
         )
     ]
-    return Pieces(tokens=tuple(arrays), records=tuple(records))
+    return Pieces(tokens=tuple(arrays), records=tuple(records), variations=(AS_PLAYED,) * len(records))
 
 
 @pytest.fixture
