@@ -4,7 +4,7 @@ Imports what needs JAX when it runs, so that `music-ar train --help` does not wa
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from data_pipeline.loader import Pieces
-    from music_ar.model import PerceiverAR
+    from music_ar.model import ModelConfig, PerceiverAR
     from music_ar.training import Batches, Progress
 
 
@@ -37,12 +37,17 @@ class Train:
         data: folder that `music-ar prepare` wrote.
         output: folder of the run.
         preset: size of the model: small, small-decoder or tiny.
+        start: train on from this model, in place of random weights of `preset`: the name of a shipped checkpoint, or a
+            folder such as the model/ of another run. Rates half as high, --matrix-learning-rate 0.015 --learning-rate
+            0.001, keep more of what it knows.
         teacher: models whose mean prediction the model learns beside the tokens: names of shipped checkpoints, or
             folders such as the model/ of other runs.
         out_of_fold: the teachers have each been trained without a fold of this data, the first without the first, and
             so on; each teaches the pieces of that fold alone.
         folds: number of folds of about equal size to cut the data into, each composition whole in one of them.
         without_fold: the fold, from 1, that is left out: to train a teacher for `out_of_fold`.
+        variations: read so many variations of each piece, in another mode, with other dynamics and another rubato, and
+            the piece itself as often as all of them.
         workers: processes that prepare batches; for contexts so long that one core cannot keep up with the device.
         resume: go on from the newest state in `output`.
         augment: whether to transpose and stretch the pieces, but for the run's `final_fraction`.
@@ -53,10 +58,12 @@ class Train:
     data: Path
     output: Path
     preset: str = "small"
+    start: str | None = None
     teacher: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = ()
     out_of_fold: bool = False
     folds: int | None = None
     without_fold: int | None = None
+    variations: int = 0
     workers: int = 0
     resume: bool = False
     augment: Annotated[
@@ -82,6 +89,8 @@ class Train:
                 raise CommandError(f"--folds must be at least 2; got {self.folds}")
             if not 1 <= self.without_fold <= self.folds:
                 raise CommandError(f"--without-fold must lie in 1..{self.folds}; got {self.without_fold}")
+        if self.variations < 0:
+            raise CommandError(f"--variations must be at least 0; got {self.variations}")
         if self.out_of_fold:
             if len(self.teacher) < 2:
                 raise CommandError(
@@ -101,6 +110,7 @@ class Train:
         from flax import nnx
 
         from data_pipeline.loader import Pieces
+        from data_pipeline.variation import VIEW_SIZE
         from music_ar.checkpoint import load_released, save_released
         from music_ar.evaluation import calibrated
         from music_ar.model import PRESETS, PerceiverAR, parameter_count
@@ -108,20 +118,27 @@ class Train:
 
         if self.preset not in PRESETS:
             raise CommandError(f"--preset must be one of {', '.join(PRESETS)}; got {self.preset}")
-        manifest, parts = Manifest.load(self.data), self._parts(Pieces.open(self.data, "train"))
+        manifest, played = Manifest.load(self.data), self._parts(Pieces.open(self.data, "train"))
         # Of one's own data there may be none.
         held_out = Pieces.open(self.data, "validation").tokens if manifest.splits["validation"].pieces else []
-        model = PerceiverAR(PRESETS[self.preset], rngs=nnx.Rngs(self.training.seed))
+        if self.start is None:
+            fresh = replace(PRESETS[self.preset], view_size=VIEW_SIZE)
+            model = PerceiverAR(fresh, rngs=nnx.Rngs(self.training.seed))
+        else:
+            model = load_released(self.start)
         device = jax.devices()[0].device_kind
-        targets = sum(part.targets for part in parts)
+        targets = sum(part.targets for part in played)
         title = f"{parameter_count(model):,} parameters, {targets:,} tokens, {jax.device_count()} x {device}"
+        config, seed = model.config, self.training.seed
+        batches = self._batches(config, self._varied(played), self.augmentation if self.augment else None, seed)
+        final = self._batches(config, played, None, seed + 1) if self.augment else None
         with ProgressLine(title) as line:
             fitted = fit(
                 model,
                 self.training,
-                self._batches(parts, self.augmentation if self.augment else None, self.training.seed),
-                final_batches=self._batches(parts, None, self.training.seed + 1) if self.augment else None,
-                data=self._description(manifest, parts),
+                batches,
+                final_batches=final,
+                data=self._description(manifest, played),
                 output=self.output,
                 teachers=[load_released(teacher) for teacher in self.teacher],
                 out_of_fold=self.out_of_fold,
@@ -149,6 +166,11 @@ class Train:
         folds = pieces.folds(self.folds)
         return [pieces.join(fold for number, fold in enumerate(folds, start=1) if number != self.without_fold)]
 
+    def _varied(self, parts: "list[Pieces]") -> "list[Pieces]":
+        """Each part with its variations, and with its pieces as often as these."""
+        seeds = range(self.variations)
+        return [part.join([*[part] * max(1, self.variations), *map(part.varied, seeds)]) for part in parts]
+
     def _description(self, manifest: Manifest, parts: "list[Pieces]") -> dict[str, Any]:
         """What the model learns from, so that a run is not resumed with other data, folds or teachers."""
         from music_ar.checkpoint import identity
@@ -156,20 +178,27 @@ class Train:
         shards = [shard.sha256 for shard in manifest.shards if shard.split == "train"]
         teachers = [identity(teacher)["weights_sha256"] for teacher in self.teacher]
         augmentation = asdict(self.augmentation) if self.augment else None
-        folds = None  # as in the settings of earlier versions, which know of none
+        folds = None
         if self.out_of_fold or self.folds is not None:
             # How large they are tells of other folds of the same shards, too: compositions are no part of these.
             targets = [part.targets for part in parts]
             folds = {"without": self.without_fold, "of": self.folds or len(self.teacher), "targets": targets}
-        return {"shards": shards, "augmentation": augmentation, "teachers": teachers, "folds": folds}
+        return {
+            "shards": shards,
+            "augmentation": augmentation,
+            "teachers": teachers,
+            "folds": folds,
+            "variations": self.variations,
+            "start": None if self.start is None else identity(self.start)["weights_sha256"],
+        }
 
-    def _batches(self, parts: "list[Pieces]", augmentation: Augmentation | None, seed: int) -> "Batches":
+    def _batches(
+        self, config: "ModelConfig", parts: "list[Pieces]", augmentation: Augmentation | None, seed: int
+    ) -> "Batches":
         import jax
 
         from data_pipeline.loader import batches
-        from music_ar.model import PRESETS
 
-        config = PRESETS[self.preset]
         iterator = batches(
             *parts,
             context=config.window,

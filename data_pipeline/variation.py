@@ -157,5 +157,6 @@ def _wavering(
     """Times in steps as they were, and as they are where the logarithm of the tempo wavers so much."""
     knots = 2 + length_steps // _KNOT_STEPS
     fresh = math.sqrt(1 - _RUBATO_MEMORY**2) * rng.standard_normal(knots - 1)
-    lengths = _KNOT_STEPS * np.exp(deviation * lfilter([1.0], [1.0, -_RUBATO_MEMORY], fresh))
+    wave = np.asarray(lfilter([1.0], [1.0, -_RUBATO_MEMORY], fresh))
+    lengths = _KNOT_STEPS * np.exp(deviation * wave)
     return np.arange(knots) * float(_KNOT_STEPS), np.concatenate([[0.0], np.cumsum(lengths)])

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tiny_maestro import archive_files, forget_compositions, random_performance, write_zip
 
-from data_pipeline.augment import Augmentation
+from data_pipeline.augment import Augmentation, louden, transpose
 from data_pipeline.loader import Pieces, batches, windows_per_epoch
 from data_pipeline.maestro import DatasetError
 from data_pipeline.prepare import PieceRecord, prepare_maestro
-from data_pipeline.variation import AS_PLAYED
+from data_pipeline.variation import AS_PLAYED, VIEW_SIZE, Variation, view
 from music_ar.events import END, NOTE_OFF, PAD, START, TIME_SHIFT, VELOCITY, encode
 
 CONTEXT, LATENTS = 24, 8
@@ -455,3 +455,45 @@ def test_only_what_is_opened_is_checked(folder):
     assert len(Pieces.open(folder, "test")) == 1
     with pytest.raises(DatasetError, match="expected a split of train, validation, test; got 'dev'"):
         Pieces.open(folder, "dev")
+
+
+def test_a_view_tells_what_was_done(music):
+    """Undone, each window stands in the piece that it was cut from."""
+    augmentation = Augmentation(min_stretch=1.0, max_stretch=1.0, velocity_bins=3)
+    pieces = Pieces.join([music, music.varied(0)])
+    batch = next(make(pieces, augmentation=augmentation, batch_size=64))
+    parts = [[tokens.astype(np.int32).tobytes() for tokens in part.tokens] for part in (music, music.varied(0))]
+    moves = set()
+    for tokens, told in zip(batch["tokens"], batch["view"], strict=True):
+        semitones, louder = round(6 * float(told[11])), round(2 * float(told[13]))
+        moves.add((semitones, louder))
+        window = transpose(louden(tokens[tokens != PAD], -louder), -semitones)
+        is_varied = bool(told[14:].any())
+        assert [any(window.tobytes() in piece for piece in part) for part in parts] == [not is_varied, is_varied]
+        np.testing.assert_array_equal(told, view(semitones, 1.0, louder, _variation(told)))
+    assert len(moves) > 20
+
+
+def _variation(told):
+    thirds, sixths, contrast, rubato = map(float, told[14:])
+    return Variation(thirds=thirds > 0, sixths=sixths > 0, log_contrast=0.35 * contrast, rubato=0.15 * rubato)
+
+
+def test_the_stretch_is_told_too(music):
+    batch = next(make(music, augmentation=Augmentation(min_semitones=0, max_semitones=0), batch_size=64))
+    assert not batch["view"][:, [*range(12), *range(13, VIEW_SIZE)]].any()
+    factors = 1.1 ** batch["view"][:, 12]
+    assert 0.9 <= factors.min() < 0.92
+    assert 1.08 < factors.max() <= 1.1
+
+
+def test_variations_are_of_the_same_compositions_and_drawn_by_seed(music):
+    one, again, other = (music.varied(seed) for seed in (1, 1, 2))
+    assert one.records == music.records
+    assert one.variations == again.variations != other.variations
+    assert all(map(np.array_equal, one.tokens, again.tokens))
+    halves = Pieces.join([music, one]).folds(2)
+    for half in halves:
+        names = [record.name for record in half.records]
+        assert sorted(names) == sorted(2 * list(set(names)))  # a piece and its variation are in one fold
+        assert half.variations.count(AS_PLAYED) == len(half) / 2

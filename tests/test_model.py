@@ -192,6 +192,16 @@ def test_hidden_inputs_are_not_seen():
     assert np.abs(half - logits(DISTINCT, 0.0)).max() > 1e-3
 
 
+def test_a_view_is_heard_and_music_as_it_is_needs_none():
+    model, rng = noisy_model(dataclasses.replace(CONFIG, view_size=3)), np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, events.EVENT_CLASSES, (2, M), np.int32))
+    plain = model(tokens)
+    np.testing.assert_array_equal(model(tokens, view_BxC=jnp.zeros((2, 3))), plain)
+    told = model(tokens, view_BxC=jnp.array([[0.0, 0, 0], [0, 1, 0]]))
+    np.testing.assert_allclose(told[0], plain[0], atol=1e-5)
+    assert (jnp.abs(told[1] - plain[1]).max(axis=-1) > 1e-3).all()  # at each latent
+
+
 def test_hiding_inputs_keeps_gradients_in_bounds():
     """A latent that reads zeros would not: its norms multiply gradients by up to 1000 while blocks add little."""
     model = PerceiverAR(PLAIN, rngs=nnx.Rngs(0))  # blocks that add nothing yet

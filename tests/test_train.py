@@ -1,7 +1,6 @@
 """`music-ar train` with folds: which pieces it learns from, who teaches them, and what it refuses."""
 
 import itertools
-import json
 import shutil
 
 import numpy as np
@@ -11,8 +10,9 @@ from test_cli import refusal, run
 from tiny_maestro import forget_compositions
 
 from data_pipeline.loader import Pieces
+from data_pipeline.variation import VIEW_SIZE
 from music_ar import training
-from music_ar.checkpoint import identity, save_released
+from music_ar.checkpoint import identity, load_released, save_released
 from music_ar.events import PAD
 from music_ar.model import PRESETS
 
@@ -84,14 +84,35 @@ def test_out_of_fold_part_k_is_the_fold_that_teacher_k_has_not_seen(capsys, tmp_
     assert "data.folds was" in refusal(capsys, *command, "--resume")
 
 
-def test_runs_of_earlier_versions_go_on(capsys, tmp_path, prepared):
+def test_variations_are_read_as_often_as_what_was_played(capsys, tmp_path, prepared, fits):
     command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run"]
-    assert run(capsys, *command)[0] == 0
-    path = tmp_path / "run" / "training" / "settings.json"
-    settings = json.loads(path.read_text())
-    del settings["data"]["folds"]
-    path.write_text(json.dumps(settings))
-    assert run(capsys, *command, "--resume")[0] == 0
+    code, _, errors = run(capsys, *command, "--variations", 2)
+    assert code == 0, errors
+    played = Pieces.open(prepared, "train")
+    [(batches, options)] = fits
+    windows = [(window, view) for batch in batches for window, view in zip(batch["tokens"], batch["view"], strict=True)]
+    told = [not view.any() for _, view in windows]
+    assert [holds(played, window) for window, _ in windows] == told
+    assert 0.35 < np.mean(told) < 0.65
+    assert options["data"]["variations"] == 2
+    assert load_released(tmp_path / "run" / "model").config.view_size == VIEW_SIZE
+    assert f"{played.targets:,} tokens" in errors
+    assert "data.variations was 2, is 3" in refusal(capsys, *command, "--resume", "--variations", 3)
+
+
+def test_training_goes_on_from_another_model(capsys, tmp_path, prepared, teachers, fits):
+    """At a rate of zero it stays as it was, whatever the preset."""
+    command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run", "--preset", "small"]
+    rates = ["--matrix-learning-rate", 0.0, "--learning-rate", 0.0]
+    code, _, errors = run(capsys, *command, *rates, "--start", teachers[0])
+    assert code == 0, errors
+    [(_, options)] = fits
+    assert options["data"]["start"] == identity(teachers[0])["weights_sha256"]
+    before, after = load_released(teachers[0]), load_released(tmp_path / "run" / "model")
+    assert after.config == before.config
+    np.testing.assert_allclose(after.embedding[...], before.embedding[...], atol=1e-6)
+    assert "data.start was" in refusal(capsys, *command, *rates, "--resume", "--start", teachers[1])
+    assert "no checkpoint that ships" in refusal(capsys, *command, "--start", tmp_path / "nothing")
 
 
 def test_data_without_compositions_has_no_folds(capsys, tmp_path, prepared):
@@ -115,6 +136,7 @@ def test_data_without_compositions_has_no_folds(capsys, tmp_path, prepared):
         ("--out-of-fold --teacher a", "each trained with --without-fold; got 1"),
         ("--out-of-fold --teacher a b c", "times their number, 3; got 4"),
         ("--out-of-fold --teacher a b --accumulation 4", "times their number, 8; got 4"),
+        ("--variations -1", "--variations must be at least 0; got -1"),
         ("--folds 9 --without-fold 1", "at most 8, one a composition; got 9"),
     ],
 )

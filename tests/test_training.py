@@ -449,6 +449,26 @@ def test_a_teacher_reads_what_its_own_window_holds():
     assert norms[0] < 1e-4 * norms[1]
 
 
+@pytest.mark.parametrize("told", ["student", "teachers", "nobody"])
+@pytest.mark.parametrize("out_of_fold", [False, True])
+def test_models_that_have_views_are_told_them(told, out_of_fold):
+    plain, viewing = noisy(), noisy_model(dataclasses.replace(CONFIG, view_size=3))
+    student, teacher = (viewing if told == who else plain for who in ("student", "teachers"))
+    config = dataclasses.replace(EXACT, distillation=1.0)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    (graph, params), (teacher_graph, taught) = (nnx.split(model, nnx.Param) for model in (student, teacher))
+    optimizer = build_optimizer(config)
+    step = make_train_step(graph, config, optimizer, mesh, [teacher_graph] * 2, out_of_fold=out_of_fold)
+    teachers = stacked_teachers([taught, taught], devices=1) if out_of_fold else [taught, taught]
+    norms = []
+    for view in (np.zeros((B, 3)), np.eye(B, 3, k=-1)):  # the second: other views of all windows but the first
+        copy = jax.tree.map(jnp.copy, params)
+        state = TrainState(jnp.int32(0), copy, jax.tree.map(jnp.zeros_like, params), optimizer.init(params))
+        batch = jax.tree.map(jnp.asarray, next(CountingBatches()) | {"view": view.astype(np.float32)})
+        norms.append(float(step(state, batch, jnp.float32(1.0), teachers)[1]["gradient_norm"]))
+    assert (abs(norms[1] / norms[0] - 1) > 1e-3) == (told != "nobody")
+
+
 def test_each_step_draws_its_own_dropout(take_step):
     losses = [float(take_step(TRAINING, done=done)[2]["loss"]) for done in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
