@@ -31,7 +31,7 @@ SOME_FAILED = 3
 _JOB_KEYS = {
     "prompt": str, "name": str, "variations": int, "seed": int, "seconds": float, "prompt_seconds": float,
     "continuation_only": bool, "latents": int, "mode": str, "temperature": float, "top_k": int, "top_p": float,
-    "min_p": float,
+    "min_p": float, "steadiness": float,
 }  # fmt: skip
 _LOG_SECONDS = 5.0
 _LONGEST_NAME = 200
@@ -74,7 +74,7 @@ class Render:
         count: also make so many pieces from nothing, with the seeds that follow `seed`.
         jobs: JSONL file: each line is an object with the settings of some pieces of one prompt, any of prompt, name,
             variations, seed, seconds, prompt_seconds, continuation_only, latents, mode, temperature, top_k, top_p,
-            min_p; what it leaves out is taken from the options here.
+            min_p, steadiness; what it leaves out is taken from the options here.
         variations: pieces of each prompt, with the seeds that follow `seed`.
         keep_best: keep only so many of each prompt's variations, those most like real music: by density, notes at
             once, loudness, silences and the model's own surprise (see music_ar.statistics.likeness).
@@ -87,6 +87,8 @@ class Render:
         top_k: of each kind of event keep only so many of the likeliest; 0 keeps all.
         top_p: of each kind of event keep the likeliest that together have this share of it; 1 keeps all.
         min_p: keep only events at least this likely, relative to the likeliest of their kind; 0 keeps all.
+        steadiness: how closely a piece keeps to the pitch classes and the loudness it has had so far: from 0, not at
+            all, to 1.
         seed: of each prompt's first variation.
         audio: also write each piece as sound, tagged with title, seed and model.
         batch_size: pieces at once; by default 16 on a CPU, elsewhere what the memory holds. The music depends on it.
@@ -114,6 +116,7 @@ class Render:
     top_k: int = 0
     top_p: float = 0.97
     min_p: float = 0.0
+    steadiness: float = 0.25
     seed: int = 0
     audio: Literal["wav", "flac", "mp3"] | None = None
     batch_size: int | None = None
@@ -542,7 +545,7 @@ def _request(task: Task, stdin: bytes | None) -> "Request":
     from music_ar.sampling import SamplingOptions
 
     settings = task.settings
-    names = ("temperature", "top_k", "top_p", "min_p")
+    names = ("temperature", "top_k", "top_p", "min_p", "steadiness")
     return Request(
         prompt=stdin if task.prompt == "-" else task.prompt,
         options=SamplingOptions(**{name: settings[name] for name in names}),

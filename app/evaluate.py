@@ -36,6 +36,7 @@ class Evaluate:
         temperature: report: to make them with.
         top_p: report: to make them with.
         min_p: report: to make them with.
+        steadiness: report: to make them with.
         seed: report: of the first piece; also of the themes and the dealing of real pieces.
         made: report: a folder of MIDI files to judge instead of new pieces.
         themes: report: themes to plant at each distance.
@@ -58,6 +59,7 @@ class Evaluate:
     temperature: float = 1.0
     top_p: float = 0.97
     min_p: float = 0.0
+    steadiness: float = 0.25
     seed: int = 0
     made: Path | None = None
     themes: int = 32

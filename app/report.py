@@ -34,6 +34,8 @@ CURVE_LATENTS = 1024
 SHORT_CONTEXT = 2048
 """What a long context is set against: what notes that return within it have anyway."""
 THEME_TOKENS = 256
+DRAWN_BY = ("temperature", "top_p", "min_p", "steadiness")
+"""The sampling options that a report's pieces are made with."""
 
 Tokens = Sequence[np.ndarray]
 Sizes = dict[str, Any]
@@ -87,10 +89,7 @@ def write_report(
         "generation": {
             "pieces": len(generated),
             "from": None if options.made is None else str(options.made),
-            **{
-                name: getattr(options, name)
-                for name in ("seconds", "prompt_seconds", "budget", "temperature", "top_p", "min_p", "seed")
-            },
+            **{name: getattr(options, name) for name in ("seconds", "prompt_seconds", "budget", *DRAWN_BY, "seed")},
         },
         "split": first,
         **music,
@@ -238,7 +237,7 @@ def made(
         if not read:
             raise CommandError(f"{options.made} holds no MIDI file")
         return [piece.crop(0, options.seconds) for piece in read]
-    sampling = SamplingOptions(temperature=options.temperature, top_p=options.top_p, min_p=options.min_p)
+    sampling = SamplingOptions(**{name: getattr(options, name) for name in DRAWN_BY})
     prompts = excerpts(tokens, 0.0, options.prompt_seconds) if options.prompt_seconds else [None]
     budget = min(DEFAULT_LATENTS, model.config.latents) if options.budget is None else options.budget
     requests = [
@@ -390,7 +389,7 @@ def _music_text(figures: Mapping[str, Any]) -> list[str]:
     farthest = max(distances, key=lambda name: distances[name]["ratio"])
     how = f"from {made['from']}"
     if made["from"] is None:
-        how = f"temperature {made['temperature']:g}, top-p {made['top_p']:g}, min-p {made['min_p']:g}"
+        how = ", ".join(f"{name.replace('_', '-')} {made[name]:g}" for name in DRAWN_BY)
     after = f", going on from {made['prompt_seconds']:g} s of real pieces" if made["prompt_seconds"] else ""
     rows = [
         [name, each["unit"], *(f"{each[of]:.4g}" for of in ("distance", "yardstick", "yardstick_most", "ratio"))]

@@ -63,7 +63,7 @@ class Settings:
         seconds: music to make after the prompt.
         latents: the latent budget, or `AUTO`.
         variations: pieces to make at once.
-        temperature, top_p, top_k, min_p: see `music_ar.sampling`.
+        temperature, top_p, top_k, min_p, steadiness: see `music_ar.sampling`.
         seed: of the first variation; None takes a random one.
         start_s, end_s: the part of the prompt to use; None is its end.
         continuation_only: leave the prompt out of what is shown and downloaded.
@@ -77,6 +77,7 @@ class Settings:
     top_p: float = 0.97
     top_k: int = 0
     min_p: float = 0.0
+    steadiness: float = 0.25
     seed: int | None = None
     start_s: float = 0.0
     end_s: float | None = None
@@ -113,7 +114,8 @@ class Settings:
 
     def sampling(self) -> SamplingOptions:
         """How tokens are drawn."""
-        return SamplingOptions(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p)
+        names = ("temperature", "top_p", "top_k", "min_p", "steadiness")
+        return SamplingOptions(**{name: getattr(self, name) for name in names})
 
 
 def _read(name: str, value: Any) -> Any:

@@ -187,6 +187,14 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
                     label="Min-p",
                     info="Events less likely than this share of the likeliest are never drawn.",
                 )
+                steadiness = gr.Slider(
+                    0,
+                    1,
+                    value=default.steadiness,
+                    step=0.05,
+                    label="Steadiness",
+                    info="Higher: keeps to its key and its loudness. Lower: wanders.",
+                )
                 load = gr.UploadButton("Load settings (settings.json)", file_types=[".json"], size="sm")
             with gr.Row():
                 generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=150)
@@ -209,7 +217,7 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
 
     controls = {
         "seconds": seconds, "latents": latents, "variations": variations, "temperature": temperature, "top_p": top_p,
-        "top_k": top_k, "min_p": min_p, "seed": seed, "start_s": start_s, "end_s": end_s,
+        "top_k": top_k, "min_p": min_p, "steadiness": steadiness, "seed": seed, "start_s": start_s, "end_s": end_s,
         "continuation_only": continuation_only,
     }  # fmt: skip
     shown = [player, status, stop, extend, undo, *downloads.values()]
@@ -374,6 +382,7 @@ def _api(studio: Studio) -> None:
         variations = gr.Number(1, label="variations", precision=0)
         temperature = gr.Number(1.0, label="temperature")
         top_p = gr.Number(0.97, label="top_p")
+        steadiness = gr.Number(0.25, label="steadiness")
         seed = gr.Number(None, label="seed", precision=0)
         prompt_start = gr.Number(0.0, label="start_s")
         prompt_end = gr.Number(None, label="end_s")
@@ -406,6 +415,7 @@ def _api(studio: Studio) -> None:
         seed: int | None = None,
         start_s: float = 0.0,
         end_s: float | None = None,
+        steadiness: float = 0.25,
     ) -> Iterator[tuple[dict[str, Any], list[str] | None]]:
         """Makes pieces, from nothing or going on from a MIDI file; the last of the results has the MIDI files.
 
@@ -415,7 +425,7 @@ def _api(studio: Studio) -> None:
         with plain_errors():
             settings = Settings(
                 seconds=seconds, latents=latents, variations=variations, temperature=temperature, top_p=top_p,
-                seed=seed, start_s=start_s, end_s=end_s,
+                steadiness=steadiness, seed=seed, start_s=start_s, end_s=end_s,
             )  # fmt: skip
             session.set_prompt(None if prompt is None else Path(prompt).read_bytes(), Path(prompt or "").name)
             yield from streamed(session, studio.generate(session, settings))
@@ -442,7 +452,7 @@ def _api(studio: Studio) -> None:
 
     call_generate.click(
         on_generate,
-        [prompt, seconds, latents, variations, temperature, top_p, seed, prompt_start, prompt_end],
+        [prompt, seconds, latents, variations, temperature, top_p, seed, prompt_start, prompt_end, steadiness],
         [progress, files],
         api_name="generate",
         **DEVICE,

@@ -39,8 +39,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from music_ar import decode_kernel, events, keyboard, recall
+from music_ar import decode_kernel, events, heard, keyboard, recall
 from music_ar.decode_kernel import FusedAttention
+from music_ar.heard import Heard
 from music_ar.keyboard import Keyboard
 from music_ar.linear import TransposedLinear, join_norms, replace_linears
 from music_ar.model import Block, PerceiverAR, Told, causal_attention
@@ -87,6 +88,7 @@ class DecodeState(NamedTuple):
         recent_BxL: the last tokens, `pending` last: what the convolution reads.
         keyboard: after `pending`; its time is what heads that count time go by.
         memory: the notes up to `pending`, for a model that recalls.
+        heard: what the piece has been made of up to `pending`.
         caches: keys and values of all tokens before `pending`.
         grammar: what may follow `pending`.
         steps_B: music made so far, in steps of 10 ms.
@@ -102,6 +104,7 @@ class DecodeState(NamedTuple):
     recent_BxL: Int[Array, "B L"]
     keyboard: Keyboard
     memory: Memory | None
+    heard: Heard
     caches: Caches
     grammar: events.GrammarState
     steps_B: Int[Array, " B"]
@@ -235,6 +238,7 @@ class Decoder:
             recent_BxL=jnp.asarray(tokens_BxP[:, P:]),
             keyboard=jax.tree.map(lambda leaf: jnp.asarray(leaf[:, -1]), told_BxP.keyboard),
             memory=jax.tree.map(jnp.asarray, memory),
+            heard=jax.tree.map(jnp.asarray, _stack([heard.after(prompt) for prompt in prompts])),
             caches=self._empty_caches(B, R, windows),
             grammar=jax.tree.map(jnp.asarray, _stack(grammars)),
             steps_B=jnp.zeros(B, jnp.int32),
@@ -463,7 +467,8 @@ def _decode_rows(
     def one_token(carry: tuple[Array, DecodeState, Array, Array]) -> tuple[Array, DecodeState, Array, Array]:
         index, state, tokens, nats = carry
         logits_BxV, state = step(model, state, fused=graph.fused, parts=parts)
-        allowed_BxV = jnp.where(drawable(state), logits_BxV, -jnp.inf)
+        steadied_BxV = heard.steadied(logits_BxV, state.heard, filters.steadiness)
+        allowed_BxV = jnp.where(drawable(state), steadied_BxV, -jnp.inf)
         age_B = state.clock_B - state.birth_B
         drawn_B = sample(jax.vmap(jax.random.fold_in)(state.keys_B, age_B), allowed_BxV, filters)
         drawn_logit_B = jnp.take_along_axis(logits_BxV, drawn_B[:, None], axis=1)[:, 0]
@@ -503,10 +508,13 @@ def _force_rows(
 def drawable(state: DecodeState) -> Bool[Array, "B V"]:
     """Which tokens may be drawn next: `events.playable_events`, or only releases where keys are `keyboard.overdue`.
 
-    Where a model forgets to let go of the pedal once, what it was trained on does not tell it to later on: without
-    this, dozens of notes would sound for half a minute (docs/evaluation.md).
+    Where nothing has sounded for long (`keyboard.paused`), no time shift may. Where a model forgets to let go of the
+    pedal once, what it was trained on does not tell it to later on: without this, dozens of notes would sound for half
+    a minute (docs/evaluation.md).
     """
     playable_BxV = events.playable_events(state.grammar, jnp)
+    paused_Bx1 = keyboard.paused(state.keyboard, state.grammar.held, jnp)[:, None]
+    playable_BxV &= ~(paused_Bx1 & events.is_shift(jnp.arange(playable_BxV.shape[1]))[None])
     overdue_Bx128 = keyboard.overdue(state.keyboard, state.grammar.held, jnp)
     before, behind = events.NOTE_OFF, playable_BxV.shape[1] - events.NOTE_OFF - events.PITCHES
     # None may follow a note-on that a prompt ends with; then they follow the next shift.
@@ -525,6 +533,7 @@ def take(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
         recent_BxL=jnp.concatenate([state.recent_BxL[:, 1:], token_B[:, None]], axis=1),
         keyboard=after,
         memory=memory,
+        heard=heard.advance(state.heard, token_B, after.velocity),
         grammar=events.advance(state.grammar, token_B, jnp),
         steps_B=state.steps_B + after.step - state.keyboard.step,
         ended_B=state.ended_B | (token_B == events.END),

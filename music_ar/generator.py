@@ -290,6 +290,7 @@ class Generator:
         top_k: int = 0,
         top_p: float = 0.97,
         min_p: float = 0.0,
+        steadiness: float = 0.25,
         seed: int | None = None,
         prompt_seconds: float | None = None,
         continuation_only: bool = False,
@@ -307,7 +308,9 @@ class Generator:
             latents=latents,
             speed=speed,
             mode=mode,
-            options=SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+            options=SamplingOptions(
+                temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, steadiness=steadiness
+            ),
             seed=seed,
             prompt_seconds=prompt_seconds,
             continuation_only=continuation_only,

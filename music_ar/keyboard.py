@@ -32,6 +32,8 @@ ROOM = 64
 """For a velocity bin beside a time or a pitch in one integer."""
 LONGEST_HOLD_STEPS = 800
 """What a key may be held for in what is made: 8 s, as 99.84 % of the notes of MAESTRO's train split are."""
+LONGEST_PAUSE_STEPS = 500
+"""How long nothing may sound in what is made: 5 s. MAESTRO's train split has a longer pause in two hours of three."""
 _FINGERS_STEPS = 200  # what fingers may hold on to when the pedal is released
 
 
@@ -107,6 +109,18 @@ def overdue(keyboard: Keyboard, held: Int[Any, "*B 128"], xp: Any = np) -> Bool[
     too_long = age >= LONGEST_HOLD_STEPS
     others = (age >= _FINGERS_STEPS) & ~too_long & too_long.any(axis=-1, keepdims=True)
     return xp.where(others.any(axis=-1, keepdims=True), others, too_long)
+
+
+def paused(keyboard: Keyboard, held: Int[Any, "*B 128"], xp: Any = np) -> Bool[Any, "*B"]:
+    """Whether nothing has sounded for `LONGEST_PAUSE_STEPS`, or since the beginning.
+
+    Args:
+        keyboard: the keyboard.
+        held: how often each key can be released, as `events.GrammarState` counts.
+        xp: the array module.
+    """
+    last_step = xp.maximum(keyboard.keys, 0).max(axis=-1) // (2 * ROOM)
+    return (held.sum(axis=-1) == 0) & (keyboard.step - last_step >= LONGEST_PAUSE_STEPS)
 
 
 def after_each(tokens: Integer[Any, "*B T"], onsets: int, xp: Any = np) -> Keyboard:

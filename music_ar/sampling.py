@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, then top-k, top-p and min-p, in this order.
+"""From logits to a token: steadiness (see `heard`), temperature, then top-k, top-p and min-p, in this order.
 
 The filters cut each kind of event by itself: note-ons, note-offs, time shifts, velocities, and the control tokens. How
 likely a kind is they leave alone. Cut together, rare kinds fall out where one is likely, and pieces come out slow and
@@ -34,12 +34,15 @@ class SamplingOptions:
             that kind's (Holtzman et al., arXiv 1904.09751, who know no kinds); 1 keeps all.
         min_p: of those, keep tokens at least min_p times as likely as the likeliest of their kind (Nguyen et al.,
             arXiv 2407.01082); 0 keeps all.
+        steadiness: how strongly a piece is held to the pitch classes and the loudness that it has had so far; 0 not at
+            all. See `heard`.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 0.97
     min_p: float = 0.0
+    steadiness: float = 0.25
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -50,6 +53,8 @@ class SamplingOptions:
             raise SamplingError(f"top_p must lie in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise SamplingError(f"min_p must lie in 0..1, got {self.min_p}")
+        if not 0 <= self.steadiness <= 1:
+            raise SamplingError(f"steadiness must lie in 0..1, got {self.steadiness}")
 
     def filters(self) -> "Filters":
         """The options as arrays, so that changing them compiles nothing anew."""
@@ -63,6 +68,7 @@ class Filters(NamedTuple):
     top_k: Int[Array, "*rows"]
     top_p: Float[Array, "*rows"]
     min_p: Float[Array, "*rows"]
+    steadiness: Float[Array, "*rows"]
 
     @classmethod
     def of_rows(cls, options: Sequence[SamplingOptions]) -> "Filters":
@@ -72,12 +78,14 @@ class Filters(NamedTuple):
             top_k=jnp.asarray(np.array([each.top_k or events.VOCABULARY_SIZE for each in options], np.int32)),
             top_p=jnp.asarray(np.array([each.top_p for each in options], np.float32)),
             min_p=jnp.asarray(np.array([each.min_p for each in options], np.float32)),
+            steadiness=jnp.asarray(np.array([each.steadiness for each in options], np.float32)),
         )
 
 
 def filter_logits(logits_BxV: Float[Array, "B V"], filters: Filters) -> Float[Array, "B V"]:
     """Logits divided by the temperature, -inf for tokens that are filtered out. A kind's likeliest always stays."""
-    temperature, top_k, top_p, min_p = (option.reshape(-1, 1, 1) for option in filters)  # [1, 1, 1], or [B, 1, 1]
+    # [1, 1, 1], or [B, 1, 1]
+    temperature, top_k, top_p, min_p, _ = (option.reshape(-1, 1, 1) for option in filters)
     # A temperature of 0 is the limit: the likeliest stays, everything else is infinitely far below it.
     kinds = jnp.split(logits_BxV, [start for start in events.KIND_STARTS if start < logits_BxV.shape[1]], axis=1)
     W = max(kind.shape[1] for kind in kinds)

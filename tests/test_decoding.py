@@ -13,7 +13,7 @@ import pytest
 from conftest import noisy_model
 from flax import nnx
 
-from music_ar import decoding, events
+from music_ar import decoding, events, heard
 from music_ar.decoding import Decoder
 from music_ar.model import PRESETS
 from music_ar.sampling import SamplingOptions
@@ -350,6 +350,42 @@ def test_releases_that_are_due_obey_the_grammar_and_reach_keys_that_were_struck_
     np.testing.assert_array_equal(decoding.drawable(state)[1], events.playable_events(grammar))
     state, _ = decoder.force(start(decoder, [ends_with_a_note], seeds=[0]), np.array([[events.TIME_SHIFT]], np.int32))
     np.testing.assert_array_equal(np.flatnonzero(decoding.drawable(state)[0]), [off + 40])
+
+
+def test_after_five_seconds_of_silence_time_goes_on_with_a_note_alone(decoder):
+    on, off, rest = events.NOTE_ON, events.NOTE_OFF, events.TIME_SHIFT + 99
+    played = [events.START, rest, events.VELOCITY + 15, on + 40, rest, off + 40]
+    before = np.array([*played, *[rest] * 4], np.int32)
+    after, held = np.array([*played, *[rest] * 5], np.int32), np.array([*played[:-1], *[rest] * 5], np.int32)
+    begins = np.array([events.START, *[rest] * 5], np.int32)
+    state = start(decoder, [before, after, held, begins], seeds=range(4))
+    for row, prompt, paused in zip(decoding.drawable(state), (before, after, held, begins), (0, 1, 0, 1), strict=True):
+        playable = events.playable_events(events.grammar_after(prompt))
+        assert playable[events.TIME_SHIFT : events.VELOCITY].all()
+        if paused:
+            playable[events.TIME_SHIFT : events.VELOCITY] = False
+        np.testing.assert_array_equal(row, playable)
+        assert row[events.VELOCITY]
+    _, tokens = decoder.decode(state, FILTERS, length=1)
+    assert not events.is_shift(np.asarray(tokens)[[1, 3]]).any()
+
+
+def test_what_was_heard_is_kept_and_a_piece_is_held_to_it(decoder):
+    """Of a prompt in C alone, and of what is made after it, which at a great steadiness is mostly C."""
+    a_note = [60, events.TIME_SHIFT + 20, events.NOTE_OFF + 60]
+    prompt = np.array([events.START, events.VELOCITY + 15, *a_note * 400], np.int32)
+    in_c = {}
+    for steadiness in (0.0, 1.0):
+        filters = SamplingOptions(top_p=1.0, steadiness=steadiness).filters()
+        state, tokens = decoder.decode(start(decoder, [prompt] * 4, seeds=range(4)), filters, length=64)
+        tokens = np.asarray(tokens)
+        for row in range(4):
+            whole = heard.after(np.concatenate([prompt, tokens[row]]))
+            jax.tree.map(lambda of, all, row=row: np.testing.assert_array_equal(of, all[row]), whole, state.heard)
+        notes = tokens[events.is_on(tokens)]
+        assert len(notes) > 20
+        in_c[steadiness] = np.mean(notes % 12 == 0)
+    assert in_c[1.0] > 2 * in_c[0.0]
 
 
 def test_another_budget_within_a_ring_compiles_nothing_anew(decoder):

@@ -102,6 +102,8 @@ def test_changed_options_compile_nothing_anew():
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"min_p": 2.0},
+        {"steadiness": -0.1},
+        {"steadiness": 1.5},
     ],
 )
 def test_options_out_of_range_are_refused(options):
