@@ -1,6 +1,6 @@
-"""Which sampling settings make music most like real music: temperatures and top-p, from nothing or from prompts.
+"""Which sampling settings make music most like real music: temperature, top-p, steadiness; from nothing or prompts.
 
-    python benchmarks/sampling.py data/maestro [--temperatures 0.9 1.0 1.1] [--top-ps 0.95 0.97 1.0] [--output DIR]
+    python benchmarks/sampling.py data/maestro [--temperatures 0.9 1] [--top-ps 0.95 0.97] [--steadiness 0 0.25]
 
 Pieces of all settings have the same seeds. For each setting: the distances to the validation split over those between
 real pieces (see `music_ar.comparison`), as a geometric mean and the largest; and the longest run of notes, apart from
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="default: the shipped one")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.9, 1.0, 1.1])
     parser.add_argument("--top-ps", type=float, nargs="+", default=[0.95, 0.97, 1.0])
+    parser.add_argument("--steadiness", type=float, nargs="+", default=[SamplingOptions().steadiness])
     parser.add_argument("--pieces", type=int, default=16, help="of each setting")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--prompt-seconds", type=float, default=0.0, help="go on from so much of validation pieces")
@@ -45,26 +46,26 @@ def main() -> None:
     validation = Pieces.open(arguments.data, "validation").tokens
     real = excerpts(validation, arguments.prompt_seconds, arguments.seconds)
     prompts = excerpts(validation, 0.0, arguments.prompt_seconds) if arguments.prompt_seconds else [None]
-    settings = list(itertools.product(arguments.temperatures, arguments.top_ps))
+    settings = list(itertools.product(arguments.temperatures, arguments.top_ps, arguments.steadiness))
     requests = [
         Request(
             prompt=prompts[spread(seed, arguments.pieces, len(prompts))],
             seconds=arguments.seconds,
             latents=arguments.latents,
-            options=SamplingOptions(temperature=temperature, top_p=top_p),
+            options=SamplingOptions(temperature=temperature, top_p=top_p, steadiness=steadiness),
             seed=seed,
             continuation_only=True,
-            tag=(temperature, top_p),
+            tag=(temperature, top_p, steadiness),
         )
-        for temperature, top_p in settings
+        for temperature, top_p, steadiness in settings
         for seed in range(arguments.pieces)
     ]
     began = time.perf_counter()
-    made: dict[tuple[float, float], list[Piece]] = defaultdict(list)
+    made: dict[tuple[float, ...], list[Piece]] = defaultdict(list)
     for piece in Generator.from_pretrained(arguments.checkpoint).generate_many(requests):
         made[piece.request.tag].append(piece)
         if arguments.output is not None:
-            folder = arguments.output / "t{}-p{}".format(*piece.request.tag)
+            folder = arguments.output / "t{}-p{}-s{}".format(*piece.request.tag)
             folder.mkdir(parents=True, exist_ok=True)
             write_midi(piece.continuation, folder / f"{piece.request.seed:04}.mid")
     spent_s = time.perf_counter() - began
@@ -81,6 +82,7 @@ def main() -> None:
             {
                 "temperature": setting[0],
                 "top_p": setting[1],
+                "steadiness": setting[2],
                 "mean_ratio": float(np.exp(np.mean(np.log(list(ratios.values()))))),
                 "largest_ratio": ratios[farthest],
                 "largest": farthest,

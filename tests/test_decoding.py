@@ -352,12 +352,12 @@ def test_releases_that_are_due_obey_the_grammar_and_reach_keys_that_were_struck_
     np.testing.assert_array_equal(np.flatnonzero(decoding.drawable(state)[0]), [off + 40])
 
 
-def test_after_five_seconds_of_silence_time_goes_on_with_a_note_alone(decoder):
+def test_after_three_seconds_of_silence_time_goes_on_with_a_note_alone(decoder):
     on, off, rest = events.NOTE_ON, events.NOTE_OFF, events.TIME_SHIFT + 99
     played = [events.START, rest, events.VELOCITY + 15, on + 40, rest, off + 40]
-    before = np.array([*played, *[rest] * 4], np.int32)
-    after, held = np.array([*played, *[rest] * 5], np.int32), np.array([*played[:-1], *[rest] * 5], np.int32)
-    begins = np.array([events.START, *[rest] * 5], np.int32)
+    before = np.array([*played, *[rest] * 2], np.int32)
+    after, held = np.array([*played, *[rest] * 3], np.int32), np.array([*played[:-1], *[rest] * 3], np.int32)
+    begins = np.array([events.START, *[rest] * 3], np.int32)
     state = start(decoder, [before, after, held, begins], seeds=range(4))
     for row, prompt, paused in zip(decoding.drawable(state), (before, after, held, begins), (0, 1, 0, 1), strict=True):
         playable = events.playable_events(events.grammar_after(prompt))
