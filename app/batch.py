@@ -87,8 +87,8 @@ class Render:
         top_k: of each kind of event keep only so many of the likeliest; 0 keeps all.
         top_p: of each kind of event keep the likeliest that together have this share of it; 1 keeps all.
         min_p: keep only events at least this likely, relative to the likeliest of their kind; 0 keeps all.
-        steadiness: how closely a piece keeps to the pitch classes and the loudness it has had so far: from 0, not at
-            all, to 1.
+        steadiness: from 0, not at all, to 1: how closely a piece keeps to the pitch classes and registers it has had so
+            far, and to usual loudness and, the longer it is, its own.
         seed: of each prompt's first variation.
         audio: also write each piece as sound, tagged with title, seed and model.
         batch_size: pieces at once; by default 16 on a CPU, elsewhere what the memory holds. The music depends on it.
@@ -545,10 +545,9 @@ def _request(task: Task, stdin: bytes | None) -> "Request":
     from music_ar.sampling import SamplingOptions
 
     settings = task.settings
-    names = ("temperature", "top_k", "top_p", "min_p", "steadiness")
     return Request(
         prompt=stdin if task.prompt == "-" else task.prompt,
-        options=SamplingOptions(**{name: settings[name] for name in names}),
+        options=SamplingOptions.of(settings),
         seed=task.seed,
         tag=task,
         prompt_seconds=settings["prompt_seconds"] if task.prompt is not None else None,

@@ -125,8 +125,8 @@ class Generate:
         top_k: of each kind of event keep only so many of the likeliest; 0 keeps all.
         top_p: of each kind of event keep the likeliest that together have this share of it; 1 keeps all.
         min_p: keep only events at least this likely, relative to the likeliest of their kind; 0 keeps all.
-        steadiness: how closely a piece keeps to the pitch classes and the loudness it has had so far: from 0, not at
-            all, to 1.
+        steadiness: from 0, not at all, to 1: how closely a piece keeps to the pitch classes and registers it has had so
+            far, and to usual loudness and, the longer it is, its own.
         seed: the same seed gives the same piece; by default a new one, which is told.
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name).
     """
@@ -158,8 +158,7 @@ class Generate:
         from music_ar.sampling import SamplingOptions
 
         check_writable(self.output)
-        names = ("temperature", "top_k", "top_p", "min_p", "steadiness")
-        options = SamplingOptions(**{name: getattr(self, name) for name in names})
+        options = SamplingOptions.of(vars(self))
         prompt = None if self.prompt is None else read_performance(self.prompt)
         began_s, first_s, chunk = time.monotonic(), None, None
         with ProgressLine("loading the model") as line:

@@ -114,8 +114,7 @@ class Settings:
 
     def sampling(self) -> SamplingOptions:
         """How tokens are drawn."""
-        names = ("temperature", "top_p", "top_k", "min_p", "steadiness")
-        return SamplingOptions(**{name: getattr(self, name) for name in names})
+        return SamplingOptions.of(vars(self))
 
 
 def _read(name: str, value: Any) -> Any:

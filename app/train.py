@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
+import numpy as np
 import tyro
 
 from app.console import CommandError, ProgressLine, clock
@@ -16,8 +17,6 @@ from data_pipeline.prepare import Manifest
 from music_ar.recipe import TrainingConfig
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from data_pipeline.loader import Pieces
     from music_ar.model import ModelConfig, PerceiverAR
     from music_ar.training import Batches, Progress
@@ -38,8 +37,8 @@ class Train:
         output: folder of the run.
         preset: size of the model: small, small-decoder or tiny.
         start: train on from this model, in place of random weights of `preset`: the name of a shipped checkpoint, or a
-            folder such as the model/ of another run. Rates half as high, --matrix-learning-rate 0.015 --learning-rate
-            0.001, keep more of what it knows.
+            folder such as the model/ of another run. Lower rates, such as --matrix-learning-rate 0.012 --learning-rate
+            0.0008, keep more of what it knows.
         teacher: models whose mean prediction the model learns beside the tokens: names of shipped checkpoints, or
             folders such as the model/ of other runs.
         out_of_fold: the teachers have each been trained without a fold of this data, the first without the first, and
@@ -50,7 +49,8 @@ class Train:
             the piece itself as often as all of them.
         workers: processes that prepare batches; for contexts so long that one core cannot keep up with the device.
         resume: go on from the newest state in `output`.
-        augment: whether to transpose and stretch the pieces, but for the run's `final_fraction`.
+        augment: whether to transpose and stretch the pieces, but for the run's `final_fraction`, in which there are no
+            variations either.
         training: how to train.
         augmentation: how far to transpose and stretch.
     """
@@ -113,7 +113,7 @@ class Train:
         from data_pipeline.variation import VIEW_SIZE
         from music_ar.checkpoint import load_released, save_released
         from music_ar.evaluation import calibrated
-        from music_ar.model import PRESETS, PerceiverAR, parameter_count
+        from music_ar.model import PRESETS, PerceiverAR, parameter_count, with_views
         from music_ar.training import fit
 
         if self.preset not in PRESETS:
@@ -125,13 +125,13 @@ class Train:
             fresh = replace(PRESETS[self.preset], view_size=VIEW_SIZE)
             model = PerceiverAR(fresh, rngs=nnx.Rngs(self.training.seed))
         else:
-            model = load_released(self.start)
+            model = with_views(load_released(self.start), VIEW_SIZE)
         device = jax.devices()[0].device_kind
         targets = sum(part.targets for part in played)
         title = f"{parameter_count(model):,} parameters, {targets:,} tokens, {jax.device_count()} x {device}"
         config, seed = model.config, self.training.seed
         batches = self._batches(config, self._varied(played), self.augmentation if self.augment else None, seed)
-        final = self._batches(config, played, None, seed + 1) if self.augment else None
+        final = self._batches(config, played, None, seed + 1) if self.augment or self.variations else None
         with ProgressLine(title) as line:
             fitted = fit(
                 model,
@@ -168,8 +168,12 @@ class Train:
 
     def _varied(self, parts: "list[Pieces]") -> "list[Pieces]":
         """Each part with its variations, and with its pieces as often as these."""
-        seeds = range(self.variations)
-        return [part.join([*[part] * max(1, self.variations), *map(part.varied, seeds)]) for part in parts]
+        rng = np.random.default_rng(self.training.seed)
+        seeds = rng.integers(2**32, size=(len(parts), self.variations)).tolist()
+        return [
+            part.join([*[part] * max(1, self.variations), *map(part.varied, of_part)])
+            for part, of_part in zip(parts, seeds, strict=True)
+        ]
 
     def _description(self, manifest: Manifest, parts: "list[Pieces]") -> dict[str, Any]:
         """What the model learns from, so that a run is not resumed with other data, folds or teachers."""

@@ -193,7 +193,7 @@ def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
                     value=default.steadiness,
                     step=0.05,
                     label="Steadiness",
-                    info="Higher: keeps to its key and its loudness. Lower: wanders.",
+                    info="Higher: keeps to its key, its register and usual loudness. Lower: wanders.",
                 )
                 load = gr.UploadButton("Load settings (settings.json)", file_types=[".json"], size="sm")
             with gr.Row():

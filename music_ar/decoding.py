@@ -508,9 +508,9 @@ def _force_rows(
 def drawable(state: DecodeState) -> Bool[Array, "B V"]:
     """Which tokens may be drawn next: `events.playable_events`, or only releases where keys are `keyboard.overdue`.
 
-    Where nothing has sounded for long (`keyboard.paused`), no time shift may. Where a model forgets to let go of the
-    pedal once, what it was trained on does not tell it to later on: without this, dozens of notes would sound for half
-    a minute (docs/evaluation.md).
+    Where a model forgets to let go of the pedal once, what it was trained on does not tell it to later on: without
+    this, dozens of notes would sound for half a minute (docs/evaluation.md). And where nothing has sounded for long
+    (`keyboard.paused`), no time shift may be drawn.
     """
     playable_BxV = events.playable_events(state.grammar, jnp)
     paused_Bx1 = keyboard.paused(state.keyboard, state.grammar.held, jnp)[:, None]

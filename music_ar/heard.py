@@ -5,7 +5,8 @@ reads it, and the next ones follow it. After a minute a piece shares less with i
 loudness and register have gone anywhere (docs/evaluation.md). So what is likely is weighed by how much of it the piece
 has had, to the power of a strength: a note-on by the share of its pitch class, and less so by that of the pitches
 around it; a velocity by the share of about as loud notes. What is usual in piano music counts as heard before the
-first note. How likely a note-on or a velocity is at all does not change.
+first note, of velocities so much of it that a piece turns to its own loudness after a minute or two: real pieces that
+begin softly do not stay soft. How likely a note-on or a velocity is at all does not change, before the grammar.
 
 Dimension key, beside that of `sampling.py`: P pitches, L velocity bins.
 """

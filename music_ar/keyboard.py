@@ -33,7 +33,7 @@ ROOM = 64
 LONGEST_HOLD_STEPS = 800
 """What a key may be held for in what is made: 8 s, as 99.84 % of the notes of MAESTRO's train split are."""
 LONGEST_PAUSE_STEPS = 300
-"""How long nothing may sound in what is made: 3 s. Of the pieces of MAESTRO's train split, 3.5 % pause for longer within
+"""How long nothing may sound in what is made: 3 s. Of the pieces of MAESTRO's train split, 3.5 % pause for longer in
 their first two minutes."""
 _FINGERS_STEPS = 200  # what fingers may hold on to when the pedal is released
 

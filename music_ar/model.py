@@ -557,6 +557,21 @@ def _attend_context(
     return block.add(x_BxNxD, _take(causal_attention(q_BxSxHxK, k, v), rows.latent_BxN), dropout)
 
 
+def with_views(model: PerceiverAR, view_size: int) -> PerceiverAR:
+    """The model, told views of this size: itself if it is, or one that computes the same until it is trained.
+
+    Raises:
+        ValueError: it is told views of another size.
+    """
+    if model.config.view_size == view_size:
+        return model
+    if model.config.view_size:
+        raise ValueError(f"expected a model without views or with {view_size} numbers, got {model.config.view_size}")
+    told = PerceiverAR(dataclasses.replace(model.config, view_size=view_size), rngs=nnx.Rngs(0), dtype=model.dtype)
+    nnx.update(told, nnx.state(model, nnx.Param))
+    return told
+
+
 def parameter_count(model: PerceiverAR) -> int:
     """Number of parameters of a model."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

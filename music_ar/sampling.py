@@ -8,8 +8,8 @@ Dimension key: B rows, V vocabulary, C kinds, W the size of the largest.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +28,14 @@ class SamplingOptions:
     """How a token is drawn.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token always.
+        temperature: divides the logits; 0 takes the likeliest token always, as steadiness leaves them.
         top_k: keep the k likeliest tokens of each kind of event; 0 keeps all.
         top_p: of those, keep the likeliest whose probabilities before them, of their kind, sum to less than p of
             that kind's (Holtzman et al., arXiv 1904.09751, who know no kinds); 1 keeps all.
         min_p: of those, keep tokens at least min_p times as likely as the likeliest of their kind (Nguyen et al.,
             arXiv 2407.01082); 0 keeps all.
-        steadiness: how strongly a piece is held to the pitch classes and the loudness that it has had so far; 0 not at
-            all. See `heard`.
+        steadiness: how strongly a piece is held to the pitch classes and registers that it has had so far, and to usual
+            loudness and, the longer it is, its own; 0 not at all. See `heard`.
     """
 
     temperature: float = 1.0
@@ -55,6 +55,11 @@ class SamplingOptions:
             raise SamplingError(f"min_p must lie in 0..1, got {self.min_p}")
         if not 0 <= self.steadiness <= 1:
             raise SamplingError(f"steadiness must lie in 0..1, got {self.steadiness}")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "SamplingOptions":
+        """Those among other settings, all of which must be told."""
+        return cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls)})
 
     def filters(self) -> "Filters":
         """The options as arrays, so that changing them compiles nothing anew."""

@@ -1,5 +1,6 @@
 """Sampling: each filter by a case worked out by hand, and what sampling promises."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,6 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from app.batch import _JOB_KEYS, Render
+from app.cli import Generate
+from app.evaluate import Evaluate
+from app.report import DRAWN_BY
+from app.studio import Settings
 from music_ar import events
 from music_ar.sampling import SamplingError, SamplingOptions, filter_logits, sample
 
@@ -127,3 +133,19 @@ def test_a_kind_that_may_not_come_stays_away():
     kept = np.isfinite(np.asarray(filter_logits(logits, SamplingOptions(top_p=0.5).filters())[0]))
     assert not kept[events.NOTE_OFF : events.TIME_SHIFT].any()
     assert kept[: events.NOTE_OFF].all()  # equally likely ones stay together
+
+
+CHOSEN: dict[str, Any] = {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.1, "steadiness": 0.6}
+
+
+def test_what_is_chosen_anywhere_is_what_tokens_are_drawn_by(tmp_path):
+    options = SamplingOptions(**CHOSEN)
+    assert set(CHOSEN) == {field.name for field in dataclasses.fields(SamplingOptions)}
+    assert SamplingOptions.of(vars(Generate(output=tmp_path / "a.mid", **CHOSEN))) == options
+    assert Settings(**CHOSEN).sampling() == options
+    assert set(CHOSEN) <= set(_JOB_KEYS)
+    assert set(DRAWN_BY) <= {field.name for field in dataclasses.fields(Evaluate)} & set(CHOSEN)
+    for command in (Generate, Render, Evaluate, Settings):
+        defaults = {field.name: field.default for field in dataclasses.fields(command) if field.name in CHOSEN}
+        assert defaults.items() <= vars(SamplingOptions()).items()
+        assert len(defaults) >= 4
