@@ -232,7 +232,8 @@ def make_train_step(
         else:
             models = [nnx.merge(*teacher) for teacher in zip(teacher_graphs, teachers, strict=True)]
         count = len(models) if out_of_fold else 1
-        cut = [{name: jnp.split(array, count)[number] for name, array in part.items()} for number in range(count)]
+        pieces = {name: jnp.split(array, count) for name, array in part.items()}
+        cut = [{name: of[number] for name, of in pieces.items()} for number in range(count)]
         chances = [
             jax.nn.softmax(model(own["tokens"][:, :-1][:, -model.config.window :], **seen(model, own), **window))
             for model, own in zip(models, cut if out_of_fold else cut * len(models), strict=True)
