@@ -23,6 +23,7 @@ import platformdirs
 import tyro
 
 from app.console import CommandError, ProgressLine, check_writable, clock, print_table
+from music_ar.machine import usable_cores
 
 if TYPE_CHECKING:
     from music_ar.midi import Performance
@@ -398,7 +399,7 @@ def cpu_devices(*, many_rows: bool = False) -> int:
     """
     major, minor = map(int, metadata.version("jax").split(".")[:2])
     cores = 2 if (major, minor) >= (0, 12) and not many_rows else 1
-    return max(1, min(_MOST_CPU_DEVICES, (os.cpu_count() or 1) // cores))
+    return max(1, min(_MOST_CPU_DEVICES, usable_cores() // cores))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,10 +35,11 @@ class Train:
     Attributes:
         data: folder that `music-ar prepare` wrote.
         output: folder of the run.
-        preset: size of the model: small, small-decoder or tiny.
+        preset: size of the model: small, medium, small-decoder or tiny.
         start: train on from this model, in place of random weights of `preset`: the name of a shipped checkpoint, or a
             folder such as the model/ of another run. Lower rates, such as --matrix-learning-rate 0.012 --learning-rate
             0.0008, keep more of what it knows.
+        grow: first make the model of `start` as large as this preset, computing the same: small or medium.
         teacher: models whose mean prediction the model learns beside the tokens: names of shipped checkpoints, or
             folders such as the model/ of other runs.
         out_of_fold: the teachers have each been trained without a fold of this data, the first without the first, and
@@ -59,6 +60,7 @@ class Train:
     output: Path
     preset: str = "small"
     start: str | None = None
+    grow: str | None = None
     teacher: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = ()
     out_of_fold: bool = False
     folds: int | None = None
@@ -89,6 +91,8 @@ class Train:
                 raise CommandError(f"--folds must be at least 2; got {self.folds}")
             if not 1 <= self.without_fold <= self.folds:
                 raise CommandError(f"--without-fold must lie in 1..{self.folds}; got {self.without_fold}")
+        if self.grow is not None and self.start is None:
+            raise CommandError("--grow needs --start, the model that grows")
         if self.variations < 0:
             raise CommandError(f"--variations must be at least 0; got {self.variations}")
         if self.out_of_fold:
@@ -113,11 +117,13 @@ class Train:
         from data_pipeline.variation import VIEW_SIZE
         from music_ar.checkpoint import load_released, save_released
         from music_ar.evaluation import calibrated
-        from music_ar.model import PRESETS, PerceiverAR, parameter_count, with_views
+        from music_ar.growth import grown
+        from music_ar.model import PRESETS, PerceiverAR, parameter_count
         from music_ar.training import fit
 
-        if self.preset not in PRESETS:
-            raise CommandError(f"--preset must be one of {', '.join(PRESETS)}; got {self.preset}")
+        for option, preset in (("preset", self.preset), ("grow", self.grow)):
+            if preset is not None and preset not in PRESETS:
+                raise CommandError(f"--{option} must be one of {', '.join(PRESETS)}; got {preset}")
         manifest, played = Manifest.load(self.data), self._parts(Pieces.open(self.data, "train"))
         # Of one's own data there may be none.
         held_out = Pieces.open(self.data, "validation").tokens if manifest.splits["validation"].pieces else []
@@ -125,7 +131,12 @@ class Train:
             fresh = replace(PRESETS[self.preset], view_size=VIEW_SIZE)
             model = PerceiverAR(fresh, rngs=nnx.Rngs(self.training.seed))
         else:
-            model = with_views(load_released(self.start), VIEW_SIZE)
+            model = load_released(self.start)
+            sizes = model.config if self.grow is None else PRESETS[self.grow]
+            try:
+                model = grown(model, replace(sizes, view_size=VIEW_SIZE), rngs=nnx.Rngs(self.training.seed))
+            except ValueError as error:
+                raise CommandError(f"--start {self.start}: {error}") from error
         device = jax.devices()[0].device_kind
         targets = sum(part.targets for part in played)
         title = f"{parameter_count(model):,} parameters, {targets:,} tokens, {jax.device_count()} x {device}"

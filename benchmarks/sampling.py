@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--top-ps", type=float, nargs="+", default=[0.95, 0.97, 1.0])
     parser.add_argument("--steadiness", type=float, nargs="+", default=[SamplingOptions().steadiness])
     parser.add_argument("--pieces", type=int, default=16, help="of each setting")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the pieces of a setting")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--prompt-seconds", type=float, default=0.0, help="go on from so much of validation pieces")
     parser.add_argument("--latents", type=int, default=1024)
@@ -49,16 +50,16 @@ def main() -> None:
     settings = list(itertools.product(arguments.temperatures, arguments.top_ps, arguments.steadiness))
     requests = [
         Request(
-            prompt=prompts[spread(seed, arguments.pieces, len(prompts))],
+            prompt=prompts[spread(number, arguments.pieces, len(prompts))],
             seconds=arguments.seconds,
             latents=arguments.latents,
             options=SamplingOptions(temperature=temperature, top_p=top_p, steadiness=steadiness),
-            seed=seed,
+            seed=arguments.first_seed + number,
             continuation_only=True,
             tag=(temperature, top_p, steadiness),
         )
         for temperature, top_p, steadiness in settings
-        for seed in range(arguments.pieces)
+        for number in range(arguments.pieces)
     ]
     began = time.perf_counter()
     made: dict[tuple[float, ...], list[Piece]] = defaultdict(list)

@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data_pipeline.maestro import SPLITS, DatasetError, MidiFiles, read_table
 from music_ar.events import END, FINGERPRINT, START, EventError, encode
 from music_ar.files import write_atomically
+from music_ar.machine import usable_cores
 from music_ar.midi import MidiError, read_midi
 
 MANIFEST_NAME = "manifest.json"
@@ -351,7 +352,7 @@ def _encode_all(
 
 
 def _map_files(files: MidiFiles, paths: Mapping[str, str], workers: int | None) -> Iterator[_Encoded]:
-    workers = min(workers or _usable_cores(), -(-len(paths) // _CHUNK))
+    workers = min(workers or usable_cores(), -(-len(paths) // _CHUNK))
     if workers <= 1:
         yield from (_encode_file(files, name, path) for name, path in paths.items())
         return
@@ -366,12 +367,6 @@ def _map_files(files: MidiFiles, paths: Mapping[str, str], workers: int | None) 
             yield from pool.map(_encode_in_worker, paths.keys(), paths.values(), chunksize=_CHUNK)
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # fewer than cpu_count in a container or under taskset; not on every platform
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

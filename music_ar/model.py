@@ -163,7 +163,9 @@ _SMALL = ModelConfig(
 PRESETS: dict[str, ModelConfig] = {
     # About 22 million parameters, in few layers, since each costs time when decoding.
     "small": _SMALL,
-    # The control: a decoder-only Transformer of the same size.
+    # About 55 million; `small` can grow into it (see `growth`).
+    "medium": dataclasses.replace(_SMALL, width=768, layers=10, heads=12, kv_heads=3, hidden=2048),
+    # The control: a decoder-only Transformer of the same size as `small`.
     "small-decoder": dataclasses.replace(_SMALL, context=2048, latents=2048),
     # For tests and first tries on a CPU.
     "tiny": ModelConfig(
@@ -555,21 +557,6 @@ def _attend_context(
     """A cross block: the latents' queries are put among the S rows, so that attention is square and causal."""
     q_BxSxHxK = _put(block.queries(x_BxNxD, positions_BxNxP), rows.latent_BxN, k.shape[1])
     return block.add(x_BxNxD, _take(causal_attention(q_BxSxHxK, k, v), rows.latent_BxN), dropout)
-
-
-def with_views(model: PerceiverAR, view_size: int) -> PerceiverAR:
-    """The model, told views of this size: itself if it is, or one that computes the same until it is trained.
-
-    Raises:
-        ValueError: it is told views of another size.
-    """
-    if model.config.view_size == view_size:
-        return model
-    if model.config.view_size:
-        raise ValueError(f"expected a model without views or with {view_size} numbers, got {model.config.view_size}")
-    told = PerceiverAR(dataclasses.replace(model.config, view_size=view_size), rngs=nnx.Rngs(0), dtype=model.dtype)
-    nnx.update(told, nnx.state(model, nnx.Param))
-    return told
 
 
 def parameter_count(model: PerceiverAR) -> int:

@@ -134,10 +134,10 @@ def token_loss(
     return loss + z_loss * mean(jnp.square(jax.nn.logsumexp(logits_BxNxV, axis=-1))), nats
 
 
-def build_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
+def build_optimizer(config: TrainingConfig, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """Clipping, then Muon on the matrices and AdamW on the rest, or AdamW alone, at peak rates.
 
-    Beside Muon, AdamW has Nesterov's momentum too, as Optax builds it.
+    Beside Muon, AdamW has Nesterov's momentum too, as Optax builds it. The devices of a mesh share the matrices out.
     """
     if config.optimizer == "adamw":
         decayed = {"matrices": True, "rest": False}
@@ -150,7 +150,7 @@ def build_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
             adam_b2=0.99,
             muon_weight_dimension_numbers=_muon_dimensions,
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), _grouped(rule))
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), _grouped(rule, mesh))
 
 
 def _muon_dimensions(grouped: Any) -> Any:
@@ -161,11 +161,12 @@ def _muon_dimensions(grouped: Any) -> Any:
     }
 
 
-def _grouped(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+def _grouped(rule: optax.GradientTransformation, mesh: Mesh | None) -> optax.GradientTransformation:
     """Shows `rule` the parameters as {"matrices": {shape: [count, in, out]}, "rest": {path: leaf}}.
 
     Matrices of one shape are stacked, so that Muon's iteration runs as a few batched products, not as a
-    thousand small ones. Embedding and head are no matrices here: their rows are classes, not features.
+    thousand small ones, and each device of a mesh works on its share of every stack, filled up with zeros.
+    Embedding and head are no matrices here: their rows are classes, not features.
     """
 
     def group(tree: Any) -> dict[str, dict[str, Array]]:
@@ -189,9 +190,26 @@ def _grouped(rule: optax.GradientTransformation) -> optax.GradientTransformation
         ]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
+    def share(tree: Any) -> Any:
+        if mesh is None or mesh.size == 1:
+            return tree
+        devices, split = mesh.size, NamedSharding(mesh, PartitionSpec("data"))
+
+        def shared(leaf: Array) -> Array:
+            if leaf.ndim < 3:  # no stack
+                return leaf
+            filled = jnp.pad(leaf, ((0, -leaf.shape[0] % devices), (0, 0), (0, 0)))
+            return jax.lax.with_sharding_constraint(filled, split)
+
+        return jax.tree.map(shared, tree)
+
+    def cut(tree: Any, like: Any) -> Any:
+        return jax.tree.map(lambda leaf, full: leaf[: full.shape[0]] if full.ndim == 3 else leaf, tree, like)
+
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        grouped, state = rule.update(group(updates), state, group(params))
-        return ungroup(grouped, updates), state
+        grouped = group(updates)
+        new, new_state = rule.update(share(grouped), share(state), share(group(params)))
+        return ungroup(cut(new, grouped), updates), cut(new_state, state)
 
     return optax.GradientTransformation(lambda params: rule.init(group(params)), update)
 
@@ -382,7 +400,7 @@ def fit(
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     graph, params = nnx.split(model, nnx.Param)
     split_teachers = [nnx.split(teacher, nnx.Param) for teacher in teachers]
-    optimizer = build_optimizer(config)
+    optimizer = build_optimizer(config, mesh)
     train_step = make_train_step(
         graph, config, optimizer, mesh, [teacher for teacher, _ in split_teachers], out_of_fold=out_of_fold
     )

@@ -1,6 +1,7 @@
 """The command line, in this process: what it prints, what it refuses, and with which exit code."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -328,12 +329,22 @@ def test_the_version_is_told(capsys):
     assert output[0].isdigit()
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="not on this platform")
+def test_cores_are_those_that_may_be_used():
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert cli.cpu_devices(many_rows=True) == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 @pytest.mark.parametrize(
     ("jax", "cores", "devices"),
     [("0.10.2", 2, 2), ("0.12.0", 2, 1), ("0.12.1", 7, 3), ("1.0.0", 64, 16), ("0.12.0", 1, 1)],
 )
 def test_a_cpu_is_as_many_devices_as_pay(monkeypatch, jax, cores, devices):
     monkeypatch.setattr(cli.metadata, "version", {"jax": jax}.__getitem__)
-    monkeypatch.setattr(cli.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(cli, "usable_cores", lambda: cores)
     assert cli.cpu_devices() == devices
     assert cli.cpu_devices(many_rows=True) == min(cores, 16)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from reference_model import reference
 
 from music_ar import events, keyboard
-from music_ar.model import PRESETS, ModelConfig, PerceiverAR, causal_attention, parameter_count, rotate, with_views
+from music_ar.model import PRESETS, ModelConfig, PerceiverAR, causal_attention, parameter_count, rotate
 
 M, N = 16, 8
 CONFIG = ModelConfig(
@@ -200,17 +200,6 @@ def test_a_view_is_heard_and_music_as_it_is_needs_none():
     told = model(tokens, view_BxC=jnp.array([[0.0, 0, 0], [0, 1, 0]]))
     np.testing.assert_allclose(told[0], plain[0], atol=1e-5)
     assert (jnp.abs(told[1] - plain[1]).max(axis=-1) > 1e-3).all()  # at each latent
-
-
-def test_a_model_learns_of_views_without_changing():
-    model = noisy_model(CONFIG)
-    told = with_views(model, 3)
-    assert told.config == dataclasses.replace(CONFIG, view_size=3)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, events.EVENT_CLASSES, (2, M), np.int32))
-    np.testing.assert_array_equal(told(tokens, view_BxC=jnp.ones((2, 3))), model(tokens))
-    assert with_views(told, 3) is told
-    with pytest.raises(ValueError, match="with 4 numbers, got 3"):
-        with_views(told, 4)
 
 
 def test_hiding_inputs_keeps_gradients_in_bounds():

@@ -116,6 +116,20 @@ def test_training_goes_on_from_another_model(capsys, tmp_path, prepared, teacher
     assert "no checkpoint that ships" in refusal(capsys, *command, "--start", tmp_path / "nothing")
 
 
+def test_a_model_grows_and_goes_on(capsys, tmp_path, prepared, teachers, fits, monkeypatch):
+    larger = dataclasses.replace(PRESETS["tiny"], width=40, layers=3)
+    monkeypatch.setitem(PRESETS, "larger", larger)
+    command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run", "--start", teachers[0]]
+    code, _, errors = run(capsys, *command, "--grow", "larger")
+    assert code == 0, errors
+    assert load_released(tmp_path / "run" / "model").config == dataclasses.replace(larger, view_size=VIEW_SIZE)
+    assert "cannot become" in refusal(capsys, *command, "--grow", "small")
+    assert "--grow must be one of small" in refusal(capsys, *command, "--grow", "none")
+    code, _, errors = run(capsys, *command[:-2], "--grow", "larger")
+    assert code == 2
+    assert "--grow needs --start" in errors
+
+
 def test_data_without_compositions_has_no_folds(capsys, tmp_path, prepared):
     data = shutil.copytree(prepared, tmp_path / "data")
     forget_compositions(data)
