@@ -120,7 +120,7 @@ class Comparison:
 
 
 def compare(
-    generated: Sequence[Performance], real: Sequence[Performance], *, draws: int = 10, seed: int = 0
+    generated: Sequence[Performance], real: Sequence[Performance], *, draws: int = 50, seed: int = 0
 ) -> dict[str, Comparison]:
     """Sets generated pieces beside real ones, figure by figure; notes of all pieces of a side are pooled.
 
