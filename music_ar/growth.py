@@ -18,7 +18,7 @@ from music_ar.model import ModelConfig, PerceiverAR
 
 _SIZES = ("width", "layers", "heads", "kv_heads", "time_heads", "hidden")
 _WRITERS = ("embedding", "conv", "keyboard", "recall", "view", "latent", "output", "contract")
-_AXES = {  # what the axes of a leaf are; of all others the last is the width, and any before it stay
+_AXES: dict[str, tuple[str | None, str | None]] = {  # of a leaf; None stays. Of all others only the last one grows
     "latent": ("width", "width"),
     "query": ("width", "heads"),
     "key": ("width", "kv_heads"),
@@ -26,6 +26,7 @@ _AXES = {  # what the axes of a leaf are; of all others the last is the width, a
     "output": ("heads", "width"),
     "expand": ("width", "hidden"),
     "contract": ("hidden", "width"),
+    "head": ("width", None),
 }
 
 
@@ -92,7 +93,6 @@ def _placed(path: tuple[Any, ...], trained: Array, fresh: Array, places: dict[st
         # The mean square is one of more channels now, and the new ones are zero.
         shrinking = math.sqrt(len(trained) / len(fresh))
         return (fresh * shrinking).at[places["width"]].set(trained * shrinking)
-    axes = ("width", None) if name == "head" else _AXES.get(name, (None, "width"))
-    sizes = zip(axes, trained.shape, strict=True)
+    sizes = zip(_AXES.get(name, (None, "width")), trained.shape, strict=True)
     index = np.ix_(*(np.arange(size) if axis is None else places[axis] for axis, size in sizes))
     return (jnp.zeros_like(fresh) if name in _WRITERS else fresh).at[index].set(trained)

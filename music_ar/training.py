@@ -137,9 +137,11 @@ def token_loss(
 def build_optimizer(config: TrainingConfig, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """Clipping, then Muon on the matrices and AdamW on the rest, or AdamW alone, at peak rates.
 
-    Beside Muon, AdamW has Nesterov's momentum too, as Optax builds it. The devices of a mesh share the matrices out.
+    Beside Muon, AdamW has Nesterov's momentum too, as Optax builds it. The devices of a mesh share Muon's matrices
+    out.
     """
     if config.optimizer == "adamw":
+        mesh = None  # to share a few operations an element would cost more than it saves
         decayed = {"matrices": True, "rest": False}
         rule = optax.adamw(config.learning_rate, b2=0.99, weight_decay=config.weight_decay, mask=decayed)
     else:

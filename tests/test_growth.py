@@ -8,27 +8,14 @@ import numpy as np
 import pytest
 from conftest import noisy_model
 from flax import nnx
+from test_model import CONFIG as WITHOUT_RECALL
 
 from music_ar import events
 from music_ar.growth import grown
-from music_ar.model import ModelConfig, PerceiverAR
+from music_ar.model import PerceiverAR
 from music_ar.training import token_nats
 
-CONFIG = ModelConfig(
-    context=16,
-    latents=8,
-    width=12,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_size=4,
-    hidden=20,
-    conv_width=3,
-    onsets=2,
-    recall=12,
-    time_heads=1,
-    cross_depths=(1,),
-)
+CONFIG = dataclasses.replace(WITHOUT_RECALL, recall=12)
 LARGER = dataclasses.replace(CONFIG, width=20, layers=3, heads=10, kv_heads=5, time_heads=2, hidden=28, view_size=3)
 
 TOLD = ("keyboard", "recall")  # most of whose features no window shows
