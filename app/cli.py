@@ -23,21 +23,21 @@ import platformdirs
 import tyro
 
 from app.console import CommandError, ProgressLine, check_writable, clock, print_table
-from music_ar.machine import usable_cores
+from music_ar.system import usable_cores
 
 if TYPE_CHECKING:
-    from music_ar.midi import Performance
+    from music_ar.midi.io import Performance
 
 # Each command with the line that `music-ar --help` says about it, and where it is found.
 COMMANDS = {
     "prepare": ("MIDI files -> token shards to train on", "app.cli:Prepare"),
-    "train": ("token shards -> a model", "app.train:Train"),
-    "evaluate": ("score a model, and report on the music it makes", "app.evaluate:Evaluate"),
+    "train": ("token shards -> a model", "app.commands.train:Train"),
+    "evaluate": ("score a model, and report on the music it makes", "app.commands.evaluate:Evaluate"),
     "generate": ("a new piece, or the continuation of one, as MIDI", "app.cli:Generate"),
-    "render": ("many pieces, unattended and resumable", "app.batch:Render"),
+    "render": ("many pieces, unattended and resumable", "app.commands.render:Render"),
     "inspect": ("what we read in a MIDI file", "app.cli:Inspect"),
-    "web": ("a page in the browser to play with", "app.serve:Web"),
-    "bench": ("how fast this machine decodes", "app.bench:Bench"),
+    "web": ("a page in the browser to play with", "app.commands.web:Web"),
+    "bench": ("how fast this machine decodes", "app.commands.bench:Bench"),
 }
 
 _DECODING_COMMANDS = ("generate", "render", "web", "bench")
@@ -156,7 +156,7 @@ class Generate:
     def run(self) -> None:
         """Writes the pieces and prints their length, the time they took and the seeds."""
         from music_ar import Generator, write_midi
-        from music_ar.sampling import SamplingOptions
+        from music_ar.decoding.sampling import SamplingOptions
 
         check_writable(self.output)
         options = SamplingOptions.of(vars(self))
@@ -239,15 +239,15 @@ class Inspect:
                 for file, line in zip(files, copied_runs(performances, self.data), strict=True):
                     print(f"{file.name}: {line}")
         if self.plot is not None:
-            from app.piano_roll import draw
+            from app.report.piano_roll import draw
 
             draw([(str(file), piece) for file, piece in zip(files, performances, strict=True)], self.plot)
 
 
 def summary(performance: "Performance") -> dict[str, str]:
     """The figures that `music-ar inspect` prints, by their names."""
-    from music_ar.events import encode
-    from music_ar.statistics import Statistics
+    from music_ar.metrics.statistics import Statistics
+    from music_ar.tokens.codec import encode
 
     figures = Statistics.of(performance)
     low, high = figures.lowest_pitch, figures.highest_pitch
@@ -269,7 +269,7 @@ def summary(performance: "Performance") -> dict[str, str]:
 
 def maestro_figure(name: str) -> str:
     """What a figure of `summary` is in the beginnings of real pieces, if that was measured."""
-    from music_ar.statistics import MAESTRO
+    from music_ar.metrics.statistics import MAESTRO
 
     fields = {
         "notes a second": "notes_per_s",
@@ -288,7 +288,7 @@ def common_notes(first: "Performance", second: "Performance") -> str:
     """How many notes begin in both at the same time (in steps of 10 ms) and pitch, and until when all do."""
     import numpy as np
 
-    from music_ar.events import quantize
+    from music_ar.tokens.codec import quantize
 
     struck = [set(zip(quantize(p.onset_s).tolist(), p.pitch.tolist(), strict=True)) for p in (first, second)]
     both = struck[0] & struck[1]
@@ -303,8 +303,8 @@ def copied_runs(performances: "Sequence[Performance]", data: Path) -> Iterator[s
     It is told of all notes, and apart from those that only go on with a figure, as trills do.
     """
     from data_pipeline.loader import Pieces
-    from music_ar.copying import longest_runs
-    from music_ar.events import decode
+    from music_ar.metrics.memorization import longest_runs
+    from music_ar.tokens.codec import decode
 
     train = Pieces.open(data, "train")
     corpus = [decode(tokens) for tokens in train.tokens]
@@ -318,7 +318,7 @@ def copied_runs(performances: "Sequence[Performance]", data: Path) -> Iterator[s
 
 def token_lines(performance: "Performance") -> Iterator[str]:
     """The event tokens of a performance, readably: time in seconds, id, meaning."""
-    from music_ar.events import STEPS_PER_SECOND, encode, event_steps
+    from music_ar.tokens.codec import STEPS_PER_SECOND, encode, event_steps
 
     tokens = encode(performance)
     for step, token in zip(event_steps(tokens), tokens, strict=True):
@@ -327,15 +327,15 @@ def token_lines(performance: "Performance") -> Iterator[str]:
 
 def describe_token(token: int) -> str:
     """What an event token says, such as "note-on 60 (C4)"."""
-    from music_ar import events
+    from music_ar.tokens import codec
 
-    if token < events.NOTE_OFF:
-        return f"note-on {token - events.NOTE_ON} ({pitch_name(token - events.NOTE_ON)})"
-    if token < events.TIME_SHIFT:
-        return f"note-off {token - events.NOTE_OFF} ({pitch_name(token - events.NOTE_OFF)})"
-    if token < events.VELOCITY:
-        return f"wait {(token - events.TIME_SHIFT + 1) / events.STEPS_PER_SECOND:.2f} s"
-    return f"velocity {token - events.VELOCITY + 1} of {events.VELOCITY_BINS}"
+    if token < codec.NOTE_OFF:
+        return f"note-on {token - codec.NOTE_ON} ({pitch_name(token - codec.NOTE_ON)})"
+    if token < codec.TIME_SHIFT:
+        return f"note-off {token - codec.NOTE_OFF} ({pitch_name(token - codec.NOTE_OFF)})"
+    if token < codec.VELOCITY:
+        return f"wait {(token - codec.TIME_SHIFT + 1) / codec.STEPS_PER_SECOND:.2f} s"
+    return f"velocity {token - codec.VELOCITY + 1} of {codec.VELOCITY_BINS}"
 
 
 def pitch_name(pitch: int) -> str:
@@ -349,7 +349,7 @@ def read_performance(path: Path) -> "Performance":
     Raises:
         CommandError: there is no such file, or it is not usable MIDI.
     """
-    from music_ar.midi import MidiError, read_midi
+    from music_ar.midi.io import MidiError, read_midi
 
     if not path.is_file():
         raise CommandError(f"{path}: no such file")

@@ -22,12 +22,12 @@ from typing import Any
 
 from flax import nnx
 
-from data_pipeline.augment import Augmentation
+from data_pipeline.augmentation.transforms import Augmentation
 from data_pipeline.loader import Pieces, batches
-from music_ar.checkpoint import load_released, save_released
-from music_ar.evaluation import calibrated, score
-from music_ar.model import PRESETS, PerceiverAR, parameter_count
-from music_ar.training import Progress, TrainingConfig, fit
+from music_ar.evaluation.likelihood import calibrated, score
+from music_ar.model.perceiver_ar import PRESETS, PerceiverAR, parameter_count
+from music_ar.model.pretrained import load_released, save_released
+from music_ar.training.trainer import Progress, TrainingConfig, fit
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from app.console import print_table
-from music_ar.audio import render
-from music_ar.midi import read_midi
+from music_ar.audio.synthesis import render
+from music_ar.midi.io import read_midi
 
 EXAMPLES = sorted(Path(__file__).parents[1].glob("tests/data/*.midi"))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.augment import Augmentation
+from data_pipeline.augmentation.transforms import Augmentation
 from data_pipeline.loader import Pieces, batches, windows_per_epoch
 
 GOAL = 1_000_000  # target tokens a second

@@ -16,10 +16,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from app.piano_roll import draw
+from app.report.piano_roll import draw
 from data_pipeline.maestro import MidiFiles, read_table
 from music_ar import Generator, Performance, read_midi
-from music_ar.statistics import Statistics
+from music_ar.metrics.statistics import Statistics
 
 
 def main() -> None:

@@ -30,11 +30,11 @@ from perceiver.model.core.config import CausalSequenceModelConfig  # pyright: ig
 from perceiver.model.core.modules import CausalSequenceModel  # pyright: ignore[reportMissingImports]
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
 
-from music_ar import events
-from music_ar.checkpoint import load_released
-from music_ar.decoding import Decoder
-from music_ar.model import ModelConfig
-from music_ar.sampling import SamplingOptions
+from music_ar.decoding.decoder import Decoder
+from music_ar.decoding.sampling import SamplingOptions
+from music_ar.model.perceiver_ar import ModelConfig
+from music_ar.model.pretrained import load_released
+from music_ar.tokens import codec
 
 # Makes so many more tokens, each from the ones before it.
 Make = Callable[[], None]
@@ -43,8 +43,8 @@ Make = Callable[[], None]
 def music_ar_decoder(latents: int, batch: int, tokens: int) -> Make:
     """Ours, as `Generator` uses it."""
     decoder, filters = Decoder(load_released()), SamplingOptions().filters()
-    prompt = np.resize(np.array([events.NOTE_ON + 60, events.TIME_SHIFT + 19, events.NOTE_OFF + 60]), 4096)
-    prompt[:2] = events.START, events.VELOCITY + 15
+    prompt = np.resize(np.array([codec.NOTE_ON + 60, codec.TIME_SHIFT + 19, codec.NOTE_OFF + 60]), 4096)
+    prompt[:2] = codec.START, codec.VELOCITY + 15
     prompts = [prompt.astype(np.int32)] * batch
     state = decoder.start(prompts, latents=latents, seeds=range(batch), limit_steps=2**30)
 

@@ -20,13 +20,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from app.report import excerpts, spread
+from app.report.measure import excerpts, spread
 from data_pipeline.loader import Pieces
-from music_ar import Generator, events, write_midi
-from music_ar.comparison import compare
-from music_ar.copying import longest_runs
+from music_ar import Generator, write_midi
+from music_ar.decoding.sampling import SamplingOptions
 from music_ar.generator import Piece, Request
-from music_ar.sampling import SamplingOptions
+from music_ar.metrics.distributions import compare
+from music_ar.metrics.memorization import longest_runs
+from music_ar.tokens import codec
 
 
 def main() -> None:
@@ -71,7 +72,7 @@ def main() -> None:
             write_midi(piece.continuation, folder / f"{piece.request.seed:04}.mid")
     spent_s = time.perf_counter() - began
 
-    corpus = [events.decode(tokens) for tokens in Pieces.open(arguments.data, "train").tokens]
+    corpus = [codec.decode(tokens) for tokens in Pieces.open(arguments.data, "train").tokens]
     everything = [piece.continuation for setting in settings for piece in made[setting]]
     runs = [run.notes for run in longest_runs([*everything, *real], corpus, figures=False)]
     rows = []

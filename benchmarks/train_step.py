@@ -21,8 +21,8 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from music_ar.model import PRESETS, PerceiverAR
-from music_ar.training import TrainingConfig, TrainState, build_optimizer, make_train_step
+from music_ar.model.perceiver_ar import PRESETS, PerceiverAR
+from music_ar.training.trainer import TrainingConfig, TrainState, build_optimizer, make_train_step
 
 
 def main() -> None:

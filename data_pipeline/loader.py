@@ -36,7 +36,8 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float, Integer
 
-from data_pipeline.augment import (
+from data_pipeline.augmentation.mode_and_rubato import AS_PLAYED, VIEW_SIZE, Variation, vary, view
+from data_pipeline.augmentation.transforms import (
     Augmentation,
     foreshadow,
     louden,
@@ -47,8 +48,7 @@ from data_pipeline.augment import (
 )
 from data_pipeline.maestro import SPLITS, DatasetError
 from data_pipeline.prepare import MANIFEST_NAME, Manifest, PieceRecord, ShardRecord, shard_path
-from data_pipeline.variation import AS_PLAYED, VIEW_SIZE, Variation, vary, view
-from music_ar.events import END, FINGERPRINT, PAD, START
+from music_ar.tokens.codec import END, FINGERPRINT, PAD, START
 
 
 class Batch(TypedDict):

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data_pipeline.maestro import SPLITS, DatasetError, MidiFiles, read_table
-from music_ar.events import END, FINGERPRINT, START, EventError, encode
 from music_ar.files import write_atomically
-from music_ar.machine import usable_cores
-from music_ar.midi import MidiError, read_midi
+from music_ar.midi.io import MidiError, read_midi
+from music_ar.system import usable_cores
+from music_ar.tokens.codec import END, FINGERPRINT, START, EventError, encode
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1

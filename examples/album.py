@@ -9,7 +9,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-from app.piano_roll import draw
+from app.report.piano_roll import draw
 from music_ar import Generator, Performance, write_midi
 
 

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from music_ar import Generator, write_midi
-from music_ar.statistics import likeness
+from music_ar.metrics.statistics import likeness
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from music_ar.events import EventError, decode, encode
     from music_ar.generator import Generator
-    from music_ar.midi import MidiError, Performance, read_midi, write_midi
+    from music_ar.midi.io import MidiError, Performance, read_midi, write_midi
+    from music_ar.tokens.codec import EventError, decode, encode
 
 __all__ = [
     "EventError",
@@ -24,14 +24,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "EventError": "events",
+    "EventError": "tokens.codec",
     "Generator": "generator",
-    "MidiError": "midi",
-    "Performance": "midi",
-    "decode": "events",
-    "encode": "events",
-    "read_midi": "midi",
-    "write_midi": "midi",
+    "MidiError": "midi.io",
+    "Performance": "midi.io",
+    "decode": "tokens.codec",
+    "encode": "tokens.codec",
+    "read_midi": "midi.io",
+    "write_midi": "midi.io",
 }
 
 

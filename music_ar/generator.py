@@ -11,12 +11,14 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from jaxtyping import Int
 
-from music_ar import batching, decoding, events
-from music_ar.checkpoint import load_released
-from music_ar.decoding import WINDOW_MODES, Decoder, WindowMode
-from music_ar.midi import MidiError, Performance, read_midi
-from music_ar.model import PerceiverAR
-from music_ar.sampling import SamplingOptions
+from music_ar.decoding import continuous_batching
+from music_ar.decoding import decoder as decoding
+from music_ar.decoding.decoder import WINDOW_MODES, Decoder, WindowMode
+from music_ar.decoding.sampling import SamplingOptions
+from music_ar.midi.io import MidiError, Performance, read_midi
+from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.model.pretrained import load_released
+from music_ar.tokens import codec
 
 DEFAULT_LATENTS = 1024
 DEFAULT_SPEED = 1.5
@@ -152,7 +154,7 @@ class Composition:
         self.seeds, self.latents = tuple(seeds), latents
         self._decoder, self._filters = decoder, options.filters()
         self._prompt_length = len(prompt_tokens)
-        self.prompt_s = events.length_steps(prompt_tokens) / events.STEPS_PER_SECOND
+        self.prompt_s = codec.length_steps(prompt_tokens) / codec.STEPS_PER_SECOND
         self._from_s = self.prompt_s if continuation_only else 0.0
         self._wanted_s = 0.0
         self._tokens = [prompt_tokens] * len(seeds)
@@ -163,7 +165,7 @@ class Composition:
     @property
     def ended(self) -> tuple[bool, ...]:
         """Which variations ended by themselves, so that `stream` adds nothing to them."""
-        return tuple(bool(tokens[-1] == events.END) for tokens in self._tokens)
+        return tuple(bool(tokens[-1] == codec.END) for tokens in self._tokens)
 
     def stream(self, seconds: float) -> Iterator[Chunk]:
         """Makes `seconds` more of each variation, chunk by chunk; a piece may also end by itself before.
@@ -202,8 +204,8 @@ class Composition:
 
     def _made_s(self) -> float:
         """Seconds of music after the prompt, up to what was wanted, of the variation that has least."""
-        lengths = [events.length_steps(tokens) / events.STEPS_PER_SECOND for tokens in self._tokens]
-        going_on = [length for length, tokens in zip(lengths, self._tokens, strict=True) if tokens[-1] != events.END]
+        lengths = [codec.length_steps(tokens) / codec.STEPS_PER_SECOND for tokens in self._tokens]
+        going_on = [length for length, tokens in zip(lengths, self._tokens, strict=True) if tokens[-1] != codec.END]
         return min(min(going_on or lengths) - self.prompt_s, self._wanted_s)
 
     def _chunks(self) -> Iterator[Chunk]:
@@ -213,10 +215,10 @@ class Composition:
         while not finished:
             if self._state is None:  # closed between two chunks
                 return
-            state, length = self._state.with_limit(limit_steps), batching.chunk_tokens(len(self.seeds))
+            state, length = self._state.with_limit(limit_steps), continuous_batching.chunk_tokens(len(self.seeds))
             self._state, new_BxT = self._decoder.decode(state, self._filters, length=length)
             for number, new in enumerate(np.asarray(new_BxT)):
-                self._tokens[number] = np.concatenate([self._tokens[number], new[new != events.PAD]])
+                self._tokens[number] = np.concatenate([self._tokens[number], new[new != codec.PAD]])
             longest = max(map(len, self._tokens)) - self._prompt_length
             finished = bool(self._state.done_B.all()) or longest >= most_tokens
             made_s, spent_s = self._made_s(), time.monotonic() - began_s
@@ -237,7 +239,7 @@ class Composition:
         return sum(map(len, self._tokens)) - self._prompt_length * len(self._tokens)
 
     def _performance(self, tokens: Int[np.ndarray, " T"]) -> Performance:
-        return events.decode(tokens).crop(self._from_s, self.prompt_s + self._wanted_s)
+        return codec.decode(tokens).crop(self._from_s, self.prompt_s + self._wanted_s)
 
 
 def final_until_s(tokens: Int[np.ndarray, " T"]) -> float:
@@ -245,9 +247,9 @@ def final_until_s(tokens: Int[np.ndarray, " T"]) -> float:
 
     That is when the first note began that still sounds after the last token, or else the time of that token.
     """
-    until_s = events.length_steps(tokens) / events.STEPS_PER_SECOND
-    held = events.grammar_after(tokens).held
-    notes = events.decode(tokens)
+    until_s = codec.length_steps(tokens) / codec.STEPS_PER_SECOND
+    held = codec.grammar_after(tokens).held
+    notes = codec.decode(tokens)
     for pitch in np.flatnonzero(held):  # a note-off ends the oldest note of its pitch: the newest are held
         until_s = min(until_s, float(notes.onset_s[notes.pitch == pitch][-held[pitch]]))
     return until_s
@@ -455,7 +457,7 @@ class Generator:
             variations: pieces of each prompt, with the seeds `seed`, `seed` + 1 and so on; of a `Request` always one.
             seconds, latents, mode, options, seed, prompt_seconds, continuation_only: of prompts that are no `Request`;
                 see `compose`.
-            batch_size: pieces at once; default: see `batching.batch_size`.
+            batch_size: pieces at once; default: see `continuous_batching.batch_size`.
             progress: called after each chunk with the seconds of music made since the last call.
 
         Raises:
@@ -490,11 +492,11 @@ class Generator:
         failed: list[Piece] = []
         nothing = Performance.empty()
 
-        def jobs() -> Iterator[batching.Job]:
+        def jobs() -> Iterator[continuous_batching.Job]:
             for request in requests:
                 try:
                     yield self._job(request)
-                except (GenerationError, MidiError, events.EventError) as error:
+                except (GenerationError, MidiError, codec.EventError) as error:
                     failed.append(
                         Piece(
                             request=request,
@@ -508,17 +510,17 @@ class Generator:
 
         def on_chunk(steps: int) -> None:
             if progress is not None:
-                progress(steps / events.STEPS_PER_SECOND)
+                progress(steps / codec.STEPS_PER_SECOND)
 
-        for made in batching.make(self.decoder, jobs(), rows=batch_size, on_chunk=on_chunk):
+        for made in continuous_batching.make(self.decoder, jobs(), rows=batch_size, on_chunk=on_chunk):
             yield from failed
             failed.clear()
             yield _piece(made)
         yield from failed
 
-    def _job(self, request: Request) -> batching.Job:
+    def _job(self, request: Request) -> continuous_batching.Job:
         limit_steps, most_tokens = _limits(request.seconds)
-        return batching.Job(
+        return continuous_batching.Job(
             prompt=_prompt_tokens(request.prompt, request.prompt_seconds),
             seed=request.seed,
             latents=self._check_latents(request.latents),
@@ -531,7 +533,7 @@ class Generator:
 
     def batch_size(self, latents: int | None = None, mode: WindowMode = "sliding") -> int:
         """How many pieces `generate_many` makes at once with these settings, if it is not told."""
-        return batching.batch_size(self.decoder, self._check_latents(latents), mode)
+        return continuous_batching.batch_size(self.decoder, self._check_latents(latents), mode)
 
     def _check_latents(self, latents: int | None) -> int:
         most = self.model.config.latents
@@ -564,7 +566,7 @@ class Generator:
         """
         density = MAESTRO_TOKENS_PER_S
         if prompt_tokens is not None:
-            length_s = events.length_steps(prompt_tokens) / events.STEPS_PER_SECOND
+            length_s = codec.length_steps(prompt_tokens) / codec.STEPS_PER_SECOND
             if length_s >= _TELLING_PROMPT_S:
                 density = len(prompt_tokens) / length_s
         longest_s = 1 / (speed * density * _SPEED_MARGIN)
@@ -588,12 +590,12 @@ class Generator:
         """
         key = (decoding.ring_size(latents), variations, mode)
         if again or key not in self._seconds_per_token:
-            start = np.array([events.START], np.int32)
+            start = np.array([codec.START], np.int32)
             filters = SamplingOptions().filters()
             state = self.decoder.start(
                 [start] * variations, latents=latents, seeds=range(variations), limit_steps=2**30, mode=mode
             )
-            length, spent_s = batching.chunk_tokens(variations), []
+            length, spent_s = continuous_batching.chunk_tokens(variations), []
             while len(spent_s) < 4 or sum(spent_s[1:]) < _CALIBRATION_S:  # the first one compiles
                 began_s = time.perf_counter()
                 state, tokens = self.decoder.decode(state, filters, length=length)
@@ -603,10 +605,10 @@ class Generator:
         return self._seconds_per_token[key]
 
 
-def _piece(made: batching.Made) -> Piece:
+def _piece(made: continuous_batching.Made) -> Piece:
     request: Request = made.job.tag
-    join_s = events.length_steps(made.job.prompt) / events.STEPS_PER_SECOND
-    whole = events.decode(np.concatenate([made.job.prompt, made.tokens]))
+    join_s = codec.length_steps(made.job.prompt) / codec.STEPS_PER_SECOND
+    whole = codec.decode(np.concatenate([made.job.prompt, made.tokens]))
     continuation = whole.crop(join_s, join_s + request.seconds)
     return Piece(
         request=request,
@@ -618,21 +620,21 @@ def _piece(made: batching.Made) -> Piece:
 
 
 def _prompt_tokens(prompt: Prompt | None, prompt_seconds: float | None) -> Int[np.ndarray, " P"]:
-    """`events.START`, and the events of the prompt up to the last note that begins or ends within `prompt_seconds`."""
+    """`codec.START`, and the events of the prompt up to the last note that begins or ends within `prompt_seconds`."""
     if prompt is None:
         if prompt_seconds is not None:
             raise GenerationError(f"prompt_seconds = {prompt_seconds} needs a prompt")
-        return np.array([events.START], np.int32)
+        return np.array([codec.START], np.int32)
     if prompt_seconds is not None and not prompt_seconds > 0:
         raise GenerationError(f"prompt_seconds must be more than 0, got {prompt_seconds}")
     performance = prompt if isinstance(prompt, Performance) else read_midi(prompt)
-    tokens = events.encode(performance)
-    limit = np.inf if prompt_seconds is None else prompt_seconds * events.STEPS_PER_SECOND
-    usable = np.flatnonzero((tokens < events.TIME_SHIFT) & (events.event_steps(tokens) <= limit))
+    tokens = codec.encode(performance)
+    limit = np.inf if prompt_seconds is None else prompt_seconds * codec.STEPS_PER_SECOND
+    usable = np.flatnonzero((tokens < codec.TIME_SHIFT) & (codec.event_steps(tokens) <= limit))
     if not len(usable):
         where = "the prompt" if prompt_seconds is None else f"the first {prompt_seconds:g} s of the prompt"
         raise GenerationError(f"there are no notes in {where} to go on from")
-    return np.concatenate([[events.START], tokens[: usable[-1] + 1]]).astype(np.int32)
+    return np.concatenate([[codec.START], tokens[: usable[-1] + 1]]).astype(np.int32)
 
 
 def _check_seconds(seconds: float) -> None:
@@ -642,4 +644,4 @@ def _check_seconds(seconds: float) -> None:
 
 def _limits(seconds: float) -> tuple[int, int]:
     """Music of this length in steps of 10 ms, and how many tokens to spend on it at most."""
-    return max(1, round(seconds * events.STEPS_PER_SECOND)), round(seconds * MAX_TOKENS_PER_S) + MAX_TOKENS_PER_S
+    return max(1, round(seconds * codec.STEPS_PER_SECOND)), round(seconds * MAX_TOKENS_PER_S) + MAX_TOKENS_PER_S

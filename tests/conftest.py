@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from music_ar.midi import Performance, write_midi
+from music_ar.midi.io import Performance, write_midi
 
 # In the background of a shell Ctrl-C is ignored, and so would it be by the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -91,7 +91,7 @@ def noisy_model(config, seed=0):
     import jax
     from flax import nnx
 
-    from music_ar.model import PerceiverAR
+    from music_ar.model.perceiver_ar import PerceiverAR
 
     rng = np.random.default_rng(seed + 1)  # JAX would compile a draw for each shape, which takes longer than the rest
 
@@ -105,8 +105,8 @@ def noisy_model(config, seed=0):
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A released model of the tiny preset with random weights everywhere."""
-    from music_ar.checkpoint import save_released
-    from music_ar.model import PRESETS
+    from music_ar.model.perceiver_ar import PRESETS
+    from music_ar.model.pretrained import save_released
 
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     save_released(noisy_model(PRESETS["tiny"]), folder)

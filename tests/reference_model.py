@@ -3,7 +3,7 @@
 import numpy as np
 from flax import nnx
 
-from music_ar import keyboard, recall
+from music_ar.features import keyboard, retrieval
 
 
 def keyboard_features(told, xp=np):
@@ -13,7 +13,7 @@ def keyboard_features(told, xp=np):
 
 def recall_features(told, xp=np):
     """What is recalled as the numbers that the model's layer multiplies."""
-    return keyboard.one_hot(recall.classes(told, xp), xp)
+    return keyboard.one_hot(retrieval.classes(told, xp), xp)
 
 
 def reference(model, tokens, latents, positions=None):
@@ -68,7 +68,7 @@ def reference(model, tokens, latents, positions=None):
     if config.onsets:
         embedded = embedded + keyboard_features(keyboards) @ weights["keyboard.kernel"]
     if config.recall:
-        recalled = recall.after_each(all_tokens, config.recall, last=len(tokens))
+        recalled = retrieval.after_each(all_tokens, config.recall, last=len(tokens))
         embedded = embedded + recall_features(recalled) @ weights["recall.kernel"]
     context = keys_values(norm(embedded[positions], "context_norm"), "cross", positions)
     x = block(embedded[queries] @ weights["latent.kernel"], "cross", context)

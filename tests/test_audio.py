@@ -7,9 +7,9 @@ import pytest
 import soundfile
 from conftest import make_performance
 
-from music_ar import audio
-from music_ar.audio import SAMPLE_RATE, TAIL_S, AudioError, render, write_audio
-from music_ar.midi import Performance
+from music_ar.audio import synthesis
+from music_ar.audio.synthesis import SAMPLE_RATE, TAIL_S, AudioError, render, write_audio
+from music_ar.midi.io import Performance
 
 
 def notes(*rows):
@@ -142,7 +142,7 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     def fail(performance):
         raise MemoryError
 
-    monkeypatch.setattr(audio, "render", fail)
+    monkeypatch.setattr(synthesis, "render", fail)
     with pytest.raises(MemoryError):
         write_audio(make_performance(1, notes=5), path)
     assert [path.read_bytes()] == [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.augment import (
+from data_pipeline.augmentation.transforms import (
     PIANO_HIGH,
     PIANO_LOW,
     Augmentation,
@@ -15,8 +15,8 @@ from data_pipeline.augment import (
     stretch_with_source,
     transpose,
 )
-from music_ar.events import END, NOTE_OFF, NOTE_ON, PAD, START, TIME_SHIFT, VELOCITY, EventError, decode, encode
-from music_ar.midi import Performance
+from music_ar.midi.io import Performance
+from music_ar.tokens.codec import END, NOTE_OFF, NOTE_ON, PAD, START, TIME_SHIFT, VELOCITY, EventError, decode, encode
 
 # Factors that put no step exactly between two others, where seconds and steps may round apart.
 FACTORS = st.integers(0, 99).map(lambda percent: 0.9 + 0.002 * percent + 0.000246913)

@@ -15,9 +15,9 @@ import pytest
 from conftest import make_performance, noisy_model
 from test_cli import refusal, run
 
-from music_ar.checkpoint import save_released
-from music_ar.midi import read_midi, write_midi
-from music_ar.model import PRESETS
+from music_ar.midi.io import read_midi, write_midi
+from music_ar.model.perceiver_ar import PRESETS
+from music_ar.model.pretrained import save_released
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,9 +10,10 @@ import safetensors.numpy
 from conftest import noisy_model
 from flax import nnx
 
-from music_ar import checkpoint, events
-from music_ar.checkpoint import CheckpointError, TrainingCheckpoints, load_released, save_released
-from music_ar.model import PRESETS, parameter_count
+from music_ar.model import pretrained
+from music_ar.model.perceiver_ar import PRESETS, parameter_count
+from music_ar.model.pretrained import CheckpointError, TrainingCheckpoints, load_released, save_released
+from music_ar.tokens import codec
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], width=16, layers=1, cross_depths=(0,), hidden=24)
 
@@ -93,9 +94,9 @@ def test_saving_what_was_loaded_changes_nothing(model, folder, tmp_path):
 
 def test_a_column_of_zeros_stays_zero():
     array = np.array([[0.0, 1.0], [0.0, -0.5]], np.float32)
-    stored, scale = checkpoint.quantize(array)
+    stored, scale = pretrained.quantize(array)
     np.testing.assert_array_equal(stored, [[0, 127], [0, -64]])
-    np.testing.assert_allclose(checkpoint.dequantize(stored, scale), [[0, 1], [0, -64 / 127]], rtol=1e-6)
+    np.testing.assert_allclose(pretrained.dequantize(stored, scale), [[0, 1], [0, -64 / 127]], rtol=1e-6)
 
 
 def test_a_loaded_model_computes(model, folder):
@@ -106,21 +107,21 @@ def test_a_loaded_model_computes(model, folder):
 
 
 def test_shipped_models_are_found_by_name(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoint, "SHIPPED_FOLDERS", (tmp_path / "nowhere", tmp_path))
-    monkeypatch.setattr(checkpoint, "DEFAULT_RELEASE", "released")
+    monkeypatch.setattr(pretrained, "SHIPPED_FOLDERS", (tmp_path / "nowhere", tmp_path))
+    monkeypatch.setattr(pretrained, "DEFAULT_RELEASE", "released")
     assert load_released("released").config == CONFIG
     assert load_released().config == CONFIG
-    monkeypatch.setattr(checkpoint, "SHIPPED_FOLDERS", (tmp_path / "nowhere",))
+    monkeypatch.setattr(pretrained, "SHIPPED_FOLDERS", (tmp_path / "nowhere",))
     with pytest.raises(CheckpointError, match=r"released that ships with the project is missing.*nowhere"):
         load_released()
 
 
 @pytest.mark.skipif(
-    not any((folder / checkpoint.DEFAULT_RELEASE).is_dir() for folder in checkpoint.SHIPPED_FOLDERS),
+    not any((folder / pretrained.DEFAULT_RELEASE).is_dir() for folder in pretrained.SHIPPED_FOLDERS),
     reason="no model ships yet",
 )
 def test_the_model_that_ships_loads_and_is_the_one_whose_figures_lie_beside_it():
-    model, figures = load_released(), json.loads(checkpoint.read_beside(None, "metrics.json"))
+    model, figures = load_released(), json.loads(pretrained.read_beside(None, "metrics.json"))
     assert parameter_count(model) == figures["parameters"]
     assert (model.config.window, model.config.latents) == (
         figures["scored_with"]["context"],
@@ -130,7 +131,7 @@ def test_the_model_that_ships_loads_and_is_the_one_whose_figures_lie_beside_it()
 
 @pytest.mark.parametrize("name", ["no-such-model", "./no/such", "/no/such", "a/b/c"])
 def test_a_name_that_is_nothing_is_refused_without_asking_the_hub(name, monkeypatch):
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     assert name in refusal(name)
 
 
@@ -138,14 +139,14 @@ def test_a_hub_that_fails_is_reported(monkeypatch):
     def fail(*_, **__):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", fail)
+    monkeypatch.setattr(pretrained, "snapshot_download", fail)
     assert "some/model" in refusal("some/model")
     assert "no route" in refusal("some/model")
 
 
 def test_a_hub_repository_is_loaded(folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda name, **_: asked.append(name) or str(folder))
+    monkeypatch.setattr(pretrained, "snapshot_download", lambda name, **_: asked.append(name) or str(folder))
     assert load_released("some/model").config == CONFIG
     assert asked == ["some/model"]
 
@@ -177,14 +178,14 @@ def test_edited_weights_are_refused(folder):
 
 def test_new_weights_beside_an_old_configuration_are_refused(folder, monkeypatch):
     """What a save that was killed between its two files leaves."""
-    replace = checkpoint.write_atomically
+    replace = pretrained.write_atomically
 
     def killed(path, data):
         if path.name == "config.json":
             raise KeyboardInterrupt
         replace(path, data)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", killed)
+    monkeypatch.setattr(pretrained, "write_atomically", killed)
     with pytest.raises(KeyboardInterrupt):
         save_released(noisy_model(CONFIG, seed=5), folder)
     assert str(folder / "model.safetensors") in refusal(folder)
@@ -202,8 +203,8 @@ def test_new_weights_beside_an_old_configuration_are_refused(folder, monkeypatch
         ('{"format": "music-ar 1"}', "fingerprint"),
         ('{"format": "music-ar 1", "fingerprint": "0123456789abcdef"}', "another event vocabulary.*0123456789ab"),
         ('{"format": "music-ar 1", "fingerprint": 5}', "no model configuration"),
-        (f'{{"format": "music-ar 1", "fingerprint": "{events.FINGERPRINT}"}}', "model"),
-        (f'{{"format": "music-ar 1", "fingerprint": "{events.FINGERPRINT}", "model": []}}', "no model configuration"),
+        (f'{{"format": "music-ar 1", "fingerprint": "{codec.FINGERPRINT}"}}', "model"),
+        (f'{{"format": "music-ar 1", "fingerprint": "{codec.FINGERPRINT}", "model": []}}', "no model configuration"),
     ],
 )
 def test_a_configuration_that_is_none_is_refused(folder, text, message):
@@ -323,7 +324,7 @@ def test_a_nested_setting_is_named(tmp_path):
 
 def test_another_vocabulary_is_refused(tmp_path, monkeypatch):
     save_states(tmp_path, [3])
-    monkeypatch.setattr(events, "FINGERPRINT", "another")
+    monkeypatch.setattr(codec, "FINGERPRINT", "another")
     with pytest.raises(CheckpointError, match=r"fingerprint was .*, is another"):
         TrainingCheckpoints(tmp_path, {"rate": 1}, resume=True)
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from app import cli
-from music_ar import events
-from music_ar.midi import Performance, read_midi, write_midi
+from music_ar.midi.io import Performance, read_midi, write_midi
+from music_ar.tokens import codec
 
 
 def run(capsys, *arguments):
@@ -120,7 +120,7 @@ def test_inspect_tells_what_is_in_a_file(capsys, tmp_path):
     assert figures["highest pitch"] == ["E4 (64)", "74 / 89 / 104"]
     assert figures["median velocity"] == ["60", "37.5 / 63.5 / 84"]
     assert figures["longest silence"] == ["4.00 s", "0 / 0.31 / 5.14"]
-    assert figures["event tokens"] == [str(len(events.encode(piece)))]
+    assert figures["event tokens"] == [str(len(codec.encode(piece)))]
 
 
 def test_inspect_compares_and_draws(capsys, tmp_path, midi_file):
@@ -154,22 +154,22 @@ def test_a_picture_without_matplotlib_is_refused_plainly(capsys, monkeypatch, tm
 def test_inspect_prints_every_token_with_its_time(capsys, midi_file):
     code, output, _ = run(capsys, "inspect", midi_file, "--tokens")
     time_s, token, _ = zip(*(line.split(maxsplit=2) for line in output.splitlines()), strict=True)
-    expected = events.encode(read_midi(midi_file))
+    expected = codec.encode(read_midi(midi_file))
     assert code == 0
     np.testing.assert_array_equal(np.array(token, int), expected)
-    np.testing.assert_allclose(np.array(time_s, float), events.event_steps(expected) / events.STEPS_PER_SECOND)
+    np.testing.assert_allclose(np.array(time_s, float), codec.event_steps(expected) / codec.STEPS_PER_SECOND)
 
 
 @pytest.mark.parametrize(
     ("token", "meaning"),
     [
-        (events.NOTE_ON + 60, "note-on 60 (C4)"),
-        (events.NOTE_OFF + 21, "note-off 21 (A0)"),
-        (events.NOTE_OFF - 1, "note-on 127 (G9)"),
-        (events.TIME_SHIFT, "wait 0.01 s"),
-        (events.VELOCITY - 1, "wait 1.00 s"),
-        (events.VELOCITY, "velocity 1 of 32"),
-        (events.EVENT_CLASSES - 1, "velocity 32 of 32"),
+        (codec.NOTE_ON + 60, "note-on 60 (C4)"),
+        (codec.NOTE_OFF + 21, "note-off 21 (A0)"),
+        (codec.NOTE_OFF - 1, "note-on 127 (G9)"),
+        (codec.TIME_SHIFT, "wait 0.01 s"),
+        (codec.VELOCITY - 1, "wait 1.00 s"),
+        (codec.VELOCITY, "velocity 1 of 32"),
+        (codec.EVENT_CLASSES - 1, "velocity 32 of 32"),
     ],
 )
 def test_tokens_are_described(token, meaning):
@@ -256,8 +256,8 @@ def test_a_prompt_is_continued(capsys, tmp_path, tiny_checkpoint, midi_file):
 
 def test_evaluate_prints_and_writes_what_score_finds(capsys, tmp_path, prepared, tiny_checkpoint):
     from data_pipeline.loader import Pieces
-    from music_ar.checkpoint import load_released
-    from music_ar.evaluation import score
+    from music_ar.evaluation.likelihood import score
+    from music_ar.model.pretrained import load_released
 
     written = tmp_path / "scores.json"
     sizes = ["--context", 48, "--latents", 32, "--stride", 16, "--max-pieces", 1]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from conftest import make_performance
 
-from music_ar.comparison import FEATURES, compare, distance, features
-from music_ar.midi import Performance
+from music_ar.metrics.distributions import FEATURES, compare, distance, features
+from music_ar.midi.io import Performance
 
 
 def louder(performance, by):

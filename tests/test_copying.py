@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from music_ar.copying import Run, goes_on, longest_runs, melody
-from music_ar.midi import Performance
+from music_ar.metrics.memorization import Run, goes_on, longest_runs, melody
+from music_ar.midi.io import Performance
 
 
 def play(pitches, spacing_s=0.2):

@@ -11,20 +11,20 @@ import pytest
 from conftest import noisy_model
 from flax import nnx
 
-from music_ar import decode_kernel, decoding, events
-from music_ar.decode_kernel import Tiling
-from music_ar.decoding import Decoder
-from music_ar.model import PRESETS, PerceiverAR
-from music_ar.sampling import SamplingOptions
+from music_ar.decoding import decoder as decoding
+from music_ar.decoding import pallas_attention
+from music_ar.decoding.decoder import Decoder
+from music_ar.decoding.pallas_attention import Tiling
+from music_ar.decoding.sampling import SamplingOptions
+from music_ar.model.perceiver_ar import PRESETS, PerceiverAR
+from music_ar.tokens import codec
 
 # Three query heads a key head, of which one counts time; a ring of the context that is no power of two.
 CONFIG = dataclasses.replace(
     PRESETS["tiny"], context=48, latents=32, layers=1, heads=6, head_size=16, onsets=3, time_heads=1, cross_depths=(0,)
 )
 BUDGET = 16
-PIECE = np.concatenate([[events.START], np.random.default_rng(0).integers(0, events.EVENT_CLASSES, 130)]).astype(
-    np.int32
-)
+PIECE = np.concatenate([[codec.START], np.random.default_rng(0).integers(0, codec.EVENT_CLASSES, 130)]).astype(np.int32)
 SPLIT = Tiling(splits=2, block=8)
 
 
@@ -84,7 +84,7 @@ def test_it_is_the_default_where_it_was_measured_and_suits(monkeypatch, capabili
     model = PerceiverAR(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16))
     assert not Decoder(model, int8=False).fused
     device = types.SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(decode_kernel.jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(pallas_attention.jax, "local_devices", lambda: [device])
     assert Decoder(model, int8=False).fused is fused
     assert not Decoder(noisy_model(config), int8=False).fused  # in float32
 
@@ -140,7 +140,7 @@ def test_an_odd_number_of_rows_stays_together():
 def test_tilings_divide_the_ring(cache_rows, ring, beside):
     tiling = Tiling.of(cache_rows, ring, beside=beside)
     assert ring % (tiling.splits * tiling.block) == 0
-    assert tiling.block >= decode_kernel.LEAST_RING
+    assert tiling.block >= pallas_attention.LEAST_RING
     assert {tiling.block & (tiling.block - 1), tiling.splits & (tiling.splits - 1)} == {0}  # powers of two
 
 
@@ -149,10 +149,10 @@ def test_tilings_divide_the_ring(cache_rows, ring, beside):
 @pytest.mark.parametrize("window", decoding.WINDOW_MODES)
 def test_triton_takes_it(monkeypatch, batch, window):
     """Steps with the shipped model's heads are translated for a GPU, which refuses unknown operations and shapes."""
-    monkeypatch.setattr(decode_kernel, "_interpreted", lambda: False)
+    monkeypatch.setattr(pallas_attention, "_interpreted", lambda: False)
     config = dataclasses.replace(PRESETS["small"], layers=2, width=32, hidden=32, cross_depths=(1,))
     decoder = Decoder(PerceiverAR(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16)), int8=False, fused=True)
-    prompts = [np.array([events.START], np.int32)] * batch
+    prompts = [np.array([codec.START], np.int32)] * batch
     state = jax.eval_shape(
         lambda: decoder.start(prompts, latents=1024, seeds=range(batch), limit_steps=100, mode=window)
     )

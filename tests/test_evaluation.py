@@ -10,9 +10,8 @@ from conftest import make_performance, noisy_model
 from flax import nnx
 from reference_model import reference
 
-from music_ar import events
-from music_ar.decoding import Decoder
-from music_ar.evaluation import (
+from music_ar.decoding.decoder import Decoder
+from music_ar.evaluation.likelihood import (
     KINDS,
     best_temperature,
     calibrated,
@@ -21,7 +20,8 @@ from music_ar.evaluation import (
     score_kinds,
     score_tokens,
 )
-from music_ar.model import PRESETS
+from music_ar.model.perceiver_ar import PRESETS
+from music_ar.tokens import codec
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], context=12, latents=8, layers=1)
 
@@ -34,10 +34,8 @@ def model():
 @pytest.fixture(scope="module")
 def pieces():
     """Pieces shorter than a stride, than the latents, than the context, and longer, to the token and not."""
-    encoded = events.encode(make_performance(3))
-    return [
-        np.array([events.START, *encoded[:length], events.END], np.uint16) for length in (0, 1, 3, 6, 10, 11, 12, 37)
-    ]
+    encoded = codec.encode(make_performance(3))
+    return [np.array([codec.START, *encoded[:length], codec.END], np.uint16) for length in (0, 1, 3, 6, 10, 11, 12, 37)]
 
 
 def brute_force(model, piece, context, latents, stride):
@@ -106,13 +104,13 @@ def test_the_best_temperature_is_the_vertex_or_an_end():
 
 def test_each_kind_of_event_has_its_share():
     kinds = {
-        "note-on": [events.NOTE_ON, events.NOTE_OFF - 1],
-        "note-off": [events.NOTE_OFF, events.TIME_SHIFT - 1],
-        "time shift": [events.TIME_SHIFT, events.VELOCITY - 1],
-        "velocity": [events.VELOCITY, events.EVENT_CLASSES - 1],
-        "end": [events.END],
+        "note-on": [codec.NOTE_ON, codec.NOTE_OFF - 1],
+        "note-off": [codec.NOTE_OFF, codec.TIME_SHIFT - 1],
+        "time shift": [codec.TIME_SHIFT, codec.VELOCITY - 1],
+        "velocity": [codec.VELOCITY, codec.EVENT_CLASSES - 1],
+        "end": [codec.END],
     }
-    piece = np.array([events.START, *(token for kind in kinds.values() for token in kind)], np.uint16)
+    piece = np.array([codec.START, *(token for kind in kinds.values() for token in kind)], np.uint16)
     nats = np.array([1, 3, 2, 2, 4, 6, 0, 1, 1.0])
     found = score_kinds([nats], [piece])
     assert tuple(found) == KINDS == tuple(kinds)
@@ -124,7 +122,7 @@ def test_each_kind_of_event_has_its_share():
 
 def test_the_report_divides_by_tokens_notes_and_seconds(model):
     performance = make_performance(1, notes=10)
-    piece = np.array([events.START, *events.encode(performance), events.END], np.int32)
+    piece = np.array([codec.START, *codec.encode(performance), codec.END], np.int32)
     found = score(model, [piece, piece], stride=8)
     report = found.report()
     assert report["tokens"] == 2 * (len(piece) - 1)
@@ -139,7 +137,7 @@ def test_a_uniform_model_scores_the_logarithm_of_the_vocabulary(model, pieces):
     uniform.head.kernel[...] = jnp.zeros_like(uniform.head.kernel[...])
     assert uniform.head.bias is not None
     uniform.head.bias[...] = jnp.zeros_like(uniform.head.bias[...])
-    assert score(uniform, pieces, stride=8).nats_per_token == pytest.approx(np.log(events.VOCABULARY_SIZE), rel=1e-6)
+    assert score(uniform, pieces, stride=8).nats_per_token == pytest.approx(np.log(codec.VOCABULARY_SIZE), rel=1e-6)
 
 
 def test_progress_rises_to_one(model, pieces):
@@ -167,10 +165,10 @@ def test_nothing_to_score_is_refused(model):
     with pytest.raises(ValueError, match="no pieces"):
         score(model, [], stride=8)
     with pytest.raises(ValueError, match="a start and an end"):
-        score(model, [np.array([events.START])], stride=8)
+        score(model, [np.array([codec.START])], stride=8)
 
 
-KIND_SIZES = (events.PITCHES, events.PITCHES, events.MAX_SHIFT_STEPS, events.VELOCITY_BINS, 3)
+KIND_SIZES = (codec.PITCHES, codec.PITCHES, codec.MAX_SHIFT_STEPS, codec.VELOCITY_BINS, 3)
 
 
 def by_kind(numbers):
@@ -190,10 +188,10 @@ def saying(logits_V):
 def told():
     """Pieces, and the logits by which each token is exactly as likely as it is frequent in them."""
     random = np.random.default_rng(0)
-    counts = np.ceil(30 * np.exp(random.normal(size=events.VOCABULARY_SIZE))).astype(int)
-    counts[[events.PAD, events.START]] = 0
-    parts = np.array_split(random.permutation(np.repeat(np.arange(events.VOCABULARY_SIZE), counts)), 3)
-    pieces = [np.array([events.START, *part], np.uint16) for part in parts]
+    counts = np.ceil(30 * np.exp(random.normal(size=codec.VOCABULARY_SIZE))).astype(int)
+    counts[[codec.PAD, codec.START]] = 0
+    parts = np.array_split(random.permutation(np.repeat(np.arange(codec.VOCABULARY_SIZE), counts)), 3)
+    pieces = [np.array([codec.START, *part], np.uint16) for part in parts]
     return pieces, np.where(counts > 0, np.log(np.maximum(counts, 1) / counts.sum()), -30.0)
 
 
@@ -250,8 +248,8 @@ def test_nothing_to_calibrate_on_is_refused(model):
 
 def test_scoring_through_the_decoder(model):
     """Token by token through the caches, for pieces of many lengths at once and a budget that rolls over."""
-    budget, encoded = 4, events.encode(make_performance(3))
-    pieces = [np.array([events.START, *encoded[:length], events.END], np.uint16) for length in (1, 6, 11)]
+    budget, encoded = 4, codec.encode(make_performance(3))
+    pieces = [np.array([codec.START, *encoded[:length], codec.END], np.uint16) for length in (1, 6, 11)]
     nats = []
     for piece in pieces:  # none is longer than the context, so that the model as trained is the reference
         for target in range(1, len(piece)):

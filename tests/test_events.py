@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from music_ar.events import (
+from music_ar.midi.io import Performance, read_midi
+from music_ar.tokens.codec import (
     DEFAULT_VELOCITY_BIN,
     END,
     EVENT_CLASSES,
@@ -34,7 +35,6 @@ from music_ar.events import (
     grammar_start,
     playable_events,
 )
-from music_ar.midi import Performance, read_midi
 
 DATA = Path(__file__).parent / "data"
 GOLDENS = np.load(DATA / "goldens.npz")
@@ -142,7 +142,7 @@ def test_any_performance_encodes_as_note_seq_encodes_it(performance):
     pytest.importorskip("note_seq")
     from note_seq import performance_encoder_decoder, performance_lib, sequences_lib  # pyright: ignore
 
-    from music_ar.midi import to_note_sequence
+    from music_ar.midi.io import to_note_sequence
 
     sequence = sequences_lib.quantize_note_sequence_absolute(to_note_sequence(performance), 100)
     events = performance_lib.Performance(sequence, num_velocity_bins=32, max_shift_steps=100)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from music_ar.midi import read_midi
+from music_ar.midi.io import read_midi
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,11 +9,11 @@ import pytest
 from conftest import make_performance
 from jaxtyping import TypeCheckError
 
-from music_ar import events
-from music_ar.checkpoint import CheckpointError
+from music_ar.decoding.sampling import SamplingOptions
 from music_ar.generator import MAESTRO_TOKENS_PER_S, GenerationError, Generator, Request, final_until_s
-from music_ar.midi import MidiError, Performance, write_midi
-from music_ar.sampling import SamplingOptions
+from music_ar.midi.io import MidiError, Performance, write_midi
+from music_ar.model.pretrained import CheckpointError
+from music_ar.tokens import codec
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def generator(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def prompt():
     """About 6.5 s, on the events' time step and at the middle of velocity bins, so that events hold it exactly."""
-    return events.decode(events.encode(make_performance(3, notes=40)))
+    return codec.decode(codec.encode(make_performance(3, notes=40)))
 
 
 def test_a_piece_from_nothing(generator):
@@ -195,8 +195,8 @@ def test_final_notes_do_not_change(generator, prompt):
 
 
 def test_until_when_music_is_final():
-    on, off, wait = events.NOTE_ON, events.NOTE_OFF, events.TIME_SHIFT + 99  # a second
-    tokens = [events.START, events.VELOCITY, on + 60, wait, on + 64, wait, on + 60, wait]
+    on, off, wait = codec.NOTE_ON, codec.NOTE_OFF, codec.TIME_SHIFT + 99  # a second
+    tokens = [codec.START, codec.VELOCITY, on + 60, wait, on + 64, wait, on + 60, wait]
     after = {
         8: 0.0,
         9: 1.0,
@@ -225,7 +225,7 @@ def test_the_budget_that_keeps_a_speed(generator, monkeypatch):
     assert generator.calibrate(fastest * 0.8, variations=4, mode="exact") == 8
     assert generator.calibrate(fastest * 5) == 8  # none keeps it
     assert (8, 4, "exact") in asked
-    dense = np.concatenate([[events.START], np.tile([200, 100, 258], 500)])  # more tokens a second than MAESTRO
+    dense = np.concatenate([[codec.START], np.tile([200, 100, 258], 500)])  # more tokens a second than MAESTRO
     assert generator.calibrate(fastest * 0.2, dense) < 32
 
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from tiny_maestro import random_performance
 
-from music_ar import events, heard
-from music_ar.events import NOTE_OFF, START, TIME_SHIFT, VELOCITY
-from music_ar.heard import Heard
+from music_ar.decoding import history_bias
+from music_ar.decoding.history_bias import Heard
+from music_ar.tokens import codec
+from music_ar.tokens.codec import NOTE_OFF, START, TIME_SHIFT, VELOCITY
 
-V = events.VOCABULARY_SIZE
+V = codec.VOCABULARY_SIZE
 ON, VELOCITIES = slice(0, NOTE_OFF), slice(VELOCITY, VELOCITY + 32)
-NOTHING = heard.after(np.zeros(0, np.int32))
+NOTHING = history_bias.after(np.zeros(0, np.int32))
 MUCH = Heard(np.arange(128, dtype=np.int32) % 50, np.arange(32, dtype=np.int32))
 
 
@@ -22,7 +23,7 @@ def a_row(counted):
 
 def steadied(logits, counted, strength=1.0):
     logits = jnp.asarray(logits, jnp.float32)[None]
-    return np.asarray(heard.steadied(logits, a_row(counted), jnp.float32(strength))[0], np.float64)
+    return np.asarray(history_bias.steadied(logits, a_row(counted), jnp.float32(strength))[0], np.float64)
 
 
 def shares(logits, kind):
@@ -32,7 +33,7 @@ def shares(logits, kind):
 
 def test_notes_are_counted_by_hand():
     tokens = np.array([START, VELOCITY + 15, 60, TIME_SHIFT + 5, 72, NOTE_OFF + 60, VELOCITY + 3, 60, TIME_SHIFT])
-    counted = heard.after(tokens)
+    counted = history_bias.after(tokens)
     assert np.flatnonzero(counted.pitches).tolist() == [60, 72]
     assert counted.pitches[[60, 72]].tolist() == [2, 1]
     assert np.flatnonzero(counted.velocities).tolist() == [3, 15]
@@ -42,15 +43,15 @@ def test_notes_are_counted_by_hand():
 @pytest.mark.parametrize("begins_with_velocity", [True, False])
 def test_token_by_token_counts_the_same(begins_with_velocity):
     """Notes that no velocity precedes, as in a window from the middle of a piece, have the bin they are played with."""
-    tokens = np.append(START, events.encode(random_performance(0, 30)))
+    tokens = np.append(START, codec.encode(random_performance(0, 30)))
     if not begins_with_velocity:
-        tokens = tokens[~(events.is_velocity(tokens) & (np.arange(len(tokens)) < 20))]
+        tokens = tokens[~(codec.is_velocity(tokens) & (np.arange(len(tokens)) < 20))]
     counted, velocity = a_row(NOTHING), jnp.zeros(1, jnp.int32)
     for token in tokens:
-        if events.is_velocity(token):
+        if codec.is_velocity(token):
             velocity = jnp.array([token - VELOCITY + 1])
-        counted = heard.advance(counted, jnp.array([token]), velocity)
-    jax.tree.map(np.testing.assert_array_equal, counted, a_row(heard.after(tokens)))
+        counted = history_bias.advance(counted, jnp.array([token]), velocity)
+    jax.tree.map(np.testing.assert_array_equal, counted, a_row(history_bias.after(tokens)))
     assert counted.velocities.sum() == 30
 
 
@@ -103,13 +104,13 @@ def test_kinds_stay_as_likely_and_others_as_they_are():
     for kind in (ON, VELOCITIES):
         assert np.abs(found[kind] - logits[kind]).max() > 0.3
         np.testing.assert_allclose(np.exp(found[kind]).sum(), np.exp(logits[kind]).sum(), rtol=1e-4)
-    rest = np.r_[NOTE_OFF:VELOCITY, events.EVENT_CLASSES : V]
+    rest = np.r_[NOTE_OFF:VELOCITY, codec.EVENT_CLASSES : V]
     np.testing.assert_array_equal(found[rest], logits[rest].astype(np.float32))
 
 
 def test_each_row_has_its_own_strength():
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(2, V)), jnp.float32)
     both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), MUCH)
-    found = heard.steadied(logits, both, jnp.array([0.0, 0.5]))
+    found = history_bias.steadied(logits, both, jnp.array([0.0, 0.5]))
     np.testing.assert_allclose(found[0], logits[0], atol=1e-5)
-    np.testing.assert_allclose(found[1], heard.steadied(logits[1:], a_row(MUCH), jnp.float32(0.5))[0], atol=1e-5)
+    np.testing.assert_allclose(found[1], history_bias.steadied(logits[1:], a_row(MUCH), jnp.float32(0.5))[0], atol=1e-5)

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from reference_model import keyboard_features
 
-from music_ar import events, keyboard
-from music_ar.midi import read_midi
+from music_ar.features import keyboard
+from music_ar.midi.io import read_midi
+from music_ar.tokens import codec
 
-PROMPT = sorted((Path(__file__).parents[1] / "app" / "prompts").glob("*.mid"))[0]
-TOKENS = hnp.arrays(np.int32, st.integers(1, 40), elements=st.integers(0, events.VOCABULARY_SIZE - 1))
-ON, OFF, SHIFT, VELOCITY = events.NOTE_ON, events.NOTE_OFF, events.TIME_SHIFT - 1, events.VELOCITY - 1
+PROMPT = sorted((Path(__file__).parents[1] / "app" / "web" / "prompts").glob("*.mid"))[0]
+TOKENS = hnp.arrays(np.int32, st.integers(1, 40), elements=st.integers(0, codec.VOCABULARY_SIZE - 1))
+ON, OFF, SHIFT, VELOCITY = codec.NOTE_ON, codec.NOTE_OFF, codec.TIME_SHIFT - 1, codec.VELOCITY - 1
 
 
 def step_by_step(tokens, onsets):
@@ -37,7 +38,7 @@ def test_one_pass_equals_token_by_token(tokens, onsets):
 
 def test_the_type_of_tokens_does_not_matter():
     """Shards hold them in 16 bits, which have no room for what is counted here."""
-    tokens = events.encode(make_performance(2))
+    tokens = codec.encode(make_performance(2))
     for narrow, wide in zip(
         keyboard.after_each(tokens.astype(np.uint16), 2), keyboard.after_each(tokens, 2), strict=True
     ):
@@ -45,7 +46,7 @@ def test_the_type_of_tokens_does_not_matter():
 
 
 def test_jax_computes_the_same():
-    tokens = np.stack([events.encode(make_performance(seed))[:600] for seed in range(3)])
+    tokens = np.stack([codec.encode(make_performance(seed))[:600] for seed in range(3)])
     expected = keyboard.after_each(tokens, 4)
     found = jax.jit(lambda tokens: keyboard.after_each(tokens, 4, jnp))(tokens)
     for here, there in zip(expected, found, strict=True):
@@ -60,10 +61,10 @@ def test_jax_computes_the_same():
 
 
 def test_the_keys_that_are_down_are_those_that_the_grammar_holds():
-    tokens = events.encode(read_midi(PROMPT))[:400]
+    tokens = codec.encode(read_midi(PROMPT))[:400]
     keys = keyboard.after_each(tokens, 0).keys
     for end in range(len(tokens)):
-        held = events.grammar_after(tokens[: end + 1]).held
+        held = codec.grammar_after(tokens[: end + 1]).held
         np.testing.assert_array_equal((keys[end] >= 0) & (keys[end] // 64 % 2 == 1), held > 0)
 
 
@@ -114,7 +115,7 @@ def test_only_differences_of_time_are_told(tokens, earlier):
     np.testing.assert_allclose(keyboard_features(alone), keyboard_features(later)[len(waiting) :], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("token", [events.PAD, events.START, events.END])
+@pytest.mark.parametrize("token", [codec.PAD, codec.START, codec.END])
 def test_what_is_no_event_changes_nothing(token):
     before = keyboard.advance(keyboard.untouched((), 2), np.int32(ON + 60))
     for here, there in zip(before, keyboard.advance(before, np.int32(token)), strict=True):

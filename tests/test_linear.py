@@ -8,8 +8,8 @@ import pytest
 from conftest import noisy_model
 from flax import nnx
 
-from music_ar.linear import NormedLinear, TransposedLinear, join_norms, replace_linears
-from music_ar.model import PRESETS
+from music_ar.decoding.layers import NormedLinear, TransposedLinear, join_norms, replace_linears
+from music_ar.model.perceiver_ar import PRESETS
 
 
 @pytest.mark.parametrize("use_bias", [False, True])

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tiny_maestro import archive_files, forget_compositions, random_performance, write_zip
 
-from data_pipeline.augment import Augmentation, louden, transpose
+from data_pipeline.augmentation.mode_and_rubato import AS_PLAYED, VIEW_SIZE, Variation, view
+from data_pipeline.augmentation.transforms import Augmentation, louden, transpose
 from data_pipeline.loader import Pieces, batches, windows_per_epoch
 from data_pipeline.maestro import DatasetError
 from data_pipeline.prepare import PieceRecord, prepare_maestro
-from data_pipeline.variation import AS_PLAYED, VIEW_SIZE, Variation, view
-from music_ar.events import END, NOTE_OFF, PAD, START, TIME_SHIFT, VELOCITY, encode
+from music_ar.tokens.codec import END, NOTE_OFF, PAD, START, TIME_SHIFT, VELOCITY, encode
 
 CONTEXT, LATENTS = 24, 8
 # Shorter than, as long as, and longer than a block of targets; whole multiples and not; longer than the context.

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from music_ar.midi import (
+from music_ar.midi.io import (
     MidiError,
     Performance,
     from_note_sequence,

@@ -13,8 +13,8 @@ from tiny_maestro import PIECES, archive_files, forget_compositions, midi_bytes,
 from data_pipeline import prepare
 from data_pipeline.maestro import SPLITS, DatasetError
 from data_pipeline.prepare import Manifest, assign_splits, prepare_maestro, prepare_midi, shard_path
-from music_ar.events import END, FINGERPRINT, START, encode
-from music_ar.midi import read_midi
+from music_ar.midi.io import read_midi
+from music_ar.tokens.codec import END, FINGERPRINT, START, encode
 
 
 @pytest.fixture

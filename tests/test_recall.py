@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from reference_model import recall_features
 
-from music_ar import events, keyboard, recall
+from music_ar.features import keyboard, retrieval
+from music_ar.tokens import codec
 
-ON, OFF, SHIFT, VELOCITY = events.NOTE_ON, events.NOTE_OFF, events.TIME_SHIFT - 1, events.VELOCITY - 1
-FEW = [events.START, ON + 60, ON + 61, ON + 62, OFF + 60, SHIFT + 3, VELOCITY + 5, VELOCITY + 6, events.PAD]
+ON, OFF, SHIFT, VELOCITY = codec.NOTE_ON, codec.NOTE_OFF, codec.TIME_SHIFT - 1, codec.VELOCITY - 1
+FEW = [codec.START, ON + 60, ON + 61, ON + 62, OFF + 60, SHIFT + 3, VELOCITY + 5, VELOCITY + 6, codec.PAD]
 
 
 @st.composite
@@ -24,7 +25,7 @@ def chords(draw):
 
 # Of so few pitches that everything returns.
 TOKENS = hnp.arrays(np.int32, st.integers(1, 90), elements=st.sampled_from(FEW)) | chords().map(
-    lambda notes: np.concatenate([[events.START], notes]).astype(np.int32)
+    lambda notes: np.concatenate([[codec.START], notes]).astype(np.int32)
 )
 REACHES = st.sampled_from([12, 24, 100])
 
@@ -34,7 +35,7 @@ def melody(pitches, steps=10):
     notes = [
         [VELOCITY + 1 + number % 32, ON + pitch, SHIFT + steps, OFF + pitch] for number, pitch in enumerate(pitches)
     ]
-    return np.concatenate([[events.START], *notes]).astype(np.int32)
+    return np.concatenate([[codec.START], *notes]).astype(np.int32)
 
 
 def alike(level, pitches, here, there):
@@ -49,11 +50,11 @@ def alike(level, pitches, here, there):
 
 def searched(tokens, reach):
     """(level, note) that each note is like, by looking at every place."""
-    pitches, found = tokens[tokens < events.NOTE_OFF], []
+    pitches, found = tokens[tokens < codec.NOTE_OFF], []
     for here in range(len(pitches)):
         places = [
             (number, there)
-            for number, level in enumerate(recall.LEVELS)
+            for number, level in enumerate(retrieval.LEVELS)
             for there in range(here - 1, max(here - reach, -1), -1)
             if alike(level, pitches, here, there)
             and there == max(t for t in range(here) if keys_equal(level, pitches, here, t))
@@ -72,8 +73,8 @@ def keys_equal(level, pitches, here, there):
 
 @given(tokens=TOKENS, reach=REACHES)
 def test_places_are_those_that_a_plain_search_finds(tokens, reach):
-    after = recall.after_each(tokens, reach)
-    at = np.flatnonzero(tokens < events.NOTE_OFF)
+    after = retrieval.after_each(tokens, reach)
+    at = np.flatnonzero(tokens < codec.NOTE_OFF)
     expected = searched(tokens, reach)
     assert [int(level) for level in after.level[at]] == [level for level, _ in expected]
     distances = [here - there if level >= 0 else -1 for here, (level, there) in enumerate(expected)]
@@ -82,9 +83,9 @@ def test_places_are_those_that_a_plain_search_finds(tokens, reach):
 
 @given(tokens=TOKENS)
 def test_between_notes_nothing_changes(tokens):
-    after = recall.after_each(tokens, 24)
+    after = retrieval.after_each(tokens, 24)
     for leaf in after:
-        for index in np.flatnonzero(tokens >= events.NOTE_OFF):
+        for index in np.flatnonzero(tokens >= codec.NOTE_OFF):
             before = leaf[index - 1] if index else np.full_like(leaf[0], -1)
             np.testing.assert_array_equal(leaf[index], before)
 
@@ -94,8 +95,8 @@ def test_token_by_token_equals_one_pass(tokens, prompt, reach):
     """From a memory that NumPy made of a prompt, the rest in JAX."""
     prompt = min(prompt, len(tokens))
     step, velocity = keyboard.times_and_velocities(tokens)
-    expected = recall.after_each(tokens, reach)
-    memory = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], recall.prefill(tokens[:prompt], reach, last=1)[1])
+    expected = retrieval.after_each(tokens, reach)
+    memory = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], retrieval.prefill(tokens[:prompt], reach, last=1)[1])
     for index in range(prompt - 1, len(tokens)):
         if index >= prompt:
             memory = _advance(memory, tokens[index : index + 1], step[index : index + 1], velocity[index : index + 1])
@@ -103,20 +104,20 @@ def test_token_by_token_equals_one_pass(tokens, prompt, reach):
             np.testing.assert_array_equal(found[0], leaf[index])
 
 
-_advance, _recalled = jax.jit(recall.advance), jax.jit(recall.recalled)
+_advance, _recalled = jax.jit(retrieval.advance), jax.jit(retrieval.recalled)
 
 
 def test_jax_computes_the_same():
     random = np.random.default_rng(0)
     tokens = random.choice(FEW, (3, 700)).astype(np.int32)
-    expected = recall.after_each(tokens, 100)
-    found = jax.jit(lambda tokens: recall.after_each(tokens, 100, jnp))(tokens)
+    expected = retrieval.after_each(tokens, 100)
+    found = jax.jit(lambda tokens: retrieval.after_each(tokens, 100, jnp))(tokens)
     for here, there in zip(found, expected, strict=True):
         np.testing.assert_array_equal(here, there)
     features = jax.jit(lambda recalled: recall_features(recalled, jnp))(found)
     np.testing.assert_array_equal(features, recall_features(expected))
     for row, alone in enumerate(tokens):
-        for leaf, whole in zip(recall.after_each(alone, 100, last=50), expected, strict=True):
+        for leaf, whole in zip(retrieval.after_each(alone, 100, last=50), expected, strict=True):
             np.testing.assert_array_equal(leaf, whole[row, -50:])
 
 
@@ -136,12 +137,12 @@ OTHER = (40, 43, 47, 50, 41, 45, 48, 52, 39, 42, 44, 46, 49, 51)
     ],
 )
 def test_what_is_alike(again, level):
-    after = recall.after_each(melody(THEME + OTHER + again), 1000)
-    assert after.level[-1] == (-1 if level is None else recall.LEVELS.index(level))
+    after = retrieval.after_each(melody(THEME + OTHER + again), 1000)
+    assert after.level[-1] == (-1 if level is None else retrieval.LEVELS.index(level))
 
 
 def test_what_followed_by_hand():
-    after = recall.after_each(melody(THEME + OTHER + THEME), 1000)
+    after = retrieval.after_each(melody(THEME + OTHER + THEME), 1000)
     assert after.distance[-1] == len(THEME + OTHER)
     np.testing.assert_array_equal(after.note[-1] // 64, OTHER[:4])
     np.testing.assert_array_equal(after.note[-1] % 64, 13 + np.arange(4))
@@ -149,31 +150,31 @@ def test_what_followed_by_hand():
 
 
 def test_what_followed_is_moved_to_the_key_of_now():
-    after = recall.after_each(melody(THEME + OTHER + tuple(pitch + 3 for pitch in THEME)), 1000)
+    after = retrieval.after_each(melody(THEME + OTHER + tuple(pitch + 3 for pitch in THEME)), 1000)
     np.testing.assert_array_equal(after.note[-1] // 64, np.array(OTHER[:4]) + 3)
     np.testing.assert_array_equal(after.note[-1] % 64, 13 + np.arange(4))
     # Notes that the keyboard does not have are not told.
-    low = recall.after_each(melody((*THEME, 5, 40, 5, 40, *(pitch - 30 for pitch in THEME))), 1000)
+    low = retrieval.after_each(melody((*THEME, 5, 40, 5, 40, *(pitch - 30 for pitch in THEME))), 1000)
     np.testing.assert_array_equal(low.note[-1] // 64, [-1, 10, -1, 10])
 
 
 def test_a_figure_that_repeats_goes_on():
-    after = recall.after_each(melody((60, 64, 67) * 5), 1000)
+    after = retrieval.after_each(melody((60, 64, 67) * 5), 1000)
     assert after.distance[-1] == 3
     np.testing.assert_array_equal(after.note[-1] // 64, [60, 64, 67, 60])
 
 
 def test_what_is_further_back_than_it_reaches_is_not_recalled():
     tokens, distance = melody(THEME + OTHER + THEME), len(THEME + OTHER)
-    assert recall.after_each(tokens, distance + 1).level[-1] == 0
-    assert recall.after_each(tokens, distance).level[-1] == -1
+    assert retrieval.after_each(tokens, distance + 1).level[-1] == 0
+    assert retrieval.after_each(tokens, distance).level[-1] == -1
 
 
 def test_features_by_hand():
-    after = recall.after_each(melody(THEME + OTHER + THEME), 1000)
+    after = retrieval.after_each(melody(THEME + OTHER + THEME), 1000)
     features = recall_features(after)[-1]
-    assert features.shape == (recall.feature_count(),)
-    levels = len(recall.LEVELS)
+    assert features.shape == (retrieval.feature_count(),)
+    levels = len(retrieval.LEVELS)
     np.testing.assert_array_equal(np.flatnonzero(features[:levels]), [0])
     np.testing.assert_array_equal(np.flatnonzero(features[levels : levels + 16]), [4])  # 26 notes ago: 16 to 31
     pitches = features[levels + 16 :][: 4 * 128].reshape(4, 128)

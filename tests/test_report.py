@@ -9,9 +9,9 @@ import pytest
 from test_cli import refusal, run
 
 from data_pipeline.loader import Pieces
-from music_ar.checkpoint import load_released
-from music_ar.evaluation import score
-from music_ar.midi import read_midi
+from music_ar.evaluation.likelihood import score
+from music_ar.midi.io import read_midi
+from music_ar.model.pretrained import load_released
 
 SIZES = ["--batch-size", 4, "--stride", 16, "--max-pieces", 3, "--themes", 2, "--seconds", 12]
 

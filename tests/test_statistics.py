@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from music_ar.midi import Performance
-from music_ar.statistics import Statistics
+from music_ar.metrics.statistics import Statistics
+from music_ar.midi.io import Performance
 
 
 def test_by_hand():

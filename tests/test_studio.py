@@ -6,10 +6,10 @@ from urllib.parse import parse_qsl
 
 import pytest
 
-from app.studio import Session, Settings, Studio, StudioError, write_file
+from app.web.session import Session, Settings, Studio, StudioError, write_file
 from music_ar import Generator
 from music_ar.generator import GenerationError
-from music_ar.midi import read_midi
+from music_ar.midi.io import read_midi
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +141,8 @@ def test_more_variations_are_measured_while_nobody_plays(tiny_checkpoint, monkey
     assert studio.cost(8, 2) == "What 2 variations at once cost here is being measured …"
     let_go = []
     for name, value in {"_LIKELY_NOTES": (), "_LIKELY_VARIATIONS": (2,), "_MOST_PROGRAMS": 1}.items():
-        monkeypatch.setattr(f"app.studio.{name}", value)
-    monkeypatch.setattr("app.studio.jax.clear_caches", lambda: let_go.append(len(studio._programs)))
+        monkeypatch.setattr(f"app.web.session.{name}", value)
+    monkeypatch.setattr("app.web.session.jax.clear_caches", lambda: let_go.append(len(studio._programs)))
     session = studio.session("somebody")
     takes = studio.generate(session, Settings(seconds=600, latents=8))
     next(takes)

@@ -10,12 +10,12 @@ from conftest import noisy_model
 from test_cli import refusal, run
 from tiny_maestro import forget_compositions
 
+from data_pipeline.augmentation.mode_and_rubato import VIEW_SIZE
 from data_pipeline.loader import Pieces
-from data_pipeline.variation import VIEW_SIZE
-from music_ar import training
-from music_ar.checkpoint import identity, load_released, save_released
-from music_ar.events import PAD
-from music_ar.model import PRESETS
+from music_ar.model.perceiver_ar import PRESETS
+from music_ar.model.pretrained import identity, load_released, save_released
+from music_ar.tokens.codec import PAD
+from music_ar.training import trainer
 
 DATA = ["--preset", "tiny", "--data"]
 REST = ["--steps", 1, "--batch-size", 4, "--no-augment"]
@@ -34,7 +34,7 @@ def teachers(tmp_path_factory):
 def fits(monkeypatch):
     """What `fit` is called with: some of the batches that it will read, and its options. It does its work."""
     calls = []
-    fit = training.fit
+    fit = trainer.fit
 
     def spied(model, config, batches, **options):
         state = batches.get_state()
@@ -42,7 +42,7 @@ def fits(monkeypatch):
         batches.set_state(state)
         return fit(model, config, batches, **options)
 
-    monkeypatch.setattr(training, "fit", spied)
+    monkeypatch.setattr(trainer, "fit", spied)
     return calls
 
 

@@ -18,11 +18,12 @@ from conftest import noisy_model
 from flax import nnx
 from reference_model import reference
 
-from music_ar import decoding, events
-from music_ar.checkpoint import CheckpointError
-from music_ar.model import ModelConfig, PerceiverAR
-from music_ar.sampling import SamplingOptions
-from music_ar.training import (
+from music_ar.decoding import decoder as decoding
+from music_ar.decoding.sampling import SamplingOptions
+from music_ar.model.perceiver_ar import ModelConfig, PerceiverAR
+from music_ar.model.pretrained import CheckpointError
+from music_ar.tokens import codec
+from music_ar.training.trainer import (
     TrainingConfig,
     TrainingError,
     TrainState,
@@ -52,7 +53,7 @@ class CountingBatches:
 
     def __next__(self):
         rng = np.random.default_rng(self.next)
-        tokens = (rng.integers(0, 300, (B, 1)) + np.arange(M + 1) * rng.integers(1, 4, (B, 1))) % events.VOCABULARY_SIZE
+        tokens = (rng.integers(0, 300, (B, 1)) + np.arange(M + 1) * rng.integers(1, 4, (B, 1))) % codec.VOCABULARY_SIZE
         self.next += 1
         return {"tokens": tokens.astype(np.int32), "weights": rng.choice([0.5, 1, 1], (B, N)).astype(np.float32)}
 
@@ -281,12 +282,12 @@ import pathlib
 import pytest
 from music_ar import training
 shards = []
-put = training._put_batch
+put = trainer._put_batch
 def watched(batch, mesh):
     placed = put(batch, mesh)
     shards.append({{name: [part.data.shape for part in array.addressable_shards] for name, array in placed.items()}})
     return placed
-training._put_batch = watched
+trainer._put_batch = watched
 output = pathlib.Path({output!r})
 config = t.dataclasses.replace(t.EXACT, log_every=1, checkpoint_minutes=5.0)
 teachers = [t.noisy(), t.fresh_model()]
@@ -296,7 +297,7 @@ t.run(output / "out of fold", config, teachers=teachers, out_of_fold=True)
 if {devices} > 1:
     B = 4 // {devices}
     assert shards == [{{"tokens": [(B, 13)] * {devices}, "weights": [(B, 8)] * {devices}}}] * 18, shards
-    with pytest.raises(training.TrainingError, match="accumulation . devices, got 6, 2 and {devices}"):
+    with pytest.raises(trainer.TrainingError, match="accumulation . devices, got 6, 2 and {devices}"):
         t.run(output / "other", t.dataclasses.replace(config, batch_size=6, accumulation=2))
 """
 
@@ -436,7 +437,7 @@ def test_a_teacher_reads_what_its_own_window_holds():
     student.recall.kernel[...] = jnp.zeros_like(student.recall.kernel[...])
     config = dataclasses.replace(EXACT, z_loss=0.0, distillation=1.0)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    tokens = np.random.default_rng(0).integers(0, events.EVENT_CLASSES, (B, student.config.window + 1), np.int32)
+    tokens = np.random.default_rng(0).integers(0, codec.EVENT_CLASSES, (B, student.config.window + 1), np.int32)
     batch = {"tokens": jnp.asarray(tokens), "weights": jnp.ones((B, N))}
     (graph, params), (teacher_graph, taught) = (nnx.split(model, nnx.Param) for model in (student, teacher))
     optimizer = build_optimizer(config)
@@ -657,7 +658,7 @@ def test_a_run_that_saved_nothing_is_begun_anew(tmp_path):
 
 
 def test_a_budget_of_minutes_counts_the_time_before_resuming(tmp_path, monkeypatch):
-    from music_ar import training
+    from music_ar.training import trainer
 
     now_s = iter(range(10**6))  # every look at the clock takes a second
 
@@ -666,7 +667,7 @@ def test_a_budget_of_minutes_counts_the_time_before_resuming(tmp_path, monkeypat
         def monotonic():
             return float(next(now_s))
 
-    monkeypatch.setattr(training, "time", Clock)
+    monkeypatch.setattr(trainer, "time", Clock)
     config = dataclasses.replace(TRAINING, steps=None, minutes=1.0, log_every=1, checkpoint_minutes=100.0)
     StoppingBatches.left = 3
     stopped = fit(fresh_model(), config, StoppingBatches(), output=tmp_path)
@@ -727,7 +728,7 @@ def test_the_training_step_lowers_for_tpu():
 def test_the_decoding_loop_lowers_for_tpu():
     model = PerceiverAR(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16))
     decoder = decoding.Decoder(model, int8=False)
-    state = decoder.start([np.array([events.START])], latents=N, seeds=[0], limit_steps=100)
+    state = decoder.start([np.array([codec.START])], latents=N, seeds=[0], limit_steps=100)
     exported = jax.export.export(decoding._decode, platforms=["tpu"])(
         decoder.graph, shapes(decoder.params), shapes(state), shapes(SamplingOptions().filters()), 16, None
     )

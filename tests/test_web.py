@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from music_ar.audio import TAIL_S
-from music_ar.midi import read_midi
+from music_ar.audio.synthesis import TAIL_S
+from music_ar.midi.io import read_midi
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -314,6 +314,6 @@ def test_a_file_of_the_server_is_no_prompt(address):
 
 
 def test_only_the_folder_of_the_app_is_served(address):
-    for path in (ROOT / "pyproject.toml", "/etc/passwd", ROOT / "music_ar/samples/../midi.py"):
+    for path in (ROOT / "pyproject.toml", "/etc/passwd", ROOT / "music_ar/audio/samples/../synthesis.py"):
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(f"{address.rstrip('/')}/gradio_api/file={path}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from music_ar.midi import Performance, write_midi
+from music_ar.midi.io import Performance, write_midi
 
 PIECES = {
     "2004/aria.midi": "train",
