@@ -6,10 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+if TYPE_CHECKING:
+    from music_ar.midi.performance import Performance
 
 
 class CommandError(ValueError):
@@ -97,3 +100,20 @@ def check_writable(path: Path) -> None:
         raise CommandError(f"cannot write {path}: there is no folder {path.parent}")
     if not os.access(path.parent, os.W_OK):
         raise CommandError(f"cannot write {path}: the folder {path.parent} is read-only")
+
+
+def read_performance(path: Path) -> "Performance":
+    """`read_midi` with errors that name the file.
+
+    Raises:
+        CommandError: there is no such file, or it is not usable MIDI.
+    """
+    from music_ar.midi.io import read_midi
+    from music_ar.midi.performance import MidiError
+
+    if not path.is_file():
+        raise CommandError(f"{path}: no such file")
+    try:
+        return read_midi(path)
+    except MidiError as error:
+        raise CommandError(f"{path}: {error}") from error

@@ -24,10 +24,13 @@ from flax import nnx
 
 from data_pipeline.augmentation.transforms import Augmentation
 from data_pipeline.loader import Pieces, batches
-from music_ar.evaluation.likelihood import calibrated, score
-from music_ar.model.perceiver_ar import PRESETS, PerceiverAR, parameter_count
+from music_ar.evaluation.calibration import calibrated
+from music_ar.evaluation.likelihood import score
+from music_ar.model.config import PRESETS
+from music_ar.model.perceiver_ar import PerceiverAR, parameter_count
 from music_ar.model.pretrained import load_released, save_released
-from music_ar.training.trainer import Progress, TrainingConfig, fit
+from music_ar.training.log import Progress
+from music_ar.training.trainer import TrainingConfig, fit
 
 
 def main() -> None:

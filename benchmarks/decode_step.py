@@ -30,8 +30,9 @@ from train_step import longest_kernels, timed
 from music_ar.decoding.decoder import Decoder, ring_size
 from music_ar.decoding.pallas_attention import Heads, Tiling, attend
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.model.perceiver_ar import PRESETS, ModelConfig, PerceiverAR
-from music_ar.tokens import codec
+from music_ar.model.config import PRESETS, ModelConfig
+from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.tokens import vocabulary
 
 WAYS = {"plain": False, "kernel": True}
 
@@ -85,7 +86,7 @@ def made_up_model(config: ModelConfig) -> PerceiverAR:
     ]
     nnx.update(model, jax.tree.unflatten(tree, noisy))
     assert model.head.bias is not None
-    model.head.bias[...] = model.head.bias[...].at[codec.END].set(-1e4)
+    model.head.bias[...] = model.head.bias[...].at[vocabulary.END].set(-1e4)
     return model
 
 
@@ -125,9 +126,9 @@ def runner(
 ) -> tuple[Callable[[], None], np.ndarray, float]:
     """A function that decodes a chunk, the logits of eight given tokens, and the megabytes that a step reads."""
     decoder = Decoder(model, int8=False, fused=fused)
-    note = [codec.NOTE_ON + 60, codec.TIME_SHIFT + 19, codec.NOTE_OFF + 60, codec.TIME_SHIFT + 9]
+    note = [vocabulary.NOTE_ON + 60, vocabulary.TIME_SHIFT + 19, vocabulary.NOTE_OFF + 60, vocabulary.TIME_SHIFT + 9]
     prompt = np.resize(note, model.config.context + 8).astype(np.int32)
-    prompt[:2] = codec.START, codec.VELOCITY + 15
+    prompt[:2] = vocabulary.START, vocabulary.VELOCITY + 15
 
     start = functools.partial(decoder.start, latents=arguments.latents, limit_steps=2**30)
     given = np.tile(prompt[-8:], (batch, 1))
@@ -143,7 +144,7 @@ def runner(
     run()  # compiles
     run()
     read = sum(leaf.nbytes for leaf in jax.tree.leaves((decoder.params, state.caches, state.memory)))
-    return run, np.asarray(logits_BxTxV)[..., : codec.EVENT_CLASSES], round(read / 1e6, 1)
+    return run, np.asarray(logits_BxTxV)[..., : vocabulary.EVENT_CLASSES], round(read / 1e6, 1)
 
 
 def list_kernels(run: Callable[[], None], arguments: argparse.Namespace) -> None:

@@ -32,9 +32,9 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel  # pyright: i
 
 from music_ar.decoding.decoder import Decoder
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.model.perceiver_ar import ModelConfig
+from music_ar.model.config import ModelConfig
 from music_ar.model.pretrained import load_released
-from music_ar.tokens import codec
+from music_ar.tokens import vocabulary
 
 # Makes so many more tokens, each from the ones before it.
 Make = Callable[[], None]
@@ -43,8 +43,8 @@ Make = Callable[[], None]
 def music_ar_decoder(latents: int, batch: int, tokens: int) -> Make:
     """Ours, as `Generator` uses it."""
     decoder, filters = Decoder(load_released()), SamplingOptions().filters()
-    prompt = np.resize(np.array([codec.NOTE_ON + 60, codec.TIME_SHIFT + 19, codec.NOTE_OFF + 60]), 4096)
-    prompt[:2] = codec.START, codec.VELOCITY + 15
+    prompt = np.resize(np.array([vocabulary.NOTE_ON + 60, vocabulary.TIME_SHIFT + 19, vocabulary.NOTE_OFF + 60]), 4096)
+    prompt[:2] = vocabulary.START, vocabulary.VELOCITY + 15
     prompts = [prompt.astype(np.int32)] * batch
     state = decoder.start(prompts, latents=latents, seeds=range(batch), limit_steps=2**30)
 

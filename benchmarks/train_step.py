@@ -21,8 +21,11 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from music_ar.model.perceiver_ar import PRESETS, PerceiverAR
-from music_ar.training.trainer import TrainingConfig, TrainState, build_optimizer, make_train_step
+from music_ar.model.config import PRESETS
+from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.training.optimizer import build_optimizer
+from music_ar.training.step import TrainState, make_train_step
+from music_ar.training.trainer import TrainingConfig
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ from data_pipeline.augmentation.transforms import (
 )
 from data_pipeline.maestro import SPLITS, DatasetError
 from data_pipeline.prepare import MANIFEST_NAME, Manifest, PieceRecord, ShardRecord, shard_path
-from music_ar.tokens.codec import END, FINGERPRINT, PAD, START
+from music_ar.tokens.vocabulary import END, FINGERPRINT, PAD, START
 
 
 class Batch(TypedDict):

@@ -27,9 +27,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_pipeline.maestro import SPLITS, DatasetError, MidiFiles, read_table
 from music_ar.files import write_atomically
-from music_ar.midi.io import MidiError, read_midi
+from music_ar.midi.io import read_midi
+from music_ar.midi.performance import MidiError
 from music_ar.system import usable_cores
-from music_ar.tokens.codec import END, FINGERPRINT, START, EventError, encode
+from music_ar.tokens.codec import encode
+from music_ar.tokens.vocabulary import END, FINGERPRINT, START, EventError
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1

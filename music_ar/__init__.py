@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from music_ar.generator import Generator
-    from music_ar.midi.io import MidiError, Performance, read_midi, write_midi
-    from music_ar.tokens.codec import EventError, decode, encode
+    from music_ar.midi.io import read_midi, write_midi
+    from music_ar.midi.performance import MidiError, Performance
+    from music_ar.tokens.codec import decode, encode
+    from music_ar.tokens.vocabulary import EventError
 
 __all__ = [
     "EventError",

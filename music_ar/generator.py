@@ -13,12 +13,14 @@ from jaxtyping import Int
 
 from music_ar.decoding import continuous_batching
 from music_ar.decoding import decoder as decoding
-from music_ar.decoding.decoder import WINDOW_MODES, Decoder, WindowMode
+from music_ar.decoding.decoder import Decoder
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.midi.io import MidiError, Performance, read_midi
+from music_ar.decoding.step import WINDOW_MODES, WindowMode
+from music_ar.midi.io import read_midi
+from music_ar.midi.performance import MidiError, Performance
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.model.pretrained import load_released
-from music_ar.tokens import codec
+from music_ar.tokens import codec, grammar, vocabulary
 
 DEFAULT_LATENTS = 1024
 DEFAULT_SPEED = 1.5
@@ -154,7 +156,7 @@ class Composition:
         self.seeds, self.latents = tuple(seeds), latents
         self._decoder, self._filters = decoder, options.filters()
         self._prompt_length = len(prompt_tokens)
-        self.prompt_s = codec.length_steps(prompt_tokens) / codec.STEPS_PER_SECOND
+        self.prompt_s = codec.length_steps(prompt_tokens) / vocabulary.STEPS_PER_SECOND
         self._from_s = self.prompt_s if continuation_only else 0.0
         self._wanted_s = 0.0
         self._tokens = [prompt_tokens] * len(seeds)
@@ -165,7 +167,7 @@ class Composition:
     @property
     def ended(self) -> tuple[bool, ...]:
         """Which variations ended by themselves, so that `stream` adds nothing to them."""
-        return tuple(bool(tokens[-1] == codec.END) for tokens in self._tokens)
+        return tuple(bool(tokens[-1] == vocabulary.END) for tokens in self._tokens)
 
     def stream(self, seconds: float) -> Iterator[Chunk]:
         """Makes `seconds` more of each variation, chunk by chunk; a piece may also end by itself before.
@@ -204,8 +206,10 @@ class Composition:
 
     def _made_s(self) -> float:
         """Seconds of music after the prompt, up to what was wanted, of the variation that has least."""
-        lengths = [codec.length_steps(tokens) / codec.STEPS_PER_SECOND for tokens in self._tokens]
-        going_on = [length for length, tokens in zip(lengths, self._tokens, strict=True) if tokens[-1] != codec.END]
+        lengths = [codec.length_steps(tokens) / vocabulary.STEPS_PER_SECOND for tokens in self._tokens]
+        going_on = [
+            length for length, tokens in zip(lengths, self._tokens, strict=True) if tokens[-1] != vocabulary.END
+        ]
         return min(min(going_on or lengths) - self.prompt_s, self._wanted_s)
 
     def _chunks(self) -> Iterator[Chunk]:
@@ -218,7 +222,7 @@ class Composition:
             state, length = self._state.with_limit(limit_steps), continuous_batching.chunk_tokens(len(self.seeds))
             self._state, new_BxT = self._decoder.decode(state, self._filters, length=length)
             for number, new in enumerate(np.asarray(new_BxT)):
-                self._tokens[number] = np.concatenate([self._tokens[number], new[new != codec.PAD]])
+                self._tokens[number] = np.concatenate([self._tokens[number], new[new != vocabulary.PAD]])
             longest = max(map(len, self._tokens)) - self._prompt_length
             finished = bool(self._state.done_B.all()) or longest >= most_tokens
             made_s, spent_s = self._made_s(), time.monotonic() - began_s
@@ -247,8 +251,8 @@ def final_until_s(tokens: Int[np.ndarray, " T"]) -> float:
 
     That is when the first note began that still sounds after the last token, or else the time of that token.
     """
-    until_s = codec.length_steps(tokens) / codec.STEPS_PER_SECOND
-    held = codec.grammar_after(tokens).held
+    until_s = codec.length_steps(tokens) / vocabulary.STEPS_PER_SECOND
+    held = grammar.grammar_after(tokens).held
     notes = codec.decode(tokens)
     for pitch in np.flatnonzero(held):  # a note-off ends the oldest note of its pitch: the newest are held
         until_s = min(until_s, float(notes.onset_s[notes.pitch == pitch][-held[pitch]]))
@@ -496,7 +500,7 @@ class Generator:
             for request in requests:
                 try:
                     yield self._job(request)
-                except (GenerationError, MidiError, codec.EventError) as error:
+                except (GenerationError, MidiError, vocabulary.EventError) as error:
                     failed.append(
                         Piece(
                             request=request,
@@ -510,7 +514,7 @@ class Generator:
 
         def on_chunk(steps: int) -> None:
             if progress is not None:
-                progress(steps / codec.STEPS_PER_SECOND)
+                progress(steps / vocabulary.STEPS_PER_SECOND)
 
         for made in continuous_batching.make(self.decoder, jobs(), rows=batch_size, on_chunk=on_chunk):
             yield from failed
@@ -566,7 +570,7 @@ class Generator:
         """
         density = MAESTRO_TOKENS_PER_S
         if prompt_tokens is not None:
-            length_s = codec.length_steps(prompt_tokens) / codec.STEPS_PER_SECOND
+            length_s = codec.length_steps(prompt_tokens) / vocabulary.STEPS_PER_SECOND
             if length_s >= _TELLING_PROMPT_S:
                 density = len(prompt_tokens) / length_s
         longest_s = 1 / (speed * density * _SPEED_MARGIN)
@@ -590,7 +594,7 @@ class Generator:
         """
         key = (decoding.ring_size(latents), variations, mode)
         if again or key not in self._seconds_per_token:
-            start = np.array([codec.START], np.int32)
+            start = np.array([vocabulary.START], np.int32)
             filters = SamplingOptions().filters()
             state = self.decoder.start(
                 [start] * variations, latents=latents, seeds=range(variations), limit_steps=2**30, mode=mode
@@ -607,7 +611,7 @@ class Generator:
 
 def _piece(made: continuous_batching.Made) -> Piece:
     request: Request = made.job.tag
-    join_s = codec.length_steps(made.job.prompt) / codec.STEPS_PER_SECOND
+    join_s = codec.length_steps(made.job.prompt) / vocabulary.STEPS_PER_SECOND
     whole = codec.decode(np.concatenate([made.job.prompt, made.tokens]))
     continuation = whole.crop(join_s, join_s + request.seconds)
     return Piece(
@@ -620,21 +624,21 @@ def _piece(made: continuous_batching.Made) -> Piece:
 
 
 def _prompt_tokens(prompt: Prompt | None, prompt_seconds: float | None) -> Int[np.ndarray, " P"]:
-    """`codec.START`, and the events of the prompt up to the last note that begins or ends within `prompt_seconds`."""
+    """`vocabulary.START`, and the events of the prompt up to the last note that begins or ends within `prompt_seconds`."""
     if prompt is None:
         if prompt_seconds is not None:
             raise GenerationError(f"prompt_seconds = {prompt_seconds} needs a prompt")
-        return np.array([codec.START], np.int32)
+        return np.array([vocabulary.START], np.int32)
     if prompt_seconds is not None and not prompt_seconds > 0:
         raise GenerationError(f"prompt_seconds must be more than 0, got {prompt_seconds}")
     performance = prompt if isinstance(prompt, Performance) else read_midi(prompt)
     tokens = codec.encode(performance)
-    limit = np.inf if prompt_seconds is None else prompt_seconds * codec.STEPS_PER_SECOND
-    usable = np.flatnonzero((tokens < codec.TIME_SHIFT) & (codec.event_steps(tokens) <= limit))
+    limit = np.inf if prompt_seconds is None else prompt_seconds * vocabulary.STEPS_PER_SECOND
+    usable = np.flatnonzero((tokens < vocabulary.TIME_SHIFT) & (codec.event_steps(tokens) <= limit))
     if not len(usable):
         where = "the prompt" if prompt_seconds is None else f"the first {prompt_seconds:g} s of the prompt"
         raise GenerationError(f"there are no notes in {where} to go on from")
-    return np.concatenate([[codec.START], tokens[: usable[-1] + 1]]).astype(np.int32)
+    return np.concatenate([[vocabulary.START], tokens[: usable[-1] + 1]]).astype(np.int32)
 
 
 def _check_seconds(seconds: float) -> None:
@@ -644,4 +648,4 @@ def _check_seconds(seconds: float) -> None:
 
 def _limits(seconds: float) -> tuple[int, int]:
     """Music of this length in steps of 10 ms, and how many tokens to spend on it at most."""
-    return max(1, round(seconds * codec.STEPS_PER_SECOND)), round(seconds * MAX_TOKENS_PER_S) + MAX_TOKENS_PER_S
+    return max(1, round(seconds * vocabulary.STEPS_PER_SECOND)), round(seconds * MAX_TOKENS_PER_S) + MAX_TOKENS_PER_S

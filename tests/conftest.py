@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from music_ar.midi.io import Performance, write_midi
+from music_ar.midi.io import write_midi
+from music_ar.midi.performance import Performance
 
 # In the background of a shell Ctrl-C is ignored, and so would it be by the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -105,7 +106,7 @@ def noisy_model(config, seed=0):
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A released model of the tiny preset with random weights everywhere."""
-    from music_ar.model.perceiver_ar import PRESETS
+    from music_ar.model.config import PRESETS
     from music_ar.model.pretrained import save_released
 
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"

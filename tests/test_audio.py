@@ -9,7 +9,7 @@ from conftest import make_performance
 
 from music_ar.audio import synthesis
 from music_ar.audio.synthesis import SAMPLE_RATE, TAIL_S, AudioError, render, write_audio
-from music_ar.midi.io import Performance
+from music_ar.midi.performance import Performance
 
 
 def notes(*rows):

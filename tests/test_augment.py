@@ -15,8 +15,9 @@ from data_pipeline.augmentation.transforms import (
     stretch_with_source,
     transpose,
 )
-from music_ar.midi.io import Performance
-from music_ar.tokens.codec import END, NOTE_OFF, NOTE_ON, PAD, START, TIME_SHIFT, VELOCITY, EventError, decode, encode
+from music_ar.midi.performance import Performance
+from music_ar.tokens.codec import decode, encode
+from music_ar.tokens.vocabulary import END, NOTE_OFF, NOTE_ON, PAD, START, TIME_SHIFT, VELOCITY, EventError
 
 # Factors that put no step exactly between two others, where seconds and steps may round apart.
 FACTORS = st.integers(0, 99).map(lambda percent: 0.9 + 0.002 * percent + 0.000246913)

@@ -16,7 +16,7 @@ from conftest import make_performance, noisy_model
 from test_cli import refusal, run
 
 from music_ar.midi.io import read_midi, write_midi
-from music_ar.model.perceiver_ar import PRESETS
+from music_ar.model.config import PRESETS
 from music_ar.model.pretrained import save_released
 
 ROOT = Path(__file__).parents[1]

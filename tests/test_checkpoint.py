@@ -11,9 +11,11 @@ from conftest import noisy_model
 from flax import nnx
 
 from music_ar.model import pretrained
-from music_ar.model.perceiver_ar import PRESETS, parameter_count
-from music_ar.model.pretrained import CheckpointError, TrainingCheckpoints, load_released, save_released
-from music_ar.tokens import codec
+from music_ar.model.config import PRESETS
+from music_ar.model.perceiver_ar import parameter_count
+from music_ar.model.pretrained import CheckpointError, load_released, save_released
+from music_ar.tokens import codec, vocabulary
+from music_ar.training.checkpointing import TrainingCheckpoints
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], width=16, layers=1, cross_depths=(0,), hidden=24)
 
@@ -203,8 +205,11 @@ def test_new_weights_beside_an_old_configuration_are_refused(folder, monkeypatch
         ('{"format": "music-ar 1"}', "fingerprint"),
         ('{"format": "music-ar 1", "fingerprint": "0123456789abcdef"}', "another event vocabulary.*0123456789ab"),
         ('{"format": "music-ar 1", "fingerprint": 5}', "no model configuration"),
-        (f'{{"format": "music-ar 1", "fingerprint": "{codec.FINGERPRINT}"}}', "model"),
-        (f'{{"format": "music-ar 1", "fingerprint": "{codec.FINGERPRINT}", "model": []}}', "no model configuration"),
+        (f'{{"format": "music-ar 1", "fingerprint": "{vocabulary.FINGERPRINT}"}}', "model"),
+        (
+            f'{{"format": "music-ar 1", "fingerprint": "{vocabulary.FINGERPRINT}", "model": []}}',
+            "no model configuration",
+        ),
     ],
 )
 def test_a_configuration_that_is_none_is_refused(folder, text, message):

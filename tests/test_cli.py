@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from app import cli
-from music_ar.midi.io import Performance, read_midi, write_midi
-from music_ar.tokens import codec
+from app.commands import inspect
+from music_ar.midi.io import read_midi, write_midi
+from music_ar.midi.performance import Performance
+from music_ar.tokens import codec, vocabulary
 
 
 def run(capsys, *arguments):
@@ -157,23 +159,23 @@ def test_inspect_prints_every_token_with_its_time(capsys, midi_file):
     expected = codec.encode(read_midi(midi_file))
     assert code == 0
     np.testing.assert_array_equal(np.array(token, int), expected)
-    np.testing.assert_allclose(np.array(time_s, float), codec.event_steps(expected) / codec.STEPS_PER_SECOND)
+    np.testing.assert_allclose(np.array(time_s, float), codec.event_steps(expected) / vocabulary.STEPS_PER_SECOND)
 
 
 @pytest.mark.parametrize(
     ("token", "meaning"),
     [
-        (codec.NOTE_ON + 60, "note-on 60 (C4)"),
-        (codec.NOTE_OFF + 21, "note-off 21 (A0)"),
-        (codec.NOTE_OFF - 1, "note-on 127 (G9)"),
-        (codec.TIME_SHIFT, "wait 0.01 s"),
-        (codec.VELOCITY - 1, "wait 1.00 s"),
-        (codec.VELOCITY, "velocity 1 of 32"),
-        (codec.EVENT_CLASSES - 1, "velocity 32 of 32"),
+        (vocabulary.NOTE_ON + 60, "note-on 60 (C4)"),
+        (vocabulary.NOTE_OFF + 21, "note-off 21 (A0)"),
+        (vocabulary.NOTE_OFF - 1, "note-on 127 (G9)"),
+        (vocabulary.TIME_SHIFT, "wait 0.01 s"),
+        (vocabulary.VELOCITY - 1, "wait 1.00 s"),
+        (vocabulary.VELOCITY, "velocity 1 of 32"),
+        (vocabulary.EVENT_CLASSES - 1, "velocity 32 of 32"),
     ],
 )
 def test_tokens_are_described(token, meaning):
-    assert cli.describe_token(token) == meaning
+    assert inspect.describe_token(token) == meaning
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_our_own_failures_are_not_called_bad_input(monkeypatch, midi_file, error
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(cli, "read_performance", fail)
+    monkeypatch.setattr(console, "read_performance", fail)
     with pytest.raises(type(error)):  # Python prints the traceback and ends with 1
         cli.main(["inspect", str(midi_file)])
 

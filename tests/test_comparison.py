@@ -5,7 +5,7 @@ import pytest
 from conftest import make_performance
 
 from music_ar.metrics.distributions import FEATURES, compare, distance, features
-from music_ar.midi.io import Performance
+from music_ar.midi.performance import Performance
 
 
 def louder(performance, by):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from music_ar.metrics.memorization import Run, goes_on, longest_runs, melody
-from music_ar.midi.io import Performance
+from music_ar.midi.performance import Performance
 
 
 def play(pitches, spacing_s=0.2):

@@ -16,15 +16,18 @@ from music_ar.decoding import pallas_attention
 from music_ar.decoding.decoder import Decoder
 from music_ar.decoding.pallas_attention import Tiling
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.model.perceiver_ar import PRESETS, PerceiverAR
-from music_ar.tokens import codec
+from music_ar.model.config import PRESETS
+from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.tokens import vocabulary
 
 # Three query heads a key head, of which one counts time; a ring of the context that is no power of two.
 CONFIG = dataclasses.replace(
     PRESETS["tiny"], context=48, latents=32, layers=1, heads=6, head_size=16, onsets=3, time_heads=1, cross_depths=(0,)
 )
 BUDGET = 16
-PIECE = np.concatenate([[codec.START], np.random.default_rng(0).integers(0, codec.EVENT_CLASSES, 130)]).astype(np.int32)
+PIECE = np.concatenate(
+    [[vocabulary.START], np.random.default_rng(0).integers(0, vocabulary.EVENT_CLASSES, 130)]
+).astype(np.int32)
 SPLIT = Tiling(splits=2, block=8)
 
 
@@ -152,7 +155,7 @@ def test_triton_takes_it(monkeypatch, batch, window):
     monkeypatch.setattr(pallas_attention, "_interpreted", lambda: False)
     config = dataclasses.replace(PRESETS["small"], layers=2, width=32, hidden=32, cross_depths=(1,))
     decoder = Decoder(PerceiverAR(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16)), int8=False, fused=True)
-    prompts = [np.array([codec.START], np.int32)] * batch
+    prompts = [np.array([vocabulary.START], np.int32)] * batch
     state = jax.eval_shape(
         lambda: decoder.start(prompts, latents=1024, seeds=range(batch), limit_steps=100, mode=window)
     )

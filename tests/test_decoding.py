@@ -17,8 +17,8 @@ from music_ar.decoding import decoder as decoding
 from music_ar.decoding import history_bias
 from music_ar.decoding.decoder import Decoder
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.model.perceiver_ar import PRESETS
-from music_ar.tokens import codec
+from music_ar.model.config import PRESETS
+from music_ar.tokens import codec, grammar, vocabulary
 
 CONTEXT, BUDGET = 48, 16
 CONFIG = dataclasses.replace(
@@ -27,8 +27,8 @@ CONFIG = dataclasses.replace(
 FOREVER = 2**30
 FILTERS = SamplingOptions().filters()
 # It returns to its beginning, so that there is something to recall, within the context and from before it.
-_PASSAGE = np.random.default_rng(0).integers(0, codec.EVENT_CLASSES, 65)
-PIECE = np.concatenate([[codec.START], _PASSAGE, _PASSAGE[:40], _PASSAGE[15:40]]).astype(np.int32)
+_PASSAGE = np.random.default_rng(0).integers(0, vocabulary.EVENT_CLASSES, 65)
+PIECE = np.concatenate([[vocabulary.START], _PASSAGE, _PASSAGE[:40], _PASSAGE[15:40]]).astype(np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +134,10 @@ def test_the_reference_is_not_blind(uncached):
         """Tokens that the keyboard takes no notice of, which would remember it for ever."""
         return np.concatenate([PIECE[:3], [token], PIECE[4:length]]).astype(np.int32)
 
-    assert np.abs(uncached(with_third(codec.END, 50)) - uncached(with_third(codec.START, 50))).max() > 1e-3
-    np.testing.assert_array_equal(uncached(with_third(codec.END, 120)), uncached(with_third(codec.START, 120)))
+    assert np.abs(uncached(with_third(vocabulary.END, 50)) - uncached(with_third(vocabulary.START, 50))).max() > 1e-3
+    np.testing.assert_array_equal(
+        uncached(with_third(vocabulary.END, 120)), uncached(with_third(vocabulary.START, 120))
+    )
 
 
 PROMPT_LENGTHS = [2, 8, 9, 16, 17, 48, 49, 130]
@@ -279,18 +281,18 @@ def test_chunks_do_not_matter(decoder):
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 3.0, "top_p": 1.0}, {"temperature": 0.0}])
 def test_every_sampled_token_obeys_the_grammar(decoder, options):
-    prompts = [np.array([codec.START], np.int32)] * 3
+    prompts = [np.array([vocabulary.START], np.int32)] * 3
     state = start(decoder, prompts, seeds=[0, 1, 2], limit_steps=2000)
     _, tokens = decoder.decode(state, SamplingOptions(**options).filters(), length=160)
     for row in np.asarray(tokens):
-        grammar = codec.grammar_after(prompts[0])
-        for token in row[row != codec.PAD]:
-            assert codec.playable_events(grammar)[token]
-            grammar = codec.advance(grammar, token)
+        grammar = grammar.grammar_after(prompts[0])
+        for token in row[row != vocabulary.PAD]:
+            assert grammar.playable_events(grammar)[token]
+            grammar = grammar.advance(grammar, token)
 
 
 def test_a_batch_stops_when_every_row_has_enough(decoder):
-    prompts = [np.array([codec.START], np.int32)] * 2
+    prompts = [np.array([vocabulary.START], np.int32)] * 2
 
     def made(*limits):
         state = start(decoder, prompts, seeds=[0, 1])._replace(limit_B=jnp.array(limits, jnp.int32))
@@ -312,7 +314,7 @@ def test_a_batch_stops_when_every_row_has_enough(decoder):
     _, more = decoder.decode(state.with_limit(FOREVER), FILTERS, length=24)
     for row, stop in enumerate(stops):
         np.testing.assert_array_equal(both[row, :stop], free[row, :stop])
-        assert (both[row, stop:] == codec.PAD).all()
+        assert (both[row, stop:] == vocabulary.PAD).all()
         np.testing.assert_array_equal(more[row], free[row, stop : stop + 24])
 
 
@@ -321,61 +323,72 @@ def test_a_piece_that_ended_is_followed_by_padding_and_leaves_the_others(decoder
     state = start(decoder, prompts, seeds=[0, 1])
     _, free = decoder.decode(start(decoder, prompts, seeds=[0, 1]), FILTERS, length=24)
     _, tokens = decoder.decode(state._replace(ended_B=jnp.array([True, False])), FILTERS, length=24)
-    assert (np.asarray(tokens[0]) == codec.PAD).all()
+    assert (np.asarray(tokens[0]) == vocabulary.PAD).all()
     np.testing.assert_array_equal(tokens[1], free[1])
 
 
 def test_after_eight_seconds_the_pedal_is_released(decoder):
     """Two keys are down since the beginning, a third nearly so long, and a fourth for almost two seconds: it stays."""
-    on, off, rest = codec.NOTE_ON, codec.NOTE_OFF, codec.TIME_SHIFT + 99
-    prompt = [codec.START, codec.VELOCITY + 15, on + 40, on + 50, codec.TIME_SHIFT, on + 60, *[rest] * 6, on + 70]
-    before, after = (np.array([*prompt, rest, codec.TIME_SHIFT + last], np.int32) for last in (97, 98))
+    on, off, rest = vocabulary.NOTE_ON, vocabulary.NOTE_OFF, vocabulary.TIME_SHIFT + 99
+    prompt = [
+        vocabulary.START,
+        vocabulary.VELOCITY + 15,
+        on + 40,
+        on + 50,
+        vocabulary.TIME_SHIFT,
+        on + 60,
+        *[rest] * 6,
+        on + 70,
+    ]
+    before, after = (np.array([*prompt, rest, vocabulary.TIME_SHIFT + last], np.int32) for last in (97, 98))
     state = start(decoder, [before, after], seeds=[0, 1])
-    np.testing.assert_array_equal(decoding.drawable(state)[0], codec.playable_events(codec.grammar_after(before)))
+    np.testing.assert_array_equal(decoding.drawable(state)[0], grammar.playable_events(grammar.grammar_after(before)))
     np.testing.assert_array_equal(np.flatnonzero(decoding.drawable(state)[1]), [off + 60])
     _, tokens = decoder.decode(state, FILTERS, length=3)
     released = np.asarray(tokens[1])
     assert released[0] == off + 60
     assert set(released[1:].tolist()) == {off + 40, off + 50}
     state, _ = decoder.force(start(decoder, [after], seeds=[0]), released[None])
-    grammar = codec.grammar_after(np.concatenate([after, released]))
-    np.testing.assert_array_equal(decoding.drawable(state)[0], codec.playable_events(grammar))
+    grammar = grammar.grammar_after(np.concatenate([after, released]))
+    np.testing.assert_array_equal(decoding.drawable(state)[0], grammar.playable_events(grammar))
 
 
 def test_releases_that_are_due_obey_the_grammar_and_reach_keys_that_were_struck_twice(decoder):
-    on, off, rest = codec.NOTE_ON, codec.NOTE_OFF, codec.TIME_SHIFT + 99
-    held = [codec.START, codec.VELOCITY + 15, on + 40, on + 40, codec.TIME_SHIFT, off + 40, *[rest] * 8]
+    on, off, rest = vocabulary.NOTE_ON, vocabulary.NOTE_OFF, vocabulary.TIME_SHIFT + 99
+    held = [vocabulary.START, vocabulary.VELOCITY + 15, on + 40, on + 40, vocabulary.TIME_SHIFT, off + 40, *[rest] * 8]
     twice, ends_with_a_note = np.array(held, np.int32), np.array([*held, on + 50], np.int32)
     state = start(decoder, [twice, ends_with_a_note], seeds=[0, 1])
     np.testing.assert_array_equal(np.flatnonzero(decoding.drawable(state)[0]), [off + 40])
-    grammar = codec.grammar_after(ends_with_a_note)
-    np.testing.assert_array_equal(decoding.drawable(state)[1], codec.playable_events(grammar))
-    state, _ = decoder.force(start(decoder, [ends_with_a_note], seeds=[0]), np.array([[codec.TIME_SHIFT]], np.int32))
+    grammar = grammar.grammar_after(ends_with_a_note)
+    np.testing.assert_array_equal(decoding.drawable(state)[1], grammar.playable_events(grammar))
+    state, _ = decoder.force(
+        start(decoder, [ends_with_a_note], seeds=[0]), np.array([[vocabulary.TIME_SHIFT]], np.int32)
+    )
     np.testing.assert_array_equal(np.flatnonzero(decoding.drawable(state)[0]), [off + 40])
 
 
 def test_after_three_seconds_of_silence_time_goes_on_with_a_note_alone(decoder):
-    on, off, rest = codec.NOTE_ON, codec.NOTE_OFF, codec.TIME_SHIFT + 99
-    played = [codec.START, rest, codec.VELOCITY + 15, on + 40, rest, off + 40]
+    on, off, rest = vocabulary.NOTE_ON, vocabulary.NOTE_OFF, vocabulary.TIME_SHIFT + 99
+    played = [vocabulary.START, rest, vocabulary.VELOCITY + 15, on + 40, rest, off + 40]
     before = np.array([*played, *[rest] * 2], np.int32)
     after, held = np.array([*played, *[rest] * 3], np.int32), np.array([*played[:-1], *[rest] * 3], np.int32)
-    begins = np.array([codec.START, *[rest] * 3], np.int32)
+    begins = np.array([vocabulary.START, *[rest] * 3], np.int32)
     state = start(decoder, [before, after, held, begins], seeds=range(4))
     for row, prompt, paused in zip(decoding.drawable(state), (before, after, held, begins), (0, 1, 0, 1), strict=True):
-        playable = codec.playable_events(codec.grammar_after(prompt))
-        assert playable[codec.TIME_SHIFT : codec.VELOCITY].all()
+        playable = grammar.playable_events(grammar.grammar_after(prompt))
+        assert playable[vocabulary.TIME_SHIFT : vocabulary.VELOCITY].all()
         if paused:
-            playable[codec.TIME_SHIFT : codec.VELOCITY] = False
+            playable[vocabulary.TIME_SHIFT : vocabulary.VELOCITY] = False
         np.testing.assert_array_equal(row, playable)
-        assert row[codec.VELOCITY]
+        assert row[vocabulary.VELOCITY]
     _, tokens = decoder.decode(state, FILTERS, length=1)
-    assert not codec.is_shift(np.asarray(tokens)[[1, 3]]).any()
+    assert not vocabulary.is_shift(np.asarray(tokens)[[1, 3]]).any()
 
 
 def test_what_was_heard_is_kept_and_a_piece_is_held_to_it(decoder):
     """Of a prompt in C alone, and of what is made after it, which at a great steadiness is mostly C."""
-    a_note = [60, codec.TIME_SHIFT + 20, codec.NOTE_OFF + 60]
-    prompt = np.array([codec.START, codec.VELOCITY + 15, *a_note * 400], np.int32)
+    a_note = [60, vocabulary.TIME_SHIFT + 20, vocabulary.NOTE_OFF + 60]
+    prompt = np.array([vocabulary.START, vocabulary.VELOCITY + 15, *a_note * 400], np.int32)
     in_c = {}
     for steadiness in (0.0, 1.0):
         filters = SamplingOptions(top_p=1.0, steadiness=steadiness).filters()
@@ -384,7 +397,7 @@ def test_what_was_heard_is_kept_and_a_piece_is_held_to_it(decoder):
         for row in range(4):
             whole = history_bias.after(np.concatenate([prompt, tokens[row]]))
             jax.tree.map(lambda of, all, row=row: np.testing.assert_array_equal(of, all[row]), whole, state.heard)
-        notes = tokens[codec.is_on(tokens)]
+        notes = tokens[vocabulary.is_on(tokens)]
         assert len(notes) > 20
         in_c[steadiness] = np.mean(notes % 12 == 0)
     assert in_c[1.0] > 2 * in_c[0.0]

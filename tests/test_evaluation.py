@@ -11,17 +11,10 @@ from flax import nnx
 from reference_model import reference
 
 from music_ar.decoding.decoder import Decoder
-from music_ar.evaluation.likelihood import (
-    KINDS,
-    best_temperature,
-    calibrated,
-    score,
-    score_decoding,
-    score_kinds,
-    score_tokens,
-)
-from music_ar.model.perceiver_ar import PRESETS
-from music_ar.tokens import codec
+from music_ar.evaluation.calibration import best_temperature, calibrated
+from music_ar.evaluation.likelihood import KINDS, score, score_decoding, score_kinds, score_tokens
+from music_ar.model.config import PRESETS
+from music_ar.tokens import codec, vocabulary
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], context=12, latents=8, layers=1)
 
@@ -35,7 +28,10 @@ def model():
 def pieces():
     """Pieces shorter than a stride, than the latents, than the context, and longer, to the token and not."""
     encoded = codec.encode(make_performance(3))
-    return [np.array([codec.START, *encoded[:length], codec.END], np.uint16) for length in (0, 1, 3, 6, 10, 11, 12, 37)]
+    return [
+        np.array([vocabulary.START, *encoded[:length], vocabulary.END], np.uint16)
+        for length in (0, 1, 3, 6, 10, 11, 12, 37)
+    ]
 
 
 def brute_force(model, piece, context, latents, stride):
@@ -104,13 +100,13 @@ def test_the_best_temperature_is_the_vertex_or_an_end():
 
 def test_each_kind_of_event_has_its_share():
     kinds = {
-        "note-on": [codec.NOTE_ON, codec.NOTE_OFF - 1],
-        "note-off": [codec.NOTE_OFF, codec.TIME_SHIFT - 1],
-        "time shift": [codec.TIME_SHIFT, codec.VELOCITY - 1],
-        "velocity": [codec.VELOCITY, codec.EVENT_CLASSES - 1],
-        "end": [codec.END],
+        "note-on": [vocabulary.NOTE_ON, vocabulary.NOTE_OFF - 1],
+        "note-off": [vocabulary.NOTE_OFF, vocabulary.TIME_SHIFT - 1],
+        "time shift": [vocabulary.TIME_SHIFT, vocabulary.VELOCITY - 1],
+        "velocity": [vocabulary.VELOCITY, vocabulary.EVENT_CLASSES - 1],
+        "end": [vocabulary.END],
     }
-    piece = np.array([codec.START, *(token for kind in kinds.values() for token in kind)], np.uint16)
+    piece = np.array([vocabulary.START, *(token for kind in kinds.values() for token in kind)], np.uint16)
     nats = np.array([1, 3, 2, 2, 4, 6, 0, 1, 1.0])
     found = score_kinds([nats], [piece])
     assert tuple(found) == KINDS == tuple(kinds)
@@ -122,7 +118,7 @@ def test_each_kind_of_event_has_its_share():
 
 def test_the_report_divides_by_tokens_notes_and_seconds(model):
     performance = make_performance(1, notes=10)
-    piece = np.array([codec.START, *codec.encode(performance), codec.END], np.int32)
+    piece = np.array([vocabulary.START, *codec.encode(performance), vocabulary.END], np.int32)
     found = score(model, [piece, piece], stride=8)
     report = found.report()
     assert report["tokens"] == 2 * (len(piece) - 1)
@@ -137,7 +133,9 @@ def test_a_uniform_model_scores_the_logarithm_of_the_vocabulary(model, pieces):
     uniform.head.kernel[...] = jnp.zeros_like(uniform.head.kernel[...])
     assert uniform.head.bias is not None
     uniform.head.bias[...] = jnp.zeros_like(uniform.head.bias[...])
-    assert score(uniform, pieces, stride=8).nats_per_token == pytest.approx(np.log(codec.VOCABULARY_SIZE), rel=1e-6)
+    assert score(uniform, pieces, stride=8).nats_per_token == pytest.approx(
+        np.log(vocabulary.VOCABULARY_SIZE), rel=1e-6
+    )
 
 
 def test_progress_rises_to_one(model, pieces):
@@ -165,10 +163,10 @@ def test_nothing_to_score_is_refused(model):
     with pytest.raises(ValueError, match="no pieces"):
         score(model, [], stride=8)
     with pytest.raises(ValueError, match="a start and an end"):
-        score(model, [np.array([codec.START])], stride=8)
+        score(model, [np.array([vocabulary.START])], stride=8)
 
 
-KIND_SIZES = (codec.PITCHES, codec.PITCHES, codec.MAX_SHIFT_STEPS, codec.VELOCITY_BINS, 3)
+KIND_SIZES = (vocabulary.PITCHES, vocabulary.PITCHES, vocabulary.MAX_SHIFT_STEPS, vocabulary.VELOCITY_BINS, 3)
 
 
 def by_kind(numbers):
@@ -188,10 +186,10 @@ def saying(logits_V):
 def told():
     """Pieces, and the logits by which each token is exactly as likely as it is frequent in them."""
     random = np.random.default_rng(0)
-    counts = np.ceil(30 * np.exp(random.normal(size=codec.VOCABULARY_SIZE))).astype(int)
-    counts[[codec.PAD, codec.START]] = 0
-    parts = np.array_split(random.permutation(np.repeat(np.arange(codec.VOCABULARY_SIZE), counts)), 3)
-    pieces = [np.array([codec.START, *part], np.uint16) for part in parts]
+    counts = np.ceil(30 * np.exp(random.normal(size=vocabulary.VOCABULARY_SIZE))).astype(int)
+    counts[[vocabulary.PAD, vocabulary.START]] = 0
+    parts = np.array_split(random.permutation(np.repeat(np.arange(vocabulary.VOCABULARY_SIZE), counts)), 3)
+    pieces = [np.array([vocabulary.START, *part], np.uint16) for part in parts]
     return pieces, np.where(counts > 0, np.log(np.maximum(counts, 1) / counts.sum()), -30.0)
 
 
@@ -249,7 +247,7 @@ def test_nothing_to_calibrate_on_is_refused(model):
 def test_scoring_through_the_decoder(model):
     """Token by token through the caches, for pieces of many lengths at once and a budget that rolls over."""
     budget, encoded = 4, codec.encode(make_performance(3))
-    pieces = [np.array([codec.START, *encoded[:length], codec.END], np.uint16) for length in (1, 6, 11)]
+    pieces = [np.array([vocabulary.START, *encoded[:length], vocabulary.END], np.uint16) for length in (1, 6, 11)]
     nats = []
     for piece in pieces:  # none is longer than the context, so that the model as trained is the reference
         for target in range(1, len(piece)):

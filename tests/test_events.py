@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from music_ar.midi.io import Performance, read_midi
-from music_ar.tokens.codec import (
+from music_ar.midi.io import read_midi
+from music_ar.midi.performance import Performance
+from music_ar.tokens.codec import decode, decode_report, encode, event_steps
+from music_ar.tokens.grammar import GrammarState, advance, allowed_events, grammar_after, grammar_start, playable_events
+from music_ar.tokens.vocabulary import (
     DEFAULT_VELOCITY_BIN,
     END,
     EVENT_CLASSES,
@@ -24,16 +27,6 @@ from music_ar.tokens.codec import (
     VELOCITY,
     VOCABULARY_SIZE,
     EventError,
-    GrammarState,
-    advance,
-    allowed_events,
-    decode,
-    decode_report,
-    encode,
-    event_steps,
-    grammar_after,
-    grammar_start,
-    playable_events,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -142,7 +135,7 @@ def test_any_performance_encodes_as_note_seq_encodes_it(performance):
     pytest.importorskip("note_seq")
     from note_seq import performance_encoder_decoder, performance_lib, sequences_lib  # pyright: ignore
 
-    from music_ar.midi.io import to_note_sequence
+    from music_ar.midi.interop import to_note_sequence
 
     sequence = sequences_lib.quantize_note_sequence_absolute(to_note_sequence(performance), 100)
     events = performance_lib.Performance(sequence, num_velocity_bins=32, max_shift_steps=100)

@@ -11,9 +11,10 @@ from jaxtyping import TypeCheckError
 
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.generator import MAESTRO_TOKENS_PER_S, GenerationError, Generator, Request, final_until_s
-from music_ar.midi.io import MidiError, Performance, write_midi
+from music_ar.midi.io import write_midi
+from music_ar.midi.performance import MidiError, Performance
 from music_ar.model.pretrained import CheckpointError
-from music_ar.tokens import codec
+from music_ar.tokens import codec, vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +196,8 @@ def test_final_notes_do_not_change(generator, prompt):
 
 
 def test_until_when_music_is_final():
-    on, off, wait = codec.NOTE_ON, codec.NOTE_OFF, codec.TIME_SHIFT + 99  # a second
-    tokens = [codec.START, codec.VELOCITY, on + 60, wait, on + 64, wait, on + 60, wait]
+    on, off, wait = vocabulary.NOTE_ON, vocabulary.NOTE_OFF, vocabulary.TIME_SHIFT + 99  # a second
+    tokens = [vocabulary.START, vocabulary.VELOCITY, on + 60, wait, on + 64, wait, on + 60, wait]
     after = {
         8: 0.0,
         9: 1.0,
@@ -225,7 +226,7 @@ def test_the_budget_that_keeps_a_speed(generator, monkeypatch):
     assert generator.calibrate(fastest * 0.8, variations=4, mode="exact") == 8
     assert generator.calibrate(fastest * 5) == 8  # none keeps it
     assert (8, 4, "exact") in asked
-    dense = np.concatenate([[codec.START], np.tile([200, 100, 258], 500)])  # more tokens a second than MAESTRO
+    dense = np.concatenate([[vocabulary.START], np.tile([200, 100, 258], 500)])  # more tokens a second than MAESTRO
     assert generator.calibrate(fastest * 0.2, dense) < 32
 
 

@@ -12,8 +12,8 @@ from test_model import CONFIG as WITHOUT_RECALL
 
 from music_ar.model.expansion import grown
 from music_ar.model.perceiver_ar import PerceiverAR
-from music_ar.tokens import codec
-from music_ar.training.trainer import token_nats
+from music_ar.tokens import vocabulary
+from music_ar.training.losses import token_nats
 
 CONFIG = dataclasses.replace(WITHOUT_RECALL, recall=12)
 LARGER = dataclasses.replace(CONFIG, width=20, layers=3, heads=10, kv_heads=5, time_heads=2, hidden=28, view_size=3)
@@ -26,7 +26,10 @@ def tokens_of(model):
     rng, length = np.random.default_rng(0), model.config.window
     return jnp.asarray(
         np.stack(
-            [rng.integers(0, codec.EVENT_CLASSES, length), *np.tile(rng.integers(40, 90, (2, 6)), length)[:, :length]]
+            [
+                rng.integers(0, vocabulary.EVENT_CLASSES, length),
+                *np.tile(rng.integers(40, 90, (2, 6)), length)[:, :length],
+            ]
         ),
         jnp.int32,
     )

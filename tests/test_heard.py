@@ -8,10 +8,10 @@ from tiny_maestro import random_performance
 
 from music_ar.decoding import history_bias
 from music_ar.decoding.history_bias import Heard
-from music_ar.tokens import codec
-from music_ar.tokens.codec import NOTE_OFF, START, TIME_SHIFT, VELOCITY
+from music_ar.tokens import codec, vocabulary
+from music_ar.tokens.vocabulary import NOTE_OFF, START, TIME_SHIFT, VELOCITY
 
-V = codec.VOCABULARY_SIZE
+V = vocabulary.VOCABULARY_SIZE
 ON, VELOCITIES = slice(0, NOTE_OFF), slice(VELOCITY, VELOCITY + 32)
 NOTHING = history_bias.after(np.zeros(0, np.int32))
 MUCH = Heard(np.arange(128, dtype=np.int32) % 50, np.arange(32, dtype=np.int32))
@@ -45,10 +45,10 @@ def test_token_by_token_counts_the_same(begins_with_velocity):
     """Notes that no velocity precedes, as in a window from the middle of a piece, have the bin they are played with."""
     tokens = np.append(START, codec.encode(random_performance(0, 30)))
     if not begins_with_velocity:
-        tokens = tokens[~(codec.is_velocity(tokens) & (np.arange(len(tokens)) < 20))]
+        tokens = tokens[~(vocabulary.is_velocity(tokens) & (np.arange(len(tokens)) < 20))]
     counted, velocity = a_row(NOTHING), jnp.zeros(1, jnp.int32)
     for token in tokens:
-        if codec.is_velocity(token):
+        if vocabulary.is_velocity(token):
             velocity = jnp.array([token - VELOCITY + 1])
         counted = history_bias.advance(counted, jnp.array([token]), velocity)
     jax.tree.map(np.testing.assert_array_equal, counted, a_row(history_bias.after(tokens)))
@@ -104,7 +104,7 @@ def test_kinds_stay_as_likely_and_others_as_they_are():
     for kind in (ON, VELOCITIES):
         assert np.abs(found[kind] - logits[kind]).max() > 0.3
         np.testing.assert_allclose(np.exp(found[kind]).sum(), np.exp(logits[kind]).sum(), rtol=1e-4)
-    rest = np.r_[NOTE_OFF:VELOCITY, codec.EVENT_CLASSES : V]
+    rest = np.r_[NOTE_OFF:VELOCITY, vocabulary.EVENT_CLASSES : V]
     np.testing.assert_array_equal(found[rest], logits[rest].astype(np.float32))
 
 

@@ -14,11 +14,11 @@ from reference_model import keyboard_features
 
 from music_ar.features import keyboard
 from music_ar.midi.io import read_midi
-from music_ar.tokens import codec
+from music_ar.tokens import codec, grammar, vocabulary
 
 PROMPT = sorted((Path(__file__).parents[1] / "app" / "web" / "prompts").glob("*.mid"))[0]
-TOKENS = hnp.arrays(np.int32, st.integers(1, 40), elements=st.integers(0, codec.VOCABULARY_SIZE - 1))
-ON, OFF, SHIFT, VELOCITY = codec.NOTE_ON, codec.NOTE_OFF, codec.TIME_SHIFT - 1, codec.VELOCITY - 1
+TOKENS = hnp.arrays(np.int32, st.integers(1, 40), elements=st.integers(0, vocabulary.VOCABULARY_SIZE - 1))
+ON, OFF, SHIFT, VELOCITY = vocabulary.NOTE_ON, vocabulary.NOTE_OFF, vocabulary.TIME_SHIFT - 1, vocabulary.VELOCITY - 1
 
 
 def step_by_step(tokens, onsets):
@@ -64,7 +64,7 @@ def test_the_keys_that_are_down_are_those_that_the_grammar_holds():
     tokens = codec.encode(read_midi(PROMPT))[:400]
     keys = keyboard.after_each(tokens, 0).keys
     for end in range(len(tokens)):
-        held = codec.grammar_after(tokens[: end + 1]).held
+        held = grammar.grammar_after(tokens[: end + 1]).held
         np.testing.assert_array_equal((keys[end] >= 0) & (keys[end] // 64 % 2 == 1), held > 0)
 
 
@@ -115,7 +115,7 @@ def test_only_differences_of_time_are_told(tokens, earlier):
     np.testing.assert_allclose(keyboard_features(alone), keyboard_features(later)[len(waiting) :], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("token", [codec.PAD, codec.START, codec.END])
+@pytest.mark.parametrize("token", [vocabulary.PAD, vocabulary.START, vocabulary.END])
 def test_what_is_no_event_changes_nothing(token):
     before = keyboard.advance(keyboard.untouched((), 2), np.int32(ON + 60))
     for here, there in zip(before, keyboard.advance(before, np.int32(token)), strict=True):

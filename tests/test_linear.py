@@ -9,7 +9,7 @@ from conftest import noisy_model
 from flax import nnx
 
 from music_ar.decoding.layers import NormedLinear, TransposedLinear, join_norms, replace_linears
-from music_ar.model.perceiver_ar import PRESETS
+from music_ar.model.config import PRESETS
 
 
 @pytest.mark.parametrize("use_bias", [False, True])

@@ -14,7 +14,8 @@ from data_pipeline.augmentation.transforms import Augmentation, louden, transpos
 from data_pipeline.loader import Pieces, batches, windows_per_epoch
 from data_pipeline.maestro import DatasetError
 from data_pipeline.prepare import PieceRecord, prepare_maestro
-from music_ar.tokens.codec import END, NOTE_OFF, PAD, START, TIME_SHIFT, VELOCITY, encode
+from music_ar.tokens.codec import encode
+from music_ar.tokens.vocabulary import END, NOTE_OFF, PAD, START, TIME_SHIFT, VELOCITY
 
 CONTEXT, LATENTS = 24, 8
 # Shorter than, as long as, and longer than a block of targets; whole multiples and not; longer than the context.

@@ -10,16 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from music_ar.midi.io import (
-    MidiError,
-    Performance,
-    from_note_sequence,
-    from_pretty_midi,
-    read_midi,
-    to_note_sequence,
-    to_pretty_midi,
-    write_midi,
-)
+from music_ar.midi.interop import from_note_sequence, from_pretty_midi, to_note_sequence, to_pretty_midi
+from music_ar.midi.io import read_midi, write_midi
+from music_ar.midi.performance import MidiError, Performance
 
 DATA = Path(__file__).parent / "data"
 GOLDENS = np.load(DATA / "goldens.npz")

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from reference_model import reference
 
 from music_ar.features import keyboard
-from music_ar.model.perceiver_ar import PRESETS, ModelConfig, PerceiverAR, causal_attention, parameter_count, rotate
-from music_ar.tokens import codec
+from music_ar.model.attention import causal_attention, rotate
+from music_ar.model.config import PRESETS, ModelConfig
+from music_ar.model.perceiver_ar import PerceiverAR, parameter_count
+from music_ar.tokens import vocabulary
 
 M, N = 16, 8
 CONFIG = ModelConfig(
@@ -41,7 +43,7 @@ model_of = functools.cache(noisy_model)
 
 
 def padded(tokens, length):
-    return np.concatenate([np.full(length - len(tokens), codec.PAD), tokens]).astype(np.int32)[None]
+    return np.concatenate([np.full(length - len(tokens), vocabulary.PAD), tokens]).astype(np.int32)[None]
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "latents", "kept_prefix", "dropout", "input_dropout"))
@@ -56,7 +58,7 @@ def logits_of(model, tokens, **options):
 @functools.partial(jax.jit, static_argnames=("graph", "latents", "kept_prefix"))
 def gradients(graph, params, tokens, key=None, **options):
     flat = dict(nnx.to_flat_state(params))
-    probe = np.random.default_rng(0).normal(size=codec.VOCABULARY_SIZE).astype(np.float32)
+    probe = np.random.default_rng(0).normal(size=vocabulary.VOCABULARY_SIZE).astype(np.float32)
 
     def probed(table):
         changed = flat | {("embedding",): flat["embedding",].replace(table)}
@@ -185,7 +187,7 @@ def test_hidden_inputs_are_not_seen():
     def logits(tokens, rate, seed=0):
         return logits_of(model_of(PLAIN), tokens, latents=N, input_dropout=rate, key=jax.random.key(seed))
 
-    others = (DISTINCT + 1) % codec.EVENT_CLASSES
+    others = (DISTINCT + 1) % vocabulary.EVENT_CLASSES
     np.testing.assert_array_equal(logits(DISTINCT, 1.0), logits(others, 1.0))
     assert np.abs(logits(DISTINCT, 0.0) - logits(others, 0.0)).max() > 1e-3
     half = logits(DISTINCT, 0.5)
@@ -195,7 +197,7 @@ def test_hidden_inputs_are_not_seen():
 
 def test_a_view_is_heard_and_music_as_it_is_needs_none():
     model, rng = noisy_model(dataclasses.replace(CONFIG, view_size=3)), np.random.default_rng(0)
-    tokens = jnp.asarray(rng.integers(0, codec.EVENT_CLASSES, (2, M), np.int32))
+    tokens = jnp.asarray(rng.integers(0, vocabulary.EVENT_CLASSES, (2, M), np.int32))
     plain = model(tokens)
     np.testing.assert_array_equal(model(tokens, view_BxC=jnp.zeros((2, 3))), plain)
     told = model(tokens, view_BxC=jnp.array([[0.0, 0, 0], [0, 1, 0]]))
@@ -228,7 +230,7 @@ def test_dropout_is_drawn_from_the_key():
 @pytest.mark.parametrize("config", [PLAIN, CONFIG], ids=["no convolution", "convolution"])
 def test_embed_last_is_the_last_of_embed(config):
     model, conv_width = model_of(config), config.conv_width
-    tokens = jnp.array([[codec.PAD, codec.PAD, 5, 7, 11], [1, 2, 3, codec.START, 9]], jnp.int32)
+    tokens = jnp.array([[vocabulary.PAD, vocabulary.PAD, 5, 7, 11], [1, 2, 3, vocabulary.START, 9]], jnp.int32)
     embedded = model.embed(tokens)
     for end in range(conv_width, 6):
         last = model.embed_last(tokens[:, end - conv_width : end])
@@ -263,7 +265,7 @@ def test_rotation_depends_on_the_difference_of_positions_alone(first, second, mo
 
 def test_a_fresh_model_says_nothing():
     logits = logits_of(PerceiverAR(CONFIG, rngs=nnx.Rngs(0)), DISTINCT)
-    np.testing.assert_array_equal(logits, np.zeros((2, N, codec.VOCABULARY_SIZE)))
+    np.testing.assert_array_equal(logits, np.zeros((2, N, vocabulary.VOCABULARY_SIZE)))
 
 
 def test_bfloat16_computes_nearly_the_same():

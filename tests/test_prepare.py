@@ -14,7 +14,8 @@ from data_pipeline import prepare
 from data_pipeline.maestro import SPLITS, DatasetError
 from data_pipeline.prepare import Manifest, assign_splits, prepare_maestro, prepare_midi, shard_path
 from music_ar.midi.io import read_midi
-from music_ar.tokens.codec import END, FINGERPRINT, START, encode
+from music_ar.tokens.codec import encode
+from music_ar.tokens.vocabulary import END, FINGERPRINT, START
 
 
 @pytest.fixture

@@ -8,29 +8,31 @@ import pytest
 from conftest import make_performance, noisy_model
 
 from music_ar.evaluation.retrieval_probes import RECALL_PITCHES, find_returns, natural_recall, plant, planted_recall
-from music_ar.model.perceiver_ar import PRESETS
-from music_ar.tokens import codec
+from music_ar.model.config import PRESETS
+from music_ar.tokens import codec, vocabulary
 
 
 def random_piece(seed, notes=120, pitches=3):
     """Note-ons and note-offs of few pitches, so that places return."""
     random = np.random.default_rng(seed)
     pitch = random.integers(60, 60 + pitches, notes)
-    on_off = np.stack([codec.NOTE_ON + pitch, codec.NOTE_OFF + pitch], axis=1).ravel()
-    tokens = np.concatenate([on_off, np.full(30, codec.TIME_SHIFT)])
-    return np.array([codec.START, codec.VELOCITY, *tokens[random.permutation(len(tokens))], codec.END], np.uint16)
+    on_off = np.stack([vocabulary.NOTE_ON + pitch, vocabulary.NOTE_OFF + pitch], axis=1).ravel()
+    tokens = np.concatenate([on_off, np.full(30, vocabulary.TIME_SHIFT)])
+    return np.array(
+        [vocabulary.START, vocabulary.VELOCITY, *tokens[random.permutation(len(tokens))], vocabulary.END], np.uint16
+    )
 
 
 @pytest.fixture(scope="module")
 def pieces():
-    return [np.array([codec.START, *codec.encode(make_performance(seed)), codec.END]) for seed in range(4)]
+    return [np.array([vocabulary.START, *codec.encode(make_performance(seed)), vocabulary.END]) for seed in range(4)]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_returns_are_the_nearest_earlier_ones(seed):
     piece = random_piece(seed)
     found = find_returns(piece)
-    token = [at for at in range(len(piece)) if piece[at] < codec.NOTE_OFF]
+    token = [at for at in range(len(piece)) if piece[at] < vocabulary.NOTE_OFF]
     pitch = [int(piece[at]) for at in token]
     assert found.token.tolist() == token
     for note in range(len(token)):
@@ -57,7 +59,7 @@ def test_natural_recall_deals_every_note_to_its_distance():
     assert rows[50, 200].saved(50, 200) == pytest.approx(2.0)
     assert rows[0, 50].saved(50, 200) == pytest.approx(0.0)
     assert rows[200, None].pitch_nats[50] == pytest.approx(7.0)
-    assert sum(row.notes for row in rows.values()) == sum((piece < codec.NOTE_OFF).sum() for piece in pieces)
+    assert sum(row.notes for row in rows.values()) == sum((piece < vocabulary.NOTE_OFF).sum() for piece in pieces)
     assert sum(row.share for row in rows.values()) == pytest.approx(1.0)
 
 
@@ -79,7 +81,7 @@ def test_a_planted_theme_is_heard_once_or_twice(pieces):
         assert unheard[: len(theme)] != theme
         assert abs(len(heard) - 2 * len(theme) - 300) < 60
         for tokens in (planted.heard, planted.unheard):
-            assert tokens[0] == codec.START
+            assert tokens[0] == vocabulary.START
             assert codec.decode_report(tokens)[1] == (0, 0, 0)  # no cut leaves half a note
 
 

@@ -11,20 +11,13 @@ from flax import nnx
 from reference_model import keyboard_features
 
 from music_ar.decoding.decoder import Decoder
+from music_ar.decoding.int8_layers import YNNPACK, GatheredInt8Linear, Int8Linear, NormedInt8Linear, with_int8_weights
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.features import keyboard
 from music_ar.model import quantization
-from music_ar.model.perceiver_ar import PRESETS
-from music_ar.model.quantization import (
-    YNNPACK,
-    GatheredInt8Linear,
-    Int8Linear,
-    NormedInt8Linear,
-    dequantize,
-    quantize,
-    with_int8_weights,
-)
-from music_ar.tokens import codec
+from music_ar.model.config import PRESETS
+from music_ar.model.quantization import dequantize, quantize
+from music_ar.tokens import vocabulary
 
 
 def norm_with(scale):
@@ -83,7 +76,7 @@ def test_no_normed_row_is_too_large_for_15_bits():
 
 @pytest.mark.parametrize("rows", [1, 4, 65])  # from 65 on classes are one-hot numbers
 def test_gathered_rows_equal_one_hot_numbers(rows):
-    tokens = np.random.default_rng(0).integers(0, codec.EVENT_CLASSES, (rows, 400))
+    tokens = np.random.default_rng(0).integers(0, vocabulary.EVENT_CLASSES, (rows, 400))
     told = jax.tree.map(lambda leaf: jnp.asarray(leaf[:, -1]), keyboard.after_each(tokens, 4))
     layer = exact_linear(keyboard.feature_count(4), 48, use_bias=False)
     found = GatheredInt8Linear(layer, keyboard.CHANNELS).gather(
@@ -124,7 +117,7 @@ def test_decoding_with_int8_weights_follows_the_released_weights(told):
         for child in list(vars(module).values()):
             if isinstance(child, nnx.Linear):
                 child.kernel[...] = jnp.asarray(dequantize(*quantize(np.asarray(child.kernel[...]))))
-    tokens = np.concatenate([[codec.START], np.random.default_rng(0).integers(0, 388, 60)]).astype(np.int32)
+    tokens = np.concatenate([[vocabulary.START], np.random.default_rng(0).integers(0, 388, 60)]).astype(np.int32)
     logits = []
     for int8 in (False, True):
         decoder = Decoder(model, int8=int8)
@@ -138,7 +131,7 @@ def test_an_int8_model_obeys_the_grammar_and_its_seed():
     decoder = Decoder(noisy_model(PRESETS["tiny"]), int8=True)
 
     def tokens(seed):
-        start = np.array([codec.START], np.int32)
+        start = np.array([vocabulary.START], np.int32)
         state = decoder.start([start], latents=16, seeds=[seed], limit_steps=10_000)
         return np.asarray(decoder.decode(state, SamplingOptions().filters(), length=24)[1][0])
 

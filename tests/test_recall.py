@@ -10,10 +10,10 @@ from hypothesis.extra import numpy as hnp
 from reference_model import recall_features
 
 from music_ar.features import keyboard, retrieval
-from music_ar.tokens import codec
+from music_ar.tokens import vocabulary
 
-ON, OFF, SHIFT, VELOCITY = codec.NOTE_ON, codec.NOTE_OFF, codec.TIME_SHIFT - 1, codec.VELOCITY - 1
-FEW = [codec.START, ON + 60, ON + 61, ON + 62, OFF + 60, SHIFT + 3, VELOCITY + 5, VELOCITY + 6, codec.PAD]
+ON, OFF, SHIFT, VELOCITY = vocabulary.NOTE_ON, vocabulary.NOTE_OFF, vocabulary.TIME_SHIFT - 1, vocabulary.VELOCITY - 1
+FEW = [vocabulary.START, ON + 60, ON + 61, ON + 62, OFF + 60, SHIFT + 3, VELOCITY + 5, VELOCITY + 6, vocabulary.PAD]
 
 
 @st.composite
@@ -25,7 +25,7 @@ def chords(draw):
 
 # Of so few pitches that everything returns.
 TOKENS = hnp.arrays(np.int32, st.integers(1, 90), elements=st.sampled_from(FEW)) | chords().map(
-    lambda notes: np.concatenate([[codec.START], notes]).astype(np.int32)
+    lambda notes: np.concatenate([[vocabulary.START], notes]).astype(np.int32)
 )
 REACHES = st.sampled_from([12, 24, 100])
 
@@ -35,7 +35,7 @@ def melody(pitches, steps=10):
     notes = [
         [VELOCITY + 1 + number % 32, ON + pitch, SHIFT + steps, OFF + pitch] for number, pitch in enumerate(pitches)
     ]
-    return np.concatenate([[codec.START], *notes]).astype(np.int32)
+    return np.concatenate([[vocabulary.START], *notes]).astype(np.int32)
 
 
 def alike(level, pitches, here, there):
@@ -50,7 +50,7 @@ def alike(level, pitches, here, there):
 
 def searched(tokens, reach):
     """(level, note) that each note is like, by looking at every place."""
-    pitches, found = tokens[tokens < codec.NOTE_OFF], []
+    pitches, found = tokens[tokens < vocabulary.NOTE_OFF], []
     for here in range(len(pitches)):
         places = [
             (number, there)
@@ -74,7 +74,7 @@ def keys_equal(level, pitches, here, there):
 @given(tokens=TOKENS, reach=REACHES)
 def test_places_are_those_that_a_plain_search_finds(tokens, reach):
     after = retrieval.after_each(tokens, reach)
-    at = np.flatnonzero(tokens < codec.NOTE_OFF)
+    at = np.flatnonzero(tokens < vocabulary.NOTE_OFF)
     expected = searched(tokens, reach)
     assert [int(level) for level in after.level[at]] == [level for level, _ in expected]
     distances = [here - there if level >= 0 else -1 for here, (level, there) in enumerate(expected)]
@@ -85,7 +85,7 @@ def test_places_are_those_that_a_plain_search_finds(tokens, reach):
 def test_between_notes_nothing_changes(tokens):
     after = retrieval.after_each(tokens, 24)
     for leaf in after:
-        for index in np.flatnonzero(tokens >= codec.NOTE_OFF):
+        for index in np.flatnonzero(tokens >= vocabulary.NOTE_OFF):
             before = leaf[index - 1] if index else np.full_like(leaf[0], -1)
             np.testing.assert_array_equal(leaf[index], before)
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from app.cli import Generate
 from app.commands.evaluate import Evaluate
+from app.commands.generate import Generate
 from app.commands.render import _JOB_KEYS, Render
 from app.report.measure import DRAWN_BY
 from app.web.session import Settings
 from music_ar.decoding.sampling import SamplingError, SamplingOptions, filter_logits, sample
-from music_ar.tokens import codec
+from music_ar.tokens import vocabulary
 
 # Probabilities 0.5, 0.25, 0.125, 0.0625, 0.0625, not in order.
 CHANCES = np.array([0.125, 0.5, 0.0625, 0.25, 0.0625])
@@ -118,9 +118,9 @@ def test_options_out_of_range_are_refused(options):
 
 
 def test_each_kind_of_event_is_cut_by_itself():
-    chances = np.full((1, codec.VOCABULARY_SIZE), 1e-9)
+    chances = np.full((1, vocabulary.VOCABULARY_SIZE), 1e-9)
     chances[0, [60, 61, 62]] = 0.6, 0.2, 0.1  # note-ons: 0.6 is less than 0.85 of 0.9, 0.8 is not
-    shifts = codec.TIME_SHIFT + np.arange(3)
+    shifts = vocabulary.TIME_SHIFT + np.arange(3)
     chances[0, shifts] = 0.06, 0.03, 0.01  # a kind below all of these: 0.06 is less than 0.085, 0.09 is not
     kept = filter_logits(jnp.log(jnp.asarray(chances, jnp.float32)), SamplingOptions(top_p=0.85).filters())
     kept = np.isfinite(np.asarray(kept[0]))
@@ -129,10 +129,10 @@ def test_each_kind_of_event_is_cut_by_itself():
 
 
 def test_a_kind_that_may_not_come_stays_away():
-    logits = jnp.zeros((1, codec.VOCABULARY_SIZE)).at[0, codec.NOTE_OFF : codec.TIME_SHIFT].set(-jnp.inf)
+    logits = jnp.zeros((1, vocabulary.VOCABULARY_SIZE)).at[0, vocabulary.NOTE_OFF : vocabulary.TIME_SHIFT].set(-jnp.inf)
     kept = np.isfinite(np.asarray(filter_logits(logits, SamplingOptions(top_p=0.5).filters())[0]))
-    assert not kept[codec.NOTE_OFF : codec.TIME_SHIFT].any()
-    assert kept[: codec.NOTE_OFF].all()  # equally likely ones stay together
+    assert not kept[vocabulary.NOTE_OFF : vocabulary.TIME_SHIFT].any()
+    assert kept[: vocabulary.NOTE_OFF].all()  # equally likely ones stay together
 
 
 CHOSEN: dict[str, Any] = {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.1, "steadiness": 0.6}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from music_ar.metrics.statistics import Statistics
-from music_ar.midi.io import Performance
+from music_ar.midi.performance import Performance
 
 
 def test_by_hand():

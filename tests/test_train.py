@@ -12,9 +12,9 @@ from tiny_maestro import forget_compositions
 
 from data_pipeline.augmentation.mode_and_rubato import VIEW_SIZE
 from data_pipeline.loader import Pieces
-from music_ar.model.perceiver_ar import PRESETS
+from music_ar.model.config import PRESETS
 from music_ar.model.pretrained import identity, load_released, save_released
-from music_ar.tokens.codec import PAD
+from music_ar.tokens.vocabulary import PAD
 from music_ar.training import trainer
 
 DATA = ["--preset", "tiny", "--data"]

@@ -20,19 +20,14 @@ from reference_model import reference
 
 from music_ar.decoding import decoder as decoding
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.model.perceiver_ar import ModelConfig, PerceiverAR
+from music_ar.model.config import ModelConfig
+from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.model.pretrained import CheckpointError
-from music_ar.tokens import codec
-from music_ar.training.trainer import (
-    TrainingConfig,
-    TrainingError,
-    TrainState,
-    build_optimizer,
-    fit,
-    make_train_step,
-    stacked_teachers,
-    token_loss,
-)
+from music_ar.tokens import vocabulary
+from music_ar.training.losses import token_loss
+from music_ar.training.optimizer import build_optimizer
+from music_ar.training.step import TrainState, make_train_step, stacked_teachers
+from music_ar.training.trainer import TrainingConfig, TrainingError, fit
 
 M, N, B = 12, 8, 4
 CONFIG = ModelConfig(
@@ -53,7 +48,9 @@ class CountingBatches:
 
     def __next__(self):
         rng = np.random.default_rng(self.next)
-        tokens = (rng.integers(0, 300, (B, 1)) + np.arange(M + 1) * rng.integers(1, 4, (B, 1))) % codec.VOCABULARY_SIZE
+        tokens = (
+            rng.integers(0, 300, (B, 1)) + np.arange(M + 1) * rng.integers(1, 4, (B, 1))
+        ) % vocabulary.VOCABULARY_SIZE
         self.next += 1
         return {"tokens": tokens.astype(np.int32), "weights": rng.choice([0.5, 1, 1], (B, N)).astype(np.float32)}
 
@@ -437,7 +434,7 @@ def test_a_teacher_reads_what_its_own_window_holds():
     student.recall.kernel[...] = jnp.zeros_like(student.recall.kernel[...])
     config = dataclasses.replace(EXACT, z_loss=0.0, distillation=1.0)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    tokens = np.random.default_rng(0).integers(0, codec.EVENT_CLASSES, (B, student.config.window + 1), np.int32)
+    tokens = np.random.default_rng(0).integers(0, vocabulary.EVENT_CLASSES, (B, student.config.window + 1), np.int32)
     batch = {"tokens": jnp.asarray(tokens), "weights": jnp.ones((B, N))}
     (graph, params), (teacher_graph, taught) = (nnx.split(model, nnx.Param) for model in (student, teacher))
     optimizer = build_optimizer(config)
@@ -728,7 +725,7 @@ def test_the_training_step_lowers_for_tpu():
 def test_the_decoding_loop_lowers_for_tpu():
     model = PerceiverAR(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16))
     decoder = decoding.Decoder(model, int8=False)
-    state = decoder.start([np.array([codec.START])], latents=N, seeds=[0], limit_steps=100)
+    state = decoder.start([np.array([vocabulary.START])], latents=N, seeds=[0], limit_steps=100)
     exported = jax.export.export(decoding._decode, platforms=["tpu"])(
         decoder.graph, shapes(decoder.params), shapes(state), shapes(SamplingOptions().filters()), 16, None
     )

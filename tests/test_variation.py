@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from tiny_maestro import random_performance
 
 from data_pipeline.augmentation.mode_and_rubato import AS_PLAYED, VIEW_SIZE, Variation, tonic, vary, view
-from music_ar.midi.io import Performance
-from music_ar.tokens.codec import END, START, VELOCITY, decode, encode, is_velocity, length_steps
+from music_ar.midi.performance import Performance
+from music_ar.tokens.codec import decode, encode, length_steps
+from music_ar.tokens.vocabulary import END, START, VELOCITY, is_velocity
 
 MAJOR, HARMONIC_MINOR = (0, 2, 4, 5, 7, 9, 11, 12), (0, 2, 3, 5, 7, 8, 11, 12)
 MELODIC_MINOR, MAJOR_WITH_LOW_SIXTH_AND_SEVENTH = (0, 2, 3, 5, 7, 9, 11, 12), (0, 2, 4, 5, 7, 8, 10, 12)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from music_ar.midi.io import Performance, write_midi
+from music_ar.midi.io import write_midi
+from music_ar.midi.performance import Performance
 
 PIECES = {
     "2004/aria.midi": "train",

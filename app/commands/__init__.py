@@ -1,0 +1,1 @@
+"""The commands of `music-ar`, one module each."""

@@ -19,14 +19,15 @@ from flax import nnx
 from app.console import CommandError, ProgressLine, print_table
 from data_pipeline.loader import Pieces
 from music_ar.decoding.continuous_batching import chunk_tokens
-from music_ar.decoding.decoder import Decoder, WindowMode
+from music_ar.decoding.decoder import Decoder
 from music_ar.decoding.sampling import SamplingOptions
+from music_ar.decoding.step import WindowMode
 from music_ar.evaluation.likelihood import score_decoding
 from music_ar.files import write_atomically
 from music_ar.generator import MAESTRO_TOKENS_PER_S, Chunk, Generator, Piece, Request
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.model.pretrained import load_released
-from music_ar.tokens import codec
+from music_ar.tokens import vocabulary
 
 _BANDWIDTH_BYTES = 2**28
 _ACCELERATOR_BANDWIDTH_BYTES = 2**32  # so that a large one is busy for more than its start
@@ -310,9 +311,9 @@ def read_bandwidth() -> float:
 
 def _some_prompt(length: int) -> np.ndarray:
     """Repeated notes; what they are does not matter to the time."""
-    note = [codec.NOTE_ON + 60, codec.TIME_SHIFT + 19, codec.NOTE_OFF + 60, codec.TIME_SHIFT + 9]
+    note = [vocabulary.NOTE_ON + 60, vocabulary.TIME_SHIFT + 19, vocabulary.NOTE_OFF + 60, vocabulary.TIME_SHIFT + 9]
     tokens = np.resize(note, length)
-    tokens[:2] = codec.START, codec.VELOCITY + 15
+    tokens[:2] = vocabulary.START, vocabulary.VELOCITY + 15
     return tokens.astype(np.int32)
 
 

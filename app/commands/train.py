@@ -18,8 +18,10 @@ from music_ar.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from data_pipeline.loader import Pieces
-    from music_ar.model.perceiver_ar import ModelConfig, PerceiverAR
-    from music_ar.training.trainer import Batches, Progress
+    from music_ar.model.config import ModelConfig
+    from music_ar.model.perceiver_ar import PerceiverAR
+    from music_ar.training.log import Progress
+    from music_ar.training.trainer import Batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +117,10 @@ class Train:
 
         from data_pipeline.augmentation.mode_and_rubato import VIEW_SIZE
         from data_pipeline.loader import Pieces
-        from music_ar.evaluation.likelihood import calibrated
+        from music_ar.evaluation.calibration import calibrated
+        from music_ar.model.config import PRESETS
         from music_ar.model.expansion import grown
-        from music_ar.model.perceiver_ar import PRESETS, PerceiverAR, parameter_count
+        from music_ar.model.perceiver_ar import PerceiverAR, parameter_count
         from music_ar.model.pretrained import load_released, save_released
         from music_ar.training.trainer import fit
 

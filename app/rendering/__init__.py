@@ -1,0 +1,1 @@
+"""Batch rendering: the plan, its manifest, leases."""

@@ -15,13 +15,15 @@ from app.report.piano_roll import draw
 from data_pipeline.loader import Pieces
 from data_pipeline.maestro import MidiFiles
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.evaluation.likelihood import Score, best_temperature, score_kinds, score_tokens
+from music_ar.evaluation.calibration import best_temperature
+from music_ar.evaluation.likelihood import Score, score_kinds, score_tokens
 from music_ar.evaluation.retrieval_probes import natural_recall, planted_recall
 from music_ar.files import write_atomically
 from music_ar.generator import DEFAULT_LATENTS, Generator, Request
 from music_ar.metrics.distributions import FEATURES, compare, features
 from music_ar.metrics.memorization import Run, longest_runs
-from music_ar.midi.io import Performance, read_midi, write_midi
+from music_ar.midi.io import read_midi, write_midi
+from music_ar.midi.performance import Performance
 from music_ar.model.perceiver_ar import PerceiverAR, parameter_count
 from music_ar.tokens import codec
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from app.report.charts import blank, save
 
 if TYPE_CHECKING:
-    from music_ar.midi.io import Performance
+    from music_ar.midi.performance import Performance
 
 
 def draw(rolls: "Sequence[tuple[str, Performance]]", picture: Path, *, seconds: float | None = None) -> None:

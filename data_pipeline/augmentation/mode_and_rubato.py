@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float, Int64, Integer
 from scipy.signal import lfilter
 
 from data_pipeline.augmentation.transforms import PIANO_HIGH, PIANO_LOW, retime
-from music_ar.midi.io import Performance
-from music_ar.tokens.codec import (
+from music_ar.midi.performance import Performance
+from music_ar.tokens.codec import decode, length_steps
+from music_ar.tokens.vocabulary import (
     EVENT_CLASSES,
     NOTE_OFF,
     NOTE_ON,
@@ -27,9 +28,7 @@ from music_ar.tokens.codec import (
     VELOCITY,
     VELOCITY_BINS,
     VOCABULARY_SIZE,
-    decode,
     is_velocity,
-    length_steps,
 )
 
 # How well each pitch class fits a key, from its tonic up: Krumhansl and Kessler (Psychological Review 89, 1982).

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from music_ar.tokens.codec import (
+from music_ar.tokens.codec import decode, encode
+from music_ar.tokens.grammar import grammar_after
+from music_ar.tokens.vocabulary import (
     EVENT_CLASSES,
     MAX_SHIFT_STEPS,
     NOTE_OFF,
@@ -23,9 +25,6 @@ from music_ar.tokens.codec import (
     VELOCITY,
     VELOCITY_BINS,
     EventError,
-    decode,
-    encode,
-    grammar_after,
     is_shift,
     is_velocity,
 )

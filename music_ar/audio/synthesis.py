@@ -18,7 +18,8 @@ from jaxtyping import Float32, Int16
 from scipy.signal import lfilter
 
 from music_ar.files import replacing
-from music_ar.midi.io import BinaryFile, Performance
+from music_ar.midi.io import BinaryFile
+from music_ar.midi.performance import Performance
 
 SAMPLE_RATE = 48_000
 TAIL_S = 1.0

@@ -1,0 +1,1 @@
+"""Cached decoding, one token at a time."""

@@ -18,9 +18,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from music_ar.decoding import decoder as decoding
-from music_ar.decoding.decoder import Decoder, DecodeState, WindowMode
+from music_ar.decoding.decoder import Decoder
 from music_ar.decoding.sampling import Filters, SamplingOptions
-from music_ar.tokens import codec
+from music_ar.decoding.state import DecodeState
+from music_ar.decoding.step import WindowMode
+from music_ar.tokens import codec, vocabulary
 
 _CHUNK_TOKENS = 64
 # On a CPU more rows gain little, once reading the caches takes longer than reading the weights.
@@ -38,7 +40,7 @@ class Job:
     """One sequence to make.
 
     Attributes:
-        prompt: tokens to go on from, beginning with `codec.START`.
+        prompt: tokens to go on from, beginning with `vocabulary.START`.
         seed: of its sampling.
         latents: the latent budget.
         mode: how its windows go on.
@@ -160,7 +162,7 @@ class _Batch:
         tokens_BxT, nats_BxT = map(np.asarray, made)
         steps, finished = 0, []
         for row, making in list(self._making.items()):
-            real = tokens_BxT[row] != codec.PAD
+            real = tokens_BxT[row] != vocabulary.PAD
             steps += making.add(tokens_BxT[row][real], nats_BxT[row][real])
             if making.finished:
                 finished.append(making.made())
@@ -181,9 +183,9 @@ class _Making:
 
     def add(self, tokens: Int[np.ndarray, " T"], nats: Float[np.ndarray, " T"]) -> int:
         """Takes what of a chunk belongs to the sequence, wherever chunks begin; the steps of music that it brings."""
-        after = self._steps + codec.event_steps(np.append(tokens, codec.PAD))[1:]  # the time after each token
+        after = self._steps + codec.event_steps(np.append(tokens, vocabulary.PAD))[1:]  # the time after each token
         numbers = self._count + 1 + np.arange(len(tokens))
-        last = (after >= self._job.limit_steps) | (tokens == codec.END) | (numbers >= self._job.most_tokens)
+        last = (after >= self._job.limit_steps) | (tokens == vocabulary.END) | (numbers >= self._job.most_tokens)
         if last.any():
             self.finished = True
             end = int(last.argmax()) + 1
@@ -201,6 +203,6 @@ class _Making:
 
 def _idle(decoder: Decoder, rows: int, latents: int, mode: WindowMode) -> DecodeState:
     """A batch in which no row makes anything."""
-    start = np.array([codec.START], np.int32)
+    start = np.array([vocabulary.START], np.int32)
     state = decoder.start([start], latents=latents, seeds=[0], limit_steps=0, mode=mode).rows([0] * rows)
     return state._replace(ended_B=jnp.ones(rows, bool))

@@ -30,122 +30,27 @@ L conv taps, Q query heads that share a key head, E rows of a cache (batch, wind
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Float, Int, Integer
 
 from music_ar.decoding import history_bias, pallas_attention
-from music_ar.decoding.history_bias import Heard
+from music_ar.decoding.int8_layers import YNNPACK, with_int8_weights
 from music_ar.decoding.layers import TransposedLinear, join_norms, replace_linears
-from music_ar.decoding.pallas_attention import FusedAttention
+from music_ar.decoding.prefill import _prefill
 from music_ar.decoding.sampling import Filters, sample
+from music_ar.decoding.state import _BY_ROWS, Caches, DecodeState, _on_each
+from music_ar.decoding.step import WindowMode, _Graph, drawable, step, take
 from music_ar.features import keyboard, retrieval
 from music_ar.features.keyboard import Keyboard
 from music_ar.features.retrieval import Memory, Recalled
-from music_ar.model.perceiver_ar import Block, PerceiverAR, Told, causal_attention
-from music_ar.model.quantization import YNNPACK, with_int8_weights
-from music_ar.tokens import codec
-
-WindowMode = Literal["exact", "sliding"]
-WINDOW_MODES: tuple[WindowMode, ...] = get_args(WindowMode)
-_NEVER = np.int32(2**30)
-KeysValues = tuple[Array, Array]
-
-
-class Caches(NamedTuple):
-    """Rotated keys and values; each is laid out so that a step reads it in order.
-
-    Batch, window and key head are one axis. That is not for brevity: XLA drops an axis of length 1 (a batch of one)
-    by a reshape, fuses the reshape with the write of the new entry, and then copies the whole cache at each token.
-
-    Keys are laid out otherwise than values, as [.., K, R], except for the kernel of `decode_kernel`.
-
-    Attributes:
-        cross_k, cross_v: of the inputs, [B G, K, M] (fused: [B G, M, K]) and [B G, M, K]; time t is in slot t mod M.
-        self_k, self_v: of the latents, one array a layer, [B W G, K, R] (fused: [B W G, R, K]) and [B W G, R, K].
-    """
-
-    cross_k: Float[Array, "BG _ _"]
-    cross_v: Float[Array, "BG M K"]
-    self_k: tuple[Float[Array, "E _ _"], ...]
-    self_v: tuple[Float[Array, "E R K"], ...]
-
-
-class DecodeState(NamedTuple):
-    """All that decoding carries from token to token; one pytree, donated to each call.
-
-    Each row has its own clock, which says the slots of its rings, and its own time of birth; what it computes depends
-    on the time since then alone. So a row can be replaced at any time, and its sums run over the slots in one order
-    whatever its batch-mates do: a piece is the same to the last bit in whichever row, and whenever, it is made.
-
-    Attributes:
-        clock_B: time of `pending`.
-        birth_B: clock at which the row's piece began; negative if its start lies before what was prefilled.
-        budget_B: the latent budget n.
-        recent_BxL: the last tokens, `pending` last: what the convolution reads.
-        keyboard: after `pending`; its time is what heads that count time go by.
-        memory: the notes up to `pending`, for a model that recalls.
-        heard: what the piece has been made of up to `pending`.
-        caches: keys and values of all tokens before `pending`.
-        grammar: what may follow `pending`.
-        steps_B: music made so far, in steps of 10 ms.
-        limit_B: a row has enough once its music is this long. It goes on as long as others on its device have
-            not.
-        keys_B: each row's own source of chance.
-        ended_B: whether the piece has ended by itself; from then on its tokens are `codec.PAD`.
-    """
-
-    clock_B: Int[Array, " B"]
-    birth_B: Int[Array, " B"]
-    budget_B: Int[Array, " B"]
-    recent_BxL: Int[Array, "B L"]
-    keyboard: Keyboard
-    memory: Memory | None
-    heard: Heard
-    caches: Caches
-    grammar: codec.GrammarState
-    steps_B: Int[Array, " B"]
-    limit_B: Int[Array, " B"]
-    keys_B: Array
-    ended_B: Bool[Array, " B"]
-
-    @property
-    def done_B(self) -> Bool[Array, " B"]:
-        """Which rows have ended or have enough music."""
-        return self.ended_B | (self.steps_B >= self.limit_B)
-
-    def with_limit(self, limit_steps: int) -> "DecodeState":
-        """The state with another limit: a row is done once it has made `limit_steps` of music after its prompt."""
-        return self._replace(limit_B=jnp.full_like(self.limit_B, limit_steps))
-
-    def rows(self, rows: Sequence[int]) -> "DecodeState":
-        """A copy of the state of some rows of the batch, in this order; a row may be taken more than once."""
-        B = self.birth_B.shape[0]
-        index = np.asarray(rows, np.int32)
-
-        def of_rows(leaf: Array) -> Array:
-            each = leaf.shape[0] // B  # cache rows a batch row
-            return leaf.reshape(B, each, *leaf.shape[1:])[index].reshape(len(index) * each, *leaf.shape[1:])
-
-        return jax.tree.map(of_rows, jax.device_put(self, jax.local_devices()[0]))
-
-    def replaced(self, row: int, newcomer: "DecodeState") -> "DecodeState":
-        """The state with another piece in one row, as `Decoder.start` made it alone; the other rows go on as they were.
-
-        Args:
-            row: whose place the newcomer takes.
-            newcomer: a state of one row, with rings and windows of the same size; it can be used again. The state that
-                is replaced cannot: its buffers are taken over.
-        """
-        mesh = _mesh_of(self)
-        if mesh is not None:
-            newcomer = jax.device_put(newcomer, NamedSharding(mesh, PartitionSpec()))
-        return _replace_row(self, row, newcomer, mesh)
+from music_ar.model.perceiver_ar import PerceiverAR, Told
+from music_ar.tokens import grammar, vocabulary
 
 
 class Decoder:
@@ -200,7 +105,7 @@ class Decoder:
         """A state that holds all of each prompt but its last token, which is pending.
 
         Args:
-            prompts: one token array a row, each beginning with `codec.START`. Equal ones are prefilled once.
+            prompts: one token array a row, each beginning with `vocabulary.START`. Equal ones are prefilled once.
             latents: the budget n; at least 2, and an odd one acts as n - 1 in exact mode.
             seeds: one a row; a row's tokens depend on its own prompt, seed and options alone.
             limit_steps: a row is done when this much music (in steps of 10 ms) follows its prompt.
@@ -227,11 +132,11 @@ class Decoder:
         # What a latent still in a window could see, and the taps before that.
         most = config.context + R + L
         P = 0 if longest == 0 else min(most, max(16, 1 << (longest - 1).bit_length()))
-        tokens_BxP = np.full((B, P + L), codec.PAD, np.int32)
+        tokens_BxP = np.full((B, P + L), vocabulary.PAD, np.int32)
         for row, prompt in zip(tokens_BxP, prompts, strict=True):
             kept = prompt[-(P + L) :]
             row[P + L - len(kept) :] = kept
-        grammars = [codec.grammar_after(prompt) for prompt in prompts]
+        grammars = [grammar.grammar_after(prompt) for prompt in prompts]
         told_BxP, memory = _stack([self._told(prompt, P + 1) for prompt in prompts])
         state = DecodeState(
             clock_B=jnp.full(B, P, jnp.int32),
@@ -295,7 +200,7 @@ class Decoder:
             length: tokens a row; it is compiled in.
 
         Returns:
-            The state, whose pending tokens are the last sampled, and the tokens, `codec.PAD` after a row has ended
+            The state, whose pending tokens are the last sampled, and the tokens, `vocabulary.PAD` after a row has ended
             or all on its device are done.
         """
         return self.decode_scored(state, filters, length=length)[:2]
@@ -317,7 +222,7 @@ class Decoder:
     def force(
         self, state: DecodeState, tokens_BxT: Int[np.ndarray, "B T"]
     ) -> tuple[DecodeState, Float[Array, "B T V"]]:
-        """Takes given tokens in place of sampled ones, `codec.PAD` after a row's end.
+        """Takes given tokens in place of sampled ones, `vocabulary.PAD` after a row's end.
 
         Args:
             state: where to go on from; donated.
@@ -346,16 +251,6 @@ class Decoder:
         return jax.device_put(state, NamedSharding(mesh, _BY_ROWS)), mesh
 
 
-_BY_ROWS = PartitionSpec("rows")
-
-
-def _mesh_of(state: DecodeState) -> Mesh | None:
-    """The devices that the rows were dealt to, or None."""
-    sharding = state.clock_B.sharding
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
-
-
 def _stack(rows: Sequence[Any]) -> Any:
     """Pytrees of NumPy arrays as one, with a first axis for them."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
@@ -363,51 +258,6 @@ def _stack(rows: Sequence[Any]) -> Any:
 
 def _matrix_as(leaf: Array, dtype: jnp.dtype) -> Array:
     return leaf.astype(dtype) if leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _replace_row(
-    state: DecodeState, row: Int[Array, ""] | int, newcomer: DecodeState, mesh: Mesh | None
-) -> DecodeState:
-    def with_row(state: DecodeState, row: Array | int, newcomer: DecodeState) -> DecodeState:
-        B = state.birth_B.shape[0]
-
-        def with_leaf(leaf: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(leaf, new, row * (leaf.shape[0] // B), axis=0)
-
-        return jax.tree.map(with_leaf, state, newcomer)
-
-    if mesh is None:
-        return with_row(state, row, newcomer)
-
-    def on_device(state: DecodeState, row: Array, newcomer: DecodeState) -> DecodeState:
-        B = state.birth_B.shape[0]
-        place = row - jax.lax.axis_index("rows") * B
-        return jax.lax.cond(
-            (place >= 0) & (place < B), lambda state: with_row(state, place, newcomer), lambda state: state, state
-        )
-
-    specs = (_BY_ROWS, PartitionSpec(), PartitionSpec())
-    return _on_each(on_device, mesh, specs)(state, jnp.asarray(row), newcomer)
-
-
-def _on_each(function: Callable[..., Any], mesh: Mesh, in_specs: tuple[Any, ...]) -> Callable[..., Any]:
-    """The function on each device's rows; there is nothing between devices that would have to be checked."""
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=_BY_ROWS, check_vma=False)
-
-
-class _Graph:
-    """A model's structure and how it is decoded, as a static argument: what JAX hashes at each call is kept."""
-
-    def __init__(self, graph: nnx.GraphDef[PerceiverAR], fused: bool):
-        self.graph, self._hash = graph, hash((graph, fused))
-        self.fused = fused
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Graph) and (self.graph, self.fused) == (other.graph, other.fused))
 
 
 def ring_size(latents: int) -> int:
@@ -479,7 +329,7 @@ def _decode_rows(
         return index + 1, state, tokens.at[:, index].set(state.recent_BxL[:, -1]), nats.at[:, index].set(nats_B)
 
     B = state.ended_B.shape[0]
-    tokens, nats = jnp.full((B, length), codec.PAD, jnp.int32), jnp.zeros((B, length))
+    tokens, nats = jnp.full((B, length), vocabulary.PAD, jnp.int32), jnp.zeros((B, length))
     _, state, tokens, nats = jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state, tokens, nats))
     return state, tokens, nats
 
@@ -505,297 +355,3 @@ def _force_rows(
 
     state, logits_TxBxV = jax.lax.scan(one_token, state, tokens_BxT.T)
     return state, logits_TxBxV.swapaxes(0, 1)
-
-
-def drawable(state: DecodeState) -> Bool[Array, "B V"]:
-    """Which tokens may be drawn next: `codec.playable_events`, or only releases where keys are `keyboard.overdue`.
-
-    Where a model forgets to let go of the pedal once, what it was trained on does not tell it to later on: without
-    this, dozens of notes would sound for half a minute (docs/evaluation.md). And where nothing has sounded for long
-    (`keyboard.paused`), no time shift may be drawn.
-    """
-    playable_BxV = codec.playable_events(state.grammar, jnp)
-    paused_Bx1 = keyboard.paused(state.keyboard, state.grammar.held, jnp)[:, None]
-    playable_BxV &= ~(paused_Bx1 & codec.is_shift(jnp.arange(playable_BxV.shape[1]))[None])
-    overdue_Bx128 = keyboard.overdue(state.keyboard, state.grammar.held, jnp)
-    before, behind = codec.NOTE_OFF, playable_BxV.shape[1] - codec.NOTE_OFF - codec.PITCHES
-    # None may follow a note-on that a prompt ends with; then they follow the next shift.
-    releases_BxV = jnp.pad(overdue_Bx128, ((0, 0), (before, behind))) & playable_BxV
-    return jnp.where(releases_BxV.any(axis=1, keepdims=True), releases_BxV, playable_BxV)
-
-
-def take(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
-    """Makes `token_B` pending (`codec.PAD` in rows that have ended) and keeps the grammar and the time."""
-    token_B = jnp.where(state.ended_B, codec.PAD, token_B)
-    after = keyboard.advance(state.keyboard, token_B, jnp)
-    memory = state.memory
-    if memory is not None:
-        memory = retrieval.advance(memory, token_B, after.step, after.velocity)
-    return state._replace(
-        recent_BxL=jnp.concatenate([state.recent_BxL[:, 1:], token_B[:, None]], axis=1),
-        keyboard=after,
-        memory=memory,
-        heard=history_bias.advance(state.heard, token_B, after.velocity),
-        grammar=codec.advance(state.grammar, token_B, jnp),
-        steps_B=state.steps_B + after.step - state.keyboard.step,
-        ended_B=state.ended_B | (token_B == codec.END),
-    )
-
-
-def step(
-    model: PerceiverAR, state: DecodeState, *, fused: bool = False, parts: int = 1
-) -> tuple[Float[Array, "B V"], DecodeState]:
-    """Runs the pending token through the model: logits of what follows it, and the state one tick later.
-
-    Args:
-        model: with its self blocks joined, as `Decoder` makes it.
-        state: what came before.
-        fused: whether attention is one kernel; the caches' layout must fit.
-        parts: equal parts that the rows are taken in, which need nothing of each other but their turn at the caches;
-            more than one only if `fused`.
-    """
-    clock_B, caches = state.clock_B, state.caches
-    B = state.birth_B.shape[0]
-    W = caches.self_v[0].shape[0] // caches.cross_v.shape[0]
-    age_B = clock_B - state.birth_B
-    starts_BxW, active_B = window_starts(age_B, state.budget_B, W)
-    seen_since_B = jnp.maximum(state.birth_B, 0)
-    window_since_BxW = starts_BxW + state.birth_B[:, None]
-    places_BxP = jnp.stack([age_B, state.keyboard.step], axis=-1)
-    told_B = Told(state.keyboard, None if state.memory is None else retrieval.recalled(state.memory))
-    embedded_Bx1xD = model.tell(model.embed_last(state.recent_BxL), told_B)[:, None]
-
-    assert B % parts == 0
-    assert fused or parts == 1
-    rows = [slice(first, first + B // parts) for first in range(0, B, B // parts)]
-    attentions: list[FusedAttention | PlainAttention] = [PlainAttention(clock_B, places_BxP, W)]
-    if fused:
-        attentions = [
-            FusedAttention(model.config, clock_B[of], places_BxP[of], W, first=of.start, beside=parts > 1)
-            for of in rows
-        ]
-    cross = (caches.cross_k, caches.cross_v)
-
-    def attend_context(block: Block, streams: list[Array], contexts: Sequence[Array | None]) -> list[Array]:
-        nonlocal cross
-        after = []
-        for of, attention, x_BxTxD, context in zip(rows, attentions, streams, contexts, strict=True):
-            found, cross = attention.cross(block, x_BxTxD, context, cross, seen_since_B[of])
-            after.append(block.add(x_BxTxD, found, _KEEP))
-        return after
-
-    contexts = [model.context_norm(embedded_Bx1xD[of]) for of in rows]
-    streams = attend_context(model.cross, [model.latent(embedded_Bx1xD[of]) for of in rows], contexts)
-    streams = [jnp.repeat(x_Bx1xD, W, axis=0) for x_Bx1xD in streams]
-    further = dict(zip(model.config.cross_depths, model.further_crosses, strict=True))
-    filled = []
-    for depth, (block, *layer) in enumerate(zip(model.blocks, caches.self_k, caches.self_v, strict=True)):
-        if depth in further:
-            by_row = [x_BWx1xD.reshape(-1, W, x_BWx1xD.shape[-1]) for x_BWx1xD in streams]
-            by_row = attend_context(further[depth], by_row, [None] * parts)
-            streams = [x_BxWxD.reshape(-1, 1, x_BxWxD.shape[-1]) for x_BxWxD in by_row]
-        cache, after = (layer[0], layer[1]), []
-        for of, attention, x_BWx1xD in zip(rows, attentions, streams, strict=True):
-            found, cache = attention.within(block, x_BWx1xD, cache, window_since_BxW[of].reshape(-1))
-            after.append(block.add(x_BWx1xD, found, _KEEP))
-        streams = after
-        filled.append(cache)
-    predicting_Bx1xD = jnp.concatenate(streams)[jnp.arange(B) * W + active_B]
-    caches = Caches(*cross, *zip(*filled, strict=True))
-    return model.logits(predicting_Bx1xD)[:, 0], state._replace(clock_B=clock_B + 1, caches=caches)
-
-
-def window_starts(
-    age_B: Int[Array, " B"], budget_B: Int[Array, " B"], windows: int
-) -> tuple[Int[Array, "B W"], Int[Array, " B"]]:
-    """When the windows that a latent of this age is in began, and which of them predicts.
-
-    Of two (exact), window w begins at the multiples of n / 2 whose number is even (w = 0) or odd (w = 1); before
-    n / 2, window 1 has not begun. A single one (sliding) begins n - 1 tokens ago.
-    """
-    if windows == 1:
-        return jnp.maximum(age_B - budget_B + 1, 0)[:, None], jnp.zeros_like(age_B)
-    half_B = budget_B // 2
-    count_B = age_B // half_B
-    numbers_Bx2 = count_B[:, None] - (count_B[:, None] - jnp.arange(2)[None]) % 2
-    starts_Bx2 = jnp.where(numbers_Bx2 >= 0, numbers_Bx2 * half_B[:, None], _NEVER)
-    return starts_Bx2, jnp.where(count_B == 0, 0, (count_B + 1) % 2)
-
-
-_KEEP = nnx.Dropout(0.0, deterministic=True)
-
-
-class PlainAttention:
-    """The attention of all blocks in one step, as ordinary operations; `FusedAttention` does the same in a kernel.
-
-    Args:
-        clock_B: the time of the step, by row.
-        places_BxP: the position that it has in the piece, by either way to count.
-        windows: W.
-    """
-
-    def __init__(self, clock_B: Int[Array, " B"], places_BxP: Int[Array, "B P"], windows: int) -> None:
-        self._clock_B, self._places_Bx1xP, self._windows = clock_B, places_BxP[:, None], windows
-
-    def cross(
-        self,
-        block: Block,
-        x_BxTxD: Float[Array, "B T D"],
-        context_Bx1xD: Float[Array, "B 1 D"] | None,
-        cache: KeysValues,
-        since_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T H K"], KeysValues]:
-        """What a cross block finds in the context for T latents a row, and the context's cache.
-
-        Args:
-            block: the block.
-            x_BxTxD: the stream of the latents.
-            context_Bx1xD: the normalised input that is new in the context; None if the cache has it already.
-            cache: of the context.
-            since_B: the time from which on inputs are seen.
-        """
-        if context_Bx1xD is not None:
-            cache = _write(*cache, *block.keys_values(context_Bx1xD, self._places_Bx1xP), self._clock_B)
-        places_BxTxP = jnp.repeat(self._places_Bx1xP, x_BxTxD.shape[1], axis=1)
-        seen_BxM = _times(self._clock_B, cache[1].shape[1]) >= since_B[:, None]
-        return _attend(block.queries(x_BxTxD, places_BxTxP), *cache, seen_BxM), cache
-
-    def within(
-        self, block: Block, x_BWx1xD: Float[Array, "BW 1 D"], cache: KeysValues, since_BW: Int[Array, " BW"]
-    ) -> tuple[Float[Array, "BW 1 H K"], KeysValues]:
-        """What a self block finds in each window, and the windows' cache.
-
-        Args:
-            block: the block.
-            x_BWx1xD: the stream.
-            cache: of the windows.
-            since_BW: when each window began. One that has not begun sees itself, so that its softmax has a key; nobody
-                reads it.
-        """
-        clock_BW = jnp.repeat(self._clock_B, self._windows)
-        q, k, v = block.queries_keys_values(x_BWx1xD, jnp.repeat(self._places_Bx1xP, self._windows, axis=0))
-        cache = _write(*cache, k, v, clock_BW)
-        times_BWxR = _times(clock_BW, cache[1].shape[1])
-        in_window_BWxR = (times_BWxR >= since_BW[:, None]) | (times_BWxR == clock_BW[:, None])
-        return _attend(q, *cache, in_window_BWxR), cache
-
-
-def _times(clock_B: Array, size: int) -> Int[Array, "B size"]:
-    """The time that each slot of a ring holds, once the slot of `clock_B` is written."""
-    return clock_B[:, None] - (clock_B[:, None] - jnp.arange(size)[None]) % size
-
-
-def _write(
-    k_cache_ExKxR: Array, v_cache_ExRxK: Array, k_Bx1xGxK: Array, v_Bx1xGxK: Array, clock_B: Array
-) -> KeysValues:
-    """The caches with the key and value of the clock's time in its slot."""
-    E, K, R = k_cache_ExKxR.shape
-    slot_E = jnp.repeat(clock_B % R, E // len(clock_B))
-    return (
-        k_cache_ExKxR.at[jnp.arange(E), :, slot_E].set(k_Bx1xGxK.reshape(E, K).astype(k_cache_ExKxR.dtype)),
-        v_cache_ExRxK.at[jnp.arange(E), slot_E].set(v_Bx1xGxK.reshape(E, K)),
-    )
-
-
-def _attend(q_BxTxHxK: Array, k_ExKxR: Array, v_ExRxK: Array, seen_BxR: Array) -> Float[Array, "B T H K"]:
-    """Attention of T queries a row to that row's ring; float32 softmax."""
-    B, T, H, K = q_BxTxHxK.shape
-    G = k_ExKxR.shape[0] // B
-    q_ExQxK = q_BxTxHxK.astype(k_ExKxR.dtype).reshape(B, T, G, H // G, K).swapaxes(1, 2).reshape(B * G, -1, K)
-    scores_ExQxR = jnp.einsum("eqk,ekr->eqr", q_ExQxK, k_ExKxR, preferred_element_type=jnp.float32)
-    seen_Ex1xR = jnp.repeat(seen_BxR, G, axis=0)[:, None]
-    chances_ExQxR = jax.nn.softmax(jnp.where(seen_Ex1xR, scores_ExQxR * K**-0.5, -jnp.inf), axis=-1)
-    found_ExQxK = jnp.einsum("eqr,erk->eqk", chances_ExQxR.astype(v_ExRxK.dtype), v_ExRxK)
-    return found_ExQxK.reshape(B, G, T, H // G, K).swapaxes(1, 2).reshape(B, T, H, K)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxP: Array, told_BxP: Told) -> DecodeState:
-    """Fills the caches with P tokens at once.
-
-    In exact mode they hold what P steps would have left there, but for rounding; in sliding mode, the last n latents as
-    the model was trained to compute them.
-
-    `tokens_BxP` are left-padded; their last has time clock_B - 1. `told_BxP` is after each of them.
-    """
-    model = nnx.merge(graph.graph, params)
-    caches = state.caches
-    B, P = tokens_BxP.shape
-    M, R = caches.cross_v.shape[1], caches.self_v[0].shape[1]
-    W = caches.self_v[0].shape[0] // caches.cross_v.shape[0]
-    times_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
-    # From here on P is also the two ways to count a position, as in `model`.
-    places_BxPxP = jnp.stack([times_BxP - state.birth_B[:, None], told_BxP.keyboard.step], axis=-1)
-    embedded_BxPxD = model.tell(model.embed(tokens_BxP), told_BxP)
-    k_BxPxGxK, v_BxPxGxK = model.cross.keys_values(model.context_norm(embedded_BxPxD), places_BxPxP)
-
-    # The latents from each window's start; those at or after P are in the future and are masked later. The one that
-    # predicts comes first; of two, the other holds at most half the budget.
-    starts_BxW, active_B = window_starts(P - 1 - state.birth_B, state.budget_B, W)
-    by_age = []
-    for turn in range(W):
-        start_B = jnp.take_along_axis(starts_BxW, (active_B[:, None] + turn) % W, axis=1)[:, 0] + state.birth_B
-        times_BxR = start_B[:, None] + jnp.arange(min(R >> turn, P))[None]
-        filled = _prefill_window(model, embedded_BxPxD, places_BxPxP, k_BxPxGxK, v_BxPxGxK, state.birth_B, times_BxR)
-        by_age.append([[_in_slots(x, times_BxR % R, R) for x in layer] for layer in filled])
-    order_BxW = (jnp.arange(W)[None] - active_B[:, None]) % W
-
-    def by_window(turns: Sequence[Array]) -> Array:
-        stacked_BxWxRxGxK = jnp.stack(turns, axis=1)
-        in_order = jnp.take_along_axis(stacked_BxWxRxGxK, order_BxW[:, :, None, None, None], axis=1)
-        return in_order.reshape(B * W, *in_order.shape[2:])
-
-    layers = [[by_window(pair) for pair in zip(*turns, strict=True)] for turns in zip(*by_age, strict=True)]
-    last_1xM = jnp.arange(max(0, P - M), P)[None]
-    cross_k, cross_v = (_in_slots(x[:, -M:], last_1xM % M, M) for x in (k_BxPxGxK, v_BxPxGxK))
-    key_layout = _value_layout if graph.fused else _key_layout
-    caches = Caches(
-        cross_k=key_layout(cross_k).astype(caches.cross_k.dtype),
-        cross_v=_value_layout(cross_v),
-        self_k=tuple(key_layout(k).astype(caches.cross_k.dtype) for k, _ in layers),
-        self_v=tuple(_value_layout(v) for _, v in layers),
-    )
-    return state._replace(caches=caches)
-
-
-def _in_slots(x_BxTxGxK: Array, slots_BxT: Array, size: int) -> Float[Array, "B size G K"]:
-    """Entries put into the slots of a ring; the others are zero."""
-    empty = jnp.zeros((size, *x_BxTxGxK.shape[2:]), x_BxTxGxK.dtype)
-    slots_BxT = jnp.broadcast_to(slots_BxT, x_BxTxGxK.shape[:2])
-    return jax.vmap(lambda x, slots: empty.at[slots].set(x))(x_BxTxGxK, slots_BxT)
-
-
-def _key_layout(k_BxRxGxK: Array) -> Float[Array, "BG K R"]:
-    return k_BxRxGxK.transpose(0, 2, 3, 1).reshape(-1, k_BxRxGxK.shape[-1], k_BxRxGxK.shape[1])
-
-
-def _value_layout(v_BxRxGxK: Array) -> Float[Array, "BG R K"]:
-    return v_BxRxGxK.swapaxes(1, 2).reshape(-1, v_BxRxGxK.shape[1], v_BxRxGxK.shape[-1])
-
-
-def _prefill_window(
-    model: PerceiverAR, embedded_BxPxD: Array, places_BxPxP: Array, k: Array, v: Array, birth_B: Array, times_BxR: Array
-) -> list[tuple[Array, Array]]:
-    """Keys and values [B, R, G, K], a pair a layer, of the latents at `times_BxR`."""
-    P, M = embedded_BxPxD.shape[1], model.config.context
-    times_BxR = jnp.clip(times_BxR, 0, P - 1)
-    places_BxRxP = jnp.take_along_axis(places_BxPxP, times_BxR[..., None], axis=1)
-    keys_1x1xP = jnp.arange(P)[None, None]
-    seen_BxRxP = (keys_1x1xP <= times_BxR[..., None]) & (keys_1x1xP > times_BxR[..., None] - M)
-    seen_BxRxP &= (keys_1x1xP >= birth_B[:, None, None]) | (keys_1x1xP == times_BxR[..., None])
-
-    def attend_context(block: Block, x_BxRxD: Array) -> Array:
-        q = block.queries(x_BxRxD, places_BxRxP)
-        return block.add(x_BxRxD, jax.nn.dot_product_attention(q, k, v, mask=seen_BxRxP[:, None]), _KEEP)
-
-    x_BxRxD = jnp.take_along_axis(embedded_BxPxD, times_BxR[..., None], axis=1)
-    x_BxRxD = attend_context(model.cross, model.latent(x_BxRxD))
-    further = dict(zip(model.config.cross_depths, model.further_crosses, strict=True))
-    filled = []
-    for depth, block in enumerate(model.blocks):
-        if depth in further:
-            x_BxRxD = attend_context(further[depth], x_BxRxD)
-        q, *filled_by = block.queries_keys_values(x_BxRxD, places_BxRxP)
-        filled.append(tuple(filled_by))
-        x_BxRxD = block.add(x_BxRxD, causal_attention(q, *filled_by), _KEEP)
-    return filled

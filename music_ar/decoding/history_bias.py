@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
 from music_ar.features import keyboard
-from music_ar.tokens import codec
+from music_ar.tokens import vocabulary
 
 _PITCH_CLASSES = 12
 _REGISTER_SHARE = 0.5
@@ -55,11 +55,11 @@ class Heard(NamedTuple):
 
 def after(tokens: Integer[np.ndarray, " T"]) -> Heard:
     """What has been heard after a sequence, in NumPy."""
-    notes = codec.is_on(tokens)
+    notes = vocabulary.is_on(tokens)
     _, velocity = keyboard.times_and_velocities(tokens, np)
     return Heard(
-        pitches=np.bincount(tokens[notes], minlength=codec.PITCHES).astype(np.int32),
-        velocities=np.bincount(_bin(velocity[notes], np), minlength=codec.VELOCITY_BINS).astype(np.int32),
+        pitches=np.bincount(tokens[notes], minlength=vocabulary.PITCHES).astype(np.int32),
+        velocities=np.bincount(_bin(velocity[notes], np), minlength=vocabulary.VELOCITY_BINS).astype(np.int32),
     )
 
 
@@ -71,10 +71,11 @@ def advance(heard: Heard, token: Int[Array, " B"], velocity: Int[Array, " B"]) -
         token: the token; only a note-on changes anything.
         velocity: the bin in force, 0 before the first.
     """
-    is_on = codec.is_on(token)[:, None].astype(jnp.int32)
+    is_on = vocabulary.is_on(token)[:, None].astype(jnp.int32)
     return Heard(
-        pitches=heard.pitches + is_on * jax.nn.one_hot(token, codec.PITCHES, dtype=jnp.int32),
-        velocities=heard.velocities + is_on * jax.nn.one_hot(_bin(velocity, jnp), codec.VELOCITY_BINS, dtype=jnp.int32),
+        pitches=heard.pitches + is_on * jax.nn.one_hot(token, vocabulary.PITCHES, dtype=jnp.int32),
+        velocities=heard.velocities
+        + is_on * jax.nn.one_hot(_bin(velocity, jnp), vocabulary.VELOCITY_BINS, dtype=jnp.int32),
     )
 
 
@@ -89,12 +90,12 @@ def steadied(logits_BxV: Float[Array, "B V"], heard: Heard, strength: Float[Arra
     strength = strength.reshape(-1, 1)
     pitches_BxP, velocities_BxL = (counts.astype(jnp.float32) for counts in heard)
     class_BxP = pitches_BxP @ _of_one_class() + _USUAL_CLASS_NOTES / _PITCH_CLASSES
-    register_BxP = pitches_BxP @ _near(codec.PITCHES, _NEAR_PITCHES) + _usual(codec.PITCHES, 0, _USUAL_PITCH)
-    loudness_BxL = velocities_BxL @ _near(codec.VELOCITY_BINS, _NEAR_BINS) + _usual(
-        codec.VELOCITY_BINS, 1, _USUAL_VELOCITY
+    register_BxP = pitches_BxP @ _near(vocabulary.PITCHES, _NEAR_PITCHES) + _usual(vocabulary.PITCHES, 0, _USUAL_PITCH)
+    loudness_BxL = velocities_BxL @ _near(vocabulary.VELOCITY_BINS, _NEAR_BINS) + _usual(
+        vocabulary.VELOCITY_BINS, 1, _USUAL_VELOCITY
     )
     of_pitch_BxP = jnp.log(class_BxP) + _REGISTER_SHARE * jnp.log(register_BxP)
-    for first, pull in ((codec.NOTE_ON, of_pitch_BxP), (codec.VELOCITY, jnp.log(loudness_BxL))):
+    for first, pull in ((vocabulary.NOTE_ON, of_pitch_BxP), (vocabulary.VELOCITY, jnp.log(loudness_BxL))):
         kind = slice(first, first + pull.shape[1])
         before = logits_BxV[:, kind]
         pulled = before + strength * pull
@@ -105,11 +106,11 @@ def steadied(logits_BxV: Float[Array, "B V"], heard: Heard, strength: Float[Arra
 
 def _bin(velocity: Any, xp: Any) -> Any:
     """The bin in force, from 0; notes that no velocity precedes have that which they are played with."""
-    return xp.where(velocity > 0, velocity, codec.DEFAULT_VELOCITY_BIN) - 1
+    return xp.where(velocity > 0, velocity, vocabulary.DEFAULT_VELOCITY_BIN) - 1
 
 
 def _of_one_class() -> Float[np.ndarray, "P P"]:
-    classes = np.arange(codec.PITCHES) % _PITCH_CLASSES
+    classes = np.arange(vocabulary.PITCHES) % _PITCH_CLASSES
     return (classes[:, None] == classes[None]).astype(np.float32)
 
 

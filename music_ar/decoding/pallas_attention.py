@@ -29,7 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from music_ar.model.perceiver_ar import Block, ModelConfig, rotary_angles
+from music_ar.model.attention import Block, rotary_angles
+from music_ar.model.config import ModelConfig
 
 _EPSILON = 1e-6  # of nnx.RMSNorm
 _LOWEST = -1e30  # below any score, and finite: what is subtracted from it stays a number

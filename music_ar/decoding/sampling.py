@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from music_ar.tokens import codec
+from music_ar.tokens import vocabulary
 
 
 class SamplingError(ValueError):
@@ -80,7 +80,7 @@ class Filters(NamedTuple):
         """One entry a row. Each array is put together in NumPy: it is one transfer, however many rows there are."""
         return cls(
             temperature=jnp.asarray(np.array([each.temperature for each in options], np.float32)),
-            top_k=jnp.asarray(np.array([each.top_k or codec.VOCABULARY_SIZE for each in options], np.int32)),
+            top_k=jnp.asarray(np.array([each.top_k or vocabulary.VOCABULARY_SIZE for each in options], np.int32)),
             top_p=jnp.asarray(np.array([each.top_p for each in options], np.float32)),
             min_p=jnp.asarray(np.array([each.min_p for each in options], np.float32)),
             steadiness=jnp.asarray(np.array([each.steadiness for each in options], np.float32)),
@@ -92,7 +92,7 @@ def filter_logits(logits_BxV: Float[Array, "B V"], filters: Filters) -> Float[Ar
     # [1, 1, 1], or [B, 1, 1]
     temperature, top_k, top_p, min_p, _ = (option.reshape(-1, 1, 1) for option in filters)
     # A temperature of 0 is the limit: the likeliest stays, everything else is infinitely far below it.
-    kinds = jnp.split(logits_BxV, [start for start in codec.KIND_STARTS if start < logits_BxV.shape[1]], axis=1)
+    kinds = jnp.split(logits_BxV, [start for start in vocabulary.KIND_STARTS if start < logits_BxV.shape[1]], axis=1)
     W = max(kind.shape[1] for kind in kinds)
     padded = [jnp.pad(kind, ((0, 0), (0, W - kind.shape[1])), constant_values=-jnp.inf) for kind in kinds]
     scaled_BxCxW = jnp.stack(padded, axis=1) / jnp.maximum(temperature, 1e-6)

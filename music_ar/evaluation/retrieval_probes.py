@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Int64, Integer
 
 from music_ar.evaluation.likelihood import score_tokens
 from music_ar.model.perceiver_ar import PerceiverAR
-from music_ar.tokens import codec
+from music_ar.tokens import codec, vocabulary
 
 RECALL_PITCHES = 6
 """Pitches in a row that tell a place in a piece: those before a note, its own not included."""
@@ -32,12 +32,12 @@ class Returns(NamedTuple):
 
 def find_returns(piece: Integer[np.ndarray, " _"]) -> Returns:
     """Looks up the last `RECALL_PITCHES` pitches before each note, in the order of the tokens, earlier in the piece."""
-    token = np.flatnonzero(piece < codec.NOTE_OFF)
+    token = np.flatnonzero(piece < vocabulary.NOTE_OFF)
     pitch = piece[token].astype(np.int64)
     distance, repeats = np.zeros(len(token), np.int64), np.zeros(len(token), bool)
     if len(token) > RECALL_PITCHES:
         places = np.lib.stride_tricks.sliding_window_view(pitch[:-1], RECALL_PITCHES)
-        key = places @ (codec.PITCHES ** np.arange(RECALL_PITCHES))
+        key = places @ (vocabulary.PITCHES ** np.arange(RECALL_PITCHES))
         order = np.argsort(key, kind="stable")
         same = key[order[1:]] == key[order[:-1]]
         later, earlier = order[1:][same] + RECALL_PITCHES, order[:-1][same] + RECALL_PITCHES
@@ -172,7 +172,7 @@ def plant(
                 f"{len(backwards)}"
             )
         between, longer = (_whole(backwards[:size][::-1]) for size in (distance, distance + theme_tokens))
-        start_token = np.array([codec.START], np.int32)
+        start_token = np.array([vocabulary.START], np.int32)
         yield Planted(
             heard=np.concatenate([start_token, theme, between, theme]),
             unheard=np.concatenate([start_token, longer, theme]),

@@ -1,0 +1,1 @@
+"""Conditioning features that follow from the tokens."""

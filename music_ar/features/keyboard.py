@@ -16,17 +16,17 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
-from music_ar.tokens import codec
+from music_ar.tokens import vocabulary
 
 MAX_STEP = 2**23
 """The latest time that `Keyboard.keys` has room for, in steps: 23 hours."""
 _DECAYS_STEPS = (8.0, 32.0, 128.0, 512.0)
 _RELEASED_DECAYS_STEPS = (32.0, 256.0)
-CHANNELS = codec.PITCHES * (2 + len(_DECAYS_STEPS) + len(_RELEASED_DECAYS_STEPS))
+CHANNELS = vocabulary.PITCHES * (2 + len(_DECAYS_STEPS) + len(_RELEASED_DECAYS_STEPS))
 """How many numbers `channels` gives."""
 _INTERVALS = 48  # classes of the time between two events: exact for the shortest, up to 8 s
-_VELOCITIES = codec.VELOCITY_BINS + 1
-NOTE_FEATURES = codec.PITCHES + _VELOCITIES + _INTERVALS
+_VELOCITIES = vocabulary.VELOCITY_BINS + 1
+NOTE_FEATURES = vocabulary.PITCHES + _VELOCITIES + _INTERVALS
 """How many classes `note_classes` knows, for each note."""
 ROOM = 64
 """For a velocity bin beside a time or a pitch in one integer."""
@@ -68,7 +68,7 @@ def untouched(batch_shape: tuple[int, ...], onsets: int, xp: Any = np) -> Keyboa
     return Keyboard(
         step=xp.zeros(batch_shape, xp.int32),
         velocity=xp.zeros(batch_shape, xp.int32),
-        keys=xp.full((*batch_shape, codec.PITCHES), -1, xp.int32),
+        keys=xp.full((*batch_shape, vocabulary.PITCHES), -1, xp.int32),
         onset_step=xp.zeros((*batch_shape, onsets), xp.int32),
         onset_note=xp.full((*batch_shape, onsets), -1, xp.int32),
     )
@@ -77,9 +77,11 @@ def untouched(batch_shape: tuple[int, ...], onsets: int, xp: Any = np) -> Keyboa
 def advance(keyboard: Keyboard, token: Integer[Any, "*B"], xp: Any = np) -> Keyboard:
     """The keyboard after one more token; `PAD`, `START` and `END` change nothing."""
     token = xp.asarray(token, xp.int32)
-    strikes = codec.is_on(token)
-    step = keyboard.step + xp.where(codec.is_shift(token), token - (codec.TIME_SHIFT - 1), 0).astype(xp.int32)
-    velocity = xp.where(codec.is_velocity(token), token - (codec.VELOCITY - 1), keyboard.velocity).astype(xp.int32)
+    strikes = vocabulary.is_on(token)
+    step = keyboard.step + xp.where(vocabulary.is_shift(token), token - (vocabulary.TIME_SHIFT - 1), 0).astype(xp.int32)
+    velocity = xp.where(vocabulary.is_velocity(token), token - (vocabulary.VELOCITY - 1), keyboard.velocity).astype(
+        xp.int32
+    )
     note = xp.where(strikes, token * ROOM + velocity, -1).astype(xp.int32)[..., None]
     L = keyboard.onset_note.shape[-1]
     onset_note = xp.concatenate([note, keyboard.onset_note], axis=-1)[..., :L]
@@ -102,7 +104,7 @@ def overdue(keyboard: Keyboard, held: Int[Any, "*B 128"], xp: Any = np) -> Bool[
 
     Args:
         keyboard: the keyboard.
-        held: how often each key can be released, as `codec.GrammarState` counts.
+        held: how often each key can be released, as `grammar.GrammarState` counts.
         xp: the array module.
     """
     # Of a key that was struck twice and released once, from its release on.
@@ -117,7 +119,7 @@ def paused(keyboard: Keyboard, held: Int[Any, "*B 128"], xp: Any = np) -> Bool[A
 
     Args:
         keyboard: the keyboard.
-        held: how often each key can be released, as `codec.GrammarState` counts.
+        held: how often each key can be released, as `grammar.GrammarState` counts.
         xp: the array module.
     """
     last_step = xp.maximum(keyboard.keys, 0).max(axis=-1) // (2 * ROOM)
@@ -138,7 +140,7 @@ def after_each(tokens: Integer[Any, "*B T"], onsets: int, xp: Any = np) -> Keybo
     step, velocity = times_and_velocities(tokens, xp)
     note = tokens * ROOM + velocity
     # The newest note-on up to each token; from there, the newest before that one, and so on.
-    newest = _running_max(xp.where(codec.is_on(tokens), index, -1).astype(xp.int32), time_axis, xp)
+    newest = _running_max(xp.where(vocabulary.is_on(tokens), index, -1).astype(xp.int32), time_axis, xp)
     before = xp.concatenate([xp.full_like(newest[..., :1], -1), newest[..., :-1]], axis=-1)
     nothing = xp.zeros((*tokens.shape, 0), xp.int32)
     onset_step, onset_note = [nothing], [nothing]
@@ -172,7 +174,7 @@ def channels(keyboard: Keyboard, xp: Any = np) -> Float[Any, "*B _"]:
     held, released = (touched & down).astype(xp.float32), (touched & ~down).astype(xp.float32)
     parts = [
         held,
-        held * (keys % ROOM).astype(xp.float32) / codec.VELOCITY_BINS,
+        held * (keys % ROOM).astype(xp.float32) / vocabulary.VELOCITY_BINS,
         *(held * xp.exp(-age / decay) for decay in _DECAYS_STEPS),
         *(released * xp.exp(-age / decay) for decay in _RELEASED_DECAYS_STEPS),
     ]
@@ -212,7 +214,7 @@ def note_classes(note: Any, wait: Any, timed: Any, xp: Any) -> list[Classes]:
         xp: the array module.
     """
     return [
-        Classes(xp.where(note >= 0, note // ROOM, -1), codec.PITCHES),
+        Classes(xp.where(note >= 0, note // ROOM, -1), vocabulary.PITCHES),
         Classes(xp.where(note >= 0, note % ROOM, -1), _VELOCITIES),
         Classes(xp.where(timed, _interval_class(wait, xp), -1), _INTERVALS),
     ]
@@ -241,12 +243,14 @@ def times_and_velocities(tokens: Integer[Any, "*B T"], xp: Any = np) -> tuple[An
     """The time after each token of sequences, in steps, and the velocity bin in force, 0 before the first."""
     tokens = xp.asarray(tokens, xp.int32)
     time_axis = tokens.ndim - 1
-    step = xp.cumsum(xp.where(codec.is_shift(tokens), tokens - (codec.TIME_SHIFT - 1), 0), axis=time_axis).astype(
-        xp.int32
-    )
+    step = xp.cumsum(
+        xp.where(vocabulary.is_shift(tokens), tokens - (vocabulary.TIME_SHIFT - 1), 0), axis=time_axis
+    ).astype(xp.int32)
     # The newest velocity is the largest of (index, bin).
     index = xp.broadcast_to(xp.arange(tokens.shape[-1]).astype(xp.int32), tokens.shape)
-    told = xp.where(codec.is_velocity(tokens), index * ROOM + (tokens - (codec.VELOCITY - 1)), 0).astype(xp.int32)
+    told = xp.where(vocabulary.is_velocity(tokens), index * ROOM + (tokens - (vocabulary.VELOCITY - 1)), 0).astype(
+        xp.int32
+    )
     return step, _running_max(told, time_axis, xp) % ROOM
 
 
@@ -257,10 +261,10 @@ def _since_touched(keyboard: Keyboard, xp: Any) -> Any:
 
 def _touched(tokens: Any, step: Any, velocity: Any, xp: Any) -> Any:
     """What a token makes of each key, [*B, 128]; -1 where it does not touch it."""
-    pitches = xp.arange(codec.PITCHES).reshape((1,) * tokens.ndim + (codec.PITCHES,))
-    is_note = (tokens >= codec.NOTE_ON) & (tokens < codec.TIME_SHIFT)
-    number = xp.where(codec.is_on(tokens), (2 * step + 1) * ROOM + velocity, 2 * step * ROOM)
-    pitch = xp.where(is_note, tokens % codec.PITCHES, -1)
+    pitches = xp.arange(vocabulary.PITCHES).reshape((1,) * tokens.ndim + (vocabulary.PITCHES,))
+    is_note = (tokens >= vocabulary.NOTE_ON) & (tokens < vocabulary.TIME_SHIFT)
+    number = xp.where(vocabulary.is_on(tokens), (2 * step + 1) * ROOM + velocity, 2 * step * ROOM)
+    pitch = xp.where(is_note, tokens % vocabulary.PITCHES, -1)
     return xp.where(pitch[..., None] == pitches, number[..., None], -1).astype(xp.int32)
 
 

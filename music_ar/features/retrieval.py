@@ -24,7 +24,7 @@ from jaxtyping import Array, Int, Integer, UInt32
 
 from music_ar.features import keyboard
 from music_ar.features.keyboard import Classes
-from music_ar.tokens import codec
+from music_ar.tokens import vocabulary
 
 
 class Level(NamedTuple):
@@ -122,7 +122,7 @@ def advance(memory: Memory, token: Int[Array, " B"], step: Int[Array, " B"], vel
         velocity: the velocity bin in force.
     """
     C = memory.note.shape[-1]
-    row, is_on, newest = jnp.arange(token.shape[0]), codec.is_on(token), memory.count
+    row, is_on, newest = jnp.arange(token.shape[0]), vocabulary.is_on(token), memory.count
     slot = newest % C
 
     def written(values: Array, new: Array) -> Array:
@@ -180,7 +180,7 @@ def nothing(batch_shape: tuple[int, ...]) -> Recalled:
 
 def _recall_after_each(tokens: Any, read: tuple[Memory, Any, Any], last: int | None, xp: Any) -> Recalled:
     memory, *places = read
-    count = xp.cumsum(codec.is_on(tokens), axis=-1).astype(xp.int32)
+    count = xp.cumsum(vocabulary.is_on(tokens), axis=-1).astype(xp.int32)
     newest = (count - 1)[..., -(last or tokens.shape[-1]) :]
     level, match = (xp.where(newest >= 0, _at(each, newest, xp), -1) for each in places)
     return _followed(memory, level, match, newest, xp)
@@ -189,7 +189,7 @@ def _recall_after_each(tokens: Any, read: tuple[Memory, Any, Any], last: int | N
 def _read(tokens: Any, reach: int, xp: Any) -> tuple[Memory, Any, Any]:
     """The notes of sequences in order, and of each the level and the match, both [*B, T]."""
     tokens = xp.asarray(tokens, xp.int32)
-    is_on = codec.is_on(tokens)
+    is_on = vocabulary.is_on(tokens)
     step, velocity = keyboard.times_and_velocities(tokens, xp)
     places = xp.argsort(~is_on, axis=-1, stable=True)  # those of the note-ons first, in order
     pitch = xp.where(is_on, tokens, 0)
@@ -286,7 +286,7 @@ def _followed(memory: Memory, level: Any, match: Any, newest: Any, xp: Any) -> R
     by_interval = np.array([each.by == "interval" for each in LEVELS])
     moved = xp.where(xp.asarray(by_interval)[xp.maximum(level, 0)][..., None], here - there, 0)
     pitch = note // keyboard.ROOM + moved
-    found = found & (pitch >= 0) & (pitch < codec.PITCHES)
+    found = found & (pitch >= 0) & (pitch < vocabulary.PITCHES)
     return Recalled(
         level=level,
         distance=xp.where(level >= 0, distance, -1).astype(xp.int32),

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from scipy.stats import wasserstein_distance
 
 from music_ar.metrics.memorization import melody
-from music_ar.midi.io import Performance
+from music_ar.midi.performance import Performance
 
 LAGS_S = (5, 15, 30, 60)
 """Lags at which music is compared with itself, in seconds."""

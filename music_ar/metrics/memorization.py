@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int, Int64, UInt64
 
-from music_ar.midi.io import Performance
+from music_ar.midi.performance import Performance
 
 CHORD_S = 0.03
 """Notes that begin within this time of the one before them are a chord, and their order says nothing."""

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from music_ar.midi.io import Performance
+from music_ar.midi.performance import Performance
 
 MAESTRO: dict[str, tuple[float, float, float]] = {
     "notes_per_s": (1.42, 10.2, 23.2),

@@ -8,20 +8,20 @@ here as array operations (see `_fold_sustain`).
 
 import io
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int, Int8, Int32, Int64
+from jaxtyping import Bool, Float64, Int8, Int32, Int64
 from symusic.core import NoteTickList, ScoreTick, TempoTick, TrackTick
 
 from music_ar.files import write_atomically
+from music_ar.midi.performance import MidiError, Performance
 
 if TYPE_CHECKING:
-    import pretty_midi
+    pass
 
 # `io.BytesIO` is a BinaryIO to type checkers alone: at run time it lacks some of what that lists.
 BinaryFile = BinaryIO | io.BufferedIOBase
@@ -46,123 +46,6 @@ _NEVER_TICK = 2**28 - 1  # the longest wait that MIDI can write; real music ends
 _END_OF_TRACK = b"\xff\x2f\x00"
 # The data of a note-off for every key, in running status; eight each, for as many lost note-offs of one pitch.
 _ALL_KEYS_OFF = b"\x00".join(bytes([key, 0]) for key in range(128) for _ in range(8))
-
-
-class MidiError(ValueError):
-    """The input is not a usable MIDI file, or its notes are not a possible performance."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Performance:
-    """Piano notes in the order of (onset, pitch); four read-only columns of equal length n.
-
-    The constructor copies the columns into the types below, sorts the notes (stably) and checks them.
-
-    Attributes:
-      onset_s: `float64 [n]`, when each note begins, in seconds, >= 0.
-      offset_s: `float64 [n]`, when it stops sounding (the pedal counts), > onset_s.
-      pitch: `int32 [n]`, MIDI pitch 0..127.
-      velocity: `int32 [n]`, MIDI velocity 1..127.
-
-    Raises:
-      MidiError: a column has another length, or a value outside its range.
-    """
-
-    onset_s: Float[np.ndarray, " n"]
-    offset_s: Float[np.ndarray, " n"]
-    pitch: Int[np.ndarray, " n"]
-    velocity: Int[np.ndarray, " n"]
-
-    def __post_init__(self) -> None:
-        onset_s = np.array(self.onset_s, np.float64)
-        offset_s = np.array(self.offset_s, np.float64)
-        pitch = np.array(self.pitch, np.int32)
-        velocity = np.array(self.velocity, np.int32)
-        columns = {"onset_s": onset_s, "offset_s": offset_s, "pitch": pitch, "velocity": velocity}
-        _check_columns(columns)
-        order = _note_order(onset_s, pitch)
-        for name, column in columns.items():
-            column = column[order]
-            column.flags.writeable = False
-            object.__setattr__(self, name, column)
-
-    @classmethod
-    def empty(cls) -> "Performance":
-        """A performance of no notes."""
-        no_times, no_numbers = np.zeros(0), np.zeros(0, np.int32)
-        return cls(onset_s=no_times, offset_s=no_times, pitch=no_numbers, velocity=no_numbers)
-
-    def __len__(self) -> int:
-        return len(self.pitch)
-
-    def __eq__(self, other: object) -> bool:
-        """Whether all four columns are equal, bit for bit."""
-        if not isinstance(other, Performance):
-            return NotImplemented
-        return (
-            np.array_equal(self.onset_s, other.onset_s)
-            and np.array_equal(self.offset_s, other.offset_s)
-            and np.array_equal(self.pitch, other.pitch)
-            and np.array_equal(self.velocity, other.velocity)
-        )
-
-    @property
-    def duration_s(self) -> float:
-        """When the last note stops, in seconds from time zero; 0 without notes."""
-        return float(self.offset_s.max(initial=0.0))
-
-    def select(self, kept: Bool[np.ndarray, " n"]) -> "Performance":
-        """The notes where `kept` is true."""
-        return Performance(
-            onset_s=self.onset_s[kept],
-            offset_s=self.offset_s[kept],
-            pitch=self.pitch[kept],
-            velocity=self.velocity[kept],
-        )
-
-    def shift(self, seconds: int | float) -> "Performance":
-        """The same notes, `seconds` later (earlier if negative, not before time zero)."""
-        return Performance(
-            onset_s=self.onset_s + seconds,
-            offset_s=self.offset_s + seconds,
-            pitch=self.pitch,
-            velocity=self.velocity,
-        )
-
-    def crop(self, start_s: int | float = 0, end_s: int | float = np.inf) -> "Performance":
-        """The notes that begin in [start_s, end_s), timed from `start_s`, the last ones cut at `end_s`."""
-        inside = self.select((self.onset_s >= start_s) & (self.onset_s < end_s))
-        return Performance(
-            onset_s=inside.onset_s - start_s,
-            offset_s=np.minimum(inside.offset_s, end_s) - start_s,
-            pitch=inside.pitch,
-            velocity=inside.velocity,
-        )
-
-
-def _note_order(onset_s: Float64[np.ndarray, " n"], pitch: Int32[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-    """Like `lexsort` by (onset, pitch), several times faster where the onsets are nearly sorted, as they mostly are."""
-    by_time = np.argsort(onset_s, kind="stable")
-    moment = np.cumsum(np.diff(onset_s[by_time], prepend=0.0) > 0)
-    return by_time[np.argsort(moment * 128 + pitch[by_time], kind="stable")]
-
-
-def _check_columns(columns: dict[str, np.ndarray]) -> None:
-    shapes = {name: column.shape for name, column in columns.items()}
-    if any(len(shape) != 1 for shape in shapes.values()) or len(set(shapes.values())) != 1:
-        raise MidiError(f"the columns of a Performance must be flat and of one length, got {shapes}")
-    onset_s, offset_s = columns["onset_s"], columns["offset_s"]
-    rules = {
-        "onset_s must be finite and >= 0": np.isfinite(onset_s) & (onset_s >= 0),
-        "offset_s must be finite and > onset_s": np.isfinite(offset_s) & (offset_s > onset_s),
-        "pitch must be in 0..127": (columns["pitch"] >= 0) & (columns["pitch"] <= 127),
-        "velocity must be in 1..127": (columns["velocity"] >= 1) & (columns["velocity"] <= 127),
-    }
-    for rule, holds in rules.items():
-        if not holds.all():
-            note = int(np.argmin(holds))
-            values = {name: column[note].item() for name, column in columns.items()}
-            raise MidiError(f"{rule}, but note {note} is {values}")
 
 
 def read_midi(
@@ -505,77 +388,3 @@ def _voices(
         ends[number : number + 1] = [end]
         voice[note] = number
     return voice
-
-
-def to_pretty_midi(performance: Performance) -> "pretty_midi.PrettyMIDI":
-    """The notes as a pretty_midi object with one piano; pretty_midi must be installed."""
-    import pretty_midi
-
-    piano = pretty_midi.Instrument(program=ACOUSTIC_GRAND_PIANO, name="Piano")
-    piano.notes = [
-        pretty_midi.Note(start=onset_s, end=offset_s, pitch=pitch, velocity=velocity)
-        for onset_s, offset_s, pitch, velocity in _rows(performance)
-    ]
-    midi = pretty_midi.PrettyMIDI(resolution=TICKS_PER_QUARTER, initial_tempo=120.0)
-    midi.instruments.append(piano)
-    return midi
-
-
-def from_pretty_midi(midi: "pretty_midi.PrettyMIDI") -> Performance:
-    """The notes of a pretty_midi object, drums dropped and each instrument's sustain pedal folded in.
-
-    Raises:
-      MidiError: a note's pitch, velocity or time is impossible.
-    """
-    instruments = []
-    for player in midi.instruments:
-        notes = [] if player.is_drum else [(note.start, note.end, note.pitch, note.velocity) for note in player.notes]
-        pedal = [(event.time, event.value) for event in player.control_changes if event.number == SUSTAIN_CONTROLLER]
-        instruments.append(_instrument_of_rows(notes, pedal))
-    return _play(instruments)
-
-
-def to_note_sequence(performance: Performance) -> Any:
-    """The notes as a `note_seq.NoteSequence`; needs the optional package note-seq."""
-    from note_seq.protobuf import music_pb2  # pyright: ignore[reportMissingImports]
-
-    sequence = music_pb2.NoteSequence(ticks_per_quarter=TICKS_PER_QUARTER, total_time=performance.duration_s)
-    sequence.tempos.add(qpm=120.0)
-    for onset_s, offset_s, pitch, velocity in _rows(performance):
-        sequence.notes.add(start_time=onset_s, end_time=offset_s, pitch=pitch, velocity=velocity)
-    return sequence
-
-
-def from_note_sequence(sequence: Any) -> Performance:
-    """The notes of a `note_seq.NoteSequence`, drums dropped and each instrument's sustain pedal folded in.
-
-    Raises:
-      MidiError: a note's pitch, velocity or time is impossible.
-    """
-    notes, pedals = defaultdict(list), defaultdict(list)
-    for note in sequence.notes:
-        if not note.is_drum:
-            notes[note.instrument].append((note.start_time, note.end_time, note.pitch, note.velocity))
-    for event in sequence.control_changes:
-        if event.control_number == SUSTAIN_CONTROLLER:
-            pedals[event.instrument].append((event.time, event.control_value))
-    return _play([_instrument_of_rows(notes[number], pedals[number]) for number in sorted({*notes, *pedals})])
-
-
-def _rows(performance: Performance) -> Iterator[tuple[float, float, int, int]]:
-    columns = (performance.onset_s, performance.offset_s, performance.pitch, performance.velocity)
-    return zip(*(column.tolist() for column in columns), strict=True)
-
-
-def _instrument_of_rows(notes: list[tuple[float, float, int, int]], pedal: list[tuple[float, int]]) -> _Instrument:
-    notes_nx4 = np.array(notes, np.float64).reshape(-1, 4)
-    notes_nx4 = notes_nx4[notes_nx4[:, 1] != notes_nx4[:, 0]]  # as a MIDI file, it has no notes of no length
-    pedal_px2 = np.array(pedal, np.float64).reshape(-1, 2)
-    return _Instrument(
-        onset_s=notes_nx4[:, 0],
-        offset_s=notes_nx4[:, 1],
-        pitch=notes_nx4[:, 2].astype(np.int32),
-        velocity=notes_nx4[:, 3].astype(np.int32),
-        pedal_s=pedal_px2[:, 0],
-        pedal_down=pedal_px2[:, 1] >= PEDAL_DOWN_VALUE,
-    )

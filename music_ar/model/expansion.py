@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from music_ar.model.perceiver_ar import ModelConfig, PerceiverAR
+from music_ar.model.config import ModelConfig
+from music_ar.model.perceiver_ar import PerceiverAR
 
 _SIZES = ("width", "layers", "heads", "kv_heads", "time_heads", "hidden")
 _WRITERS = ("embedding", "conv", "keyboard", "recall", "view", "latent", "output", "contract")

@@ -10,7 +10,6 @@ Dimension key, used as suffixes of names:
     P the two ways to count a position: in tokens and in steps of time.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -22,128 +21,9 @@ from jaxtyping import Array, Float, Int
 from music_ar.features import keyboard, retrieval
 from music_ar.features.keyboard import Classes, Keyboard
 from music_ar.features.retrieval import Recalled
-from music_ar.tokens import codec
-
-_TOKENS_A_NOTE = 4  # of MAESTRO, on average
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Sizes of a Perceiver AR. Saved as JSON beside the weights.
-
-    Attributes:
-        context: M, the most input tokens that attention reads.
-        latents: N, the most latents it was trained with; N = M makes it a decoder-only Transformer.
-        width: D, channels of the residual stream.
-        layers: self-attention blocks after the cross-attention.
-        heads: H, query heads of every attention.
-        kv_heads: G, key/value heads; each serves H / G query heads (grouped-query attention).
-        head_size: K, channels of a head.
-        hidden: F, channels inside the feed-forward blocks.
-        conv_width: taps of the causal depthwise convolution over the embeddings; 1 means none. A note is about
-            four tokens, so a key that carries its neighbours is a better key than a bare token.
-        onsets: how many of the last note-ons the model is told of at each position, beside the keys that are down (see
-            `keyboard`); 0 tells it of neither.
-        recall: among how many of the last notes, the newest included, a place like the present one is looked for, to
-            tell the model what followed there (see `recall`); 0 tells it of none. It may be far more than the context
-            holds.
-        time_heads: key/value heads (of G, the last ones) whose rotary positions count time, not tokens.
-        cross_depths: further cross-attends, each before the self block of that index; they share the keys and
-            values of the first.
-        view_size: how many numbers tell the model how a training window was made; see `PerceiverAR.__call__`.
-        rotary_fraction: share of each head's channels that is rotated by position.
-        rotary_wavelength: longest wavelength of the rotary positions, in tokens.
-        vocabulary_size: V, with padding and the two piece boundaries.
-    """
-
-    context: int = 4096
-    latents: int = 2048
-    width: int = 384
-    layers: int = 12
-    heads: int = 6
-    kv_heads: int = 6
-    head_size: int = 64
-    hidden: int = 1536
-    conv_width: int = 1
-    onsets: int = 0
-    recall: int = 0
-    time_heads: int = 0
-    cross_depths: tuple[int, ...] = ()
-    view_size: int = 0
-    rotary_fraction: float = 0.5
-    rotary_wavelength: float = 10_000.0
-    vocabulary_size: int = codec.VOCABULARY_SIZE
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name in ("onsets", "recall", "time_heads", "view_size") else 1
-            if field.type is int and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{field.name} must be a whole number of at least {least}, got {value!r}")
-        if self.latents > self.context:
-            raise ValueError(f"latents must be at most context = {self.context}, got {self.latents}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
-        if self.time_heads > self.kv_heads:
-            raise ValueError(f"time_heads must be at most kv_heads = {self.kv_heads}, got {self.time_heads}")
-        if not 0 <= self.rotary_fraction <= 1 or not self.rotary_wavelength > 0:
-            raise ValueError(
-                "rotary_fraction must lie in 0..1 and rotary_wavelength above 0, got "
-                f"{self.rotary_fraction} and {self.rotary_wavelength}"
-            )
-        if self.rotary_size % 2:
-            raise ValueError(
-                "rotary_fraction * head_size must be even, since channels turn in pairs; got "
-                f"{self.rotary_fraction} * {self.head_size}"
-            )
-        if 0 < self.recall < retrieval.LEAST_REACH:
-            raise ValueError(f"recall must be 0 or at least {retrieval.LEAST_REACH}, got {self.recall}")
-        if any(not 0 <= depth < self.layers for depth in self.cross_depths):
-            raise ValueError(f"cross_depths must lie in 0..{self.layers - 1}, got {self.cross_depths}")
-        if len(set(self.cross_depths)) < len(self.cross_depths):
-            raise ValueError(f"cross_depths must differ, got {self.cross_depths}")
-
-    @property
-    def rotary_size(self) -> int:
-        """Channels of a head that are rotated."""
-        return int(self.head_size * self.rotary_fraction)
-
-    @property
-    def window(self) -> int:
-        """The inputs that a window for training or scoring holds: what attention reads, or what is recalled from."""
-        return max(self.context, _TOKENS_A_NOTE * self.recall)
-
-    def read(self, inputs: int) -> int:
-        """Of so many inputs, how many attention reads: with `recall` the last M, without it all."""
-        return min(inputs, self.context) if self.recall else inputs
-
-    @property
-    def feature_count(self) -> int:
-        """Numbers that the model is told at each position beside the token."""
-        of_keyboard = keyboard.feature_count(self.onsets) if self.onsets else 0
-        return of_keyboard + (retrieval.feature_count() if self.recall else 0)
-
-    def flops_per_target(self, kept_prefix: int) -> float:
-        """Floating-point operations of one training step per target token (forward and backward).
-
-        Counts two operations a multiply-add, three passes, causal attention at half of its square, and only
-        the work the architecture asks for: what an implementation does on top of it is not credited.
-
-        Args:
-            kept_prefix: prefix positions kept after the prefix dropout.
-        """
-        attention_width = self.heads * self.head_size
-        kv_width = 2 * self.kv_heads * self.head_size
-        feed_forward = 2 * self.width * self.hidden
-        self_block = self.width * (2 * attention_width + kv_width) + feed_forward
-        cross_block = 2 * self.width * attention_width + feed_forward
-        crosses = 1 + len(self.cross_depths)
-        inputs = (kv_width + self.feature_count) * (kept_prefix + self.latents) / self.latents
-        head = self.width * self.vocabulary_size
-        matrices = self.layers * self_block + crosses * cross_block + self.width * (inputs + self.width) + head
-        cross_scores = crosses * 2 * attention_width * (kept_prefix + self.latents / 2)
-        self_scores = self.layers * 2 * attention_width * self.latents / 2
-        return 6 * (matrices + cross_scores + self_scores)
+from music_ar.model.attention import Block, causal_attention, default_dtype
+from music_ar.model.config import ModelConfig
+from music_ar.tokens import vocabulary
 
 
 class Told(NamedTuple):
@@ -156,182 +36,6 @@ class Told(NamedTuple):
 
     keyboard: Keyboard
     recalled: Recalled | None
-
-
-_SMALL = ModelConfig(
-    width=512, layers=8, heads=8, kv_heads=2, hidden=1536, conv_width=8, onsets=8, recall=4096, time_heads=1
-)
-PRESETS: dict[str, ModelConfig] = {
-    # About 22 million parameters, in few layers, since each costs time when decoding.
-    "small": _SMALL,
-    # About 55 million; `small` can grow into it (see `growth`).
-    "medium": dataclasses.replace(_SMALL, width=768, layers=10, heads=12, kv_heads=3, hidden=2048),
-    # The control: a decoder-only Transformer of the same size as `small`.
-    "small-decoder": dataclasses.replace(_SMALL, context=2048, latents=2048),
-    # For tests and first tries on a CPU.
-    "tiny": ModelConfig(
-        context=64, latents=32, width=32, layers=2, heads=4, kv_heads=2, head_size=8, hidden=64, conv_width=4
-    ),
-}
-
-
-def default_dtype() -> jnp.dtype:
-    """The type to compute in on this machine: bfloat16 on GPU and TPU, float32 on CPU."""
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-
-
-def rotate(
-    x_BxTxHxK: Array, positions_BxTxP: Array, *, heads: tuple[int, ...], size: int, wavelength: float
-) -> Float[Array, "B T H K"]:
-    """Rotary positions (Su et al., arXiv 2104.09864) on the first `size` channels of each head.
-
-    Args:
-        x_BxTxHxK: queries or keys.
-        positions_BxTxP: P ways to count the position of each.
-        heads: for each run of neighbouring heads in turn, how many they are. Runs take the P ways in turn.
-        size: channels that turn.
-        wavelength: the longest, in units of the position.
-    """
-    half = size // 2
-    angle_BxTxPxR = rotary_angles(positions_BxTxP, size=size, wavelength=wavelength)
-    ways = positions_BxTxP.shape[-1]
-
-    def of_heads(table_BxTxPxR: Array) -> Array:
-        """A row for each head, or one for all."""
-        if ways == 1:
-            return table_BxTxPxR
-        runs = [(table_BxTxPxR[:, :, number % ways], count) for number, count in enumerate(heads)]
-        B, T, _, R = table_BxTxPxR.shape
-        return jnp.concatenate([jnp.broadcast_to(row[:, :, None], (B, T, count, R)) for row, count in runs], axis=2)
-
-    cos, sin = of_heads(jnp.cos(angle_BxTxPxR)), of_heads(jnp.sin(angle_BxTxPxR))
-    first, second, rest = jnp.split(x_BxTxHxK, [half, size], axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate([*(part.astype(x_BxTxHxK.dtype) for part in turned), rest], axis=-1)
-
-
-def rotary_angles(positions: Int[Array, "*B P"], *, size: int, wavelength: float) -> Float[Array, "*B P R"]:
-    """By how much each of R = `size` / 2 pairs of channels turns; see `rotate`."""
-    rate_R = wavelength ** -jnp.linspace(0.0, 1.0, size // 2, dtype=jnp.float32)
-    return positions[..., None].astype(jnp.float32) * rate_R.reshape((1,) * positions.ndim + (-1,))
-
-
-def causal_attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
-    """Square causal attention: row i sees rows 0..i. Fused (cuDNN) for bfloat16 on a GPU."""
-    fused = jax.default_backend() == "gpu" and q_BxTxHxK.dtype == jnp.bfloat16
-    return jax.nn.dot_product_attention(
-        q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation="cudnn" if fused else "xla"
-    )
-
-
-class Block(nnx.Module):
-    """Attention and feed-forward, pre-norm, each added to the residual stream.
-
-    Queries come from the stream; what keys and values come from is the caller's: the stream itself in a self
-    block, the context in a cross block. RMSNorm before each, query-key normalisation, squared ReLU, no biases;
-    the projections back into the stream start at zero, so a new block is the identity.
-    """
-
-    def __init__(self, config: ModelConfig, *, own_keys: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.config = config
-
-        def linear(inputs: int, outputs: int, init: nnx.Initializer) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
-
-        def norm(channels: int) -> nnx.RMSNorm:
-            return nnx.RMSNorm(channels, dtype=dtype, rngs=rngs)
-
-        init, zeros = nnx.initializers.lecun_normal(), nnx.initializers.zeros
-        kv_width = config.kv_heads * config.head_size
-        self.attention_norm = norm(config.width)
-        self.query = linear(config.width, config.heads * config.head_size, init)
-        self.query_norm = norm(config.head_size)
-        if own_keys:
-            self.key = linear(config.width, kv_width, init)
-            self.key_norm = norm(config.head_size)
-            self.value = linear(config.width, kv_width, init)
-        self.output = linear(config.heads * config.head_size, config.width, zeros)
-        self.feed_forward_norm = norm(config.width)
-        self.expand = linear(config.width, config.hidden, init)
-        self.contract = linear(config.hidden, config.width, zeros)
-        self.joined: _Joined | None = nnx.data(None)
-
-    def join(self) -> None:
-        """Puts query, key and value of a self block into one matrix: for decoding, where each operation costs time."""
-        self.joined = nnx.data(_Joined(self))
-        del self.query, self.key, self.value, self.query_norm, self.key_norm
-
-    def queries(self, x_BxTxD: Array, positions_BxTxP: Array) -> Float[Array, "B T H K"]:
-        """Normalised, rotated queries of the residual stream."""
-        q = self._heads(self.query(self.attention_norm(x_BxTxD)), self.config.heads)
-        return self._rotate(self.query_norm(q), positions_BxTxP, self._runs(self.config.heads))
-
-    def keys_values(self, normed_BxTxD: Array, positions_BxTxP: Array) -> tuple[Array, Array]:
-        """Normalised, rotated keys, and values, both [B, T, G, K], of an already normalised input."""
-        G = self.config.kv_heads
-        k = self.key_norm(self._heads(self.key(normed_BxTxD), G))
-        return self._rotate(k, positions_BxTxP, self._runs(G)), self._heads(self.value(normed_BxTxD), G)
-
-    def queries_keys_values(self, x_BxTxD: Array, positions_BxTxP: Array) -> tuple[Array, Array, Array]:
-        """All three of the residual stream itself, as a self block takes them."""
-        if self.joined is None:
-            k, v = self.keys_values(self.attention_norm(x_BxTxD), positions_BxTxP)
-            return self.queries(x_BxTxD, positions_BxTxP), k, v
-        H, G = self.config.heads, self.config.kv_heads
-        qkv = self._heads(self.joined.projection(self.attention_norm(x_BxTxD)), H + 2 * G)
-        qk, v = qkv[..., : H + G, :], qkv[..., H + G :, :]
-        turned = self._rotate(self.joined.norm(qk), positions_BxTxP, self._runs(H) + self._runs(G))
-        return turned[..., :H, :], turned[..., H:, :], v
-
-    def add(self, x_BxTxD: Array, attended_BxTxHxK: Array, dropout: nnx.Dropout) -> Float[Array, "B T D"]:
-        """Adds what attention found, then the feed-forward of the sum, to the stream."""
-        x_BxTxD = x_BxTxD + dropout(self.output(attended_BxTxHxK.reshape(*x_BxTxD.shape[:-1], -1)))
-        hidden_BxTxF = jnp.square(jax.nn.relu(self.expand(self.feed_forward_norm(x_BxTxD))))
-        return x_BxTxD + dropout(self.contract(hidden_BxTxF))
-
-    def attend_self(self, x_BxTxD: Array, positions_BxTxP: Array, dropout: nnx.Dropout) -> Float[Array, "B T D"]:
-        """The whole block as causal self-attention."""
-        return self.add(x_BxTxD, causal_attention(*self.queries_keys_values(x_BxTxD, positions_BxTxP)), dropout)
-
-    @staticmethod
-    def _heads(x_BxTxC: Array, heads: int) -> Array:
-        return x_BxTxC.reshape(*x_BxTxC.shape[:-1], heads, -1)
-
-    def _runs(self, heads: int) -> tuple[int, ...]:
-        """Of `heads` heads, how many count their positions in tokens, and how many in time."""
-        by_time = heads // self.config.kv_heads * self.config.time_heads
-        return (heads - by_time, by_time)
-
-    def _rotate(self, x_BxTxHxK: Array, positions_BxTxP: Array, runs: tuple[int, ...]) -> Array:
-        config = self.config
-        if config.time_heads == 0:
-            positions_BxTxP = positions_BxTxP[..., :1]
-        return rotate(
-            x_BxTxHxK, positions_BxTxP, heads=runs, size=config.rotary_size, wavelength=config.rotary_wavelength
-        )
-
-
-class _Joined(nnx.Module):
-    """What makes queries, keys and values of a self block in one go: one matrix, and one normalisation of q and k."""
-
-    def __init__(self, block: Block):
-        config, dtype = block.config, block.query.dtype
-        kernel = jnp.concatenate([layer.kernel[...] for layer in (block.query, block.key, block.value)], axis=1)
-        self.projection = nnx.Linear(
-            *kernel.shape, use_bias=False, dtype=dtype, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0)
-        )
-        self.projection.kernel[...] = kernel
-        rows = []
-        for norm, heads in ((block.query_norm, config.heads), (block.key_norm, config.kv_heads)):
-            assert norm.scale is not None
-            rows.append(jnp.tile(norm.scale[...], (1, 1, heads, 1)))
-        self.scale_1x1xHxK = nnx.Param(jnp.concatenate(rows, axis=2))
-        self.plain_norm = nnx.RMSNorm(config.head_size, use_scale=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
-        self.dtype = dtype
-
-    def norm(self, qk_BxTxHxK: Array) -> Array:
-        """Query-key normalisation of H query and key heads, each with its scale."""
-        return (self.plain_norm(qk_BxTxHxK) * self.scale_1x1xHxK[...]).astype(self.dtype)
 
 
 @runtime_checkable
@@ -397,13 +101,13 @@ class PerceiverAR(nnx.Module):
         """Logits of the token that follows each of the last N inputs.
 
         Args:
-            tokens_BxT: inputs, left-padded with `codec.PAD`; any T up to what memory allows. Attention reads the last
+            tokens_BxT: inputs, left-padded with `vocabulary.PAD`; any T up to what memory allows. Attention reads the last
                 M = `config.read(T)` of them; a model that recalls recalls from all.
             latents: N, at most M; default `config.latents`.
             kept_prefix: training only: how many of the M - N prefix positions to keep, drawn anew for each row
                 (cross-attend dropout by gather: dropped positions cost nothing). Default: all. Needs `key`.
             dropout: rate of the residual dropout. Needs `key`.
-            input_dropout: share of the inputs that are hidden: they are read as `codec.END`, which is never an input
+            input_dropout: share of the inputs that are hidden: they are read as `vocabulary.END`, which is never an input
                 otherwise. (As zeros they would do harm: the gradient of a norm at zero is a thousandfold, at each layer
                 anew.) Needs `key`.
             view_BxC: training only: how each window differs from music as it is, C = `config.view_size` numbers, all
@@ -425,7 +129,7 @@ class PerceiverAR(nnx.Module):
 
         if input_key is not None and input_dropout > 0:
             hidden_BxT = jax.random.bernoulli(input_key, input_dropout, tokens_BxT.shape)
-            tokens_BxT = jnp.where(hidden_BxT & (tokens_BxT != codec.PAD), codec.END, tokens_BxT)
+            tokens_BxT = jnp.where(hidden_BxT & (tokens_BxT != vocabulary.PAD), vocabulary.END, tokens_BxT)
         told_BxM, tokens_BxM = self.told(tokens_BxT, M), tokens_BxT[:, -M:]
         rows = _lay_out(tokens_BxM, N, kept_prefix, prefix_key)
         told_BxS = jax.tree.map(lambda leaf: _take(leaf, rows.positions_BxS), told_BxM)
@@ -473,7 +177,7 @@ class PerceiverAR(nnx.Module):
         would be a scatter into 391 crowded rows.
         """
         one_hot_BxTxV = jax.nn.one_hot(tokens_BxT, self.config.vocabulary_size, dtype=self.dtype)
-        table_VxD = self.embedding[...].at[codec.PAD].set(0.0).astype(self.dtype)
+        table_VxD = self.embedding[...].at[vocabulary.PAD].set(0.0).astype(self.dtype)
         x_BxTxD = one_hot_BxTxV @ table_VxD
         if self.config.conv_width == 1:
             return x_BxTxD
@@ -488,7 +192,7 @@ class PerceiverAR(nnx.Module):
 
     def embed_last(self, tokens_BxW: Int[Array, "B W"]) -> Float[Array, "B D"]:
         """What `embed` gives for the last of a row's most recent W = conv_width tokens."""
-        rows_BxWxD = self.embedding[...][tokens_BxW].astype(self.dtype) * (tokens_BxW != codec.PAD)[..., None]
+        rows_BxWxD = self.embedding[...][tokens_BxW].astype(self.dtype) * (tokens_BxW != vocabulary.PAD)[..., None]
         if self.config.conv_width == 1:
             return rows_BxWxD[:, -1]
         taps_WxD = self.conv[...].astype(self.dtype)[::-1]
@@ -527,7 +231,7 @@ def _lay_out(tokens_BxM: Array, N: int, kept_prefix: int | None, key: Array | No
         chance_BxP = jax.random.uniform(key, (B, prefix))
         chosen_BxP = jnp.sort(jnp.argsort(chance_BxP, axis=1)[:, :kept], axis=1)
         positions_BxS = jnp.concatenate([chosen_BxP, positions_BxS[:, prefix:]], axis=1)
-    padding_Bx1 = jnp.sum(tokens_BxM == codec.PAD, axis=1, keepdims=True)  # leading, so positions below it
+    padding_Bx1 = jnp.sum(tokens_BxM == vocabulary.PAD, axis=1, keepdims=True)  # leading, so positions below it
     padded_Bx1 = jnp.sum(positions_BxS < padding_Bx1, axis=1, keepdims=True)
     first_latent_Bx1 = jnp.maximum(kept - padded_Bx1, 0)
     missing_latents_Bx1 = jnp.maximum(padded_Bx1 - kept, 0)
