@@ -1,1 +1,5 @@
-"""Cached decoding, one token at a time."""
+"""Cached decoding: requests, sampling, caches, steps, batches. Names are loaded when they are first used."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,208 +1,180 @@
-"""Token sequences in a batch that is kept full: when one is finished, the next takes its row and the others go on.
+"""Continuous batching: many sequences in a batch that is kept full.
 
-Sequences of one ring size and one window mode share a batch (their prompts, budgets, seeds, limits and sampling options
-may differ); where the next one asks for others, the batch first runs dry.
+When a sequence is finished, the next takes its row and the others continue. Sequences of one cache size share a batch
+(their prompts, numbers of latents, seeds, lengths and sampling options may differ); where the next one needs another
+size, the batch first runs dry.
 
-A sequence depends on its own `Job` and, in the last bit of its logits, on the size of the batch, because a matrix
-product of other shapes adds in another order. It does not depend on its row, its batch-mates, or when it began: making
-the rest of some jobs later gives what making all at once would have given.
+A sequence depends on its own request and, in the last bit of its logits, on the size of the batch, because a matrix
+product of another shape adds in another order. It does not depend on its row, on the other rows, or on when it began:
+generating the rest of some requests later gives what generating all at once would have given.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
 
-from music_ar.decoding import decoder as decoding
 from music_ar.decoding.decoder import Decoder
-from music_ar.decoding.sampling import Filters, SamplingOptions
-from music_ar.decoding.state import DecodeState
-from music_ar.decoding.step import WindowMode
-from music_ar.tokens import codec, vocabulary
+from music_ar.decoding.processors import option_arrays
+from music_ar.decoding.request import GenerationError, Request, limits
+from music_ar.decoding.sampling import SamplingOptions
+from music_ar.decoding.sequence import Sequence
+from music_ar.decoding.state import DecodeState, cache_size
+from music_ar.midi.performance import MidiError
+from music_ar.tokens import vocabulary
+from music_ar.tokens.vocabulary import EventError
 
-_CHUNK_TOKENS = 64
-# On a CPU more rows gain little, once reading the caches takes longer than reading the weights.
-CPU_BATCH = 16
-# A finished sequence keeps its row until the chunk ends. Where a chunk takes long, it can be short at no cost: of 400
-# pieces of 6 s in 16 rows, 94 % of the tokens drawn were of use with 16 at a time, 87 % with 64.
-_CPU_CHUNK = 16
-_MOST_ROWS = 256
-# Of an accelerator's free memory; the rest is for the prefill and for what XLA makes on the way.
+_MAX_ROWS = 256
+# Of an accelerator's free memory; the rest is for the prefill and for what XLA allocates on the way.
 _MEMORY_SHARE = 0.5
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Job:
-    """One sequence to make.
+class Completion(NamedTuple):
+    """What became of a request.
 
     Attributes:
-        prompt: tokens to go on from, beginning with `vocabulary.START`.
-        seed: of its sampling.
-        latents: the latent budget.
-        mode: how its windows go on.
-        options: how its tokens are drawn.
-        limit_steps: it is finished once it has made so much music (in steps of 10 ms), or has ended by itself.
-        most_tokens: it is finished at so many tokens in any case.
-        tag: anything; handed back with the result.
+        request: what was asked for.
+        sequence: the tokens, up to the one that reached the limit; None if there is an error.
+        error: why it could not be generated, or None.
     """
 
-    prompt: Int[np.ndarray, " P"]
-    seed: int
-    latents: int
-    mode: WindowMode
-    options: SamplingOptions
-    limit_steps: int
-    most_tokens: int
-    tag: Any = None
+    request: Request
+    sequence: Sequence | None
+    error: str | None = None
 
 
-class Made(NamedTuple):
-    """A finished sequence: the tokens after the prompt, up to the one that reached the limit, and -log p of each."""
-
-    job: Job
-    tokens: Int[np.ndarray, " T"]
-    nats: Float[np.ndarray, " T"]
-
-
-def chunk_tokens(rows: int) -> int:
-    """Tokens a row between two chunks of a stream: so few that on a CPU, too, it can be stopped within a second."""
-    return max(1, min(16, 64 // rows)) if jax.default_backend() == "cpu" else _CHUNK_TOKENS
-
-
-def batch_size(decoder: Decoder, latents: int, mode: WindowMode) -> int:
-    """How many rows to decode at once here: 16 on a CPU; elsewhere what half of the free memory holds, at most 256.
+def batch_size(decoder: Decoder, latents: int) -> int:
+    """How many rows to decode at once: the backend's number, or what half of the free memory holds, at most 256.
 
     It is a rule and not a measurement, so that it gives the same number, and so the same music, each time.
     """
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return CPU_BATCH
-    state = jax.eval_shape(lambda: _idle(decoder, 1, latents, mode))
-    row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.caches, state.memory)))
-    memory = (device.memory_stats() or {}).get("bytes_limit", 8 * 2**30)  # TPUs and GPUs tell it
+    if decoder.backend.batch_rows is not None:
+        return decoder.backend.batch_rows
+    state = jax.eval_shape(lambda: _idle(decoder, 1, latents))
+    kept = (state.caches, state.notes, state.match)
+    row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 8 * 2**30)
     used = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder.params))
     rows = int((memory - used) * _MEMORY_SHARE / row_bytes)
-    return max(1, min(_MOST_ROWS, 1 << (max(rows, 1).bit_length() - 1)))
+    return max(1, min(_MAX_ROWS, 1 << (max(rows, 1).bit_length() - 1)))
 
 
-def make(
-    decoder: Decoder, jobs: Iterable[Job], *, rows: int | None = None, on_chunk: Callable[[int], None] | None = None
-) -> Iterator[Made]:
-    """Makes the sequences, in the order in which they are finished. A job is taken only when there is a row for it.
+def complete(
+    decoder: Decoder,
+    requests: Iterable[Request],
+    *,
+    rows: int | None = None,
+    on_chunk: Callable[[int], None] | None = None,
+) -> Iterator[Completion]:
+    """Generates sequences, in the order in which they are finished. A request is taken only when it has a row.
 
     Args:
         decoder: the model.
-        jobs: what to make.
+        requests: with a number of latents; a random seed is drawn where there is none.
         rows: how many at once, also when fewer are left; default: `batch_size`.
-        on_chunk: called after each chunk with the steps of music made since the last call, over all rows.
+        on_chunk: called after each chunk with the steps of music generated since the last call, over all rows.
     """
-    waiting = iter(jobs)
-    job = next(waiting, None)
-    while job is not None:
-        batch = _Batch(decoder, batch_size(decoder, job.latents, job.mode) if rows is None else rows, job)
-        while (job is not None and batch.takes(job)) or batch.busy:
-            while job is not None and batch.takes(job) and batch.has_room:
-                batch.add(job)
-                job = next(waiting, None)
-            steps, finished = batch.chunk()
+    failed: list[Completion] = []
+    waiting = _sequences(requests, failed)
+    entry = next(waiting, None)
+    while entry is not None:
+        latents = _latents(entry[0])
+        batch = _Batch(decoder, batch_size(decoder, latents) if rows is None else rows, latents)
+        while (entry is not None and batch.takes(entry[0])) or batch.busy:
+            while entry is not None and batch.takes(entry[0]) and batch.has_room:
+                batch.add(*entry)
+                entry = next(waiting, None)
+            steps, finished = batch.decode_chunk()
             if on_chunk is not None:
                 on_chunk(steps)
+            yield from failed
+            failed.clear()
             yield from finished
         del batch  # its caches, before the next batch makes its own
+    yield from failed
+
+
+def _sequences(requests: Iterable[Request], failed: list[Completion]) -> Iterator[tuple[Request, Sequence]]:
+    """A request for each variation with its empty sequence; those whose prompts cannot be read go to `failed`."""
+    for request in requests:
+        try:
+            prompt = request.prompt_tokens()
+        except (GenerationError, MidiError, EventError) as error:
+            failed += [Completion(sample, None, str(error)) for sample in request.samples()]
+        else:
+            yield from ((sample, Sequence(prompt)) for sample in request.samples())
+
+
+def _latents(request: Request) -> int:
+    assert isinstance(request.latents, int)
+    return request.latents
 
 
 class _Batch:
-    """The rows of one batch, and which jobs are in them."""
+    """The rows of one batch, and which sequences are in them."""
 
-    def __init__(self, decoder: Decoder, rows: int, like: Job):
+    def __init__(self, decoder: Decoder, rows: int, latents: int):
         self._decoder, self._rows = decoder, rows
-        self._ring = decoding.ring_size(like.latents)
-        self._mode: WindowMode = like.mode
-        self._state = _idle(decoder, rows, like.latents, like.mode)
-        self._length = _CPU_CHUNK if jax.default_backend() == "cpu" else _CHUNK_TOKENS
-        self._options = [SamplingOptions()] * rows
-        self._filters = Filters.of_rows(self._options)
-        self._making: dict[int, _Making] = {}
+        self._cache_size = cache_size(latents)
+        self._state = _idle(decoder, rows, latents)
+        self._sampling = [SamplingOptions()] * rows
+        self._options = option_arrays(self._sampling)
+        self._running: dict[int, tuple[Request, Sequence]] = {}
         self._prefilled: tuple[tuple[bytes, int], DecodeState] | None = None
 
     @property
     def busy(self) -> bool:
-        return bool(self._making)
+        return bool(self._running)
 
     @property
     def has_room(self) -> bool:
-        return len(self._making) < self._rows
+        return len(self._running) < self._rows
 
-    def takes(self, job: Job) -> bool:
-        return decoding.ring_size(job.latents) == self._ring and job.mode == self._mode
+    def takes(self, request: Request) -> bool:
+        return cache_size(_latents(request)) == self._cache_size
 
-    def add(self, job: Job) -> None:
-        row = next(row for row in range(self._rows) if row not in self._making)
-        self._state = self._state.replaced(row, self._started(job))
-        self._options[row] = job.options
-        self._filters = Filters.of_rows(self._options)
-        self._making[row] = _Making(job)
+    def add(self, request: Request, sequence: Sequence) -> None:
+        row = next(row for row in range(self._rows) if row not in self._running)
+        self._state = self._state.replaced(row, self._started(request, sequence))
+        self._sampling[row] = request.sampling
+        self._options = option_arrays(self._sampling)
+        self._running[row] = request, sequence
 
-    def _started(self, job: Job) -> DecodeState:
-        """The job's first state; variations of one prompt, which mostly come one after another, share its prefill."""
-        key = (job.prompt.tobytes(), job.latents)
+    def _started(self, request: Request, sequence: Sequence) -> DecodeState:
+        """The sequence's first state. Variations of one prompt usually follow each other and share its prefill."""
+        key = (sequence.prompt.tobytes(), _latents(request))
         if self._prefilled is None or self._prefilled[0] != key:
             self._prefilled = None
-            state = self._decoder.start([job.prompt], latents=job.latents, seeds=[0], limit_steps=0, mode=self._mode)
+            state = self._decoder.start([sequence.prompt], latents=_latents(request), seeds=[0], limit_steps=0)
             self._prefilled = key, state
-        return self._prefilled[1].with_limit(job.limit_steps)._replace(keys_B=jax.random.key(job.seed)[None])
+        limit_steps, _ = limits(request.seconds)
+        assert request.seed is not None
+        return self._prefilled[1].with_limit(limit_steps)._replace(rng_B=jax.random.key(request.seed)[None])
 
-    def chunk(self) -> tuple[int, list[Made]]:
-        """Decodes a chunk: the steps of music made, and what is finished by it."""
-        self._state, *made = self._decoder.decode_scored(self._state, self._filters, length=self._length)
-        tokens_BxT, nats_BxT = map(np.asarray, made)
+    def decode_chunk(self) -> tuple[int, list[Completion]]:
+        """Decodes a chunk: the steps of music generated, and what is finished by it."""
+        length = self._decoder.backend.batch_chunk_tokens
+        self._state, *found = self._decoder.decode_scored(self._state, self._options, length=length)
+        tokens_BxT, nats_BxT = map(np.asarray, found)
         steps, finished = 0, []
-        for row, making in list(self._making.items()):
-            real = tokens_BxT[row] != vocabulary.PAD
-            steps += making.add(tokens_BxT[row][real], nats_BxT[row][real])
-            if making.finished:
-                finished.append(making.made())
-                del self._making[row]
+        for row, (request, sequence) in list(self._running.items()):
+            limit_steps, max_tokens = limits(request.seconds)
+            before = min(sequence.generated_steps, limit_steps)
+            done = sequence.add(tokens_BxT[row], nats_BxT[row], limit_steps=limit_steps, max_tokens=max_tokens)
+            steps += min(sequence.generated_steps, limit_steps) - before
+            if done:
+                finished.append(Completion(request, sequence))
+                del self._running[row]
         if finished:  # an idle row costs its share of a step, but waits for nobody and keeps nobody waiting
-            idle = np.array([row not in self._making for row in range(self._rows)])
+            idle = np.array([row not in self._running for row in range(self._rows)])
             self._state = self._state._replace(ended_B=jnp.asarray(idle))
         return steps, finished
 
 
-class _Making:
-    """A sequence as far as it has come; each chunk is looked at once, however long the sequence is."""
-
-    def __init__(self, job: Job):
-        self._job, self._parts = job, []
-        self._steps = self._count = 0
-        self.finished = False
-
-    def add(self, tokens: Int[np.ndarray, " T"], nats: Float[np.ndarray, " T"]) -> int:
-        """Takes what of a chunk belongs to the sequence, wherever chunks begin; the steps of music that it brings."""
-        after = self._steps + codec.event_steps(np.append(tokens, vocabulary.PAD))[1:]  # the time after each token
-        numbers = self._count + 1 + np.arange(len(tokens))
-        last = (after >= self._job.limit_steps) | (tokens == vocabulary.END) | (numbers >= self._job.most_tokens)
-        if last.any():
-            self.finished = True
-            end = int(last.argmax()) + 1
-            tokens, nats, after = tokens[:end], nats[:end], after[:end]
-        self._parts.append((tokens, nats))
-        before, self._steps = self._steps, int(after[-1]) if len(after) else self._steps
-        self._count += len(tokens)
-        return min(self._steps, self._job.limit_steps) - min(before, self._job.limit_steps)
-
-    def made(self) -> Made:
-        """The sequence, once it is finished."""
-        tokens, nats = zip(*self._parts, strict=True)
-        return Made(self._job, np.concatenate(tokens), np.concatenate(nats))
-
-
-def _idle(decoder: Decoder, rows: int, latents: int, mode: WindowMode) -> DecodeState:
-    """A batch in which no row makes anything."""
+def _idle(decoder: Decoder, rows: int, latents: int) -> DecodeState:
+    """A batch in which no row generates anything."""
     start = np.array([vocabulary.START], np.int32)
-    state = decoder.start([start], latents=latents, seeds=[0], limit_steps=0, mode=mode).rows([0] * rows)
+    state = decoder.start([start], latents=latents, seeds=[0], limit_steps=0).rows([0] * rows)
     return state._replace(ended_B=jnp.ones(rows, bool))

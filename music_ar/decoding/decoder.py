@@ -1,30 +1,11 @@
-"""Cached decoding, one token at a time, under a latent budget.
+"""Cached decoding, one token at a time, with a chosen number of latents.
 
-The latent budget n is how many latents may stand behind a prediction. There are two ways to go on once there are n:
+Keys and values of the cross-attention depend only on the token, its position, its near predecessors and its features:
+they are computed once and kept in a rolling cache of the last M. The latents' caches roll too (see `windows`); when a
+window begins anew nothing is moved, its older entries are masked.
 
-"sliding": a window that forgets its oldest latent. Training never did that (it computes the latent at time t in a
-window that begins at a fixed time s), but on real music it predicts as well or better, because it always has n latents
-behind it, and for half the work. It is the default.
-
-"exact": what training computes, without a stall. Two windows run side by side, staggered by n / 2. Each begins anew
-every n tokens, so one of them always holds n / 2 to n latents, and that one makes the prediction:
-
-    time      0      n/2      n      3n/2     2n
-    window 0  [---------------)[---------------)
-    window 1         [---------------)[-----------
-    predicts  0       0       1       0       1
-
-`evaluation.score_decoding` measures what each costs in likelihood; the figures are in docs/decoding.md.
-
-Rows are dealt to all devices, each of which goes through its own loop. A CPU can be several, if JAX is told so
-(`JAX_NUM_CPU_DEVICES`): a step of few rows keeps two cores busy, with JAX 0.10 hardly more than one.
-
-The keys and values of the cross-attention depend on nothing but the token, its position, its near predecessors and what
-the model is told there: they are computed once and kept in a ring of the last M. A window is a ring too; when it begins
-anew nothing is moved, its older entries are masked.
-
-Dimension key, beside that of `model.py`: P prompt tokens, R latents that a window's ring can hold, W windows,
-L conv taps, Q query heads that share a key head, E rows of a cache (batch, window and key head as one axis).
+Rows are sharded over all devices, each of which runs its own loop. A CPU can be several devices
+(`backend.cpu_devices`): a step of few rows keeps two cores busy, with JAX 0.10 hardly more than one.
 """
 
 import functools
@@ -39,57 +20,43 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Integer
 
-from music_ar.decoding import history_bias, pallas_attention
-from music_ar.decoding.int8_layers import YNNPACK, with_int8_weights
-from music_ar.decoding.layers import TransposedLinear, join_norms, replace_linears
-from music_ar.decoding.prefill import _prefill
-from music_ar.decoding.sampling import Filters, sample
-from music_ar.decoding.state import _BY_ROWS, Caches, DecodeState, _on_each
-from music_ar.decoding.step import WindowMode, _Graph, drawable, step, take
-from music_ar.features import keyboard, retrieval
-from music_ar.features.keyboard import Keyboard
-from music_ar.features.retrieval import Memory, Recalled
-from music_ar.model.perceiver_ar import PerceiverAR, Told
-from music_ar.tokens import grammar, vocabulary
+from music_ar.decoding import backend as backends
+from music_ar.decoding.backend import Backend
+from music_ar.decoding.int8_layers import Int8Forms
+from music_ar.decoding.layers import DecodingModel, Forms, HashedGraph, PlainForms, TransposedForms
+from music_ar.decoding.prefill import Prompts, prefill
+from music_ar.decoding.processors import Options, draw
+from music_ar.decoding.state import BY_ROWS, Caches, DecodeState, cache_size, on_each_device
+from music_ar.decoding.step import advance, step
+from music_ar.decoding.windows import WINDOWS, WindowMode
+from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.tokens import vocabulary
 
 
 class Decoder:
-    """A model made ready to decode.
+    """A model ready to decode.
 
     Args:
         model: the model; it is not changed.
-        int8: whether to hold matrices as int8, which is exact for a released model, and keys as bfloat16 where that is
-            faster. Default: on a CPU, where a token waits for what it reads to come from memory.
-        fused: whether the attention of a step is one kernel (`decode_kernel`). Default: where that is known to be
-            faster.
+        backend: how to decode. Default: the fastest known on this machine that suits the model. Int8 matrices are exact
+            for a released model.
 
     Raises:
-        ValueError: the kernel does not suit the model's sizes.
+        ValueError: the backend's attention kernel does not suit the model's sizes.
     """
 
-    def __init__(self, model: PerceiverAR, *, int8: bool | None = None, fused: bool | None = None):
-        self.config, self.dtype = model.config, model.dtype
-        self.fused = pallas_attention.pays(model.config, model.dtype) if fused is None else fused
-        if self.fused and not pallas_attention.suits(model.config):
+    def __init__(self, model: PerceiverAR, backend: Backend | None = None):
+        chosen = backends.select() if backend is None else backend
+        self.backend = chosen.suited_to(model.config)
+        if backend is not None and self.backend != backend:
             raise ValueError(
-                "the kernel needs a head_size that is a power of two and at least 16, and a context that is a multiple "
-                f"of 16; got {model.config.head_size} and {model.config.context}"
+                "the attention kernel needs a head_size that is a power of two and at least 16, and a context that is "
+                f"a multiple of 16; got {model.config.head_size} and {model.config.context}"
             )
-        model = nnx.clone(model)
-        for block in model.blocks:
-            block.join()
-        int8 = jax.default_backend() == "cpu" if int8 is None else int8
-        self._key_dtype = self.dtype
-        if int8 and YNNPACK and jax.default_backend() == "cpu":
-            self._key_dtype = jnp.dtype(jnp.bfloat16)
-        if int8:
-            model = with_int8_weights(model)
-        elif jax.default_backend() == "gpu":
-            join_norms(model)
-            model = replace_linears(model, TransposedLinear)
-        graph, params = nnx.split(model)
-        self.graph = _Graph(graph, self.fused)
-        # Matrices are computed with in this type anyway; in a loop XLA would convert them anew for each token.
+        self.config, self.dtype = model.config, model.dtype
+        graph, params = nnx.split(DecodingModel(model, _forms(self.backend)))
+        self.graph = HashedGraph(graph)
+        # Matrix products run in this type anyway; in a loop XLA would convert the matrices anew for each token.
         self.params = jax.tree.map(lambda leaf: _matrix_as(leaf, self.dtype), params)
         self._params_on: dict[Mesh | None, nnx.State] = {None: self.params}
 
@@ -106,81 +73,65 @@ class Decoder:
 
         Args:
             prompts: one token array a row, each beginning with `vocabulary.START`. Equal ones are prefilled once.
-            latents: the budget n; at least 2, and an odd one acts as n - 1 in exact mode.
+            latents: the number of latents n; at least 2, and an odd one acts as n - 1 in exact mode.
             seeds: one a row; a row's tokens depend on its own prompt, seed and options alone.
             limit_steps: a row is done when this much music (in steps of 10 ms) follows its prompt.
-            mode: how the windows of latents go on once they are full.
+            mode: how the window of latents continues once it is full; see `windows`.
+
+        Raises:
+            ValueError: not as many seeds as prompts.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"expected a seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
         numbers: dict[bytes, int] = {}
         index = [numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in prompts]
         different = [prompts[index.index(number)] for number in range(len(numbers))]
-        state = self._prefilled(different, latents, limit_steps, 1 if mode == "sliding" else 2)
+        state = self._prefilled(different, latents, limit_steps, WINDOWS[mode])
         if index != list(range(len(numbers))):
             state = state.rows(index)
-        return state._replace(keys_B=jnp.stack([jax.random.key(seed) for seed in seeds]))
+        return state._replace(rng_B=jnp.stack([jax.random.key(seed) for seed in seeds]))
 
     def _prefilled(
         self, prompts: list[Integer[np.ndarray, " _P"]], latents: int, limit_steps: int, windows: int
     ) -> DecodeState:
-        config = self.config
-        B, R, L = len(prompts), ring_size(latents), config.conv_width
-        if self.fused:
-            R = max(R, pallas_attention.LEAST_RING)
-        longest = max(len(prompt) for prompt in prompts) - 1
-        # What a latent still in a window could see, and the taps before that.
-        most = config.context + R + L
-        P = 0 if longest == 0 else min(most, max(16, 1 << (longest - 1).bit_length()))
-        tokens_BxP = np.full((B, P + L), vocabulary.PAD, np.int32)
-        for row, prompt in zip(tokens_BxP, prompts, strict=True):
-            kept = prompt[-(P + L) :]
-            row[P + L - len(kept) :] = kept
-        grammars = [grammar.grammar_after(prompt) for prompt in prompts]
-        told_BxP, memory = _stack([self._told(prompt, P + 1) for prompt in prompts])
+        B, L, R = len(prompts), self.config.conv_width, self._cache_size(latents)
+        # What a latent still in a window can see, and the taps before that.
+        ready = Prompts.of(prompts, self.config, self.config.context + R + L)
+        now = jax.tree.map(lambda leaf: jnp.asarray(leaf[:, -1]), ready.conditioning_BxP.keyboard)
         state = DecodeState(
-            clock_B=jnp.full(B, P, jnp.int32),
-            birth_B=jnp.array([P + 1 - len(prompt) for prompt in prompts], jnp.int32),
-            budget_B=jnp.full(B, max(2, latents), jnp.int32),
-            recent_BxL=jnp.asarray(tokens_BxP[:, P:]),
-            keyboard=jax.tree.map(lambda leaf: jnp.asarray(leaf[:, -1]), told_BxP.keyboard),
-            memory=jax.tree.map(jnp.asarray, memory),
-            heard=jax.tree.map(jnp.asarray, _stack([history_bias.after(prompt) for prompt in prompts])),
+            clock_B=jnp.full(B, ready.length, jnp.int32),
+            birth_B=jnp.asarray(ready.birth_B),
+            latents_B=jnp.full(B, max(2, latents), jnp.int32),
+            recent_BxL=jnp.asarray(ready.tokens_BxPL[:, ready.length :]),
+            keyboard=now,
             caches=self._empty_caches(B, R, windows),
-            grammar=jax.tree.map(jnp.asarray, _stack(grammars)),
-            steps_B=jnp.zeros(B, jnp.int32),
+            prompt_end_B=now.time + 0,  # not the same buffer, since both are donated
             limit_B=jnp.full(B, limit_steps, jnp.int32),
-            keys_B=jax.random.split(jax.random.key(0), B),
+            rng_B=jax.random.split(jax.random.key(0), B),
             ended_B=jnp.zeros(B, bool),
+            **jax.tree.map(jnp.asarray, ready.state),
         )
-        if P == 0:
+        if ready.length == 0:
             return state
-        before_BxP = jax.tree.map(lambda leaf: jnp.asarray(leaf[:, :-1]), told_BxP)
-        return _prefill(self.graph, self.params, state, jnp.asarray(tokens_BxP[:, L - 1 : -1]), before_BxP)
+        before_BxP = jax.tree.map(lambda leaf: jnp.asarray(leaf[:, :-1]), ready.conditioning_BxP)
+        tokens_BxP = jnp.asarray(ready.tokens_BxPL[:, L - 1 : -1])
+        return prefill(self.graph, self.backend, self.params, state, tokens_BxP, before_BxP)
 
-    def _told(self, prompt: Integer[np.ndarray, " _P"], size: int) -> tuple[Told, Memory | None]:
-        """What the model is told after each of the last `size` tokens of a prompt, and the memory after it.
+    def _cache_size(self, latents: int) -> int:
+        if self.backend.attention == "plain":
+            return cache_size(latents)
+        from music_ar.decoding.pallas_attention import LEAST_CACHE
 
-        Before the first token it is told nothing.
-        """
-        config = self.config
-        kept = min(size, len(prompt))
-        whole = keyboard.after_each(prompt, config.onsets)
-        padding = keyboard.untouched((size - kept,), config.onsets)
-        keyboards = Keyboard(*(np.concatenate([before, of[-kept:]]) for before, of in zip(padding, whole, strict=True)))
-        if not config.recall:
-            return Told(keyboards, None), None
-        found, memory = retrieval.prefill(prompt, config.recall, last=kept)
-        nothing = retrieval.nothing((size - kept,))
-        recalled = Recalled(*(np.concatenate(parts) for parts in zip(nothing, found, strict=True)))
-        return Told(keyboards, recalled), memory
+        return max(cache_size(latents), LEAST_CACHE)
 
     def _empty_caches(self, B: int, R: int, windows: int) -> Caches:
         config, dtype = self.config, self.dtype
         G, K, M = config.kv_heads, config.head_size, config.context
+        key_dtype = self.backend.key_dtype or dtype
 
         def keys(rows: int, size: int) -> Array:
-            return jnp.zeros((rows, size, K) if self.fused else (rows, K, size), self._key_dtype)
+            shape = (rows, K, size) if self.backend.attention == "plain" else (rows, size, K)
+            return jnp.zeros(shape, key_dtype)
 
         return Caches(
             cross_k=keys(B * G, M),
@@ -190,57 +141,53 @@ class Decoder:
         )
 
     def decode(
-        self, state: DecodeState, filters: Filters, *, length: int
+        self, state: DecodeState, options: Options, *, length: int
     ) -> tuple[DecodeState, Int[Array, "B length"]]:
         """Samples up to `length` tokens a row; a device stops sooner once all of its rows are done.
 
         Args:
-            state: where to go on from; donated.
-            filters: how to sample; all rows alike, or arrays with one entry a row.
+            state: where to continue; donated.
+            options: how to sample, as `processors.option_arrays` gives it; scalars for all rows, or one entry a row.
             length: tokens a row; it is compiled in.
 
         Returns:
             The state, whose pending tokens are the last sampled, and the tokens, `vocabulary.PAD` after a row has ended
             or all on its device are done.
         """
-        return self.decode_scored(state, filters, length=length)[:2]
+        return self.decode_scored(state, options, length=length)[:2]
 
     def decode_scored(
-        self, state: DecodeState, filters: Filters, *, length: int
+        self, state: DecodeState, options: Options, *, length: int
     ) -> tuple[DecodeState, Int[Array, "B length"], Float[Array, "B length"]]:
-        """Like `decode`, and says how surprising each token was.
+        """Like `decode`, with the NLL of each token.
 
         Returns:
-            The state, the tokens, and for each token -log p in nats under the model itself: before grammar,
-            temperature and filters, as `evaluation` scores.
+            The state, the tokens, and for each token -log p in nats under the model itself: before any processor, as
+            `evaluation` scores.
         """
-        state, mesh = self._dealt(state)
-        parts = self._parts(state, mesh)
-        decode = _decode_on_gpu(parts) if jax.default_backend() == "gpu" else _decode
-        return decode(self.graph, self._params_on[mesh], state, filters, length, mesh, parts)
+        state, mesh = self._sharded(state)
+        micro_batches = self.backend.micro_batches(state.clock_B.shape[0] // (1 if mesh is None else mesh.size))
+        decode = _compiled_decode(self.backend.options(micro_batches))
+        program = (self.graph, self.backend, length, mesh, micro_batches)
+        return decode(program, self._params_on[mesh], state, options)
 
-    def force(
+    def teacher_force(
         self, state: DecodeState, tokens_BxT: Int[np.ndarray, "B T"]
     ) -> tuple[DecodeState, Float[Array, "B T V"]]:
         """Takes given tokens in place of sampled ones, `vocabulary.PAD` after a row's end.
 
         Args:
-            state: where to go on from; donated.
+            state: where to continue; donated.
             tokens_BxT: the tokens.
 
         Returns:
             The state, and the logits that each token was predicted with.
         """
-        state, mesh = self._dealt(state)
-        parts = self._parts(state, mesh)
-        return _force(self.graph, self._params_on[mesh], state, jnp.asarray(tokens_BxT), mesh, parts)
+        state, mesh = self._sharded(state)
+        return _teacher_force((self.graph, self.backend, mesh), self._params_on[mesh], state, jnp.asarray(tokens_BxT))
 
-    def _parts(self, state: DecodeState, mesh: Mesh | None) -> int:
-        """In how many parts a step takes the rows of a device."""
-        return _part_count(state.clock_B.shape[0] // (1 if mesh is None else mesh.size)) if self.fused else 1
-
-    def _dealt(self, state: DecodeState) -> tuple[DecodeState, Mesh | None]:
-        """The state with its rows on as many devices as they can be evenly dealt to, and these; None is the first."""
+    def _sharded(self, state: DecodeState) -> tuple[DecodeState, Mesh | None]:
+        """The state over as many devices as can share its rows evenly, and these; None is the first device."""
         devices = jax.local_devices()
         count = math.gcd(state.clock_B.shape[0], len(devices))
         if count == 1:
@@ -248,68 +195,43 @@ class Decoder:
         mesh = Mesh(np.array(devices[:count]), ("rows",))
         if mesh not in self._params_on:
             self._params_on[mesh] = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
-        return jax.device_put(state, NamedSharding(mesh, _BY_ROWS)), mesh
+        return jax.device_put(state, NamedSharding(mesh, BY_ROWS)), mesh
 
 
-def _stack(rows: Sequence[Any]) -> Any:
-    """Pytrees of NumPy arrays as one, with a first axis for them."""
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+def _forms(backend: Backend) -> Forms:
+    if backend.linear == "int8":
+        return Int8Forms(backend.int8_layout)
+    return TransposedForms() if backend.linear == "transposed" else PlainForms()
 
 
 def _matrix_as(leaf: Array, dtype: jnp.dtype) -> Array:
     return leaf.astype(dtype) if leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
-def ring_size(latents: int) -> int:
-    """R for a latent budget: the next power of two, so that most budgets share a compilation."""
-    return max(8, 1 << (latents - 1).bit_length())
-
-
-def _decode_loop(
-    graph: _Graph,
-    params: nnx.State,
-    state: DecodeState,
-    filters: Filters,
-    length: int,
-    mesh: Mesh | None,
-    parts: int = 1,
-) -> tuple[DecodeState, Array, Array]:
-    loop = functools.partial(_decode_rows, graph, length, parts)
-    if mesh is not None:
-        by_row = jax.tree.map(lambda option: _BY_ROWS if option.ndim else PartitionSpec(), filters)
-        return _on_each(loop, mesh, (PartitionSpec(), _BY_ROWS, by_row))(params, state, filters)
-    return loop(params, state, filters)
-
-
-_STATIC = (0, 4, 5, 6)
-_decode = jax.jit(_decode_loop, static_argnums=_STATIC, donate_argnums=2)
+_Program = tuple[HashedGraph, Backend, int, Mesh | None, int]
 
 
 @functools.cache
-def _decode_on_gpu(parts: int) -> Callable[..., tuple[DecodeState, Array, Array]]:
-    """`_decode` with operations side by side where none needs what another makes, which XLA tells by their buffers.
-
-    Parts of the rows stay apart only if XLA does not put operations of the same kind together again.
-    """
-    options: dict[str, Any] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-    if parts > 1:
-        options["xla_gpu_dot_merger_threshold_mb"] = 0
-        options["xla_disable_hlo_passes"] = "gpu_horizontal_loop_fusion,gpu_horizontal_input_fusion"
-    return jax.jit(_decode_loop, static_argnums=_STATIC, donate_argnums=2, compiler_options=options)
+def _compiled_decode(compiler_options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """The decoding loop, compiled with some XLA options."""
+    return jax.jit(_decode, static_argnums=0, donate_argnums=2, compiler_options=dict(compiler_options) or None)
 
 
-def _part_count(rows: int) -> int:
-    """In how many parts a step with the kernel takes the rows of a device.
-
-    Of many rows, one part's attention waits for memory while another's small operations wait for each other. It was
-    measured with 256 (docs/decoding.md).
-    """
-    return 2 if rows >= 256 and rows % 2 == 0 else 1
+def _decode(
+    program: _Program, params: nnx.State, state: DecodeState, options: Options
+) -> tuple[DecodeState, Array, Array]:
+    *_, mesh, _ = program
+    loop = functools.partial(_decode_rows, program)
+    if mesh is None:
+        return loop(params, state, options)
+    by_row = jax.tree.map(lambda option: BY_ROWS if option.ndim else PartitionSpec(), options)
+    return on_each_device(loop, mesh, (PartitionSpec(), BY_ROWS, by_row))(params, state, options)
 
 
 def _decode_rows(
-    graph: _Graph, length: int, parts: int, params: nnx.State, state: DecodeState, filters: Filters
+    program: _Program, params: nnx.State, state: DecodeState, options: Options
 ) -> tuple[DecodeState, Array, Array]:
+    graph, backend, length, _, micro_batches = program
     model = nnx.merge(graph.graph, params)
 
     def unfinished(carry: tuple[Array, DecodeState, Array, Array]) -> Array:
@@ -318,14 +240,12 @@ def _decode_rows(
 
     def one_token(carry: tuple[Array, DecodeState, Array, Array]) -> tuple[Array, DecodeState, Array, Array]:
         index, state, tokens, nats = carry
-        logits_BxV, state = step(model, state, fused=graph.fused, parts=parts)
-        steadied_BxV = history_bias.steadied(logits_BxV, state.heard, filters.steadiness)
-        allowed_BxV = jnp.where(drawable(state), steadied_BxV, -jnp.inf)
-        age_B = state.clock_B - state.birth_B
-        drawn_B = sample(jax.vmap(jax.random.fold_in)(state.keys_B, age_B), allowed_BxV, filters)
+        logits_BxV, state = step(model, state, backend, micro_batches)
+        rng_B = jax.vmap(jax.random.fold_in)(state.rng_B, state.age_B)
+        drawn_B = draw(rng_B, logits_BxV, state, options)
         drawn_logit_B = jnp.take_along_axis(logits_BxV, drawn_B[:, None], axis=1)[:, 0]
         nats_B = jax.nn.logsumexp(logits_BxV, axis=1) - drawn_logit_B
-        state = take(state, drawn_B)
+        state = advance(state, drawn_B)
         return index + 1, state, tokens.at[:, index].set(state.recent_BxL[:, -1]), nats.at[:, index].set(nats_B)
 
     B = state.ended_B.shape[0]
@@ -334,24 +254,28 @@ def _decode_rows(
     return state, tokens, nats
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=2)
-def _force(
-    graph: _Graph, params: nnx.State, state: DecodeState, tokens_BxT: Int[Array, "B T"], mesh: Mesh | None, parts: int
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _teacher_force(
+    program: tuple[HashedGraph, Backend, Mesh | None],
+    params: nnx.State,
+    state: DecodeState,
+    tokens_BxT: Int[Array, "B T"],
 ) -> tuple[DecodeState, Array]:
-    loop = functools.partial(_force_rows, graph, parts)
-    if mesh is not None:
-        return _on_each(loop, mesh, (PartitionSpec(), _BY_ROWS, _BY_ROWS))(params, state, tokens_BxT)
-    return loop(params, state, tokens_BxT)
+    graph, backend, mesh = program
+    loop = functools.partial(_teacher_force_rows, graph, backend)
+    if mesh is None:
+        return loop(params, state, tokens_BxT)
+    return on_each_device(loop, mesh, (PartitionSpec(), BY_ROWS, BY_ROWS))(params, state, tokens_BxT)
 
 
-def _force_rows(
-    graph: _Graph, parts: int, params: nnx.State, state: DecodeState, tokens_BxT: Int[Array, "B T"]
+def _teacher_force_rows(
+    graph: HashedGraph, backend: Backend, params: nnx.State, state: DecodeState, tokens_BxT: Int[Array, "B T"]
 ) -> tuple[DecodeState, Array]:
     model = nnx.merge(graph.graph, params)
 
     def one_token(state: DecodeState, token_B: Array) -> tuple[DecodeState, Array]:
-        logits_BxV, state = step(model, state, fused=graph.fused)
-        return take(state, token_B), logits_BxV
+        logits_BxV, state = step(model, state, backend)
+        return advance(state, token_B), logits_BxV
 
     state, logits_TxBxV = jax.lax.scan(one_token, state, tokens_BxT.T)
     return state, logits_TxBxV.swapaxes(0, 1)

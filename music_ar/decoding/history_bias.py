@@ -1,14 +1,14 @@
-"""What a piece has been made of so far, and a pull towards it, so that what is made keeps its key and its loudness.
+"""History bias: a bias on the logits towards the pitches and velocities that a piece has had so far.
 
-A model predicts real pieces well and wanders in its own: a note that was drawn by chance is a modulation to whoever
-reads it, and the next ones follow it. After a minute a piece shares less with its beginning than real ones do, and its
-loudness and register have gone anywhere (docs/evaluation.md). So what is likely is weighed by how much of it the piece
-has had, to the power of a strength: a note-on by the share of its pitch class, and less so by that of the pitches
-around it; a velocity by the share of about as loud notes. What is usual in piano music counts as heard before the
-first note, of velocities so much of it that a piece turns to its own loudness after a minute or two: real pieces that
-begin softly do not stay soft. How likely a note-on or a velocity is at all does not change, before the grammar.
+A model predicts real pieces well and drifts in its own: it reads a note drawn by chance as a modulation, and the next
+notes follow it. After a minute a generated piece shares less with its beginning than real ones do, and its dynamics and
+register have drifted anywhere (docs/evaluation.md). So likely events are reweighted by how much of them the
+piece has had, to the power of a strength: a note-on by the share of its pitch class and, less so, of the pitches around
+it; a velocity by the share of similar velocities. Prior counts stand for what is usual in piano music. Those of
+velocities are so many that a piece turns to its own dynamics only after a minute or two: real pieces that begin softly
+do not stay soft. The probability of a note-on or of a velocity as such does not change, before the grammar.
 
-Dimension key, beside that of `sampling.py`: P pitches, L velocity bins.
+Dimension key, beside that of `sampling`: P pitches, L velocity bins.
 """
 
 from typing import Any, NamedTuple
@@ -18,110 +18,119 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
-from music_ar.features import keyboard
+from music_ar.features.keyboard import times_and_velocities
 from music_ar.tokens import vocabulary
 
 _PITCH_CLASSES = 12
-_REGISTER_SHARE = 0.5
-"""How strongly a note-on is weighed by its register, if 1 is how strongly it is by its pitch class."""
+_REGISTER_WEIGHT = 0.5
+"""Weight of a note-on's register, relative to that of its pitch class."""
 
 
-class _Usual(NamedTuple):
-    """A bell curve of what is usual, that counts as so many notes heard before the first."""
+class _Prior(NamedTuple):
+    """A bell curve of what is usual, counted as so many notes before the first."""
 
     notes: float
     mean: float
     deviation: float
 
 
-_USUAL_CLASS_NOTES = 48.0  # of all pitch classes alike
-_USUAL_PITCH = _Usual(50.0, 64.0, 14.0)
-_USUAL_VELOCITY = _Usual(1000.0, 16.5, 4.8)  # mean and deviation of the notes of MAESTRO's train split, in bins
-_NEAR_PITCHES = 4.0  # deviations of what counts as near
+_PITCH_CLASS_PRIOR_NOTES = 48.0  # over all pitch classes, uniform
+_PITCH_PRIOR = _Prior(50.0, 64.0, 14.0)
+_VELOCITY_PRIOR = _Prior(1000.0, 16.5, 4.8)  # mean and deviation of the notes of MAESTRO's train split, in bins
+_NEAR_PITCHES = 4.0  # deviation of the smoothing, in semitones
 _NEAR_BINS = 3.0
 
 
-class Heard(NamedTuple):
-    """How many notes a piece has had; any leading batch shape.
+class NoteHistory(NamedTuple):
+    """Histograms of the notes that a piece has had; any leading batch shape.
 
     Attributes:
-        pitches: of each pitch.
-        velocities: of each velocity bin, 1 to 32.
+        pitches: count of each pitch.
+        velocities: count of each velocity bin, 1 to 32.
     """
 
     pitches: Int[Any, "*B P"]
     velocities: Int[Any, "*B L"]
 
 
-def after(tokens: Integer[np.ndarray, " T"]) -> Heard:
-    """What has been heard after a sequence, in NumPy."""
-    notes = vocabulary.is_on(tokens)
-    _, velocity = keyboard.times_and_velocities(tokens, np)
-    return Heard(
-        pitches=np.bincount(tokens[notes], minlength=vocabulary.PITCHES).astype(np.int32),
-        velocities=np.bincount(_bin(velocity[notes], np), minlength=vocabulary.VELOCITY_BINS).astype(np.int32),
+def init(batch_shape: tuple[int, ...] = ()) -> NoteHistory:
+    """The state before the first token (NumPy)."""
+    return NoteHistory(
+        pitches=np.zeros((*batch_shape, vocabulary.PITCHES), np.int32),
+        velocities=np.zeros((*batch_shape, vocabulary.VELOCITY_BINS), np.int32),
     )
 
 
-def advance(heard: Heard, token: Int[Array, " B"], velocity: Int[Array, " B"]) -> Heard:
-    """What has been heard after one more token, in JAX.
+def step(state: NoteHistory, token: Int[Array, " B"], velocity: Int[Array, " B"]) -> NoteHistory:
+    """The state after one more token, in JAX; only a note-on changes it.
 
     Args:
-        heard: before it.
-        token: the token; only a note-on changes anything.
+        state: before it.
+        token: the token.
         velocity: the bin in force, 0 before the first.
     """
-    is_on = vocabulary.is_on(token)[:, None].astype(jnp.int32)
-    return Heard(
-        pitches=heard.pitches + is_on * jax.nn.one_hot(token, vocabulary.PITCHES, dtype=jnp.int32),
-        velocities=heard.velocities
-        + is_on * jax.nn.one_hot(_bin(velocity, jnp), vocabulary.VELOCITY_BINS, dtype=jnp.int32),
+    is_on = vocabulary.is_note_on(token)[:, None].astype(jnp.int32)
+    bin_B = jnp.where(velocity > 0, velocity, vocabulary.DEFAULT_VELOCITY_BIN) - 1
+    return NoteHistory(
+        pitches=state.pitches + is_on * jax.nn.one_hot(token, vocabulary.PITCHES, dtype=jnp.int32),
+        velocities=state.velocities + is_on * jax.nn.one_hot(bin_B, vocabulary.VELOCITY_BINS, dtype=jnp.int32),
     )
 
 
-def steadied(logits_BxV: Float[Array, "B V"], heard: Heard, strength: Float[Array, "*rows"]) -> Float[Array, "B V"]:
-    """Logits with the pull towards what was heard.
+def scan(tokens: Integer[np.ndarray, " T"]) -> NoteHistory:
+    """The state after a whole sequence, in NumPy."""
+    note_on = vocabulary.is_note_on(tokens)
+    velocity = times_and_velocities(tokens)[1][note_on]
+    bins = np.where(velocity > 0, velocity, vocabulary.DEFAULT_VELOCITY_BIN) - 1
+    return NoteHistory(
+        pitches=np.bincount(tokens[note_on], minlength=vocabulary.PITCHES).astype(np.int32),
+        velocities=np.bincount(bins, minlength=vocabulary.VELOCITY_BINS).astype(np.int32),
+    )
+
+
+def biased(
+    logits_BxV: Float[Array, "B V"], history: NoteHistory, strength: Float[Array, "*rows"]
+) -> Float[Array, "B V"]:
+    """Logits with the history bias.
 
     Args:
         logits_BxV: of the next token.
-        heard: by each row.
+        history: of each row.
         strength: 0 leaves the logits as they are; one for all rows, or one a row.
     """
     strength = strength.reshape(-1, 1)
-    pitches_BxP, velocities_BxL = (counts.astype(jnp.float32) for counts in heard)
-    class_BxP = pitches_BxP @ _of_one_class() + _USUAL_CLASS_NOTES / _PITCH_CLASSES
-    register_BxP = pitches_BxP @ _near(vocabulary.PITCHES, _NEAR_PITCHES) + _usual(vocabulary.PITCHES, 0, _USUAL_PITCH)
-    loudness_BxL = velocities_BxL @ _near(vocabulary.VELOCITY_BINS, _NEAR_BINS) + _usual(
-        vocabulary.VELOCITY_BINS, 1, _USUAL_VELOCITY
+    pitches_BxP, velocities_BxL = (counts.astype(jnp.float32) for counts in history)
+    pitch_class_BxP = pitches_BxP @ _same_pitch_class() + _PITCH_CLASS_PRIOR_NOTES / _PITCH_CLASSES
+    register_BxP = pitches_BxP @ _smoothing(vocabulary.PITCHES, _NEAR_PITCHES) + _prior(
+        vocabulary.PITCHES, 0, _PITCH_PRIOR
     )
-    of_pitch_BxP = jnp.log(class_BxP) + _REGISTER_SHARE * jnp.log(register_BxP)
-    for first, pull in ((vocabulary.NOTE_ON, of_pitch_BxP), (vocabulary.VELOCITY, jnp.log(loudness_BxL))):
-        kind = slice(first, first + pull.shape[1])
-        before = logits_BxV[:, kind]
-        pulled = before + strength * pull
-        as_likely = jax.nn.logsumexp(before, axis=1, keepdims=True) - jax.nn.logsumexp(pulled, axis=1, keepdims=True)
-        logits_BxV = logits_BxV.at[:, kind].set(pulled + as_likely)
+    dynamics_BxL = velocities_BxL @ _smoothing(vocabulary.VELOCITY_BINS, _NEAR_BINS) + _prior(
+        vocabulary.VELOCITY_BINS, 1, _VELOCITY_PRIOR
+    )
+    pitch_bias_BxP = jnp.log(pitch_class_BxP) + _REGISTER_WEIGHT * jnp.log(register_BxP)
+    for first, bias in ((vocabulary.NOTE_ON, pitch_bias_BxP), (vocabulary.VELOCITY, jnp.log(dynamics_BxL))):
+        tokens = slice(first, first + bias.shape[1])
+        before = logits_BxV[:, tokens]
+        after = before + strength * bias
+        # The token type as a whole stays as likely as it was.
+        correction = jax.nn.logsumexp(before, axis=1, keepdims=True) - jax.nn.logsumexp(after, axis=1, keepdims=True)
+        logits_BxV = logits_BxV.at[:, tokens].set(after + correction)
     return logits_BxV
 
 
-def _bin(velocity: Any, xp: Any) -> Any:
-    """The bin in force, from 0; notes that no velocity precedes have that which they are played with."""
-    return xp.where(velocity > 0, velocity, vocabulary.DEFAULT_VELOCITY_BIN) - 1
-
-
-def _of_one_class() -> Float[np.ndarray, "P P"]:
+def _same_pitch_class() -> Float[np.ndarray, "P P"]:
     classes = np.arange(vocabulary.PITCHES) % _PITCH_CLASSES
     return (classes[:, None] == classes[None]).astype(np.float32)
 
 
-def _near(size: int, deviation: float) -> Float[np.ndarray, "size size"]:
-    """How much a note at each place counts at each other; in all it counts 1."""
+def _smoothing(size: int, deviation: float) -> Float[np.ndarray, "size size"]:
+    """Weight of a note at each place for each other place; each row sums to 1."""
     places = np.arange(size)
     return _bell(places[None] - places[:, None], deviation)
 
 
-def _usual(size: int, first: int, usual: _Usual) -> Float[np.ndarray, "1 size"]:
-    return np.float32(usual.notes) * _bell(np.arange(first, first + size)[None] - usual.mean, usual.deviation)
+def _prior(size: int, first: int, prior: _Prior) -> Float[np.ndarray, "1 size"]:
+    return np.float32(prior.notes) * _bell(np.arange(first, first + size)[None] - prior.mean, prior.deviation)
 
 
 def _bell(distance: Any, deviation: float) -> Float[np.ndarray, "rows size"]:

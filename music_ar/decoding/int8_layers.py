@@ -1,66 +1,100 @@
-"""Linear layers with int8 weights, for decoding."""
+"""Linear layers with int8 matrices, for decoding on a CPU.
+
+One-token decoding waits for weights to arrive from memory, so int8 weights pay. Activations are not rounded to int8
+with them: each is taken as 128 high + low, two int8 numbers that together hold 15 bits, and both rows go through one
+integer product. The result is that of the released weights to about 1e-4 of its size, behind a norm 1e-3.
+"""
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int8
 
-from music_ar.decoding.layers import join_norms, replace_linears
-from music_ar.features import keyboard
-from music_ar.features.keyboard import Classes, hot_places, one_hot
-from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.features.categorical import Categorical, hot_indices, one_hot
+from music_ar.model.perceiver_ar import FeatureProjection
 from music_ar.model.quantization import quantize
 
 _LARGEST = 127 * 128 + 63  # of 128 high + low with high in -127..127 and low in -64..63
-
-
 # With more rows than this, as in a prefill, arithmetic takes longer than the weights, and float32 is faster at it.
 _MOST_ROWS = 64
 
+Layout = Literal["in_out", "out_in"]
 
-YNNPACK = jax.__version_info__ >= (0, 12)
-"""Whether YNNPACK makes XLA's products on CPUs: it is fast at other layouts and types (figures: docs/decoding.md)."""
+
+class Int8Forms:
+    """Linear layers with int8 matrices.
+
+    Args:
+        layout: how matrices are stored. Out, in is what YNNPACK (JAX 0.12) multiplies with as it is, where it packs in,
+            out anew at each call; with JAX 0.10 it is slower (docs/decoding.md has figures).
+    """
+
+    def __init__(self, layout: Layout):
+        self._layout: Layout = layout
+
+    def linear(self, layer: nnx.Linear) -> "Int8Linear":
+        """An int8 layer."""
+        return Int8Linear(*_quantized(layer.kernel[...]), self._layout, layer.bias)
+
+    def normed(self, norm: nnx.RMSNorm, layer: nnx.Linear) -> "NormedInt8Linear":
+        """An int8 layer that holds the norm."""
+        return NormedInt8Linear(norm, layer, self._layout)
+
+    def features(self, layer: FeatureProjection) -> "Int8EmbeddingBag":
+        """An int8 embedding bag."""
+        return Int8EmbeddingBag(layer, self._layout)
+
+
+def _quantized(kernel_IxO: Array) -> tuple[Int8[np.ndarray, "I O"], Float32[np.ndarray, " O"]]:
+    return quantize(np.asarray(kernel_IxO, np.float32))
 
 
 class Int8Linear(nnx.Module):
-    """A linear layer with an int8 matrix, in place of `nnx.Linear`. Not for training.
+    """A linear layer with an int8 matrix. Not for training.
 
-    With JAX 0.12 the matrix is held as [out, in], which XLA multiplies with as it is, where it packs one of [in, out]
-    anew at each call; and in two parts, whose products run at the same time if there are two cores. With JAX 0.10, as
-    Python 3.11 has it, that is slower than [in, out] (docs/decoding.md has figures).
+    As out, in the matrix is in two parts, whose products run at the same time if there are two cores.
 
     Args:
-        linear: the layer.
-        inputs: of so many of its inputs, the first ones; default: of all. The scales are those of all.
+        kernel_IxO: the matrix.
+        scale_O: its scales.
+        layout: how to store it.
+        bias: of the layer, or None.
     """
 
-    def __init__(self, linear: nnx.Linear, *, inputs: int | None = None):
-        whole_kernel, scale = quantize(np.asarray(linear.kernel[...], np.float32))
-        kernel = whole_kernel[:inputs]
-        parts = np.array_split(np.ascontiguousarray(kernel.T), 2) if YNNPACK else [kernel]
+    def __init__(
+        self,
+        kernel_IxO: Int8[np.ndarray, "I O"],
+        scale_O: Float32[np.ndarray, " O"],
+        layout: Layout,
+        bias: nnx.Param | None = None,
+    ):
+        self.out_first = layout == "out_in"
+        parts = np.array_split(np.ascontiguousarray(kernel_IxO.T), 2) if self.out_first else [kernel_IxO]
         self.parts = nnx.List([nnx.Variable(jnp.asarray(part)) for part in parts])
-        self.scale_O = nnx.Variable(jnp.asarray(scale))
-        self.bias_O = None if linear.bias is None else nnx.Variable(linear.bias[...])
+        self.scale_O = nnx.Variable(jnp.asarray(scale_O))
+        self.bias_O = None if bias is None else nnx.Variable(bias[...])
 
     def __call__(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """The layer's output, in the type of `x`."""
         x_TxI = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         few = x_TxI.shape[0] <= _MOST_ROWS
-        y_TxO = self._product(x_TxI) if few else self._rows(x_TxI)
+        y_TxO = self._integer_product(x_TxI) if few else self._float_product(x_TxI)
         if self.bias_O is not None:
             y_TxO = y_TxO + self.bias_O[...][None]
         return y_TxO.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
-    def _product(self, x_TxI: Array) -> Array:
+    def _integer_product(self, x_TxI: Array) -> Array:
         step_Tx1 = jnp.maximum(jnp.abs(x_TxI).max(axis=-1, keepdims=True), 1e-30) / _LARGEST
-        return self._times_whole(x_TxI / step_Tx1) * step_Tx1 * self.scale_O[...][None]
+        return self._times_rounded(x_TxI / step_Tx1) * step_Tx1 * self.scale_O[...][None]
 
-    def _rows(self, x_TxI: Array) -> Array:
+    def _float_product(self, x_TxI: Array) -> Array:
         return self._times(x_TxI) * self.scale_O[...][None]
 
-    def _times_whole(self, x_TxI: Array) -> Array:
-        """The product of `x`, up to `_LARGEST` in size and rounded to whole numbers, and the matrix."""
+    def _times_rounded(self, x_TxI: Array) -> Array:
+        """The product of `x`, at most `_LARGEST` in size and rounded to integers, and the matrix."""
         whole_TxI = jnp.round(x_TxI)
         high_TxI = jnp.round(whole_TxI / 128)
         halves = jnp.concatenate([high_TxI, whole_TxI - 128 * high_TxI]).astype(jnp.int8)
@@ -68,14 +102,13 @@ class Int8Linear(nnx.Module):
         return 128 * high_TxO + low_TxO
 
     def _times(self, x_TxI: Array) -> Array:
-        """The product of `x` and the matrix in numbers of their kind: int8 ones are summed in int32."""
-        whole = x_TxI.dtype == jnp.int8
+        """The product of `x` and the matrix in the type of `x`; int8 is summed in int32."""
         products = [
             jax.lax.dot_general(
                 x_TxI,
                 part[...].astype(x_TxI.dtype),
-                (((1,), (1 if YNNPACK else 0,)), ((), ())),
-                preferred_element_type=jnp.int32 if whole else x_TxI.dtype,
+                (((1,), (1 if self.out_first else 0,)), ((), ())),
+                preferred_element_type=jnp.int32 if x_TxI.dtype == jnp.int8 else x_TxI.dtype,
             )
             for part in self.parts
         ]
@@ -83,71 +116,58 @@ class Int8Linear(nnx.Module):
 
 
 class NormedInt8Linear(Int8Linear):
-    """RMSNorm and the linear layer behind it in one, with an int8 matrix. Not for training.
+    """RMSNorm and the linear layer behind it, with an int8 matrix. Not for training.
 
-    A normed row's numbers are at most sqrt(I) times the norm's largest scale, so nobody has to look for the largest
-    before they are rounded: of some 640 small operations a step that saves 84 (docs/decoding.md). It costs three or
-    four of their 15 bits, of the worst row seen five.
+    Numbers of a normalised row are at most sqrt(I) times the norm's largest scale, so the largest need not be searched
+    before they are rounded: of some 640 small operations per step that saves 84 (docs/decoding.md). It costs three or
+    four of their 15 bits; of the worst row seen, five.
     """
 
-    def __init__(self, norm: nnx.RMSNorm, linear: nnx.Linear):
-        super().__init__(linear)
+    def __init__(self, norm: nnx.RMSNorm, linear: nnx.Linear, layout: Layout):
+        super().__init__(*_quantized(linear.kernel[...]), layout, linear.bias)
         assert norm.scale is not None
         step = jnp.maximum(jnp.abs(norm.scale[...]).max() * linear.kernel.shape[0] ** 0.5, 1e-30) / _LARGEST
         self.norm_I = nnx.Variable(norm.scale[...].astype(jnp.float32) / step)
         self.scale_O[...] = self.scale_O[...] * step
         self.epsilon = norm.epsilon
 
-    def _product(self, x_TxI: Array) -> Array:
-        return self._times_whole(self._normed(x_TxI)) * self.scale_O[...][None]
+    def _integer_product(self, x_TxI: Array) -> Array:
+        return self._times_rounded(self._normed(x_TxI)) * self.scale_O[...][None]
 
-    def _rows(self, x_TxI: Array) -> Array:
-        return super()._rows(self._normed(x_TxI))
+    def _float_product(self, x_TxI: Array) -> Array:
+        return super()._float_product(self._normed(x_TxI))
 
     def _normed(self, x_TxI: Array) -> Array:
-        """Normed rows in steps, of which they are `_LARGEST` at most."""
+        """Normalised rows in steps, at most `_LARGEST` of them."""
         factor_Tx1 = jax.lax.rsqrt(jnp.square(x_TxI).mean(axis=-1, keepdims=True) + self.epsilon)
         return x_TxI * factor_Tx1 * self.norm_I[...][None]
 
 
-class GatheredInt8Linear(nnx.Module):
-    """A linear layer of numbers and classes (`model.Gathering`) with an int8 matrix. Not for training.
+class Int8EmbeddingBag(nnx.Module):
+    """A `FeatureProjection` with an int8 matrix, as a sum of the rows of its classes. Not for training.
 
-    Of the rows that belong to classes, a token needs a few dozen of some thousand, and they are all that is read.
-
-    Args:
-        linear: the layer that takes classes as one-hot numbers.
-        numbers: how many other numbers it takes, before them.
+    Of the thousands of rows that belong to classes, a token needs a few dozen, and only these are read.
     """
 
-    def __init__(self, linear: nnx.Linear, numbers: int):
-        assert linear.bias is None, "what is told has none"
-        kernel, scale = quantize(np.asarray(linear.kernel[...], np.float32))
-        self.rows_CxO, self.scale_O = nnx.Variable(jnp.asarray(kernel[numbers:])), nnx.Variable(jnp.asarray(scale))
-        self.of_numbers = Int8Linear(linear, inputs=numbers) if numbers else None
+    def __init__(self, projection: FeatureProjection, layout: Layout):
+        kernel, scale = _quantized(projection.kernel[...])
+        self.rows_CxO = nnx.Variable(jnp.asarray(kernel[projection.numbers :]))
+        self.scale_O = nnx.Variable(jnp.asarray(scale))
+        self.numbers = Int8Linear(kernel[: projection.numbers], scale, layout) if projection.numbers else None
+        self.dtype = projection.dtype
 
-    def gather(self, numbers: Float[Array, "*T _"] | None, classes: list[Classes]) -> Float[Array, "*T O"]:
-        """The layer's output in float32; see `model.Gathering`."""
-        index = hot_places(classes, jnp)
+    def __call__(self, numbers: Float[Array, "*T _"] | None, categories: list[Categorical]) -> Float[Array, "*T O"]:
+        """See `FeatureProjection`."""
+        index = hot_indices(categories)
         index_TxH = index.reshape(-1, index.shape[-1])
         if len(index_TxH) <= _MOST_ROWS:
             known_TxHx1 = (index_TxH >= 0)[..., None]
             y_TxO = jnp.where(known_TxHx1, self.rows_CxO[...][index_TxH], 0).sum(axis=1, dtype=jnp.float32)
         else:
-            hot_TxC = one_hot(classes, jnp).reshape(len(index_TxH), -1)
+            hot_TxC = one_hot(categories).reshape(len(index_TxH), -1)
             y_TxO = hot_TxC @ self.rows_CxO[...].astype(jnp.float32)
         y = (y_TxO * self.scale_O[...][None]).reshape(*index.shape[:-1], -1)
-        if self.of_numbers is None:
-            return y
-        assert numbers is not None, "the layer takes numbers before its classes"
-        return y + self.of_numbers(numbers)
-
-
-def with_int8_weights(model: PerceiverAR) -> PerceiverAR:
-    """A copy of a model with every linear layer in int8; weights that were released so stay as they are."""
-    model = nnx.clone(model)
-    join_norms(model, NormedInt8Linear)
-    for name, numbers in (("keyboard", keyboard.CHANNELS), ("recall", 0)):
-        if hasattr(model, name):
-            setattr(model, name, GatheredInt8Linear(getattr(model, name), numbers))
-    return replace_linears(model, Int8Linear)
+        if self.numbers is not None:
+            assert numbers is not None, "the layer takes numbers before its classes"
+            y = y + self.numbers(numbers)
+        return y.astype(self.dtype)

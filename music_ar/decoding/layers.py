@@ -1,17 +1,82 @@
-"""Linear layers for decoding: other forms of a model's `nnx.Linear`s, put in their place."""
+"""The model's blocks and linear layers in the forms that decoding is fast with.
 
-from collections.abc import Callable
+`DecodingModel` has them in place of the model's own. Queries, keys and values of a self block come from one fused
+projection, since each operation costs time when decoding. Which form linear layers have is the backend's choice.
+"""
+
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.features.categorical import Categorical
+from music_ar.model.attention import AttentionInputs, Block, head_runs, rotate_heads, split_heads
+from music_ar.model.perceiver_ar import FeatureProjection, PerceiverAR
+
+
+class Forms(Protocol):
+    """Constructors of linear layers in one form."""
+
+    def linear(self, layer: nnx.Linear) -> Any:
+        """A linear layer."""
+        ...
+
+    def normed(self, norm: nnx.RMSNorm, layer: nnx.Linear) -> Any:
+        """RMSNorm and the linear layer behind it."""
+        ...
+
+    def features(self, layer: FeatureProjection) -> Any:
+        """A projection of features."""
+        ...
+
+
+class PlainForms:
+    """Linear layers as the model has them."""
+
+    def linear(self, layer: nnx.Linear) -> nnx.Linear:
+        """The layer itself."""
+        return layer
+
+    def normed(self, norm: nnx.RMSNorm, layer: nnx.Linear) -> "NormThenLinear":
+        """The norm, then the layer."""
+        return NormThenLinear(norm, layer)
+
+    def features(self, layer: FeatureProjection) -> FeatureProjection:
+        """The projection itself."""
+        return layer
+
+
+class TransposedForms:
+    """Matrices held as [out, in], with norms folded into the matrices behind them; for GPUs."""
+
+    def linear(self, layer: nnx.Linear) -> "TransposedLinear":
+        """A transposed layer."""
+        return TransposedLinear(layer)
+
+    def normed(self, norm: nnx.RMSNorm, layer: nnx.Linear) -> "NormedLinear":
+        """A transposed layer that holds the norm."""
+        return NormedLinear(norm, layer)
+
+    def features(self, layer: FeatureProjection) -> "TransposedProjection":
+        """A transposed projection."""
+        return TransposedProjection(layer)
+
+
+class NormThenLinear(nnx.Module):
+    """RMSNorm and the linear layer behind it."""
+
+    def __init__(self, norm: nnx.RMSNorm, linear: nnx.Linear):
+        self.norm, self.linear = norm, linear
+
+    def __call__(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+        """The layer's output, in the layer's type."""
+        return self.linear(self.norm(x))
 
 
 class TransposedLinear(nnx.Module):
-    """A linear layer whose matrix is held as [out, in], in place of `nnx.Linear`. Not for training.
+    """A linear layer whose matrix is held as [out, in]. Not for training.
 
     XLA computes a product of one row as multiplications and a sum. On a GPU, with a matrix as [in, out], these are two
     kernels, and the products pass through memory; as [out, in] they are one (docs/decoding.md has figures).
@@ -30,16 +95,29 @@ class TransposedLinear(nnx.Module):
         return y
 
 
-class NormedLinear(nnx.Module):
-    """RMSNorm and the linear layer behind it in one, with a matrix as `TransposedLinear` has it. Not for training.
+class TransposedProjection(nnx.Module):
+    """A `FeatureProjection` whose matrix is held as [out, in]. Not for training."""
 
-    The norm's scale is in the matrix, and what it divides by, one number a row, divides the product: so the product
-    does not wait for it, and no normalised stream passes through memory (docs/decoding.md has figures).
+    def __init__(self, projection: FeatureProjection):
+        self.kernel_OxI = nnx.Variable(projection.kernel[...].T)
+        self.dtype = projection.dtype
+
+    def __call__(self, numbers: Array | None, categories: list[Categorical]) -> Float[Array, "*B D"]:
+        """See `FeatureProjection`."""
+        features = FeatureProjection.features(numbers, categories)
+        return _product(features.astype(self.dtype), self.kernel_OxI[...].astype(self.dtype))
+
+
+class NormedLinear(nnx.Module):
+    """RMSNorm and the linear layer behind it in one transposed matrix. Not for training.
+
+    The norm's scale is in the matrix, and its divisor, one number per row, divides the product: so the product does not
+    wait for it, and no normalised stream passes through memory (docs/decoding.md has figures).
     """
 
     def __init__(self, norm: nnx.RMSNorm, linear: nnx.Linear):
         assert norm.scale is not None
-        assert linear.bias is None, "what is divided has none"
+        assert linear.bias is None, "NormedLinear does not support a bias"
         self.kernel_OxI = nnx.Variable((norm.scale[...][:, None] * linear.kernel[...]).T)
         self.epsilon, self.dtype = norm.epsilon, linear.dtype
 
@@ -54,34 +132,106 @@ def _product(x: Array, kernel_OxI: Array, dtype: jax.typing.DTypeLike | None = N
     return jax.lax.dot_general(x, kernel_OxI, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
-class _Unchanged(nnx.Module):
-    """What stands in a norm's place once it is part of the layer behind it."""
+class Residual(nnx.Module):
+    """The second half of a block: adds what attention found, and the feed-forward, to the residual stream."""
 
-    def __call__(self, x: Array) -> Array:
-        return x
+    def __init__(self, block: Block, forms: Forms):
+        self.output = forms.linear(block.output)
+        self.expand = forms.normed(block.feed_forward_norm, block.expand)
+        self.contract = forms.linear(block.contract)
+
+    def __call__(self, x_BxTxD: Array, attended_BxTxHxK: Array) -> Float[Array, "B T D"]:
+        """The stream after the block; see `Block.add`."""
+        x_BxTxD = x_BxTxD + self.output(attended_BxTxHxK.reshape(*x_BxTxD.shape[:-1], -1))
+        return x_BxTxD + self.contract(jnp.square(jax.nn.relu(self.expand(x_BxTxD))))
 
 
-def join_norms(model: PerceiverAR, layer: Callable[[nnx.RMSNorm, nnx.Linear], nnx.Module] = NormedLinear) -> None:
-    """Puts `layer(norm, linear)` where queries, keys and values of a joined self block, or a feed-forward, begin.
+class CrossBlock(AttentionInputs):
+    """The cross block, ready to decode."""
 
-    Like `Block.join`, it changes the model itself.
+    def __init__(self, block: Block, forms: Forms):
+        self.config = block.config
+        self.attention_norm, self.query_norm, self.key_norm = block.attention_norm, block.query_norm, block.key_norm
+        self.query, self.key, self.value = (forms.linear(layer) for layer in (block.query, block.key, block.value))
+        self.add = Residual(block, forms)
+
+
+class SelfBlock(nnx.Module):
+    """A self block, ready to decode: one fused projection of queries, keys and values, one normalisation of q and k."""
+
+    def __init__(self, block: Block, forms: Forms):
+        self.config, self.dtype = block.config, block.query.dtype
+        self.projection = forms.normed(block.attention_norm, fused_projection(block))
+        rows = []
+        for norm, heads in ((block.query_norm, block.config.heads), (block.key_norm, block.config.kv_heads)):
+            assert norm.scale is not None
+            rows.append(jnp.tile(norm.scale[...], (1, 1, heads, 1)))
+        self.scale_1x1xHxK = nnx.Param(jnp.concatenate(rows, axis=2))
+        self.plain_norm = nnx.RMSNorm(block.config.head_size, use_scale=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        self.add = Residual(block, forms)
+
+    def queries_keys_values(self, x_BxTxD: Array, positions_BxTxP: Array) -> tuple[Array, Array, Array]:
+        """Normalised, rotated queries and keys, and values, of the residual stream."""
+        H, G = self.config.heads, self.config.kv_heads
+        qkv = split_heads(self.projection(x_BxTxD), H + 2 * G)
+        qk, v = qkv[..., : H + G, :], qkv[..., H + G :, :]
+        qk = (self.plain_norm(qk) * self.scale_1x1xHxK[...]).astype(self.dtype)
+        runs = head_runs(self.config, H) + head_runs(self.config, G)
+        rotated = rotate_heads(self.config, qk, positions_BxTxP, runs)
+        return rotated[..., :H, :], rotated[..., H:, :], v
+
+
+def fused_projection(block: Block) -> nnx.Linear:
+    """Queries, keys and values of a self block as one linear layer."""
+    kernel = jnp.concatenate([layer.kernel[...] for layer in (block.query, block.key, block.value)], axis=1)
+    fused = nnx.Linear(
+        *kernel.shape,
+        use_bias=False,
+        dtype=block.query.dtype,
+        kernel_init=nnx.initializers.zeros,
+        rngs=nnx.Rngs(0),
+    )
+    fused.kernel[...] = kernel
+    return fused
+
+
+class DecodingModel(nnx.Module):
+    """A model ready to decode: its weights in the backend's forms. Not for training.
+
+    Args:
+        model: the model; it is not changed.
+        forms: of its linear layers.
+
+    Attributes:
+        outer: what comes before and after the blocks: embedding, conditioning, logits.
+        cross: the cross block.
+        blocks: the self blocks.
     """
-    for block in (model.cross, *model.further_crosses, *model.blocks):
-        if block.joined is not None:
-            _join(block, "attention_norm", block.joined, "projection", layer)
-        _join(block, "feed_forward_norm", block, "expand", layer)
+
+    def __init__(self, model: PerceiverAR, forms: Forms):
+        self.config = model.config
+        outer: Any = nnx.clone(model)
+        self.cross = CrossBlock(outer.cross, forms)
+        self.blocks = nnx.List([SelfBlock(block, forms) for block in outer.blocks])
+        del outer.cross, outer.blocks
+        outer.latent, outer.head = forms.linear(outer.latent), forms.linear(outer.head)
+        if model.config.onsets:
+            outer.keyboard = forms.features(outer.keyboard)
+        if model.config.retrieval_notes:
+            outer.retrieval = forms.features(outer.retrieval)
+        if model.config.label_size:
+            del outer.label  # for training only
+        self.outer: PerceiverAR = outer
 
 
-def _join(norm_of: nnx.Module, norm: str, linear_of: nnx.Module, linear: str, layer: Callable[..., nnx.Module]) -> None:
-    setattr(linear_of, linear, layer(getattr(norm_of, norm), getattr(linear_of, linear)))
-    setattr(norm_of, norm, _Unchanged())
+class HashedGraph:
+    """A model's structure as a static argument, whose hash JAX asks for at each call, so it is computed once."""
 
+    def __init__(self, graph: nnx.GraphDef[DecodingModel]):
+        self.graph, self._hash = graph, hash(graph)
 
-def replace_linears(model: PerceiverAR, layer: Callable[[nnx.Linear], nnx.Module]) -> PerceiverAR:
-    """A copy of a model with `layer(linear)` in place of every linear layer."""
-    model = nnx.clone(model)
-    for _, module in list(nnx.iter_modules(model)):
-        for name, child in list(vars(module).items()):
-            if isinstance(child, nnx.Linear):
-                setattr(module, name, layer(child))
-    return model
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, HashedGraph) and self.graph == other.graph)

@@ -1,4 +1,8 @@
-"""`DecodeState`: everything that decoding carries from token to token."""
+"""`DecodeState`: everything that decoding carries from token to token, for a batch of rows.
+
+Dimension key, beside that of `music_ar.model.config`: R latents in a rolling cache, W windows, L conv taps, E rows of a
+cache (batch, window and key head as one axis).
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,23 +14,34 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from music_ar.decoding.history_bias import Heard
+from music_ar.decoding.history_bias import NoteHistory
+from music_ar.features import notes, retrieval
 from music_ar.features.keyboard import Keyboard
-from music_ar.features.retrieval import Memory
-from music_ar.tokens import grammar
+from music_ar.features.notes import Notes
+from music_ar.features.retrieval import Match
+from music_ar.model.config import ModelConfig
+from music_ar.model.perceiver_ar import Conditioning
+from music_ar.tokens.grammar import GrammarState
+
+BY_ROWS = PartitionSpec("rows")
+_LEAST_CACHE = 8
+
+
+def cache_size(latents: int) -> int:
+    """R for a number of latents: the next power of two, so that most numbers share a compilation."""
+    return max(_LEAST_CACHE, 1 << (latents - 1).bit_length())
 
 
 class Caches(NamedTuple):
-    """Rotated keys and values; each is laid out so that a step reads it in order.
+    """Rotated keys and values in rolling caches, each laid out so that a step reads it in order.
 
-    Batch, window and key head are one axis. That is not for brevity: XLA drops an axis of length 1 (a batch of one)
-    by a reshape, fuses the reshape with the write of the new entry, and then copies the whole cache at each token.
-
-    Keys are laid out otherwise than values, as [.., K, R], except for the kernel of `decode_kernel`.
+    Batch, window and key head are one axis, and not for brevity: XLA drops an axis of length 1 (a batch of one) by a
+    reshape, fuses the reshape with the write of the new entry, and then copies the whole cache at each token.
+    Keys are laid out as [.., K, R], except for the attention kernel.
 
     Attributes:
-        cross_k, cross_v: of the inputs, [B G, K, M] (fused: [B G, M, K]) and [B G, M, K]; time t is in slot t mod M.
-        self_k, self_v: of the latents, one array a layer, [B W G, K, R] (fused: [B W G, R, K]) and [B W G, R, K].
+        cross_k, cross_v: of the inputs, [B G, K, M] (kernel: [B G, M, K]) and [B G, M, K]; time t is in slot t mod M.
+        self_k, self_v: of the latents, one array a layer, [B W G, K, R] (kernel: [B W G, R, K]) and [B W G, R, K].
     """
 
     cross_k: Float[Array, "BG _ _"]
@@ -34,87 +49,105 @@ class Caches(NamedTuple):
     self_k: tuple[Float[Array, "E _ _"], ...]
     self_v: tuple[Float[Array, "E R K"], ...]
 
+    @property
+    def windows(self) -> int:
+        """W."""
+        return self.self_v[0].shape[0] // self.cross_v.shape[0]
+
 
 class DecodeState(NamedTuple):
     """All that decoding carries from token to token; one pytree, donated to each call.
 
-    Each row has its own clock, which says the slots of its rings, and its own time of birth; what it computes depends
-    on the time since then alone. So a row can be replaced at any time, and its sums run over the slots in one order
-    whatever its batch-mates do: a piece is the same to the last bit in whichever row, and whenever, it is made.
+    Each row has its own clock, which gives the slots of its rolling caches, and its own birth. What it computes depends
+    only on the time since then. So a row can be replaced at any time, and its sums run over the slots in one order
+    whatever the other rows do: a piece is the same to the last bit in any row, started at any time.
 
     Attributes:
-        clock_B: time of `pending`.
-        birth_B: clock at which the row's piece began; negative if its start lies before what was prefilled.
-        budget_B: the latent budget n.
-        recent_BxL: the last tokens, `pending` last: what the convolution reads.
-        keyboard: after `pending`; its time is what heads that count time go by.
-        memory: the notes up to `pending`, for a model that recalls.
-        heard: what the piece has been made of up to `pending`.
-        caches: keys and values of all tokens before `pending`.
-        grammar: what may follow `pending`.
-        steps_B: music made so far, in steps of 10 ms.
-        limit_B: a row has enough once its music is this long. It goes on as long as others on its device have
-            not.
-        keys_B: each row's own source of chance.
+        clock_B: time of the pending token, in tokens.
+        birth_B: clock at which the row's piece began; negative if its start was before what was prefilled.
+        latents_B: the number of latents n.
+        recent_BxL: the last tokens, the pending one last: what the convolution reads.
+        held_Bx128: how many notes of each pitch are held after the pending token.
+        keyboard: after the pending token.
+        notes: the last notes up to it.
+        match: their n-gram match, for a model with retrieval.
+        history: which notes the piece has had.
+        caches: keys and values of all tokens before the pending one.
+        prompt_end_B: time at which the prompt ends, in steps of 10 ms.
+        limit_B: a row is done once it has this much music after its prompt, in steps. It continues as long as other
+            rows on its device are not done.
+        rng_B: each row's random key.
         ended_B: whether the piece has ended by itself; from then on its tokens are `vocabulary.PAD`.
     """
 
     clock_B: Int[Array, " B"]
     birth_B: Int[Array, " B"]
-    budget_B: Int[Array, " B"]
+    latents_B: Int[Array, " B"]
     recent_BxL: Int[Array, "B L"]
+    held_Bx128: Int[Array, "B 128"]
     keyboard: Keyboard
-    memory: Memory | None
-    heard: Heard
+    notes: Notes
+    match: Match | None
+    history: NoteHistory
     caches: Caches
-    grammar: grammar.GrammarState
-    steps_B: Int[Array, " B"]
+    prompt_end_B: Int[Array, " B"]
     limit_B: Int[Array, " B"]
-    keys_B: Array
+    rng_B: Array
     ended_B: Bool[Array, " B"]
 
     @property
     def done_B(self) -> Bool[Array, " B"]:
-        """Which rows have ended or have enough music."""
-        return self.ended_B | (self.steps_B >= self.limit_B)
+        """Rows that have ended or have enough music."""
+        return self.ended_B | (self.keyboard.time - self.prompt_end_B >= self.limit_B)
+
+    @property
+    def age_B(self) -> Int[Array, " B"]:
+        """Position of the pending token in its piece."""
+        return self.clock_B - self.birth_B
+
+    @property
+    def grammar(self) -> GrammarState:
+        """What may follow the pending token. It means nothing in rows that have ended."""
+        return GrammarState(self.held_Bx128, self.keyboard.velocity, self.recent_BxL[:, -1])
+
+    def conditioning(self, config: ModelConfig) -> Conditioning:
+        """Conditioning features after the pending token."""
+        found = None if self.match is None else retrieval.retrieved(self.notes, self.match)
+        return Conditioning(self.keyboard, notes.latest(self.notes, config.onsets), found)
 
     def with_limit(self, limit_steps: int) -> "DecodeState":
-        """The state with another limit: a row is done once it has made `limit_steps` of music after its prompt."""
+        """The state with another limit: rows are done after `limit_steps` of music after their prompts."""
         return self._replace(limit_B=jnp.full_like(self.limit_B, limit_steps))
 
     def rows(self, rows: Sequence[int]) -> "DecodeState":
-        """A copy of the state of some rows of the batch, in this order; a row may be taken more than once."""
+        """A copy of the state of some rows, in this order; a row may be taken more than once."""
         B = self.birth_B.shape[0]
         index = np.asarray(rows, np.int32)
 
         def of_rows(leaf: Array) -> Array:
-            each = leaf.shape[0] // B  # cache rows a batch row
+            each = leaf.shape[0] // B  # cache rows of a batch row
             return leaf.reshape(B, each, *leaf.shape[1:])[index].reshape(len(index) * each, *leaf.shape[1:])
 
         return jax.tree.map(of_rows, jax.device_put(self, jax.local_devices()[0]))
 
     def replaced(self, row: int, newcomer: "DecodeState") -> "DecodeState":
-        """The state with another piece in one row, as `Decoder.start` made it alone; the other rows go on as they were.
+        """The state with another piece in one row, as `Decoder.start` made it; the other rows continue as they were.
 
         Args:
-            row: whose place the newcomer takes.
-            newcomer: a state of one row, with rings and windows of the same size; it can be used again. The state that
-                is replaced cannot: its buffers are taken over.
+            row: the row to replace.
+            newcomer: a state of one row, with caches and windows of the same size; it can be used again. The replaced
+                state cannot: its buffers are taken over.
         """
-        mesh = _mesh_of(self)
+        mesh = self._mesh()
         if mesh is not None:
             newcomer = jax.device_put(newcomer, NamedSharding(mesh, PartitionSpec()))
         return _replace_row(self, row, newcomer, mesh)
 
-
-_BY_ROWS = PartitionSpec("rows")
-
-
-def _mesh_of(state: DecodeState) -> Mesh | None:
-    """The devices that the rows were dealt to, or None."""
-    sharding = state.clock_B.sharding
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+    def _mesh(self) -> Mesh | None:
+        """The devices that the rows are sharded over, or None."""
+        sharding = self.clock_B.sharding
+        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
@@ -139,10 +172,10 @@ def _replace_row(
             (place >= 0) & (place < B), lambda state: with_row(state, place, newcomer), lambda state: state, state
         )
 
-    specs = (_BY_ROWS, PartitionSpec(), PartitionSpec())
-    return _on_each(on_device, mesh, specs)(state, jnp.asarray(row), newcomer)
+    specs = (BY_ROWS, PartitionSpec(), PartitionSpec())
+    return on_each_device(on_device, mesh, specs)(state, jnp.asarray(row), newcomer)
 
 
-def _on_each(function: Callable[..., Any], mesh: Mesh, in_specs: tuple[Any, ...]) -> Callable[..., Any]:
-    """The function on each device's rows; there is nothing between devices that would have to be checked."""
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=_BY_ROWS, check_vma=False)
+def on_each_device(function: Callable[..., Any], mesh: Mesh, in_specs: tuple[Any, ...]) -> Callable[..., Any]:
+    """The function on each device's rows. Nothing passes between devices, so nothing needs to be checked."""
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=BY_ROWS, check_vma=False)

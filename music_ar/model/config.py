@@ -1,11 +1,19 @@
-"""`ModelConfig` and the presets."""
+"""`ModelConfig`, the sizes of a model; `Compute`, how it computes; and the presets.
+
+Dimension key of the whole project, used as suffixes of names:
+    B batch, M inputs (the context), N latents, S rows of the cross-attention (kept prefix + N),
+    D width, H query heads, G key/value heads, K head size, F hidden width, V vocabulary, T any length,
+    P the two ways to count a position: in tokens and in steps of time.
+"""
 
 import dataclasses
+from typing import Literal
 
-from music_ar.features import keyboard, retrieval
+from music_ar.features import keyboard, notes, retrieval
 from music_ar.tokens import vocabulary
 
-_TOKENS_A_NOTE = 4  # of MAESTRO, on average
+_TOKENS_PER_NOTE = 4  # of MAESTRO, on average
+_MAY_BE_ZERO = ("onsets", "retrieval_notes", "time_heads", "label_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,28 +21,28 @@ class ModelConfig:
     """Sizes of a Perceiver AR. Saved as JSON beside the weights.
 
     Attributes:
-        context: M, the most input tokens that attention reads.
-        latents: N, the most latents it was trained with; N = M makes it a decoder-only Transformer.
+        context: M, the number of input tokens that attention reads.
+        latents: N, the largest number of latents in training; N = M makes it a decoder-only Transformer.
         width: D, channels of the residual stream.
         layers: self-attention blocks after the cross-attention.
         heads: H, query heads of every attention.
         kv_heads: G, key/value heads; each serves H / G query heads (grouped-query attention).
         head_size: K, channels of a head.
         hidden: F, channels inside the feed-forward blocks.
-        conv_width: taps of the causal depthwise convolution over the embeddings; 1 means none. A note is about
-            four tokens, so a key that carries its neighbours is a better key than a bare token.
-        onsets: how many of the last note-ons the model is told of at each position, beside the keys that are down (see
-            `keyboard`); 0 tells it of neither.
-        recall: among how many of the last notes, the newest included, a place like the present one is looked for, to
-            tell the model what followed there (see `recall`); 0 tells it of none. It may be far more than the context
-            holds.
-        time_heads: key/value heads (of G, the last ones) whose rotary positions count time, not tokens.
-        cross_depths: further cross-attends, each before the self block of that index; they share the keys and
-            values of the first.
-        view_size: how many numbers tell the model how a training window was made; see `PerceiverAR.__call__`.
+        conv_width: taps of the causal depthwise convolution over the embeddings; 1 means none. A note is about four
+            tokens, so a key that carries its neighbours is a better key than a bare token.
+        onsets: how many of the last note-ons are features at each position, beside the keyboard (see
+            `features.keyboard`); 0 turns both off.
+        retrieval_notes: among how many of the last notes n-gram retrieval searches (see `features.retrieval`); 0 turns
+            it off. It may be far more than the context holds.
+        time_heads: key/value heads (of G, the last ones) whose rotary positions count time instead of tokens.
+        label_size: numbers that describe how a training window was augmented; see `PerceiverAR.__call__`.
         rotary_fraction: share of each head's channels that is rotated by position.
         rotary_wavelength: longest wavelength of the rotary positions, in tokens.
         vocabulary_size: V, with padding and the two piece boundaries.
+
+    Raises:
+        ValueError: a size out of range, or sizes that do not fit together.
     """
 
     context: int = 4096
@@ -47,10 +55,9 @@ class ModelConfig:
     hidden: int = 1536
     conv_width: int = 1
     onsets: int = 0
-    recall: int = 0
+    retrieval_notes: int = 0
     time_heads: int = 0
-    cross_depths: tuple[int, ...] = ()
-    view_size: int = 0
+    label_size: int = 0
     rotary_fraction: float = 0.5
     rotary_wavelength: float = 10_000.0
     vocabulary_size: int = vocabulary.VOCABULARY_SIZE
@@ -58,7 +65,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("onsets", "recall", "time_heads", "view_size") else 1
+            least = 0 if field.name in _MAY_BE_ZERO else 1
             if field.type is int and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{field.name} must be a whole number of at least {least}, got {value!r}")
         if self.latents > self.context:
@@ -67,22 +74,22 @@ class ModelConfig:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
         if self.time_heads > self.kv_heads:
             raise ValueError(f"time_heads must be at most kv_heads = {self.kv_heads}, got {self.time_heads}")
+        self._check_rotary()
+        least = max(retrieval.LEAST_CAPACITY, self.onsets)
+        if 0 < self.retrieval_notes < least:
+            raise ValueError(f"retrieval_notes must be 0 or at least {least}, got {self.retrieval_notes}")
+
+    def _check_rotary(self) -> None:
         if not 0 <= self.rotary_fraction <= 1 or not self.rotary_wavelength > 0:
             raise ValueError(
-                "rotary_fraction must lie in 0..1 and rotary_wavelength above 0, got "
+                "rotary_fraction must be in 0..1 and rotary_wavelength above 0, got "
                 f"{self.rotary_fraction} and {self.rotary_wavelength}"
             )
         if self.rotary_size % 2:
             raise ValueError(
-                "rotary_fraction * head_size must be even, since channels turn in pairs; got "
+                "rotary_fraction * head_size must be even, since channels rotate in pairs; got "
                 f"{self.rotary_fraction} * {self.head_size}"
             )
-        if 0 < self.recall < retrieval.LEAST_REACH:
-            raise ValueError(f"recall must be 0 or at least {retrieval.LEAST_REACH}, got {self.recall}")
-        if any(not 0 <= depth < self.layers for depth in self.cross_depths):
-            raise ValueError(f"cross_depths must lie in 0..{self.layers - 1}, got {self.cross_depths}")
-        if len(set(self.cross_depths)) < len(self.cross_depths):
-            raise ValueError(f"cross_depths must differ, got {self.cross_depths}")
 
     @property
     def rotary_size(self) -> int:
@@ -91,24 +98,29 @@ class ModelConfig:
 
     @property
     def window(self) -> int:
-        """The inputs that a window for training or scoring holds: what attention reads, or what is recalled from."""
-        return max(self.context, _TOKENS_A_NOTE * self.recall)
+        """Inputs of a training or scoring window: what attention reads, or what retrieval searches if that is more."""
+        return max(self.context, _TOKENS_PER_NOTE * self.retrieval_notes)
 
-    def read(self, inputs: int) -> int:
-        """Of so many inputs, how many attention reads: with `recall` the last M, without it all."""
-        return min(inputs, self.context) if self.recall else inputs
+    @property
+    def notes_kept(self) -> int:
+        """Notes that decoding keeps for the features."""
+        return max(self.onsets, self.retrieval_notes)
+
+    def attended(self, inputs: int) -> int:
+        """How many of so many inputs attention reads: with retrieval the last M, without it all."""
+        return min(inputs, self.context) if self.retrieval_notes else inputs
 
     @property
     def feature_count(self) -> int:
-        """Numbers that the model is told at each position beside the token."""
-        of_keyboard = keyboard.feature_count(self.onsets) if self.onsets else 0
-        return of_keyboard + (retrieval.feature_count() if self.recall else 0)
+        """Number of conditioning features at each position."""
+        of_keyboard = keyboard.CHANNELS + notes.feature_count(self.onsets) if self.onsets else 0
+        return of_keyboard + (retrieval.feature_count() if self.retrieval_notes else 0)
 
     def flops_per_target(self, kept_prefix: int) -> float:
         """Floating-point operations of one training step per target token (forward and backward).
 
-        Counts two operations a multiply-add, three passes, causal attention at half of its square, and only
-        the work the architecture asks for: what an implementation does on top of it is not credited.
+        Counts two operations per multiply-add, three passes, causal attention at half of its square, and only the work
+        that the architecture asks for: what an implementation does on top of it is not credited.
 
         Args:
             kept_prefix: prefix positions kept after the prefix dropout.
@@ -118,24 +130,41 @@ class ModelConfig:
         feed_forward = 2 * self.width * self.hidden
         self_block = self.width * (2 * attention_width + kv_width) + feed_forward
         cross_block = 2 * self.width * attention_width + feed_forward
-        crosses = 1 + len(self.cross_depths)
         inputs = (kv_width + self.feature_count) * (kept_prefix + self.latents) / self.latents
         head = self.width * self.vocabulary_size
-        matrices = self.layers * self_block + crosses * cross_block + self.width * (inputs + self.width) + head
-        cross_scores = crosses * 2 * attention_width * (kept_prefix + self.latents / 2)
+        matrices = self.layers * self_block + cross_block + self.width * (inputs + self.width) + head
+        cross_scores = 2 * attention_width * (kept_prefix + self.latents / 2)
         self_scores = self.layers * 2 * attention_width * self.latents / 2
         return 6 * (matrices + cross_scores + self_scores)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How a model computes; `music_ar.decoding.backend.select` chooses it for a device.
+
+    Attributes:
+        dtype: of matrix products. Parameters and logits are float32 in any case.
+        attention: implementation of causal attention; "cudnn" needs an NVIDIA GPU and bfloat16.
+
+    Raises:
+        ValueError: cuDNN attention with float32.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["xla", "cudnn"] = "xla"
+
+    def __post_init__(self) -> None:
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(f"cuDNN attention needs bfloat16, got {self.dtype}")
+
+
 _SMALL = ModelConfig(
-    width=512, layers=8, heads=8, kv_heads=2, hidden=1536, conv_width=8, onsets=8, recall=4096, time_heads=1
+    width=512, layers=8, heads=8, kv_heads=2, hidden=1536, conv_width=8, onsets=8, retrieval_notes=4096, time_heads=1
 )
-
-
 PRESETS: dict[str, ModelConfig] = {
     # About 22 million parameters, in few layers, since each costs time when decoding.
     "small": _SMALL,
-    # About 55 million; `small` can grow into it (see `growth`).
+    # About 55 million; `small` can be expanded to it (see `expansion`).
     "medium": dataclasses.replace(_SMALL, width=768, layers=10, heads=12, kv_heads=3, hidden=2048),
     # The control: a decoder-only Transformer of the same size as `small`.
     "small-decoder": dataclasses.replace(_SMALL, context=2048, latents=2048),

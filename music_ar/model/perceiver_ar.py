@@ -1,91 +1,98 @@
 """Perceiver AR (Hawthorne et al., ICML 2022, arXiv 2202.07765) in Flax NNX.
 
-M inputs are read by N latents, the last N positions, in one cross-attention; a causal Transformer over the
-latents does the rest. Cost grows with N * M once and with N * N per layer, so M can be long. With N = M and no
-dropped prefix it is an ordinary decoder-only Transformer, which is our control.
-
-Dimension key, used as suffixes of names:
-    B batch, M inputs (the context), N latents, S rows of the cross-attention (kept prefix + N),
-    D width, H query heads, G key/value heads, K head size, F hidden width, V vocabulary, T any length,
-    P the two ways to count a position: in tokens and in steps of time.
+M inputs are read by N latents, the last N positions, in one cross-attention; a causal Transformer over the latents does
+the rest. Cost grows with N * M once and with N * N per layer, so M can be long. With N = M and no dropped prefix it is
+an ordinary decoder-only Transformer, which is our control. The dimension key is in `config`.
 """
 
 import math
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from music_ar.features import keyboard, retrieval
-from music_ar.features.keyboard import Classes, Keyboard
-from music_ar.features.retrieval import Recalled
-from music_ar.model.attention import Block, causal_attention, default_dtype
-from music_ar.model.config import ModelConfig
+from music_ar.features import categorical, keyboard, notes, retrieval
+from music_ar.features.categorical import Categorical
+from music_ar.features.keyboard import Keyboard
+from music_ar.features.notes import Onsets
+from music_ar.features.retrieval import Retrieved
+from music_ar.model.attention import Block, Matrix, causal_attention, linear
+from music_ar.model.config import Compute, ModelConfig
 from music_ar.tokens import vocabulary
 
 
-class Told(NamedTuple):
-    """What the model is told at each position beside the token; any leading batch shape.
+class Conditioning(NamedTuple):
+    """Conditioning features after each token; any leading batch shape.
 
     Attributes:
-        keyboard: after the token.
-        recalled: after the token; None if the model recalls nothing.
+        keyboard: the keyboard.
+        onsets: the last notes.
+        retrieved: what followed the last similar passage; None for a model without retrieval.
     """
 
     keyboard: Keyboard
-    recalled: Recalled | None
+    onsets: Onsets
+    retrieved: Retrieved | None
 
 
-@runtime_checkable
-class Gathering(Protocol):
-    """A layer that can stand in an `nnx.Linear`'s place and takes classes as they are, not as one-hot numbers."""
+class FeatureProjection(nnx.Module):
+    """A linear map of features into the residual stream, without bias; zero in a new model.
 
-    def gather(self, numbers: Array | None, classes: list[Classes]) -> Array:
-        """What the linear layer would make of the numbers and, behind them, of `keyboard.one_hot` of the classes."""
-        ...
+    Args:
+        numbers: how many numeric features.
+        classes: how many one-hot features behind them.
+        width: D.
+        dtype: of the product.
+        rngs: unused by zeros, but part of every initializer.
+    """
+
+    def __init__(self, numbers: int, classes: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.kernel = Matrix(nnx.initializers.zeros(rngs.params(), (numbers + classes, width)))
+        self.numbers, self.dtype = numbers, dtype
+
+    def __call__(self, numbers: Array | None, categories: list[Categorical]) -> Float[Array, "*B D"]:
+        """The product of `features` and the kernel."""
+        return self.features(numbers, categories).astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+
+    @staticmethod
+    def features(numbers: Array | None, categories: list[Categorical]) -> Float[Array, "*B _"]:
+        """The numbers and, behind them, the one-hot encoding of the categories."""
+        hot = categorical.one_hot(categories)
+        return hot if numbers is None else jnp.concatenate([numbers, hot], axis=-1)
 
 
 class PerceiverAR(nnx.Module):
     """The model: event tokens in, logits of the next token at the last N positions out.
 
-    Parameters are float32; matrix products run in `dtype` (default: `default_dtype()`), logits are float32.
+    Parameters and logits are float32; matrix products run in `compute.dtype`.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype | None = None):
-        self.config = config
-        self.dtype = dtype = jnp.dtype(dtype) if dtype is not None else default_dtype()
-        zeros = nnx.initializers.zeros
-        self.embedding = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (config.vocabulary_size, config.width)))
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, compute: Compute = Compute()):
+        self.config, self.compute = config, compute
+        dtype, width, zeros = self.dtype, config.width, nnx.initializers.zeros
+        self.embedding = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (config.vocabulary_size, width)))
         if config.conv_width > 1:
-            self.conv = nnx.Param(jnp.zeros((config.conv_width, config.width)))
+            self.conv = nnx.Param(jnp.zeros((config.conv_width, width)))
         if config.onsets:
-            self.keyboard = nnx.Linear(
-                keyboard.feature_count(config.onsets),
-                config.width,
-                use_bias=False,
-                dtype=dtype,
-                kernel_init=zeros,
-                rngs=rngs,
-            )
-        if config.recall:
-            self.recall = nnx.Linear(
-                retrieval.feature_count(), config.width, use_bias=False, dtype=dtype, kernel_init=zeros, rngs=rngs
-            )
-        if config.view_size:
-            self.view = nnx.Linear(
-                config.view_size, config.width, use_bias=False, dtype=dtype, kernel_init=zeros, rngs=rngs
-            )
-        self.context_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
-        self.latent = nnx.Linear(config.width, config.width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.cross = Block(config, dtype=dtype, rngs=rngs)
-        self.further_crosses = nnx.List(
-            [Block(config, own_keys=False, dtype=dtype, rngs=rngs) for _ in config.cross_depths]
-        )
-        self.blocks = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
-        self.final_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
-        self.head = nnx.Linear(config.width, config.vocabulary_size, dtype=dtype, kernel_init=zeros, rngs=rngs)
+            classes = notes.feature_count(config.onsets)
+            self.keyboard = FeatureProjection(keyboard.CHANNELS, classes, width, dtype=dtype, rngs=rngs)
+        if config.retrieval_notes:
+            self.retrieval = FeatureProjection(0, retrieval.feature_count(), width, dtype=dtype, rngs=rngs)
+        if config.label_size:
+            self.label = linear(config.label_size, width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.context_norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
+        self.latent = linear(width, width, kernel_init=nnx.initializers.lecun_normal(), dtype=dtype, rngs=rngs)
+        self.cross = Block(config, compute=compute, rngs=rngs)
+        self.blocks = nnx.List([Block(config, compute=compute, rngs=rngs) for _ in range(config.layers)])
+        self.final_norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(width, config.vocabulary_size, dtype=dtype, kernel_init=zeros, rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The type of matrix products."""
+        return jnp.dtype(self.compute.dtype)
 
     def __call__(
         self,
@@ -94,87 +101,75 @@ class PerceiverAR(nnx.Module):
         latents: int | None = None,
         kept_prefix: int | None = None,
         dropout: float = 0.0,
-        input_dropout: float = 0.0,
-        view_BxC: Float[Array, "B C"] | None = None,
+        labels_BxC: Float[Array, "B C"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "B N V"]:
         """Logits of the token that follows each of the last N inputs.
 
         Args:
-            tokens_BxT: inputs, left-padded with `vocabulary.PAD`; any T up to what memory allows. Attention reads the last
-                M = `config.read(T)` of them; a model that recalls recalls from all.
+            tokens_BxT: inputs, left-padded with `vocabulary.PAD`; any T up to what memory allows. Attention reads the
+                last M = `config.attended(T)` of them; retrieval searches all.
             latents: N, at most M; default `config.latents`.
             kept_prefix: training only: how many of the M - N prefix positions to keep, drawn anew for each row
                 (cross-attend dropout by gather: dropped positions cost nothing). Default: all. Needs `key`.
             dropout: rate of the residual dropout. Needs `key`.
-            input_dropout: share of the inputs that are hidden: they are read as `vocabulary.END`, which is never an input
-                otherwise. (As zeros they would do harm: the gradient of a norm at zero is a thousandfold, at each layer
-                anew.) Needs `key`.
-            view_BxC: training only: how each window differs from music as it is, C = `config.view_size` numbers, all
-                0 for not at all, as where None is given. What is made or scored is music as it is. (Telling keeps
-                what augmentation adds apart: Jun et al., "Distribution augmentation for generative modeling", 2020.)
-            key: randomness for these three.
+            labels_BxC: training only: how each window was augmented, C = `config.label_size` numbers, all 0 for not at
+                all, as where None is given. Scoring and generation are unaugmented. (Conditioning on the augmentation
+                keeps its distribution apart: Jun et al., "Distribution augmentation for generative modeling", 2020.)
+            key: randomness for prefix and dropout.
 
         Returns:
-            float32 logits [B, N, V]; row k belongs to input position T - N + k. Rows at padding mean nothing.
+            float32 logits [B, N, V]; row k belongs to input position T - N + k. Rows at padding are meaningless.
+
+        Raises:
+            ValueError: `latents` out of range, or randomness without `key`.
         """
-        M = self.config.read(tokens_BxT.shape[1])
+        M = self.config.attended(tokens_BxT.shape[1])
         N = min(self.config.latents, M) if latents is None else latents
         if not 1 <= N <= M:
-            raise ValueError(f"latents must lie in 1..{M}, the number of inputs that are read; got {N}")
-        if key is None and max(dropout, input_dropout) > 0:
-            raise ValueError(f"dropout = {dropout} and input_dropout = {input_dropout} need a key")
-        prefix_key, dropout_key, input_key = (None, None, None) if key is None else jax.random.split(key, 3)
+            raise ValueError(f"latents must be in 1..{M}, the number of inputs that attention reads; got {N}")
+        if key is None and dropout > 0:
+            raise ValueError(f"dropout = {dropout} needs a key")
+        prefix_key, dropout_key = (None, None) if key is None else jax.random.split(key)
         drop = nnx.Dropout(dropout, deterministic=key is None, rngs=None if key is None else nnx.Rngs(dropout_key))
 
-        if input_key is not None and input_dropout > 0:
-            hidden_BxT = jax.random.bernoulli(input_key, input_dropout, tokens_BxT.shape)
-            tokens_BxT = jnp.where(hidden_BxT & (tokens_BxT != vocabulary.PAD), vocabulary.END, tokens_BxT)
-        told_BxM, tokens_BxM = self.told(tokens_BxT, M), tokens_BxT[:, -M:]
+        conditioning_BxM, tokens_BxM = self.conditioning(tokens_BxT, M), tokens_BxT[:, -M:]
         rows = _lay_out(tokens_BxM, N, kept_prefix, prefix_key)
-        told_BxS = jax.tree.map(lambda leaf: _take(leaf, rows.positions_BxS), told_BxM)
-        embedded_BxSxD = self.tell(_take(self.embed(tokens_BxM), rows.positions_BxS), told_BxS)
-        if view_BxC is not None:
-            embedded_BxSxD = embedded_BxSxD + self.view(view_BxC.astype(self.dtype))[:, None]
-        positions_BxSxP = jnp.stack([rows.positions_BxS, told_BxS.keyboard.step], axis=-1)
+        conditioning_BxS = jax.tree.map(lambda leaf: _take(leaf, rows.positions_BxS), conditioning_BxM)
+        embedded_BxSxD = self.condition(_take(self.embed(tokens_BxM), rows.positions_BxS), conditioning_BxS)
+        if labels_BxC is not None:
+            embedded_BxSxD = embedded_BxSxD + self.label(labels_BxC.astype(self.dtype))[:, None]
+        positions_BxSxP = jnp.stack([rows.positions_BxS, conditioning_BxS.keyboard.time], axis=-1)
 
         k, v = self.cross.keys_values(self.context_norm(embedded_BxSxD), positions_BxSxP)
         positions_BxNxP = _take(positions_BxSxP, rows.latent_BxN)
         x_BxNxD = self.latent(_take(embedded_BxSxD, rows.latent_BxN))
         x_BxNxD = _attend_context(self.cross, x_BxNxD, positions_BxNxP, rows, k, v, drop)
-        further = dict(zip(self.config.cross_depths, self.further_crosses, strict=True))
-        for depth, block in enumerate(self.blocks):
-            if depth in further:
-                x_BxNxD = _attend_context(further[depth], x_BxNxD, positions_BxNxP, rows, k, v, drop)
+        for block in self.blocks:
             x_BxNxD = block.attend_self(x_BxNxD, positions_BxNxP, drop)
         return self.logits(_take(x_BxNxD, rows.right_aligned_BxN))
 
-    def told(self, tokens_BxT: Int[Array, "B T"], last: int) -> Told:
-        """What the model is told after each of the last tokens; the keyboard is untouched before the first of them."""
-        recalled = retrieval.after_each(tokens_BxT, self.config.recall, jnp, last=last) if self.config.recall else None
-        return Told(keyboard.after_each(tokens_BxT[:, -last:], self.config.onsets, jnp), recalled)
+    def conditioning(self, tokens_BxT: Int[Array, "B T"], last: int) -> Conditioning:
+        """Features after each of the last tokens; the keyboard is untouched before the first of them."""
+        config, last_BxL = self.config, tokens_BxT[:, -last:]
+        found = retrieval.scan_each(tokens_BxT, config.retrieval_notes, last) if config.retrieval_notes else None
+        return Conditioning(keyboard.scan_each(last_BxL), notes.scan_each(last_BxL, config.onsets), found)
 
-    def tell(self, embedded: Array, told: Told) -> Float[Array, "*B D"]:
-        """Embedded tokens with what the model is told beside them."""
+    def condition(self, embedded: Array, conditioning: Conditioning) -> Float[Array, "*B D"]:
+        """Embedded tokens with their features added."""
         if self.config.onsets:
-            numbers, classes = keyboard.channels(told.keyboard, jnp), keyboard.classes(told.keyboard, jnp)
-            embedded = embedded + self._read(self.keyboard, numbers, classes)
-        if told.recalled is not None:
-            embedded = embedded + self._read(self.recall, None, retrieval.classes(told.recalled, jnp))
+            state, onsets = conditioning.keyboard, conditioning.onsets
+            features = self.keyboard(keyboard.channels(state), notes.categories(onsets, state.time))
+            embedded = embedded + features
+        if conditioning.retrieved is not None:
+            embedded = embedded + self.retrieval(None, retrieval.categories(conditioning.retrieved))
         return embedded
-
-    def _read(self, layer: nnx.Linear | Gathering, numbers: Array | None, classes: list[Classes]) -> Array:
-        """What a layer, or one that gathers in its place, makes of numbers and of classes."""
-        if isinstance(layer, Gathering):
-            return layer.gather(numbers, classes).astype(self.dtype)
-        hot = keyboard.one_hot(classes, jnp)
-        return layer((hot if numbers is None else jnp.concatenate([numbers, hot], axis=-1)).astype(self.dtype))
 
     def embed(self, tokens_BxT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings with the causal depthwise convolution over them; padding is zero.
 
-        The look-up is a product with one-hot rows: exact, and its gradient is a product too, where a gather's
-        would be a scatter into 391 crowded rows.
+        The look-up is a product with one-hot rows: exact, and its gradient is a product too, where a gather's would be
+        a scatter into 391 crowded rows.
         """
         one_hot_BxTxV = jax.nn.one_hot(tokens_BxT, self.config.vocabulary_size, dtype=self.dtype)
         table_VxD = self.embedding[...].at[vocabulary.PAD].set(0.0).astype(self.dtype)
@@ -191,7 +186,7 @@ class PerceiverAR(nnx.Module):
         return x_BxTxD + sum(shifted)
 
     def embed_last(self, tokens_BxW: Int[Array, "B W"]) -> Float[Array, "B D"]:
-        """What `embed` gives for the last of a row's most recent W = conv_width tokens."""
+        """What `embed` gives for the last of each row's latest W = conv_width tokens, by look-up."""
         rows_BxWxD = self.embedding[...][tokens_BxW].astype(self.dtype) * (tokens_BxW != vocabulary.PAD)[..., None]
         if self.config.conv_width == 1:
             return rows_BxWxD[:, -1]
@@ -204,10 +199,10 @@ class PerceiverAR(nnx.Module):
 
 
 class _Rows(NamedTuple):
-    """How the kept inputs lie in the S rows of the cross-attention.
+    """The order of the kept inputs in the S rows of the cross-attention.
 
-    Real inputs come first, in order; padding is moved to the end. Fused causal attention takes no mask, but
-    a row never sees later rows, so padding at the end is never seen.
+    Real inputs come first, in order; padding is moved to the end. Fused causal attention takes no mask, but a row never
+    sees later rows, so padding at the end is never seen.
 
     Attributes:
         positions_BxS: input position of each row.
@@ -244,7 +239,7 @@ def _lay_out(tokens_BxM: Array, N: int, kept_prefix: int | None, key: Array | No
 
 
 def _take(x_BxTx: Array, index_BxR: Array) -> Array:
-    """Rows of each batch entry, none twice (which makes the gradient a plain write, not an atomic sum)."""
+    """Rows of each batch entry, none twice, which makes the gradient a plain write instead of an atomic sum."""
     rows = jax.vmap(lambda x, index: x.at[index].get(unique_indices=True, mode="promise_in_bounds"))
     return rows(x_BxTx, index_BxR)
 
@@ -259,9 +254,10 @@ def _put(x_BxNx: Array, index_BxN: Array, size: int) -> Array:
 def _attend_context(
     block: Block, x_BxNxD: Array, positions_BxNxP: Array, rows: _Rows, k: Array, v: Array, dropout: nnx.Dropout
 ) -> Array:
-    """A cross block: the latents' queries are put among the S rows, so that attention is square and causal."""
+    """The cross block: the latents' queries are put among the S rows, so that attention is square and causal."""
     q_BxSxHxK = _put(block.queries(x_BxNxD, positions_BxNxP), rows.latent_BxN, k.shape[1])
-    return block.add(x_BxNxD, _take(causal_attention(q_BxSxHxK, k, v), rows.latent_BxN), dropout)
+    attended_BxSxHxK = causal_attention(q_BxSxHxK, k, v, block.compute)
+    return block.add(x_BxNxD, _take(attended_BxSxHxK, rows.latent_BxN), dropout)
 
 
 def parameter_count(model: PerceiverAR) -> int:

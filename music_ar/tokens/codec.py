@@ -1,14 +1,9 @@
-"""`Performance` <-> event tokens: vocabulary, encoding, grammar, fingerprint.
+"""`Performance` <-> event tokens.
 
-The 388 event classes, their order and the encoding are those of note-seq 0.0.5's `Performance` with
-`PerformanceOneHotEncoding(num_velocity_bins=32, max_shift_steps=100)` at 100 steps a second, as used by Music
-Transformer and Perceiver AR (Hawthorne et al. 2022, section 5.2); three control tokens follow them.
-Time is counted in steps of 10 ms.
-
-All 1276 files of MAESTRO v3.0.0 were read and encoded here and by note-seq: the times agree to the last bit and the
-tokens one for one. No time rounds the other way, because `music_ar.midi` computes seconds as pretty_midi does.
-Only one order is not note-seq's: that of two notes of one pitch which different instruments strike at the very
-same time.
+Encoding and order are those of note-seq 0.0.5's `Performance` (see `vocabulary`). All 1276 files of MAESTRO v3.0.0 were
+read and encoded here and by note-seq: times agree to the last bit, tokens one for one. No time rounds the other way,
+because `music_ar.midi` computes seconds as pretty_midi does. One order differs from note-seq's: that of two notes of
+one pitch that different instruments strike at the very same time.
 """
 
 from typing import NamedTuple
@@ -17,10 +12,9 @@ import numpy as np
 from jaxtyping import Int32, Int64, Integer, Shaped
 
 from music_ar.midi.performance import Performance
-from music_ar.tokens.grammar import _by_pitch, _stray_offs
+from music_ar.tokens.grammar import by_pitch, stray_note_offs
 from music_ar.tokens.vocabulary import (
     DEFAULT_VELOCITY_BIN,
-    EVENT_CLASSES,
     MAX_SHIFT_STEPS,
     NOTE_OFF,
     NOTE_ON,
@@ -31,8 +25,10 @@ from music_ar.tokens.vocabulary import (
     VELOCITY_BIN_SIZE,
     VOCABULARY_SIZE,
     EventError,
-    _flat_integers,
+    flat_integers,
+    is_note,
     is_shift,
+    is_velocity,
 )
 
 
@@ -45,7 +41,7 @@ def encode(performance: Performance) -> Int32[np.ndarray, " T"]:
     """The event tokens of a performance, all below `EVENT_CLASSES`: no `START`, no `END`.
 
     Within a step the note-offs come first, then the note-ons, each in the order of (onset, pitch) of their notes.
-    A note that is shorter than a step lasts one step. A velocity is told where it changes.
+    A note shorter than a step lasts one step. A velocity token is written where the velocity bin changes.
 
     Raises:
       EventError: the performance lasts more than 2**31 steps (248 days).
@@ -55,41 +51,50 @@ def encode(performance: Performance) -> Int32[np.ndarray, " T"]:
     n = len(performance)
     on_step = quantize(performance.onset_s)
     off_step = np.maximum(quantize(performance.offset_s), on_step + 1)
-    # The notes are sorted already, so a note's index breaks ties. A note that ends in a step began in an earlier
-    # one, hence has a lower index than any note that begins in it: offs come before ons.
-    # The stable sort merges the sorted runs that are there.
+    # Notes are sorted, so their index breaks ties. A note that ends in a step began in an earlier one and has a lower
+    # index than any note that begins in it: note-offs come before note-ons. A stable sort is fast on sorted runs.
     order = np.argsort(np.concatenate([off_step, on_step]) * n + np.tile(np.arange(n), 2), kind="stable")
-    step = np.concatenate([off_step, on_step])[order]
-    is_on = order >= n
-    note_token = np.concatenate([NOTE_OFF + performance.pitch, NOTE_ON + performance.pitch])[order]
+    # A note-on with a new velocity appears twice, and the first of the two becomes the velocity.
+    bins = (performance.velocity - 1) // VELOCITY_BIN_SIZE
+    changes = np.flatnonzero(np.diff(bins, prepend=-1))
+    places = np.flatnonzero(order >= n)[changes]  # note-ons are in the order of the notes
+    order = np.insert(order, places, order[places])
+    events = np.concatenate([NOTE_OFF + performance.pitch, NOTE_ON + performance.pitch])[order]
+    events[places + np.arange(len(places))] = VELOCITY + bins[changes]
+    return with_time_shifts(events, np.concatenate([off_step, on_step])[order])[0]
 
-    bins = (performance.velocity - 1) // VELOCITY_BIN_SIZE + 1
-    velocity_changes = np.zeros(2 * n, bool)
-    velocity_changes[is_on] = np.diff(bins, prepend=0) != 0  # the note-ons appear in the order of the notes
 
-    wait = np.diff(step, prepend=0)
-    shifts = -(-wait // MAX_SHIFT_STEPS)
-    end = np.cumsum(shifts + velocity_changes + 1)  # each event: shifts, maybe a velocity, the note token
-    tokens = np.full(end[-1] if n else 0, TIME_SHIFT + MAX_SHIFT_STEPS - 1, np.int32)
-    tokens[end - 1] = note_token
-    tokens[(end - 2)[velocity_changes]] = VELOCITY + bins[velocity_changes[is_on]] - 1
-    last_shift = (end - 2 - velocity_changes)[shifts > 0]
-    tokens[last_shift] = TIME_SHIFT + (wait[shifts > 0] - 1) % MAX_SHIFT_STEPS
-    return tokens
+def with_time_shifts(
+    events: Integer[np.ndarray, " E"], steps: Int64[np.ndarray, " E"]
+) -> tuple[Integer[np.ndarray, " T"], Int64[np.ndarray, " E"]]:
+    """Events with the time shifts between them, of the events' type, and the number of shifts before each event.
+
+    Args:
+      events: note-ons, note-offs and velocities.
+      steps: the time of each event in steps, not decreasing.
+    """
+    waits = np.diff(steps, prepend=0)
+    shift_counts = -(-waits // MAX_SHIFT_STEPS)
+    positions = np.cumsum(shift_counts + 1) - 1
+    tokens = np.full(len(events) + int(shift_counts.sum()), TIME_SHIFT + MAX_SHIFT_STEPS - 1, events.dtype)
+    tokens[positions] = events
+    waiting = np.flatnonzero(shift_counts)
+    tokens[positions[waiting] - 1] = TIME_SHIFT + (waits[waiting] - 1) % MAX_SHIFT_STEPS
+    return tokens, shift_counts
 
 
 def event_steps(tokens: Integer[np.ndarray, " T"]) -> Int64[np.ndarray, " T"]:
-    """The time of each token, in steps: the sum of the shifts before it."""
-    tokens = _flat_integers(tokens)
+    """Time of each token in steps: the sum of the shifts before it."""
+    tokens = flat_integers(tokens)
     shift = np.where(is_shift(tokens), tokens - (TIME_SHIFT - 1), 0)
     return np.cumsum(shift) - shift
 
 
 class DecodeReport(NamedTuple):
-    """What `decode` had to mend.
+    """What `decode` had to repair.
 
     Attributes:
-      dangling_notes: notes without a note-off, closed at the last step.
+      dangling_notes: notes without a note-off, ended at the last step.
       stray_note_offs: note-offs of a pitch that was not held, ignored.
       unknown_tokens: tokens outside the vocabulary, ignored.
     """
@@ -100,12 +105,12 @@ class DecodeReport(NamedTuple):
 
 
 def decode(tokens: Shaped[np.ndarray, "..."]) -> Performance:
-    """The performance that event tokens describe; any integer array has one. See `decode_report`."""
+    """The performance that event tokens describe; any integer array describes one. See `decode_report`."""
     return decode_report(tokens)[0]
 
 
 def decode_report(tokens: Shaped[np.ndarray, "..."]) -> tuple[Performance, DecodeReport]:
-    """The performance that event tokens describe, and what had to be mended in them.
+    """The performance that event tokens describe, and what had to be repaired.
 
     A note-off ends the oldest held note of its pitch, as in note-seq. `PAD`, `START`, `END` and whatever is outside
     the vocabulary are skipped, stray note-offs too; notes left without a note-off end with the last event. Every
@@ -114,41 +119,61 @@ def decode_report(tokens: Shaped[np.ndarray, "..."]) -> tuple[Performance, Decod
     Raises:
       EventError: `tokens` is not a flat integer array.
     """
-    tokens = _flat_integers(tokens)
+    tokens = flat_integers(tokens)
     step = event_steps(tokens)
-    velocity = _velocity_bins(tokens)
-    is_note = (tokens >= 0) & (tokens < TIME_SHIFT)
-    position = np.flatnonzero(is_note)
-    position = position[_by_pitch(tokens[position])]
-    pitch = tokens[position] % PITCHES
-    is_on = tokens[position] < NOTE_OFF
-
-    stray = _stray_offs(pitch, is_on)
-    on, on_pitch = position[is_on], pitch[is_on]
-    off, off_pitch = position[~is_on & ~stray], pitch[~is_on & ~stray]
-    # The k-th note-off of a pitch ends its k-th note-on.
-    rank = np.arange(len(off)) - np.searchsorted(off_pitch, off_pitch)
-    ended = np.searchsorted(on_pitch, off_pitch) + rank
-    off_step = np.full(len(on), length_steps(tokens))
-    off_step[ended] = step[off]
+    pairs = pair_notes(tokens)
+    off_step = np.where(pairs.off >= 0, step[pairs.off], length_steps(tokens))
     performance = Performance(
-        onset_s=step[on] / STEPS_PER_SECOND,
-        offset_s=np.maximum(off_step, step[on] + 1) / STEPS_PER_SECOND,
-        pitch=on_pitch,
-        velocity=1 + (velocity[on] - 1) * VELOCITY_BIN_SIZE,
+        onset_s=step[pairs.on] / STEPS_PER_SECOND,
+        offset_s=np.maximum(off_step, step[pairs.on] + 1) / STEPS_PER_SECOND,
+        pitch=tokens[pairs.on],
+        velocity=lowest_velocity(velocity_bins(tokens)[pairs.on]),
     )
     unknown = int(((tokens < 0) | (tokens >= VOCABULARY_SIZE)).sum())
-    return performance, DecodeReport(len(on) - len(off), int(stray.sum()), unknown)
+    return performance, DecodeReport(int((pairs.off < 0).sum()), pairs.stray_note_offs, unknown)
+
+
+class NotePairs(NamedTuple):
+    """The notes of a token sequence, by pitch and then by position.
+
+    Attributes:
+      on: `int64 [n]`, index of each note-on.
+      off: `int64 [n]`, index of its note-off, -1 if the note is still held at the end.
+      stray_note_offs: note-offs of a pitch that was not held.
+    """
+
+    on: Int64[np.ndarray, " n"]
+    off: Int64[np.ndarray, " n"]
+    stray_note_offs: int
+
+
+def pair_notes(tokens: Int64[np.ndarray, " T"]) -> NotePairs:
+    """Pairs note-ons with note-offs: a note-off ends the oldest held note of its pitch."""
+    position = np.flatnonzero(is_note(tokens))
+    position = position[by_pitch(tokens[position])]
+    pitch, note_on = tokens[position] % PITCHES, tokens[position] < NOTE_OFF
+    stray = stray_note_offs(pitch, note_on)
+    on, off = position[note_on], position[~note_on & ~stray]
+    # The k-th note-off of a pitch ends its k-th note-on.
+    off_pitch = tokens[off] % PITCHES
+    rank = np.arange(len(off)) - np.searchsorted(off_pitch, off_pitch)
+    ends = np.full(len(on), -1)
+    ends[np.searchsorted(tokens[on], off_pitch) + rank] = off
+    return NotePairs(on, ends, int(stray.sum()))
+
+
+def lowest_velocity(bins: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """The lowest MIDI velocity of each bin: 1, 5, … 125."""
+    return 1 + (bins - 1) * VELOCITY_BIN_SIZE
 
 
 def length_steps(tokens: Integer[np.ndarray, " T"]) -> int:
-    """The time after the last token, in steps: the sum of all shifts."""
-    tokens = _flat_integers(tokens)
+    """Time after the last token in steps: the sum of all shifts."""
+    tokens = flat_integers(tokens)
     return int((tokens[is_shift(tokens)] - (TIME_SHIFT - 1)).sum())
 
 
-def _velocity_bins(tokens: Int64[np.ndarray, " T"]) -> Int64[np.ndarray, " T"]:
-    """The velocity bin in force at each token."""
-    is_velocity = (tokens >= VELOCITY) & (tokens < EVENT_CLASSES)
-    last = np.maximum.accumulate(np.where(is_velocity, np.arange(len(tokens)), -1))
-    return np.where(last >= 0, tokens[last] - (VELOCITY - 1), DEFAULT_VELOCITY_BIN)
+def velocity_bins(tokens: Int64[np.ndarray, " T"], before: int = DEFAULT_VELOCITY_BIN) -> Int64[np.ndarray, " T"]:
+    """The velocity bin in force at each token; `before` is the one in force before the first."""
+    last = np.maximum.accumulate(np.where(is_velocity(tokens), np.arange(len(tokens)), -1))
+    return np.where(last >= 0, tokens[last] - (VELOCITY - 1), before)

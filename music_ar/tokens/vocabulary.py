@@ -1,4 +1,9 @@
-"""The event vocabulary: token classes, their ranges, and the fingerprint that names them."""
+"""The event vocabulary: token types, their ranges, and the fingerprint that identifies them.
+
+The 388 event classes and their order are those of note-seq 0.0.5's `PerformanceOneHotEncoding(num_velocity_bins=32,
+max_shift_steps=100)` at 100 steps a second, as in Music Transformer and Perceiver AR (Hawthorne et al. 2022, section
+5.2). Three control tokens follow them. Time is counted in steps of 10 ms.
+"""
 
 import hashlib
 import json
@@ -8,57 +13,30 @@ import numpy as np
 from jaxtyping import Int64
 
 PITCHES = 128
-
-
 STEPS_PER_SECOND = 100
-
-
 MAX_SHIFT_STEPS = 100
-
-
 VELOCITY_BINS = 32
-
-
 VELOCITY_BIN_SIZE = 128 // VELOCITY_BINS
 
-
 NOTE_ON = 0  # + pitch 0..127
-
-
 NOTE_OFF = NOTE_ON + PITCHES  # + pitch 0..127
-
-
 TIME_SHIFT = NOTE_OFF + PITCHES  # + steps - 1, for 1..100 steps
-
-
 VELOCITY = TIME_SHIFT + MAX_SHIFT_STEPS  # + bin - 1, for bins 1..32
-
-
 EVENT_CLASSES = VELOCITY + VELOCITY_BINS
-
-
 PAD = EVENT_CLASSES
-
-
 START = PAD + 1
-
-
 END = START + 1
-
-
 VOCABULARY_SIZE = END + 1
 
+TYPE_STARTS = (NOTE_OFF, TIME_SHIFT, VELOCITY, EVENT_CLASSES)
+"""Where each token type after note-ons begins; the last type is the control tokens."""
 
-KIND_STARTS = (NOTE_OFF, TIME_SHIFT, VELOCITY, EVENT_CLASSES)
-"""Where each kind of token after note-ons begins; the last is the control tokens."""
-
-
-# The bin of a note-on that no velocity precedes, as in a window cut from the middle of a piece.
 DEFAULT_VELOCITY_BIN = 16
+"""The bin of a note-on that no velocity token precedes, as in a window cut from the middle of a piece."""
 
 
 class EventError(ValueError):
-    """Something that cannot be encoded as, or is not an array of, event tokens."""
+    """Input that cannot be encoded as event tokens, or is not an array of them."""
 
 
 def _fingerprint() -> str:
@@ -79,25 +57,35 @@ def _fingerprint() -> str:
 
 
 FINGERPRINT = _fingerprint()
-"""Names the vocabulary and the encoding rules; shards and checkpoints carry it and are checked against it."""
+"""SHA-256 of the vocabulary and the encoding rules. Shards and checkpoints carry it and are checked against it."""
 
 
-def is_on(tokens: Any) -> Any:
-    """Which tokens are note-ons."""
+def is_note_on(tokens: Any) -> Any:
+    """Mask of note-ons."""
     return (tokens >= NOTE_ON) & (tokens < NOTE_OFF)
 
 
+def is_note(tokens: Any) -> Any:
+    """Mask of note-ons and note-offs."""
+    return (tokens >= NOTE_ON) & (tokens < TIME_SHIFT)
+
+
 def is_shift(tokens: Any) -> Any:
-    """Which tokens are time shifts."""
+    """Mask of time shifts."""
     return (tokens >= TIME_SHIFT) & (tokens < VELOCITY)
 
 
 def is_velocity(tokens: Any) -> Any:
-    """Which tokens are velocities."""
+    """Mask of velocity tokens."""
     return (tokens >= VELOCITY) & (tokens < EVENT_CLASSES)
 
 
-def _flat_integers(tokens: np.ndarray) -> Int64[np.ndarray, " T"]:
+def flat_integers(tokens: np.ndarray) -> Int64[np.ndarray, " T"]:
+    """Tokens as a flat int64 array.
+
+    Raises:
+        EventError: `tokens` is not a flat array of integers.
+    """
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or not (np.issubdtype(tokens.dtype, np.integer) or tokens.size == 0):
         raise EventError(f"tokens must be a flat array of integers, got {tokens.dtype} of shape {tokens.shape}")

@@ -1,0 +1,25 @@
+__all__ = [
+    "Backend",
+    "CheckpointError",
+    "Chunk",
+    "EventError",
+    "GenerationError",
+    "Generator",
+    "MidiError",
+    "Performance",
+    "Piece",
+    "Request",
+    "SamplingError",
+    "SamplingOptions",
+    "Session",
+    "decode",
+    "encode",
+    "read_midi",
+    "write_midi",
+]
+
+from .decoding import Backend, Chunk, GenerationError, Request, SamplingError, SamplingOptions, Session
+from .generator import Generator, Piece
+from .midi import MidiError, Performance, read_midi, write_midi
+from .model import CheckpointError
+from .tokens import EventError, decode, encode

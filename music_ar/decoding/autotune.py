@@ -1,0 +1,86 @@
+"""Latency autotuning: the largest number of latents with which this machine keeps a speed."""
+
+import time
+
+import numpy as np
+from jaxtyping import Int
+
+from music_ar.decoding.decoder import Decoder
+from music_ar.decoding.processors import option_arrays
+from music_ar.decoding.sampling import SamplingOptions
+from music_ar.decoding.state import cache_size
+from music_ar.tokens import vocabulary
+from music_ar.tokens.codec import length_steps
+
+MAESTRO_TOKENS_PER_S = 40.0
+"""Event tokens in a second of real music, on average over MAESTRO's train split."""
+# A prompt shorter than this says little about how many tokens its music needs.
+_LEAST_PROMPT_S = 10.0
+# What a measurement must promise above the wish, since machines are not steady.
+_SPEED_MARGIN = 1.15
+_LEAST_LATENTS = 64
+_MEASURED_S = 1.0
+
+
+class Autotuner:
+    """Times decoding steps, each setting once in its life.
+
+    Args:
+        decoder: the model.
+    """
+
+    def __init__(self, decoder: Decoder):
+        self._decoder = decoder
+        self._seconds_per_token: dict[tuple[int, int], float] = {}
+
+    def latents(self, speed: float, prompt: Int[np.ndarray, " P"] | None = None, *, variations: int = 1) -> int:
+        """The largest number of latents, a power of two, that keeps a speed; if none does, the smallest.
+
+        Args:
+            speed: seconds of music to generate per second, in each variation.
+            prompt: tokens of the prompt; if it is long enough, its own tokens per second are what to keep up with,
+                otherwise MAESTRO's.
+            variations: samples generated at once.
+        """
+        longest_s = 1 / (speed * _tokens_per_s(prompt) * _SPEED_MARGIN)
+        most = self._decoder.config.latents
+        candidates = [min(_LEAST_LATENTS, most)]
+        while 2 * candidates[-1] <= most:
+            candidates.append(2 * candidates[-1])
+        least_s, most_s = (self.seconds_per_token(n, variations) for n in (candidates[0], candidates[-1]))
+        # A step reads its caches, so its time is linear in their size.
+        slope = (most_s - least_s) / max(candidates[-1] - candidates[0], 1)
+        fast = [n for n in candidates if least_s + slope * (n - candidates[0]) <= longest_s]
+        while len(fast) > 1 and self.seconds_per_token(fast[-1], variations) > longest_s:
+            fast.pop()
+        return fast[-1] if fast else candidates[0]
+
+    def seconds_per_token(self, latents: int, variations: int = 1, *, again: bool = False) -> float:
+        """Seconds per step on this machine: the median over the chunks of a second, three at least.
+
+        Args:
+            latents: number of latents.
+            variations: samples generated at once.
+            again: measure once more: a machine that was busy seems slow.
+        """
+        key = (cache_size(latents), variations)
+        if again or key not in self._seconds_per_token:
+            self._seconds_per_token[key] = self._measure(latents, variations)
+        return self._seconds_per_token[key]
+
+    def _measure(self, latents: int, variations: int) -> float:
+        start = np.array([vocabulary.START], np.int32)
+        options = {name: array.reshape(()) for name, array in option_arrays([SamplingOptions()]).items()}
+        state = self._decoder.start([start] * variations, latents=latents, seeds=range(variations), limit_steps=2**30)
+        length, spent_s = self._decoder.backend.chunk_tokens(variations), []
+        while len(spent_s) < 4 or sum(spent_s[1:]) < _MEASURED_S:  # the first one compiles
+            began_s = time.perf_counter()
+            state, tokens = self._decoder.decode(state, options, length=length)
+            np.asarray(tokens)
+            spent_s.append(time.perf_counter() - began_s)
+        return float(np.median(spent_s[1:])) / length
+
+
+def _tokens_per_s(prompt: Int[np.ndarray, " P"] | None) -> float:
+    length_s = 0.0 if prompt is None else length_steps(prompt) / vocabulary.STEPS_PER_SECOND
+    return MAESTRO_TOKENS_PER_S if prompt is None or length_s < _LEAST_PROMPT_S else len(prompt) / length_s

@@ -1,0 +1,144 @@
+"""What decoding does differently on different devices, decided once.
+
+`select` looks at the device and the JAX version and returns a frozen `Backend`, which is handed down. Nothing else in
+the project asks which platform or JAX version there is, so every path can be tested on a CPU. Importing this module
+does not import JAX, since `cpu_devices` has to be called before that. Measurements: docs/decoding.md.
+"""
+
+import dataclasses
+import importlib.util
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Literal
+
+from music_ar.model.config import Compute, ModelConfig
+from music_ar.system import usable_cores
+
+if TYPE_CHECKING:
+    import jax
+
+_MAX_CPU_DEVICES = 16  # as many as a batch has rows
+_YNNPACK_VERSION = (0, 12)  # of JAX: from there on YNNPACK computes XLA's matrix products on CPUs
+_CONCURRENT = (("xla_gpu_command_buffer_scheduling_mode", "CONCURRENT"),)
+_SEPARATE = (
+    ("xla_gpu_dot_merger_threshold_mb", 0),
+    ("xla_disable_hlo_passes", "gpu_horizontal_loop_fusion,gpu_horizontal_input_fusion"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backend:
+    """How to decode. The defaults are the plain reference, which runs anywhere.
+
+    Attributes:
+        compute: how the model computes.
+        linear: form of the linear layers: "int8" matrices, which pay where a token waits for weights to arrive from
+            memory; "transposed" matrices with norms folded in, for GPUs; or "plain".
+        int8_layout: how int8 matrices are stored: in, out or out, in. YNNPACK is faster at the latter.
+        key_dtype: type of cached keys; None is that of the model.
+        attention: "plain" operations, or one "pallas" kernel per block; "interpreted" is that kernel run as ordinary
+            operations, for tests.
+        compiler_options: XLA options of the decoding loop.
+        micro_batch_rows: from so many rows on, a step takes them in two micro-batches that overlap; None never.
+        micro_batch_options: XLA options beside `compiler_options` that keep micro-batches apart.
+        max_chunk_tokens: most tokens per row between two chunks of a stream.
+        max_chunk_work: most tokens of all rows between two chunks, so that a stream can be stopped soon; None any.
+        batch_rows: rows of a continuous batch; None takes what half of the free memory holds.
+        batch_chunk_tokens: tokens per row between two looks at a continuous batch. Short ones waste less, since a
+            finished row waits for the end of the chunk: of 400 pieces of 6 s in 16 rows, 94 % of the tokens were used
+            with 16 at a time, 87 % with 64.
+    """
+
+    compute: Compute = Compute()
+    linear: Literal["plain", "int8", "transposed"] = "plain"
+    int8_layout: Literal["in_out", "out_in"] = "in_out"
+    key_dtype: Literal["float32", "bfloat16"] | None = None
+    attention: Literal["plain", "pallas", "interpreted"] = "plain"
+    compiler_options: tuple[tuple[str, Any], ...] = ()
+    micro_batch_rows: int | None = None
+    micro_batch_options: tuple[tuple[str, Any], ...] = ()
+    max_chunk_tokens: int = 64
+    max_chunk_work: int | None = None
+    batch_rows: int | None = None
+    batch_chunk_tokens: int = 64
+
+    def chunk_tokens(self, rows: int) -> int:
+        """Tokens per row between two chunks of a stream of so many rows."""
+        if self.max_chunk_work is None:
+            return self.max_chunk_tokens
+        return max(1, min(self.max_chunk_tokens, self.max_chunk_work // rows))
+
+    def micro_batches(self, rows: int) -> int:
+        """Number of micro-batches of a step with so many rows on a device."""
+        split = self.micro_batch_rows is not None and rows >= self.micro_batch_rows and rows % 2 == 0
+        return 2 if split else 1
+
+    def options(self, micro_batches: int) -> tuple[tuple[str, Any], ...]:
+        """XLA options of the decoding loop."""
+        return self.compiler_options + (self.micro_batch_options if micro_batches > 1 else ())
+
+    def suited_to(self, config: ModelConfig) -> "Backend":
+        """The same backend, without the attention kernel where a model's sizes do not suit it."""
+        if self.attention == "plain":
+            return self
+        from music_ar.decoding import pallas_attention
+
+        if pallas_attention.suits(config):
+            return self
+        return dataclasses.replace(self, attention="plain", micro_batch_rows=None)
+
+
+def select(device: "jax.Device | None" = None, jax_version: tuple[int, ...] | None = None) -> Backend:
+    """The fastest known backend of a device.
+
+    Args:
+        device: default: JAX's first.
+        jax_version: default: the installed one.
+    """
+    import jax
+
+    device = jax.local_devices()[0] if device is None else device
+    if device.platform == "cpu":
+        return _cpu(jax.__version_info__ if jax_version is None else jax_version)
+    if device.platform == "gpu":
+        return _gpu(getattr(device, "compute_capability", None))
+    return Backend(compute=Compute(dtype="bfloat16"))
+
+
+def _cpu(jax_version: tuple[int, ...]) -> Backend:
+    ynnpack = jax_version >= _YNNPACK_VERSION
+    return Backend(
+        linear="int8",
+        int8_layout="out_in" if ynnpack else "in_out",
+        key_dtype="bfloat16" if ynnpack else None,
+        max_chunk_tokens=16,
+        max_chunk_work=64,
+        batch_rows=16,  # more gain little: reading the caches then takes longer than reading the weights
+        batch_chunk_tokens=16,
+    )
+
+
+def _gpu(compute_capability: str | None) -> Backend:
+    # The kernel was measured on compute capability 9.0 only, and JAX's Triton backend for Pallas is deprecated.
+    kernel = compute_capability == "9.0" and importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+    return Backend(
+        compute=Compute(dtype="bfloat16", attention="cudnn"),
+        linear="transposed",
+        attention="pallas" if kernel else "plain",
+        compiler_options=_CONCURRENT,
+        micro_batch_rows=256 if kernel else None,
+        micro_batch_options=_SEPARATE,
+    )
+
+
+def cpu_devices(*, many_rows: bool = False) -> int:
+    """How many devices JAX should make of the CPU for decoding; it must be told before it is imported.
+
+    Rows of a batch are sharded over the devices. A step of few rows keeps about one core busy with JAX 0.10, and two
+    with 0.12 (docs/decoding.md).
+
+    Args:
+        many_rows: whether batches have as many rows as there are cores.
+    """
+    major, minor = map(int, metadata.version("jax").split(".")[:2])
+    cores_per_device = 2 if (major, minor) >= _YNNPACK_VERSION and not many_rows else 1
+    return max(1, min(_MAX_CPU_DEVICES, usable_cores() // cores_per_device))

@@ -1,0 +1,170 @@
+"""Logit processors: what happens to a model's logits before a token is drawn.
+
+`PROCESSORS` is the chain, in order. To add one, write a small class with `__call__(logits, state, options)`, put it
+into the chain, and test it by itself (tests/test_processors.py). Options are read from `SamplingOptions` by name.
+
+Dimension key, beside that of `music_ar.model.config`: C token types, W the size of the largest.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from music_ar.decoding import history_bias
+from music_ar.decoding.sampling import SamplingOptions
+from music_ar.decoding.state import DecodeState
+from music_ar.features import keyboard
+from music_ar.features.keyboard import Keyboard
+from music_ar.tokens import grammar, vocabulary
+
+Options = dict[str, Array]
+"""`SamplingOptions` as traced arrays: scalars for all rows, or one entry a row. Changing them compiles nothing."""
+
+LONGEST_HOLD_STEPS = 800
+"""How long a generated note may sound: 8 s, as 99.84 % of the notes of MAESTRO's train split do."""
+LONGEST_SILENCE_STEPS = 300
+"""How long nothing may sound in generated music: 3 s. Of the pieces of MAESTRO's train split, 3.5 % are silent for
+longer in their first two minutes."""
+_FINGERS_STEPS = 200  # what fingers may still hold when the pedal is released
+
+
+class LogitProcessor(Protocol):
+    """One link of the chain."""
+
+    def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
+        """The logits of the token after the pending one; -inf for what must not be drawn."""
+        ...
+
+
+class HistoryBias:
+    """Biases logits towards the notes that the piece has had, by the option `steadiness`."""
+
+    def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
+        """See `history_bias.biased`."""
+        return history_bias.biased(logits_BxV, state.history, options["steadiness"])
+
+
+class Grammar:
+    """Rules out tokens that the event grammar, or a piano, cannot continue with."""
+
+    def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
+        """See `grammar.playable_tokens`."""
+        del options
+        return jnp.where(grammar.playable_tokens(state.grammar), logits_BxV, -jnp.inf)
+
+
+class SilenceLimit:
+    """Rules out time shifts once nothing has sounded for `LONGEST_SILENCE_STEPS`, or since the beginning."""
+
+    def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
+        """No shift in silent rows."""
+        del options
+        silent_Bx1 = is_silent(state.keyboard, state.held_Bx128)[:, None]
+        is_shift_1xV = vocabulary.is_shift(jnp.arange(logits_BxV.shape[1]))[None]
+        return jnp.where(silent_Bx1 & is_shift_1xV, -jnp.inf, logits_BxV)
+
+
+class StuckNotes:
+    """Allows nothing but note-offs where a note has been held for `LONGEST_HOLD_STEPS`.
+
+    A model that once forgets to release the pedal has not learned to release it later: without this, dozens of notes
+    would sound for half a minute (docs/evaluation.md).
+    """
+
+    def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
+        """Only the releases that are due, where there are any that the grammar allows."""
+        del options
+        due_Bx128 = stuck_notes(state.keyboard, state.held_Bx128)
+        behind = logits_BxV.shape[1] - vocabulary.NOTE_OFF - vocabulary.PITCHES
+        due_BxV = jnp.pad(due_Bx128, ((0, 0), (vocabulary.NOTE_OFF, behind)))
+        # None may follow a note-on at the end of a prompt; they then follow the next shift.
+        due_BxV &= logits_BxV > -jnp.inf
+        return jnp.where(due_BxV | ~due_BxV.any(axis=1, keepdims=True), logits_BxV, -jnp.inf)
+
+
+class TypeFilters:
+    """Temperature, then top-k, top-p and min-p on each token type by itself; a type's likeliest token always stays.
+
+    Cut together, rare types would vanish where one type is likely, and pieces would come out slow and sparse
+    (docs/evaluation.md). Top-p is that of Holtzman et al. (arXiv 1904.09751), min-p that of Nguyen et al. (2407.01082).
+    """
+
+    def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
+        """The logits divided by the temperature, -inf for tokens that are filtered out."""
+        del state
+        names = ("temperature", "top_k", "top_p", "min_p")
+        temperature, top_k, top_p, min_p = (options[name].reshape(-1, 1, 1) for name in names)
+        types = jnp.split(
+            logits_BxV, [start for start in vocabulary.TYPE_STARTS if start < logits_BxV.shape[1]], axis=1
+        )
+        W = max(each.shape[1] for each in types)
+        padded = [jnp.pad(each, ((0, 0), (0, W - each.shape[1])), constant_values=-jnp.inf) for each in types]
+        # A temperature of 0 is the limit: the likeliest stays, everything else is infinitely far below it.
+        scaled_BxCxW = jnp.stack(padded, axis=1) / jnp.maximum(temperature, 1e-6)
+        falling_BxCxW = jnp.sort(scaled_BxCxW, axis=-1, descending=True)
+        highest_BxCx1 = jnp.maximum(falling_BxCxW[..., :1], jnp.finfo(jnp.float32).min)  # finite where all are -inf
+        top_k = jnp.where(top_k == 0, logits_BxV.shape[1], top_k)
+        in_top_k_BxCxW = jnp.arange(W)[None, None] < top_k
+        mass_BxCxW = jnp.where(in_top_k_BxCxW, jnp.exp(falling_BxCxW - highest_BxCx1), 0)
+        before_BxCxW = jnp.cumsum(mass_BxCxW, axis=-1) - mass_BxCxW
+        # Float sums may pass the whole a little early: at top_p = 1 nothing is cut.
+        in_top_p_BxCxW = (before_BxCxW < top_p * mass_BxCxW.sum(axis=-1, keepdims=True)) | (top_p >= 1)
+        kept_BxCxW = in_top_k_BxCxW & in_top_p_BxCxW & (falling_BxCxW >= highest_BxCx1 + jnp.log(min_p))
+        lowest_BxCx1 = jnp.min(jnp.where(kept_BxCxW, falling_BxCxW, jnp.inf), axis=-1, keepdims=True)
+        cut_BxCxW = jnp.where(scaled_BxCxW >= jnp.minimum(lowest_BxCx1, highest_BxCx1), scaled_BxCxW, -jnp.inf)
+        return jnp.concatenate([cut_BxCxW[:, index, : each.shape[1]] for index, each in enumerate(types)], axis=1)
+
+
+PROCESSORS: tuple[LogitProcessor, ...] = (HistoryBias(), Grammar(), SilenceLimit(), StuckNotes(), TypeFilters())
+"""The chain, in the order in which it is applied."""
+
+
+def option_arrays(rows: Sequence[SamplingOptions]) -> Options:
+    """Options of several rows, one entry a row. Each array is built in NumPy: one transfer, however many rows."""
+    return {
+        field.name: jnp.asarray(
+            np.array([getattr(row, field.name) for row in rows], np.int32 if field.type is int else np.float32)
+        )
+        for field in dataclasses.fields(SamplingOptions)
+    }
+
+
+def draw(rng_B: Array, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Int[Array, " B"]:
+    """One token a row: the chain, then a draw with the row's own key."""
+    for process in PROCESSORS:
+        logits_BxV = process(logits_BxV, state, options)
+    return jax.vmap(jax.random.categorical)(rng_B, logits_BxV).astype(jnp.int32)
+
+
+def stuck_notes(state: Keyboard, held: Int[Array, "B 128"]) -> Bool[Array, "B 128"]:
+    """Keys that have to be released before anything else; none, unless one was held for `LONGEST_HOLD_STEPS`.
+
+    What holds a key for so long is the pedal, and a pianist who releases it releases all notes but those the fingers
+    have just struck: all keys that have been down for `_FINGERS_STEPS`. Those held too long come last, so that until
+    then there is one. (Performances are written in the other order, by onset; that would need a memory.)
+
+    Args:
+        state: the keyboard.
+        held: how often each key can be released.
+    """
+    # The age of a key that was struck twice and released once counts from its release.
+    age = jnp.where(held > 0, keyboard.steps_since_event(state), -1)
+    too_long = age >= LONGEST_HOLD_STEPS
+    others = (age >= _FINGERS_STEPS) & ~too_long & too_long.any(axis=-1, keepdims=True)
+    return jnp.where(others.any(axis=-1, keepdims=True), others, too_long)
+
+
+def is_silent(state: Keyboard, held: Int[Array, "B 128"]) -> Bool[Array, " B"]:
+    """Whether nothing has sounded for `LONGEST_SILENCE_STEPS`, or since the beginning.
+
+    Args:
+        state: the keyboard.
+        held: how often each key can be released.
+    """
+    last_event = keyboard.last_event_steps(state).max(axis=-1)
+    return (held.sum(axis=-1) == 0) & (state.time - last_event >= LONGEST_SILENCE_STEPS)

@@ -1,0 +1,161 @@
+"""`Request`: what to generate. The one type from the command line, a job file or the page down to the decoder.
+
+This module does not import JAX.
+"""
+
+import dataclasses
+import math
+import os
+import secrets
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from music_ar.decoding.sampling import OPTION_NAMES, SamplingOptions
+from music_ar.midi.io import read_midi
+from music_ar.midi.performance import Performance
+from music_ar.tokens import vocabulary
+from music_ar.tokens.codec import encode, event_steps
+
+DEFAULT_LATENTS = 1024
+DEFAULT_SPEED = 1.5
+MAX_SEED = 2**31 - 1
+# A stuck model could play notes for ever without letting time pass; the densest second of MAESTRO has fewer tokens.
+_MAX_TOKENS_PER_S = 500
+
+Prompt = Performance | str | os.PathLike[str] | bytes | BinaryIO
+
+
+class GenerationError(ValueError):
+    """A request that cannot be met; the message says what was expected and what came."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to generate.
+
+    Attributes:
+        prompt: a performance or a MIDI file to continue; None makes a new piece.
+        seconds: music to generate after the prompt; a piece may also end by itself before.
+        latents: number of latents, 2 to what the model was trained with; fewer is faster, more is more coherent.
+            Default: 1024, or what the model has. "auto" takes the most that keep `speed` on this machine.
+        speed: with "auto", seconds of music to generate per second; default 1.5.
+        sampling: how tokens are drawn.
+        seed: 0 to 2**31 - 1; the same seed and request give the same piece on the same kind of machine. Default: a
+            random one, which results carry.
+        variations: how many samples of the prompt to generate, with the seeds `seed`, `seed` + 1 and so on; each is the
+            piece that its seed gives alone.
+        prompt_seconds: use only the beginning of the prompt. Notes that sound at the cut are held, and the model
+            decides when they end.
+        continuation_only: leave the prompt out of the result, and count time from where it ended.
+        tag: anything; handed back with the result.
+
+    Raises:
+        GenerationError: a value out of its range.
+    """
+
+    prompt: Prompt | None = None
+    seconds: float = 60.0
+    latents: int | Literal["auto"] | None = None
+    speed: float | None = None
+    sampling: SamplingOptions = SamplingOptions()
+    seed: int | None = None
+    variations: int = 1
+    prompt_seconds: float | None = None
+    continuation_only: bool = False
+    tag: Any = None
+
+    def __post_init__(self) -> None:
+        check_seconds(self.seconds)
+        if self.variations < 1:
+            raise GenerationError(f"variations must be at least 1, got {self.variations}")
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED - (self.variations - 1):
+            raise GenerationError(
+                f"seeds must be in 0..{MAX_SEED}, got {self.seed} for the first of {self.variations} variations"
+            )
+        if self.speed is not None and self.latents != "auto":
+            raise GenerationError(f'speed = {self.speed} needs latents = "auto"')
+        if self.speed is not None and not 0 < self.speed < math.inf:
+            raise GenerationError(f"speed must be more than 0, got {self.speed}")
+        if self.prompt_seconds is not None and not self.prompt_seconds > 0:
+            raise GenerationError(f"prompt_seconds must be more than 0, got {self.prompt_seconds}")
+
+    @classmethod
+    def of(cls, prompt: "Prompt | Request | None" = None, **options: Any) -> "Request":
+        """A request from a prompt, or from another request, with options by keyword.
+
+        Args:
+            prompt: what to continue, or a request to change.
+            options: fields of `Request` and of `SamplingOptions`.
+
+        Raises:
+            GenerationError: an unknown option, or a value out of its range.
+            SamplingError: a sampling option out of its range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in options if name not in known and name not in OPTION_NAMES]
+        if unknown:
+            names = ", ".join([*known, *OPTION_NAMES])
+            raise GenerationError(f"unknown option {', '.join(unknown)}; expected any of {names}")
+        request = prompt if isinstance(prompt, Request) else cls(prompt=prompt)
+        drawn = {name: options.pop(name) for name in OPTION_NAMES if name in options}
+        changed = dataclasses.replace(request, **options)
+        return (
+            dataclasses.replace(changed, sampling=dataclasses.replace(changed.sampling, **drawn)) if drawn else changed
+        )
+
+    def with_seed(self) -> "Request":
+        """The request with a seed: its own, or a random one."""
+        if self.seed is not None:
+            return self
+        return dataclasses.replace(self, seed=secrets.randbelow(MAX_SEED + 1 - (self.variations - 1)))
+
+    def read(self) -> "Request":
+        """The request with its prompt read, if that is a MIDI file.
+
+        Raises:
+            MidiError: it is not a usable one.
+        """
+        if self.prompt is None or isinstance(self.prompt, Performance):
+            return self
+        return dataclasses.replace(self, prompt=read_midi(self.prompt))
+
+    def samples(self) -> "Iterator[Request]":
+        """A request for each variation."""
+        first = self.with_seed().seed
+        assert first is not None
+        for number in range(self.variations):
+            yield dataclasses.replace(self, variations=1, seed=first + number)
+
+    def prompt_tokens(self) -> Int[np.ndarray, " P"]:
+        """`START`, and the events of the prompt up to the last note that begins or ends within `prompt_seconds`.
+
+        Raises:
+            GenerationError: there are no notes to continue from.
+            MidiError: the prompt is not a usable MIDI file.
+        """
+        if self.prompt is None:
+            if self.prompt_seconds is not None:
+                raise GenerationError(f"prompt_seconds = {self.prompt_seconds} needs a prompt")
+            return np.array([vocabulary.START], np.int32)
+        performance = self.prompt if isinstance(self.prompt, Performance) else read_midi(self.prompt)
+        tokens = encode(performance)
+        limit = np.inf if self.prompt_seconds is None else self.prompt_seconds * vocabulary.STEPS_PER_SECOND
+        usable = np.flatnonzero(vocabulary.is_note(tokens) & (event_steps(tokens) <= limit))
+        if not len(usable):
+            part = "" if self.prompt_seconds is None else f"the first {self.prompt_seconds:g} s of "
+            raise GenerationError(f"there are no notes in {part}the prompt to continue from")
+        return np.concatenate([[vocabulary.START], tokens[: usable[-1] + 1]]).astype(np.int32)
+
+
+def check_seconds(seconds: float) -> None:
+    """Raises `GenerationError` unless `seconds` is a length."""
+    if not 0 < seconds < math.inf:
+        raise GenerationError(f"seconds must be more than 0, got {seconds}")
+
+
+def limits(seconds: float) -> tuple[int, int]:
+    """A length of music in steps of 10 ms, and the most tokens to spend on it."""
+    return max(1, round(seconds * vocabulary.STEPS_PER_SECOND)), round(seconds * _MAX_TOKENS_PER_S) + _MAX_TOKENS_PER_S

@@ -1,0 +1,163 @@
+"""`Session`: samples of one prompt whose caches stay on the device, so that they can be extended."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from music_ar.decoding.decoder import Decoder
+from music_ar.decoding.processors import option_arrays
+from music_ar.decoding.request import GenerationError, Request, check_seconds, limits
+from music_ar.decoding.sequence import Sequence as TokenSequence
+from music_ar.decoding.state import DecodeState
+from music_ar.midi.performance import Performance
+from music_ar.tokens import vocabulary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Pieces as far as they have been generated.
+
+    Attributes:
+        performances: one a variation: all notes so far; those still sounding end at the last event.
+        final_s: one a variation: notes that begin before this time are complete, and later chunks repeat them as they
+            are.
+        seeds: one a variation.
+        tokens: event tokens generated, over all variations.
+        tokens_per_s: speed of this call so far, over all variations, without the prefill of the prompt.
+        seconds_made: music after the prompt, of the variation that has least.
+        seconds_wanted: music asked for.
+        eta_s: estimated seconds to go.
+        finished: whether this is the last chunk.
+    """
+
+    performances: tuple[Performance, ...]
+    final_s: tuple[float, ...]
+    seeds: tuple[int, ...]
+    tokens: int
+    tokens_per_s: float
+    seconds_made: float
+    seconds_wanted: float
+    eta_s: float
+    finished: bool
+
+    @property
+    def performance(self) -> Performance:
+        """The first variation."""
+        return self.performances[0]
+
+
+class Session:
+    """Variations of one prompt, each continued in its own way. `Generator.session` starts one.
+
+    The caches of all variations stay on the device, so that `extend` can be called again; `close` frees them.
+
+    Args:
+        decoder: the model.
+        request: what to generate, with a number of latents and a seed.
+
+    Attributes:
+        seeds: one a variation.
+        latents: the number of latents.
+        prompt_s: where the prompt ends and generated music begins.
+
+    Raises:
+        GenerationError, MidiError: there is nothing to continue from in the prompt.
+    """
+
+    def __init__(self, decoder: Decoder, request: Request):
+        assert isinstance(request.latents, int)
+        prompt = request.prompt_tokens()
+        self.seeds = tuple(seed for sample in request.samples() if (seed := sample.seed) is not None)
+        self.latents = request.latents
+        self._decoder = decoder
+        # Scalars, which all variations share.
+        self._options = {name: array.reshape(()) for name, array in option_arrays([request.sampling]).items()}
+        self._sequences = [TokenSequence(prompt) for _ in self.seeds]
+        self.prompt_s = self._sequences[0].prompt_time / vocabulary.STEPS_PER_SECOND
+        self._from_s = self.prompt_s if request.continuation_only else 0.0
+        self._wanted_s = 0.0
+        self._state: DecodeState | None = decoder.start(
+            [prompt] * len(self.seeds), latents=self.latents, seeds=self.seeds, limit_steps=0
+        )
+
+    @property
+    def ended(self) -> tuple[bool, ...]:
+        """Which variations ended by themselves, so that `extend` adds nothing to them."""
+        return tuple(sequence.ended for sequence in self._sequences)
+
+    def extend(self, seconds: float) -> Iterator[Chunk]:
+        """Generates `seconds` more of each variation, chunk by chunk; a piece may also end by itself before.
+
+        The iterator may be dropped at any chunk, and another call continues from there.
+
+        Raises:
+            GenerationError: `seconds` is no length, or the session is closed.
+        """
+        check_seconds(seconds)
+        if self._state is None:
+            raise GenerationError("the session is closed; start another")
+        self._wanted_s = (self._made_s() if self._wanted_s else 0.0) + seconds
+        return self._chunks()
+
+    def keep(self, variations: Sequence[int]) -> None:
+        """Continues with some variations only, and frees the others.
+
+        Args:
+            variations: their numbers, from 0, in their new order.
+
+        Raises:
+            GenerationError: there is no such variation, or the session is closed.
+        """
+        if self._state is None:
+            raise GenerationError("the session is closed; start another")
+        if not variations or not all(0 <= number < len(self.seeds) for number in variations):
+            raise GenerationError(f"variations must be some of 0..{len(self.seeds) - 1}, got {list(variations)}")
+        self._state = self._state.rows(variations)
+        self._sequences = [self._sequences[number] for number in variations]
+        self.seeds = tuple(self.seeds[number] for number in variations)
+
+    def close(self) -> None:
+        """Frees the device memory. Results stay where they were handed out."""
+        self._state = None
+
+    def _made_s(self) -> float:
+        """Seconds of music after the prompt, up to what was wanted, of the variation that has least."""
+        going_on = [sequence for sequence in self._sequences if not sequence.ended] or self._sequences
+        least = min(sequence.time for sequence in going_on) / vocabulary.STEPS_PER_SECOND
+        return min(least - self.prompt_s, self._wanted_s)
+
+    def _count(self) -> int:
+        return sum(sequence.count for sequence in self._sequences)
+
+    def _chunks(self) -> Iterator[Chunk]:
+        limit_steps, max_tokens = limits(self._wanted_s)
+        before_s, before_tokens = self._made_s() if self._count() else 0.0, self._count()
+        began_s, finished = time.monotonic(), False
+        while not finished:
+            if self._state is None:  # closed between two chunks
+                return
+            length = self._decoder.backend.chunk_tokens(len(self.seeds))
+            state = self._state.with_limit(limit_steps)
+            self._state, tokens_BxT = self._decoder.decode(state, self._options, length=length)
+            for sequence, tokens in zip(self._sequences, np.asarray(tokens_BxT), strict=True):
+                sequence.add(tokens)
+            longest = max(sequence.count for sequence in self._sequences)
+            finished = bool(self._state.done_B.all()) or longest >= max_tokens
+            made_s, spent_s = self._made_s(), time.monotonic() - began_s
+            pace = max(made_s - before_s, 0.01) / spent_s
+            yield Chunk(
+                performances=tuple(self._performance(sequence) for sequence in self._sequences),
+                final_s=tuple(sequence.final_until_s() - self._from_s for sequence in self._sequences),
+                seeds=self.seeds,
+                tokens=self._count(),
+                tokens_per_s=(self._count() - before_tokens) / spent_s,
+                seconds_made=made_s,
+                seconds_wanted=self._wanted_s,
+                eta_s=0.0 if finished else (self._wanted_s - made_s) / pace,
+                finished=finished,
+            )
+
+    def _performance(self, sequence: TokenSequence) -> Performance:
+        return sequence.performance().crop(self._from_s, self.prompt_s + self._wanted_s)

@@ -1,0 +1,16 @@
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "Compute",
+    "ModelConfig",
+    "PerceiverAR",
+    "expand",
+    "load_pretrained",
+    "parameter_count",
+    "save_pretrained",
+]
+
+from .config import PRESETS, Compute, ModelConfig
+from .expansion import expand
+from .perceiver_ar import PerceiverAR, parameter_count
+from .pretrained import CheckpointError, load_pretrained, save_pretrained
