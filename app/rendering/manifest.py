@@ -1,198 +1,209 @@
-"""What a folder of rendered pieces remembers: one line a piece in `manifest.jsonl`, and who is making which piece now.
+"""The manifest of a rendered folder: `manifest.jsonl`, one line per piece.
 
-Any number of processes may work in one folder. A claim on a piece is a lock on one byte of `.render.lock`; the system
-lets go of it when its process ends, however it ends, so a crash leaves nothing to clean up. A piece is written under a
-temporary name, renamed, and then gets its line: what has a line is complete.
+A piece is written under a temporary name, renamed, and then added to the manifest: what has a line is complete.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from app.console import CommandError
+from music_ar.decoding.request import Request
 from music_ar.files import write_atomically
 
-MANIFEST, LOCKS = "manifest.jsonl", ".render.lock"
-_MANIFEST_BYTE = 0
+MANIFEST = "manifest.jsonl"
+_LOCK = ".manifest.lock"
 
 Line = dict[str, Any]
 
 
-class Ledger:
-    """The manifest and the claims of one folder.
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """The planned piece of a request, which has this as its tag.
 
-    Args:
-        folder: made if it is missing.
-        look_only: make and claim nothing.
-
-    Raises:
-        CommandError: the folder cannot be written, or its manifest is not ours.
+    Attributes:
+        file: MIDI file to write, relative to the output folder.
+        prompt: the prompt as it was given; None generates a piece from nothing.
+        prompt_sha256: hash of the prompt's bytes; None if it cannot be read, which makes the request fail later.
+        settings: everything else that the music depends on, seed and model aside.
+        model: the model's identity.
+        group: name of the variations among which the best are kept.
     """
 
-    def __init__(self, folder: Path, *, look_only: bool = False):
+    file: str
+    prompt: str | None
+    prompt_sha256: str | None
+    settings: dict[str, Any]
+    model: dict[str, Any]
+    group: str
+
+
+class Manifest:
+    """The lines of a folder, shared with other processes.
+
+    Args:
+        folder: the folder. It need not exist until something is written.
+
+    Attributes:
+        lines: the last line of each piece, by its file.
+
+    Raises:
+        CommandError: a line is damaged.
+    """
+
+    def __init__(self, folder: Path):
         self.folder = folder
-        self._manifest = folder / MANIFEST
-        self._locks = -1
-        try:
-            if not look_only:
-                folder.mkdir(parents=True, exist_ok=True)
-                self._locks = os.open(folder / LOCKS, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise CommandError(
-                f"cannot write in {folder}: {error.strerror}; name a folder of your own with --output"
-            ) from error
         self.lines: dict[str, Line] = {}
-        self._read_bytes, self._read_inode = 0, -1
+        self._path = folder / MANIFEST
+        self._lock = FileLock(folder / _LOCK)
+        self._bytes, self._count, self._inode = 0, 0, -1
         self.read()
 
-    def close(self) -> None:
-        """Lets go of all claims."""
-        if self._locks >= 0:
-            os.close(self._locks)
-
     def read(self) -> None:
-        """Takes in the lines that were added since, by whoever. The last line of a piece counts.
+        """Read the lines that were added since, by any process.
 
         Raises:
             CommandError: a line is damaged.
         """
         try:
-            with self._manifest.open("rb") as file:
+            with self._path.open("rb") as file:
                 inode = os.fstat(file.fileno()).st_ino
-                if inode != self._read_inode:  # new, or another process has put it in order
-                    self._read_bytes, self._read_inode = 0, inode
-                file.seek(self._read_bytes)
-                new = file.read()
-        except FileNotFoundError:
+                if inode != self._inode:  # new, or rewritten by another process
+                    self._bytes, self._count, self._inode = 0, 0, inode
+                file.seek(self._bytes)
+                added = file.read()
+        except (FileNotFoundError, NotADirectoryError):
             return
-        whole = new[: new.rfind(b"\n") + 1]  # a torn last line was being written when its process was killed
+        whole = added[: _complete(added)]
         for text in whole.splitlines():
+            self._count += 1
             try:
                 line = json.loads(text)
                 self.lines[line["file"]] = line
             except (ValueError, TypeError, KeyError) as error:
                 raise CommandError(
-                    f"{self._manifest} has a line that is no piece's: {text[:60]!r}; mend it or move it away"
+                    f"{self._path}:{self._count} is not a record of a piece: {text[:60]!r}; fix or remove the file"
                 ) from error
-        self._read_bytes += len(whole)
+        self._bytes += len(whole)
 
-    def claim(self, name: str) -> bool:
-        """Whether this process may make the piece now; what is claimed stays so until `release` or the process ends."""
-        return _lock_byte(self._locks, _byte_of(name), wait=False)
-
-    def release(self, name: str) -> None:
-        """Gives a claim back."""
-        _unlock_byte(self._locks, _byte_of(name))
-
-    def write(self, name: str, data: bytes) -> None:
-        """Writes a file of a claimed piece: it is there whole or not at all."""
+    def write(self, name: str, data: bytes) -> str:
+        """Write a file of the folder atomically, for a piece that this process has leased. Returns its SHA-256."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Always under the same name, so that what a killed process left is written over and nothing piles up.
+        # The same name each time, so that the next run overwrites what a killed process left.
         write_atomically(path, data, part=path.with_name(f".part.{path.name}"))
+        return hashlib.sha256(data).hexdigest()
 
     def add(self, line: Line) -> None:
-        """Adds a piece's line to the manifest."""
-        data = _encoded(line)
-        with self._alone(), self._manifest.open("a+b") as file:
+        """Append the line of a piece."""
+        data = _encode(line)
+        with self._lock, self._path.open("a+b") as file:
             file.seek(0)
-            torn = len(old := file.read()) - (old.rfind(b"\n") + 1)
-            if torn:
-                file.truncate(len(old) - torn)
-            start = file.seek(0, os.SEEK_END)
+            end = _complete(file.read())
+            file.truncate(end)  # without the half line of a killed process
             try:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             except OSError:  # a full disk: leave no half line
                 with contextlib.suppress(OSError):
-                    file.truncate(start)
+                    file.truncate(end)
                 raise
         self.lines[line["file"]] = line
 
-    def rewrite(self, order: Sequence[str], changes: dict[str, Line]) -> None:
-        """Puts the lines in order, one a piece, so that the manifest does not tell in which order pieces were finished.
+    def rewrite(self, order: Sequence[str], changes: Mapping[str, Line]) -> None:
+        """Sort the lines, one per piece, so that the manifest does not depend on the order in which pieces finished.
 
         Args:
-            order: the planned pieces; others come after them, by name.
-            changes: fields to set, by piece.
+            order: files of the planned pieces. Others follow, by name.
+            changes: fields to set, by file.
         """
-        with self._alone():
-            self._read_bytes = 0
+        with self._lock:
+            self._bytes = self._count = 0
             self.read()
             places = {name: place for place, name in enumerate(order)}
             names = sorted(self.lines, key=lambda name: (places.get(name, len(places)), name))
             for name in names:
                 self.lines[name] |= changes.get(name, {})
-            self.write(MANIFEST, b"".join(_encoded(self.lines[name]) for name in names))
+            self.write(MANIFEST, b"".join(_encode(self.lines[name]) for name in names))
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        _lock_byte(self._locks, _MANIFEST_BYTE, wait=True)
-        try:
-            yield
-        finally:
-            _unlock_byte(self._locks, _MANIFEST_BYTE)
+    def is_complete(self, request: Request) -> bool:
+        """Whether the piece exists as requested, and unchanged; so does one that was dropped on purpose."""
+        line = self.lines.get(request.tag.file)
+        if line is None or line["status"] == "failed" or changed_settings(line, request):
+            return False
+        if line["status"] == "dropped":
+            return True
+        audio = line.get("audio")
+        has_audio = audio is None or (self.folder / audio).exists()
+        return has_audio and file_sha256(self.folder / line["file"]) == line["sha256"]
+
+    def check_unchanged(self, requests: Sequence[Request]) -> None:
+        """Raise `CommandError` if a piece exists that was generated with other settings."""
+        for request in requests:
+            line = self.lines.get(request.tag.file)
+            changes = [] if line is None or line["status"] == "failed" else changed_settings(line, request)
+            if changes:
+                raise CommandError(
+                    f"{self.folder / request.tag.file} was generated with other settings ({'; '.join(changes)}): "
+                    "use the same settings or another folder, or replace it with --overwrite"
+                )
 
 
-def sha256(data: bytes) -> str:
-    """The hexadecimal SHA-256."""
-    return hashlib.sha256(data).hexdigest()
+def planned_line(request: Request) -> Line:
+    """The line of a piece before it is generated."""
+    output: Output = request.tag
+    return {
+        "file": output.file,
+        "prompt": output.prompt,
+        "prompt_sha256": output.prompt_sha256,
+        "seed": request.seed,
+        "settings": output.settings,
+        "model": output.model,
+        "tokens": None,
+        "seconds": None,
+        "nats_per_token": None,
+        "score": None,
+        "status": "planned",
+        "error": None,
+        "sha256": None,
+    }
+
+
+def changed_settings(line: Line, request: Request) -> list[str]:
+    """How the settings of an existing piece differ from those requested now."""
+
+    def flat(line: Line) -> dict[str, Any]:
+        return line["settings"] | {name: line[name] for name in ("seed", "prompt_sha256")} | line["model"]
+
+    was, now = flat(line), flat(planned_line(request))
+    if was.get("mode") == "sliding":  # an option until 0.2.0; this value is the only one now
+        del was["mode"]
+    names = [name for name in dict.fromkeys((*was, *now)) if was.get(name) != now.get(name)]
+    return [f"{name} was {was.get(name)}, is {now.get(name)}" for name in names]
 
 
 def file_sha256(path: Path) -> str | None:
-    """The SHA-256 of a file, or None if it cannot be read."""
+    """The hexadecimal SHA-256 of a file, or None if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError):  # ValueError: a path with a null character
+    except (OSError, ValueError):  # ValueError: a null character in the path
         return None
 
 
-def _encoded(line: Line) -> bytes:
-    """A line of the manifest. What is no Unicode in a prompt's name gets JSON's own escapes."""
+def _encode(line: Line) -> bytes:
+    """Encode a line. Parts of a prompt's name that are not Unicode become JSON escapes."""
     return json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
-def _byte_of(name: str) -> int:
-    """The byte that stands for a piece; by a rare collision two pieces would not be made at the same time, no more."""
-    return 1 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % 2**30
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock_byte(file: int, position: int, *, wait: bool) -> bool:
-        os.lseek(file, position, os.SEEK_SET)
-        while True:
-            try:
-                msvcrt.locking(file, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-            except OSError:
-                if not wait:
-                    return False
-            else:
-                return True
-
-    def _unlock_byte(file: int, position: int) -> None:
-        os.lseek(file, position, os.SEEK_SET)
-        msvcrt.locking(file, msvcrt.LK_UNLCK, 1)
-
-else:
-    import fcntl
-
-    def _lock_byte(file: int, position: int, *, wait: bool) -> bool:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, position)
-        except BlockingIOError:
-            return False
-        except PermissionError:  # how some systems say that another has it
-            return False
-        return True
-
-    def _unlock_byte(file: int, position: int) -> None:
-        fcntl.lockf(file, fcntl.LOCK_UN, 1, position)
+def _complete(data: bytes) -> int:
+    """The length of the complete lines in `data`: a killed process may leave half a line at the end."""
+    return data.rfind(b"\n") + 1

@@ -1,0 +1,197 @@
+"""One run of a plan: generate what is missing, write it, and rank the variations."""
+
+import io
+import itertools
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import PurePath
+from types import FrameType
+
+from app.rendering.leases import Leases
+from app.rendering.log import Log, Tally
+from app.rendering.manifest import Line, Manifest, planned_line
+from music_ar.decoding.request import Request
+from music_ar.generator import Generator, Piece
+from music_ar.metrics.statistics import plausibility
+from music_ar.midi import MidiError, write_midi
+
+SOME_FAILED = 3
+"""Exit code when some pieces failed."""
+
+WriteAudio = Callable[..., None]
+
+
+class Run:
+    """Generates the missing pieces of a plan into a folder that other processes may share.
+
+    Args:
+        generator: the model.
+        manifest: the folder.
+        leases: the leases of this process in the folder.
+        plan: all requests.
+        missing: those to generate.
+        write_audio: `music_ar.audio.write_audio`, if the settings of the plan have an audio format.
+        keep_best: how many variations of a prompt to keep; None keeps all.
+        fail_fast: stop at the first failure.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        manifest: Manifest,
+        leases: Leases,
+        plan: Sequence[Request],
+        missing: Sequence[Request],
+        *,
+        write_audio: WriteAudio | None = None,
+        keep_best: int | None = None,
+        fail_fast: bool = False,
+    ):
+        self._generator, self._manifest, self._leases = generator, manifest, leases
+        self._plan, self._missing = plan, missing
+        self._write_audio, self._keep_best, self._fail_fast = write_audio, keep_best, fail_fast
+        self._tally = Tally(
+            folder=manifest.folder,
+            pieces=len(missing),
+            wanted_s=sum(request.seconds for request in missing),
+            complete=len(plan) - len(missing),
+        )
+
+    def run(self, log: Log) -> int:
+        """Generate the missing pieces and report them. Returns the exit code."""
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            for piece in self._pieces(log):
+                log.piece(self._finish(piece))
+                log.progress(self._tally)
+                if self._tally.failed and self._fail_fast:
+                    break
+            self._rank()
+        except KeyboardInterrupt:
+            self._print_stopped("interrupted")
+            return 130
+        except OSError as error:
+            self._print_stopped(f"cannot write {error.filename or f'in {self._manifest.folder}'}: {error.strerror}")
+            return 2
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        log.summary(self._tally)
+        return SOME_FAILED if self._tally.failed else 0
+
+    def _pieces(self, log: Log) -> Iterator[Piece]:
+        """Generate pieces in the order in which they finish; those of one batch size share a batch."""
+
+        def progress(seconds: float) -> None:
+            self._tally.music_s += seconds
+            log.progress(self._tally)
+
+        def batch_size(request: Request) -> int:
+            return request.tag.settings["batch_size"]
+
+        # Similar numbers of latents follow each other: they share a batch too.
+        ordered = sorted(self._missing, key=lambda request: (batch_size(request), request.latents))
+        for size, requests in itertools.groupby(ordered, key=batch_size):
+            yield from self._generator.generate_many(self._leased(requests), batch_size=size, progress=progress)
+
+    def _leased(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """Lease each request when its turn comes; skip what another process generates or has generated."""
+        for request in requests:
+            if not self._leases.acquire(request.tag.file):
+                self._tally.elsewhere += 1
+                continue
+            self._manifest.read()
+            if self._manifest.is_complete(request):
+                self._tally.complete += 1
+                self._leases.release(request.tag.file)
+            else:
+                yield request
+
+    def _finish(self, piece: Piece) -> Line:
+        """Write a piece and its line."""
+        line, error, buffer = planned_line(piece.request), piece.error, io.BytesIO()
+        if error is None:
+            try:
+                write_midi(piece.performance, buffer)
+            except MidiError as refused:  # the piece ended before its first note
+                error = f"the generated piece cannot be written: {refused}"
+        if error is not None:
+            line |= {"status": "failed", "error": error}
+            self._tally.failed += 1
+        else:
+            line |= self._write(piece, buffer.getvalue())
+            self._tally.generated += 1
+        self._manifest.add(line)
+        self._leases.release(line["file"])
+        return line
+
+    def _write(self, piece: Piece, midi: bytes) -> Line:
+        """Write the files of a piece. Returns what its line says about them."""
+        file = piece.request.tag.file
+        score = plausibility(piece.continuation, piece.nats_per_token)
+        line = {
+            "tokens": piece.tokens,
+            "seconds": round(piece.continuation.duration_s, 2),
+            "nats_per_token": round(piece.nats_per_token, 6),
+            "score": round(score, 4) if math.isfinite(score) else None,
+            "status": "made",
+            "sha256": self._manifest.write(file, midi),
+        }
+        if self._write_audio is not None:
+            line["audio"] = self._write_sound(piece, self._write_audio)
+        return line
+
+    def _write_sound(self, piece: Piece, write_audio: WriteAudio) -> str:
+        output, buffer = piece.request.tag, io.BytesIO()
+        path = PurePath(output.file)
+        write_audio(
+            piece.performance,
+            buffer,
+            format=output.settings["audio"],
+            title=path.stem,
+            comment=f"Music AR, model {output.model['name']}, seed {piece.request.seed}",
+        )
+        name = path.with_suffix(f".{output.settings['audio']}").as_posix()
+        self._manifest.write(name, buffer.getvalue())
+        return name
+
+    def _rank(self) -> None:
+        """Sort the manifest as planned; with `keep_best`, remove all but the best variations of complete groups."""
+        self._manifest.read()
+        lines = self._manifest.lines
+        changes = {} if self._keep_best is None else _kept_and_dropped(self._plan, lines, self._keep_best)
+        self._manifest.rewrite([request.tag.file for request in self._plan], changes)
+        for request in self._plan:
+            line = lines.get(request.tag.file)
+            if line is not None and line["status"] == "dropped":
+                for name in (line["file"], line.get("audio")):
+                    if name is not None:
+                        (self._manifest.folder / name).unlink(missing_ok=True)
+
+    def _print_stopped(self, why: str) -> None:
+        print(
+            f"music-ar: {why}. {self._tally.generated} pieces are finished and stay in {self._manifest.folder}; "
+            "run the same command to continue",
+            file=sys.stderr,
+        )
+
+
+def _kept_and_dropped(plan: Sequence[Request], lines: dict[str, Line], keep_best: int) -> dict[str, Line]:
+    """The status of each generated piece whose group is complete, by file."""
+    changes: dict[str, Line] = {}
+    for _, group in itertools.groupby(plan, key=lambda request: request.tag.group):
+        files = [request.tag.file for request in group]
+        if all(file in lines for file in files):
+            finished = [lines[file] for file in files if lines[file]["status"] != "failed"]
+            for place, line in enumerate(sorted(finished, key=_score, reverse=True)):
+                changes[line["file"]] = {"status": "made" if place < keep_best else "dropped"}
+    return changes
+
+
+def _score(line: Line) -> float:
+    return -math.inf if line["score"] is None else line["score"]
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
