@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, however their writing ends."""
+"""Atomic file writes: a file is complete or absent, even if its writer is killed."""
 
 import contextlib
 import os
@@ -10,17 +10,17 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def replacing(path: Path, *, part: Path | None = None) -> Iterator[BinaryIO]:
-    """A binary file to write, which takes the place of `path` once the block ends without an error.
+    """Yield a binary file that replaces `path` when the block ends without an error.
 
-    A process that is killed inside the block leaves the part behind, and `path` as it was.
+    A process that is killed inside the block leaves the partial file behind, and `path` as it was.
 
     Args:
-        path: the file to make or replace.
-        part: the name it has while it is being written, in the same folder; for those who have only one writer, and
-            clean up or write again under the same name after a crash. Default: a hidden name that no other writer has.
+        path: the file to create or replace.
+        part: name of the partial file, in the same folder. Name one only where a single process writes `path`: it
+            overwrites what an earlier crash left. Default: a hidden name of its own for each writer.
 
     Raises:
-        OSError: it cannot be written; its `filename` is `path`.
+        OSError: the file cannot be written; its `filename` is `path`.
     """
     if part is None:
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -39,6 +39,6 @@ def replacing(path: Path, *, part: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, data: bytes, *, part: Path | None = None) -> None:
-    """Writes a file as `replacing` does."""
+    """Write a file as `replacing` does."""
     with replacing(path, part=part) as file:
         file.write(data)

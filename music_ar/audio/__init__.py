@@ -1,5 +1,5 @@
-"""`Performance` -> sound."""
+"""`Performance` -> sound. Needs soundfile and scipy, which come with the extra `audio`."""
 
-from music_ar.audio.synthesis import render, write_audio
+from music_ar.audio.synthesis import AudioError, AudioFormat, render, write_audio
 
-__all__ = ["render", "write_audio"]
+__all__ = ["AudioError", "AudioFormat", "render", "write_audio"]

@@ -1,7 +1,7 @@
-"""`Performance` -> sound: a sampled grand piano, and WAV, FLAC or MP3 files of it.
+"""`Performance` -> sound: a sampled grand piano, written as WAV, FLAC or MP3.
 
 The samples in `samples/` are one velocity layer of the Salamander Grand Piano V3 by Alexander Holm (CC BY 3.0), every
-third key. The keys between are the next sample played a semitone faster or slower; softer notes are quieter and duller.
+third key. The keys between play the nearest sample a semitone higher or lower; softer notes are quieter and duller.
 """
 
 import functools
@@ -23,33 +23,32 @@ from music_ar.midi.performance import Performance
 
 SAMPLE_RATE = 48_000
 TAIL_S = 1.0
-"""How long the sound goes on after the last note ended: dampers need time, and the highest strings have none."""
+"""Length of the sound after the last note: dampers take time, and the highest strings have none."""
 ATTRIBUTION = "Piano: Salamander Grand Piano V3 by Alexander Holm, CC BY 3.0"
 AudioFormat = Literal["wav", "flac", "mp3"]
 
 _SAMPLED_PITCHES = range(21, 109, 3)
 _SAMPLED_VELOCITY = 76
-_LONGEST_S = 8
-_WAIT_S = 0.35  # before the sound of a recording begins, at most
-_HIGHEST_DAMPED = 88  # E6; the strings above ring freely
+_LONGEST_S = 8  # of a recording
+_MAX_LEAD_S = 0.35  # silence before the sound of a recording begins
+_HIGHEST_DAMPED = 88  # E6; strings above have no dampers
 _DAMPING_S = 0.25
 _LOUDNESS = 0.4
-_LOUDNESS_EXPONENT = 1.6  # amplitude to velocity: 10 dB from 60 to 120
+_LOUDNESS_EXPONENT = 1.6  # amplitude over velocity: 10 dB from velocity 60 to 120
 _PEAK = 0.97
 _BLOCK_FRAMES = 10 * SAMPLE_RATE
-
 
 _Key = tuple[Int16[np.ndarray, "sampled 2"], Int16[np.ndarray, "sampled 2"]]
 
 
 class AudioError(ValueError):
-    """Sound that cannot be made or written as it was asked for."""
+    """The audio format is not supported."""
 
 
 def render(performance: Performance) -> Float32[np.ndarray, "frames 2"]:
-    """The sound of a performance, left and right, from time zero to `TAIL_S` after the last note.
+    """Synthesize a performance in stereo, from time zero to `TAIL_S` after the last note; samples lie in -1..1.
 
-    Notes ring on under the next ones of their pitch. All of the sound is turned down if any of it would clip.
+    A note keeps sounding under the next note of its pitch. If the sum would clip, all of it is scaled down.
     """
     frames = round((performance.duration_s + TAIL_S) * SAMPLE_RATE)
     sound = np.zeros((frames, 2), np.float32)
@@ -70,7 +69,7 @@ def render(performance: Performance) -> Float32[np.ndarray, "frames 2"]:
 
 
 def _note(key: _Key, fade: Float32[np.ndarray, "faded 1"], velocity: int, held: int) -> Float32[np.ndarray, "frames 2"]:
-    """One note that is released after `held` frames."""
+    """Synthesize one note that is released after `held` frames."""
     bright, dull = key
     length = min(len(bright), held + len(fade))
     brightness = min(1.0, velocity / 100) ** 1.5
@@ -84,20 +83,20 @@ def _note(key: _Key, fade: Float32[np.ndarray, "faded 1"], velocity: int, held: 
 
 @functools.cache
 def _release(free: bool) -> Float32[np.ndarray, "frames 1"]:
-    """How a note fades once its key is up, to nothing."""
+    """The envelope of a released note, down to silence; `free` for a string without damper."""
     frames = round((TAIL_S if free else _DAMPING_S) * SAMPLE_RATE)
     time = np.linspace(0, 1, frames, dtype=np.float32)[:, None]
     return np.exp((-1.5 if free else -5) * time) * np.cos(np.pi / 2 * time)
 
 
 def _seconds_to_read(frames: int) -> int:
-    """How much of a key is read for a note of this length: few lengths, so that they are kept and used again."""
+    """How much of a sample to read for a note of this length: one of four lengths, so that the cache stays small."""
     return next((seconds for seconds in (1, 2, 4) if frames <= seconds * SAMPLE_RATE), _LONGEST_S)
 
 
 @functools.cache
 def _key(pitch: int, seconds: int) -> _Key:
-    """The sound of a key held down, as it was recorded and without its upper partials; 16 bits, to save memory."""
+    """The sound of a held key, as recorded and low-pass filtered; 16 bits, to save memory."""
     nearest = min(_SAMPLED_PITCHES, key=lambda sampled: abs(sampled - pitch))
     recording, recorded, rate = _recording(nearest, seconds)
     speed = 2 ** ((pitch - nearest) / 12) * rate / SAMPLE_RATE
@@ -107,7 +106,7 @@ def _key(pitch: int, seconds: int) -> _Key:
         places = np.arange(frames) * speed
         recording = np.stack([np.interp(places, np.arange(len(side)), side) for side in recording.T], axis=1)
     bright = recording[:frames].astype(np.float32)
-    edge = SAMPLE_RATE // 500  # 2 ms: no click where a recording is cut
+    edge = SAMPLE_RATE // 500  # 2 ms: avoids a click where the recording is cut
     bright[:edge] *= np.linspace(0, 1, edge, dtype=np.float32)[:, None]
     ending = np.arange(max(0, end - SAMPLE_RATE), frames)
     bright[ending] *= ((end - 1 - ending) / (SAMPLE_RATE - 1)).astype(np.float32)[:, None]
@@ -117,12 +116,12 @@ def _key(pitch: int, seconds: int) -> _Key:
     return _sixteen_bits(bright), _sixteen_bits(dull)
 
 
-@functools.lru_cache(maxsize=1)  # keys are asked for in order, and up to three share a recording
+@functools.lru_cache(maxsize=1)  # keys are rendered in order, and up to three share a recording
 def _recording(pitch: int, seconds: int) -> tuple[Float32[np.ndarray, "frames 2"], int, int]:
-    """A recording from 2 ms before its sound, enough of it for a key a semitone higher; its whole frames, its rate."""
+    """Read a recording from 2 ms before its sound, enough for a key a semitone higher; also all its frames and rate."""
     data = resources.files("music_ar.audio").joinpath(f"samples/{pitch}.ogg").read_bytes()
     with soundfile.SoundFile(io.BytesIO(data)) as file:
-        sound = file.read(round((1.06 * seconds + _WAIT_S) * file.samplerate), dtype="float32")
+        sound = file.read(round((1.06 * seconds + _MAX_LEAD_S) * file.samplerate), dtype="float32")
         loud = np.abs(sound[: file.samplerate]).max(axis=1)
         first = max(0, int(np.argmax(loud > 0.02 * loud.max())) - file.samplerate // 500)
         return sound[first:], file.frames - first, file.samplerate
@@ -140,17 +139,17 @@ def write_audio(
     title: str | None = None,
     comment: str | None = None,
 ) -> None:
-    """Writes the sound of a performance: WAV and FLAC with 16 bits, or MP3.
+    """Synthesize a performance and write it as 16-bit WAV, 16-bit FLAC or MP3.
 
     Args:
         performance: the notes.
-        target: a path, which is replaced at once when the file is complete, or an open binary file.
-        format: "wav", "flac" or "mp3"; by default what the path ends with.
-        title: told in the file.
-        comment: told in the file, after whose piano it is.
+        target: a path, which is replaced atomically, or an open binary file.
+        format: "wav", "flac" or "mp3"; default: the ending of the path.
+        title: title tag.
+        comment: comment tag, appended to the attribution of the piano samples.
 
     Raises:
-        AudioError: the format is none of these.
+        AudioError: the format is not one of these.
         OSError: the target cannot be written.
     """
     if not isinstance(target, str | os.PathLike):
@@ -164,7 +163,7 @@ def write_audio(
 
 def _checked(format: str | None) -> str:
     if format is None or format not in get_args(AudioFormat):
-        raise AudioError(f"sound is written as {', '.join(get_args(AudioFormat))}, got {format!r}; name one of these")
+        raise AudioError(f"expected an audio format of {', '.join(get_args(AudioFormat))}, got {format!r}")
     return format
 
 
@@ -178,7 +177,7 @@ def _write(
     chosen = _checked(format)
     sound = render(performance)
     subtype = "MPEG_LAYER_III" if chosen == "mp3" else "PCM_16"
-    stream: Any = file  # its stubs know fewer kinds of files than it takes
+    stream: Any = file  # the stubs of soundfile list fewer types than it accepts
     with soundfile.SoundFile(stream, "w", SAMPLE_RATE, 2, subtype, format=chosen.upper()) as output:
         output.comment = ATTRIBUTION if comment is None else f"{ATTRIBUTION}. {comment}"
         if title is not None:

@@ -1,1 +1,1 @@
-"""What music is like in numbers, and how close two bodies of music are."""
+"""Descriptive statistics of a performance, distances between sets of pieces, and verbatim overlap with other music."""

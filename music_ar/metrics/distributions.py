@@ -1,6 +1,7 @@
-"""Generated music beside real music: how far apart the two are, in units of how far apart real pieces are."""
+"""Distances between the feature distributions of generated and real music, with a real-vs-real baseline."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from music_ar.metrics.memorization import melody
 from music_ar.midi.performance import Performance
 
 LAGS_S = (5, 15, 30, 60)
-"""Lags at which music is compared with itself, in seconds."""
+"""Lags of the self-similarity, in seconds."""
 
 FEATURES = {
     "pitch class": "share of notes",
@@ -24,23 +25,26 @@ FEATURES = {
     "longest silence": "s",
     **{f"self-similarity, {lag} s": "cosine" for lag in LAGS_S},
 }
-"""Each figure with the unit of its distances."""
+"""Each feature, with the unit of its distances."""
 
-_BLOCK_S = 5.0  # what density and self-similarity are counted over
+_BLOCK_S = 5.0  # of density and self-similarity
 _HOP_S = 1.0
 _POLYPHONY_STEP_S = 0.1
 
 
 def features(performance: Performance) -> dict[str, Float[np.ndarray, " _"]]:
-    """Samples of every figure of `FEATURES` from one performance.
+    """Measure all `FEATURES` of one performance; each gives any number of samples.
 
-    pitch class 0..11, duration and velocity: one a note. Melodic interval: from each note to the next, a chord taken
-    from the lowest note up. Inter-onset: between notes that do not begin together. Density: in blocks of 5 s.
-    Polyphony: notes sounding (the pedal counts), every 0.1 s. Longest silence: one, within the piece. Self-similarity:
-    the cosine between how often each pitch begins in 5 s and in the 5 s that begin a lag later, every second, where
-    both have notes.
+    - pitch class (0..11), duration, velocity: one sample per note;
+    - melodic interval: from each note to the next, the notes of a chord in rising order;
+    - inter-onset: between successive notes that do not begin together;
+    - density: per block of 5 s;
+    - polyphony: notes sounding (the pedal counts), every 0.1 s;
+    - longest silence: one sample, within the piece;
+    - self-similarity: cosine between how often each pitch begins in 5 s and in the 5 s that begin a lag later, every
+      second, where both have notes.
 
-    A figure that the performance is too short for has no samples.
+    A feature has no samples where the performance is too short for it.
     """
     onset_s, offset_s, pitch = performance.onset_s, performance.offset_s, performance.pitch
     if not len(performance):
@@ -54,7 +58,7 @@ def features(performance: Performance) -> dict[str, Float[np.ndarray, " _"]]:
         np.sort(offset_s), times_s, side="right"
     )
     blocks = np.histogram(onset_s, np.arange(0.0, end_s + 1e-9, _BLOCK_S))[0] if end_s >= _BLOCK_S else np.zeros(0)
-    found = {
+    samples = {
         "pitch class": pitch % 12,
         "melodic interval": np.diff(melody(performance)),
         "inter-onset": wait_s[wait_s > 0],
@@ -65,7 +69,7 @@ def features(performance: Performance) -> dict[str, Float[np.ndarray, " _"]]:
         "longest silence": np.array([silence_s.max(initial=0.0)]),
         **_self_similarity(onset_s, pitch, end_s),
     }
-    return {name: np.asarray(samples, np.float64) for name, samples in found.items()}
+    return {name: np.asarray(values, np.float64) for name, values in samples.items()}
 
 
 def _self_similarity(onset_s: np.ndarray, pitch: np.ndarray, end_s: float) -> dict[str, np.ndarray]:
@@ -86,10 +90,9 @@ def _self_similarity(onset_s: np.ndarray, pitch: np.ndarray, end_s: float) -> di
 
 
 def distance(name: str, first: Float[np.ndarray, " a"], second: Float[np.ndarray, " b"]) -> float:
-    """The 1-Wasserstein distance between the distributions of two samples, in the figure's unit.
+    """Compute the 1-Wasserstein distance between two samples of a feature, in the feature's unit.
 
-    It needs no bins, and its unit is the figure's: the least work of moving the one distribution onto the other. Pitch
-    classes have no order; every two of them count as 1 apart, which makes it the total variation distance.
+    It needs no bins. Pitch classes have no order: any two count as 1 apart, which gives the total variation distance.
     """
     if name == "pitch class":
         shares = [np.bincount(sample.astype(int), minlength=12) / len(sample) for sample in (first, second)]
@@ -99,67 +102,73 @@ def distance(name: str, first: Float[np.ndarray, " a"], second: Float[np.ndarray
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How far generated music is from real music in one figure.
+    """Distance between generated and real music in one feature.
 
     Attributes:
-        distance: from generated to real pieces.
-        yardstick: from as many real pieces to the same other real ones.
-        yardstick_most: the same, in the draw where it was largest.
+        distance: from generated pieces to real ones.
+        baseline: from as many real pieces to the same other real ones.
+        baseline_max: the largest baseline of all draws.
         unit: of all three.
     """
 
     distance: float
-    yardstick: float
-    yardstick_most: float
+    baseline: float
+    baseline_max: float
     unit: str
 
     @property
     def ratio(self) -> float:
-        """1 if generated pieces are as near to real ones as other real ones are; infinite if those are all alike."""
-        return self.distance / self.yardstick if self.yardstick else float("inf") if self.distance else 1.0
+        """Distance over baseline: 1 if generated pieces are as close to real ones as other real ones are.
+
+        Infinite if the baseline is 0 and the distance is not.
+        """
+        if self.baseline:
+            return self.distance / self.baseline
+        return math.inf if self.distance else 1.0
 
 
 def compare(
     generated: Sequence[Performance], real: Sequence[Performance], *, draws: int = 50, seed: int = 0
 ) -> dict[str, Comparison]:
-    """Sets generated pieces beside real ones, figure by figure; notes of all pieces of a side are pooled.
+    """Compare generated with real pieces, feature by feature; the samples of all pieces of a side are pooled.
 
-    In each draw the real pieces are dealt to two sides. The yardstick is the distance between the two; the distance is
-    that of as many generated pieces as the first side has to the second side. Both are averaged over the draws. So
-    few pieces, whose figures are a matter of luck, are held to a yardstick of equally few.
+    Each draw splits the real pieces at random into two sides. The baseline is the distance between the two sides; the
+    distance is that from as many generated pieces as the first side has to the second side. Both are averaged over the
+    draws. A small sample is so held to a baseline of equally few pieces.
 
     Args:
-        generated: at least one.
-        real: at least two, as long as the generated ones.
-        draws: how often.
-        seed: other draws.
+        generated: at least one piece.
+        real: at least two pieces, of the same length as the generated ones.
+        draws: number of draws.
+        seed: random seed of the draws.
 
     Returns:
-        Figure -> comparison; without the figures that either side has no samples of.
+        The comparison of each feature that both sides have samples of.
 
     Raises:
         ValueError: there are too few pieces.
     """
     if not generated or len(real) < 2:
-        raise ValueError(f"expected a generated and two real pieces, got {len(generated)} and {len(real)}")
-    ours, theirs = [features(piece) for piece in generated], [features(piece) for piece in real]
+        raise ValueError(f"expected at least 1 generated and 2 real pieces, got {len(generated)} and {len(real)}")
+    generated_features, real_features = [features(piece) for piece in generated], [features(piece) for piece in real]
     count = min(len(generated), len(real) // 2)
     random = np.random.default_rng(seed)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in FEATURES}
+    distances: dict[str, list[tuple[float, float]]] = {name: [] for name in FEATURES}
     for _ in range(draws):
         order, chosen = random.permutation(len(real)), random.permutation(len(generated))[:count]
-        for name, pairs in found.items():
-            made = np.concatenate([ours[number][name] for number in chosen])
-            side, other = (np.concatenate([theirs[n][name] for n in part]) for part in np.split(order, [count]))
-            if min(len(made), len(side), len(other)):
-                pairs.append((distance(name, made, other), distance(name, side, other)))
+        first, second = np.split(order, [count])
+        for name, pairs in distances.items():
+            ours = np.concatenate([generated_features[number][name] for number in chosen])
+            side, other = (np.concatenate([real_features[number][name] for number in part]) for part in (first, second))
+            if min(len(ours), len(side), len(other)):
+                pairs.append((distance(name, ours, other), distance(name, side, other)))
     return {
         name: Comparison(
-            distance=float(np.mean([far for far, _ in pairs])),
-            yardstick=float(np.mean([usual for _, usual in pairs])),
-            yardstick_most=max(usual for _, usual in pairs),
+            distance=float(np.mean([to_real for to_real, _ in pairs])),
+            baseline=float(np.mean([baseline for _, baseline in pairs])),
+            baseline_max=max(baseline for _, baseline in pairs),
             unit=FEATURES[name],
         )
-        for name, pairs in found.items()
+        for name, pairs in distances.items()
         if pairs
     }

@@ -1,4 +1,4 @@
-"""How much of a piece stands in other music already: the longest run of notes that they share, in any key."""
+"""Verbatim overlap: the longest run of notes that a piece shares with a corpus, in any key and rhythm."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,22 +9,22 @@ from jaxtyping import Bool, Int, Int64, UInt64
 from music_ar.midi.performance import Performance
 
 CHORD_S = 0.03
-"""Notes that begin within this time of the one before them are a chord, and their order says nothing."""
+"""Notes that begin within this time of the previous note form a chord; their order carries no meaning."""
 
 _INTERVALS = 255  # -127..127
-_LONGEST_FIGURE = 8  # notes; scales come again after seven
-_FIGURE_AGAIN = 4  # fewer equal intervals say nothing: many a theme has three
+_LONGEST_PATTERN = 8  # notes; scales repeat after seven
+_FEWEST_REPEATED = 4  # intervals; many themes have three equal ones
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """Notes in a row that two pieces share up to transposition, whatever their rhythm.
+class SharedRun:
+    """Consecutive notes that two pieces share up to transposition, whatever their rhythm.
 
     Attributes:
-        notes: how many, of those that were compared; 0 if a piece has fewer than two notes or nothing is shared.
-        start: index of the first one in the piece, its notes in the order of `melody`.
-        source: index of the other piece.
-        source_start: index of the first one there.
+        notes: number of notes, of those compared; 0 if a piece has fewer than two notes or nothing is shared.
+        start: index of the first note in the piece, in the order of `melody`.
+        source: index of the corpus piece.
+        source_start: index of the first note in the corpus piece.
     """
 
     notes: int = 0
@@ -34,43 +34,52 @@ class Run:
 
 
 def melody(performance: Performance) -> Int[np.ndarray, " n"]:
-    """The pitches of a performance as they begin, those of a chord from the lowest up."""
+    """List the pitches in order of onset, the notes of a chord in rising order."""
     chord = np.cumsum(np.diff(performance.onset_s, prepend=0.0) > CHORD_S + 1e-6)
     return performance.pitch[np.lexsort((performance.pitch, chord))]
 
 
-def goes_on(intervals: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-    """Whether each interval only goes on with a figure: whether the last ones are those of up to eight notes before.
+def repeats_pattern(intervals: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """Mark the intervals that continue a repeated pattern: trills, tremolos, scales, accompaniment figures.
 
-    The last ones are as many as the figure has, and at least four. So of a trill, a tremolo, a scale or an
-    accompaniment what is not left out is the figure and once more the same, of short ones four notes more, and how long
-    it lasts makes no difference.
+    An interval is marked if the last p intervals up to it, and at least four, equal those p places earlier, for a
+    period p of 1 to 8. Unmarked remain the first occurrence of the pattern and one repetition (of at least four
+    intervals), so the length of a trill makes no difference.
     """
     found = np.zeros(len(intervals), bool)
-    for period in range(1, _LONGEST_FIGURE + 1):
-        window = max(period, _FIGURE_AGAIN)
+    for period in range(1, _LONGEST_PATTERN + 1):
+        window = max(period, _FEWEST_REPEATED)
         if len(intervals) >= period + window:
             same = np.cumsum(np.append(0, intervals[period:] == intervals[:-period]))
             found[period + window - 1 :] |= same[window:] - same[:-window] == window
     return found
 
 
-def longest_runs(pieces: Sequence[Performance], corpus: Sequence[Performance], *, figures: bool = True) -> list[Run]:
-    """The longest run of notes of each piece that stands somewhere in the corpus, in any key.
+def longest_shared_runs(
+    pieces: Sequence[Performance], corpus: Sequence[Performance], *, repeated_patterns: bool = True
+) -> list[SharedRun]:
+    """Find the longest run of notes that each piece shares with any piece of the corpus, in any key.
 
-    Without `figures`, notes that only go on with a figure (`goes_on`) are left out on both sides, and do not count.
-    What stands before and after them counts as adjacent then: a run may go on behind figures of different length, and
-    be longer, and in more than one key, than with them.
+    Runs are compared by 64-bit polynomial hashes of their intervals: the hash of any run is a difference of two running
+    sums. Only places that share k - 1 intervals are searched for k. MAESTRO's 5.7 million notes take seconds.
 
-    Runs are compared by 64-bit hashes of their intervals (polynomials, so that the hash of any run is a difference of
-    two running sums); of k intervals only places that agreed on k - 1 are looked at again. For MAESTRO's 5.7 million
-    notes that is seconds.
+    Args:
+        pieces: the pieces to search for.
+        corpus: the pieces to search in.
+        repeated_patterns: count notes that only continue a repeated pattern (`repeats_pattern`). If False, they are
+            left out on both sides and the notes around them count as adjacent. A run may then extend over patterns of
+            different length, so it can be longer than with them, and change key.
+
+    Returns:
+        One run per piece.
     """
     random = np.random.default_rng(0)
     codes = random.integers(0, 2**64, _INTERVALS, np.uint64)
     base = random.integers(0, 2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1)  # odd, so that it has an inverse
-    ours, theirs = (_Text.of(each, codes, base, random, figures=figures) for each in (pieces, corpus))
-    best = [Run() for _ in pieces]
+    ours, theirs = (
+        _Text.of(each, codes, base, random, repeated_patterns=repeated_patterns) for each in (pieces, corpus)
+    )
+    best = [SharedRun() for _ in pieces]
     at, source_at = ours.starts, theirs.starts
     length = 0
     while len(at) and len(source_at):
@@ -86,7 +95,7 @@ def longest_runs(pieces: Sequence[Performance], corpus: Sequence[Performance], *
         for number, place, its_hash in zip(owner, at[one_each], hashes[one_each], strict=True):
             source_place = source_at[first[np.searchsorted(found, its_hash)]]
             source = int(theirs.owner[source_place])
-            best[number] = Run(
+            best[number] = SharedRun(
                 notes=length + 1,
                 start=int(ours.notes[place]),
                 source=source,
@@ -97,12 +106,12 @@ def longest_runs(pieces: Sequence[Performance], corpus: Sequence[Performance], *
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Text:
-    """Pieces as one sequence of interval codes, with a code of its own after each: no run goes on from one to the next.
+    """Pieces as one sequence of interval codes, with a unique code after each piece, so that no run spans two pieces.
 
     Attributes:
         starts: places where a run may begin.
-        owner: the piece of each place.
-        notes: the number, in its piece, of the note that each place begins at.
+        owner: index of the piece at each place.
+        notes: index of the note at each place, within its piece.
         sums: running sums of code times power of the base.
         unshift: powers of the base's inverse.
     """
@@ -121,11 +130,14 @@ class _Text:
         base: np.uint64,
         random: np.random.Generator,
         *,
-        figures: bool,
+        repeated_patterns: bool,
     ) -> "_Text":
         intervals = [np.diff(melody(piece)) for piece in pieces]
-        kept = [np.flatnonzero(np.ones(len(each), bool) if figures else ~goes_on(each)) for each in intervals]
-        sizes = np.array([len(each) + 1 for each in kept], np.int64)  # intervals, and the end
+        kept = [
+            np.flatnonzero(np.ones(len(each), bool) if repeated_patterns else ~repeats_pattern(each))
+            for each in intervals
+        ]
+        sizes = np.array([len(each) + 1 for each in kept], np.int64)  # the intervals and the end
         ends = np.cumsum(sizes) - 1
         text = np.zeros(int(sizes.sum()), np.uint64)
         text[ends] = random.integers(0, 2**64, len(pieces), np.uint64)
@@ -145,20 +157,20 @@ class _Text:
         )
 
     def hashes(self, at: Int64[np.ndarray, " a"], length: int) -> UInt64[np.ndarray, " a"]:
-        """Of the runs of `length` intervals from these places; a run cut by the end of the text is a run of less."""
+        """Hash the runs of `length` intervals from these places; at the end of the text they are shorter."""
         stop = np.minimum(at + length, len(self.sums) - 1)
         return (self.sums[stop] - self.sums[at]) * self.unshift[at]
 
 
 def _powers(base: np.uint64, count: int) -> UInt64[np.ndarray, " {count}"]:
-    """The powers 0, 1, ... of the base, modulo 2 ** 64."""
+    """List the powers 0, 1, ... of the base, modulo 2 ** 64."""
     powers = np.full(count, base)
     powers[:1] = 1
     return np.cumprod(powers)
 
 
 def _is_in(values: UInt64[np.ndarray, " a"], rising: UInt64[np.ndarray, " b"]) -> Bool[np.ndarray, " a"]:
-    """Which values occur among sorted ones; np.isin would sort the millions of values too."""
+    """Mark the values that occur among sorted ones; np.isin would sort the millions of values too."""
     place = np.searchsorted(rising, values)
     place[place == len(rising)] = 0
     return rising[place] == values if len(rising) else np.zeros(len(values), bool)

@@ -1,4 +1,4 @@
-"""What a performance is like, in a few figures: to look at one, and to set generated music beside real music."""
+"""Descriptive statistics of a performance, and a plausibility score that ranks generated pieces by them."""
 
 import dataclasses
 import math
@@ -17,21 +17,23 @@ MAESTRO: dict[str, tuple[float, float, float]] = {
     "longest_silence_s": (0, 0.31, 5.14),
     "mean_polyphony": (1.0, 3.9, 16.7),
 }
-"""Minimum, median and maximum of some figures over the first 60 s of the 177 pieces of MAESTRO's test split."""
+"""Minimum, median and maximum of some statistics over the first 60 s of the 177 pieces of MAESTRO's test split."""
 
-# Nats a token of real music: the median over the first 60 s of 24 pieces of MAESTRO's validation split, by
-# `maestro-small` through the decoder with 1024 latents, windows sliding; the least has 1.43, the most 2.28. What
-# the model makes is somewhat plainer: 16 pieces of 60 s from nothing at top-p 0.98 (`music-ar render
-# --count 16`) have a median of 1.70, the least 1.36, the most 1.96.
-_USUAL_NATS = 1.84
+USUAL_NATS_PER_TOKEN = 1.84
+"""Negative log-likelihood of real music, in nats per token.
+
+Median over the first 60 s of 24 pieces of MAESTRO's validation split (1.43 to 2.28), scored by `maestro-small` while
+decoding with 1024 latents. Its own pieces are slightly more predictable: 16 pieces of 60 s without a prompt at top-p
+0.98 (`music-ar render --count 16`) have a median of 1.70 (1.36 to 1.96).
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Figures of one performance.
+    """Statistics of one performance.
 
     Attributes:
-        notes: how many.
+        notes: number of notes.
         duration_s: from the first onset to the end of the last note.
         notes_per_s: notes over duration.
         lowest_pitch: MIDI pitch.
@@ -39,8 +41,8 @@ class Statistics:
         softest: MIDI velocity.
         median_velocity: MIDI velocity.
         loudest: MIDI velocity.
-        longest_silence_s: longest time within the duration in which nothing sounds.
-        mean_polyphony: notes sounding at once, averaged over the duration; the pedal counts.
+        longest_silence_s: longest time without a sounding note, within the duration.
+        mean_polyphony: notes sounding at the same time, averaged over the duration; the pedal counts.
     """
 
     notes: int
@@ -56,10 +58,10 @@ class Statistics:
 
     @classmethod
     def of(cls, performance: Performance) -> "Statistics":
-        """Measures a performance.
+        """Measure a performance.
 
         Raises:
-            ValueError: it has no notes.
+            ValueError: the performance has no notes.
         """
         if not len(performance):
             raise ValueError("a performance without notes has no statistics")
@@ -80,26 +82,29 @@ class Statistics:
         )
 
 
-def likeness(performance: Performance, nats_per_token: float) -> float:
-    """How much made music is like real music, to rank several tries; 0 at best, and lower the less so.
+def plausibility(performance: Performance, nats_per_token: float) -> float:
+    """Score how close a generated piece is to real music, to rank several samples: 0 at best, lower is worse.
 
-    For notes a second, notes at once and median velocity: how far it is, in logarithm, from MAESTRO's median towards
-    MAESTRO's minimum or maximum, which is 1; for the longest silence: the share by which it passes MAESTRO's longest;
-    for the model's surprise: how many halves of a nat it lies from real music's 1.84, since far below that music goes
-    round in circles and far above it has lost its thread. The score is minus the sum of the squares.
+    The score is minus the sum of the squares of five deviations:
 
-    Music without notes has minus infinity.
+    - notes per second, mean polyphony and median velocity: the distance from MAESTRO's median on a logarithmic scale on
+      which MAESTRO's minimum and maximum are 1 away;
+    - longest silence: by how much it exceeds MAESTRO's longest, relative to it;
+    - `nats_per_token`, the model's negative log-likelihood of the piece: its distance from `USUAL_NATS_PER_TOKEN`, in
+      units of 0.5 nats. Far below, music repeats itself; far above, it is incoherent.
+
+    A performance without notes has a score of minus infinity.
     """
     if not len(performance):
         return -math.inf
-    figures = Statistics.of(performance)
-    far = [
-        (nats_per_token - _USUAL_NATS) / 0.5,
-        max(0.0, figures.longest_silence_s / MAESTRO["longest_silence_s"][2] - 1),
+    statistics = Statistics.of(performance)
+    deviations = [
+        (nats_per_token - USUAL_NATS_PER_TOKEN) / 0.5,
+        max(0.0, statistics.longest_silence_s / MAESTRO["longest_silence_s"][2] - 1),
     ]
     for name in ("notes_per_s", "mean_polyphony", "median_velocity"):
-        low, usual, high = MAESTRO[name]
-        value = max(float(getattr(figures, name)), 1e-3)
-        edge = high if value > usual else low
-        far.append(math.log(value / usual) / abs(math.log(edge / usual)))
-    return -sum(each**2 for each in far)
+        low, median, high = MAESTRO[name]
+        value = max(float(getattr(statistics, name)), 1e-3)
+        edge = high if value > median else low
+        deviations.append(math.log(value / median) / abs(math.log(edge / median)))
+    return -sum(deviation**2 for deviation in deviations)

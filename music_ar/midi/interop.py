@@ -1,4 +1,4 @@
-"""Conversion to and from pretty_midi and note-seq objects."""
+"""Conversion to and from pretty_midi and note-seq objects; both packages come with the extra `interop`."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -6,22 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from music_ar.midi.io import (
-    ACOUSTIC_GRAND_PIANO,
-    PEDAL_DOWN_VALUE,
-    SUSTAIN_CONTROLLER,
-    TICKS_PER_QUARTER,
-    _Instrument,
-    _play,
-)
+from music_ar.midi.io import ACOUSTIC_GRAND_PIANO, TICKS_PER_QUARTER
 from music_ar.midi.performance import Performance
+from music_ar.midi.sustain import PEDAL_DOWN_VALUE, SUSTAIN_CONTROLLER, Instrument, merge
 
 if TYPE_CHECKING:
     import pretty_midi
 
+_QUARTERS_PER_MINUTE = 120.0
+
 
 def to_pretty_midi(performance: Performance) -> "pretty_midi.PrettyMIDI":
-    """The notes as a pretty_midi object with one piano; pretty_midi must be installed."""
+    """Convert the notes to a pretty_midi object with one piano."""
     import pretty_midi
 
     piano = pretty_midi.Instrument(program=ACOUSTIC_GRAND_PIANO, name="Piano")
@@ -29,41 +25,41 @@ def to_pretty_midi(performance: Performance) -> "pretty_midi.PrettyMIDI":
         pretty_midi.Note(start=onset_s, end=offset_s, pitch=pitch, velocity=velocity)
         for onset_s, offset_s, pitch, velocity in _rows(performance)
     ]
-    midi = pretty_midi.PrettyMIDI(resolution=TICKS_PER_QUARTER, initial_tempo=120.0)
+    midi = pretty_midi.PrettyMIDI(resolution=TICKS_PER_QUARTER, initial_tempo=_QUARTERS_PER_MINUTE)
     midi.instruments.append(piano)
     return midi
 
 
 def from_pretty_midi(midi: "pretty_midi.PrettyMIDI") -> Performance:
-    """The notes of a pretty_midi object, drums dropped and each instrument's sustain pedal folded in.
+    """Convert a pretty_midi object as `read_midi` would read its file: without drums, pedals folded into the notes.
 
     Raises:
-      MidiError: a note's pitch, velocity or time is impossible.
+        MidiError: a note's pitch, velocity or time is impossible.
     """
     instruments = []
     for player in midi.instruments:
         notes = [] if player.is_drum else [(note.start, note.end, note.pitch, note.velocity) for note in player.notes]
         pedal = [(event.time, event.value) for event in player.control_changes if event.number == SUSTAIN_CONTROLLER]
-        instruments.append(_instrument_of_rows(notes, pedal))
-    return _play(instruments)
+        instruments.append(_instrument(notes, pedal))
+    return merge(instruments)
 
 
 def to_note_sequence(performance: Performance) -> Any:
-    """The notes as a `note_seq.NoteSequence`; needs the optional package note-seq."""
+    """Convert the notes to a `note_seq.NoteSequence`."""
     from note_seq.protobuf import music_pb2  # pyright: ignore[reportMissingImports]
 
     sequence = music_pb2.NoteSequence(ticks_per_quarter=TICKS_PER_QUARTER, total_time=performance.duration_s)
-    sequence.tempos.add(qpm=120.0)
+    sequence.tempos.add(qpm=_QUARTERS_PER_MINUTE)
     for onset_s, offset_s, pitch, velocity in _rows(performance):
         sequence.notes.add(start_time=onset_s, end_time=offset_s, pitch=pitch, velocity=velocity)
     return sequence
 
 
 def from_note_sequence(sequence: Any) -> Performance:
-    """The notes of a `note_seq.NoteSequence`, drums dropped and each instrument's sustain pedal folded in.
+    """Convert a `note_seq.NoteSequence` as `read_midi` would read its file: no drums, pedals folded into the notes.
 
     Raises:
-      MidiError: a note's pitch, velocity or time is impossible.
+        MidiError: a note's pitch, velocity or time is impossible.
     """
     notes, pedals = defaultdict(list), defaultdict(list)
     for note in sequence.notes:
@@ -72,7 +68,7 @@ def from_note_sequence(sequence: Any) -> Performance:
     for event in sequence.control_changes:
         if event.control_number == SUSTAIN_CONTROLLER:
             pedals[event.instrument].append((event.time, event.control_value))
-    return _play([_instrument_of_rows(notes[number], pedals[number]) for number in sorted({*notes, *pedals})])
+    return merge([_instrument(notes[number], pedals[number]) for number in sorted({*notes, *pedals})])
 
 
 def _rows(performance: Performance) -> Iterator[tuple[float, float, int, int]]:
@@ -80,11 +76,11 @@ def _rows(performance: Performance) -> Iterator[tuple[float, float, int, int]]:
     return zip(*(column.tolist() for column in columns), strict=True)
 
 
-def _instrument_of_rows(notes: list[tuple[float, float, int, int]], pedal: list[tuple[float, int]]) -> _Instrument:
+def _instrument(notes: list[tuple[float, float, int, int]], pedal: list[tuple[float, int]]) -> Instrument:
     notes_nx4 = np.array(notes, np.float64).reshape(-1, 4)
-    notes_nx4 = notes_nx4[notes_nx4[:, 1] != notes_nx4[:, 0]]  # as a MIDI file, it has no notes of no length
+    notes_nx4 = notes_nx4[notes_nx4[:, 1] != notes_nx4[:, 0]]  # notes without length are dropped, as in a MIDI file
     pedal_px2 = np.array(pedal, np.float64).reshape(-1, 2)
-    return _Instrument(
+    return Instrument(
         onset_s=notes_nx4[:, 0],
         offset_s=notes_nx4[:, 1],
         pitch=notes_nx4[:, 2].astype(np.int32),

@@ -7,23 +7,23 @@ from jaxtyping import Bool, Float, Float64, Int, Int32, Int64
 
 
 class MidiError(ValueError):
-    """The input is not a usable MIDI file, or its notes are not a possible performance."""
+    """The input is not a usable MIDI file, or a note is impossible."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Performance:
-    """Piano notes in the order of (onset, pitch); four read-only columns of equal length n.
+    """Piano notes, sorted by (onset, pitch), as four read-only columns of equal length n.
 
-    The constructor copies the columns into the types below, sorts the notes (stably) and checks them.
+    The constructor copies the columns into the types below, checks them and sorts the notes (stably).
 
     Attributes:
-      onset_s: `float64 [n]`, when each note begins, in seconds, >= 0.
-      offset_s: `float64 [n]`, when it stops sounding (the pedal counts), > onset_s.
-      pitch: `int32 [n]`, MIDI pitch 0..127.
-      velocity: `int32 [n]`, MIDI velocity 1..127.
+        onset_s: `float64 [n]`, when each note begins, in seconds, >= 0.
+        offset_s: `float64 [n]`, when it stops sounding, in seconds, > onset_s. The sustain pedal is included.
+        pitch: `int32 [n]`, MIDI pitch, 0..127.
+        velocity: `int32 [n]`, MIDI velocity, 1..127.
 
     Raises:
-      MidiError: a column has another length, or a value outside its range.
+        MidiError: the columns differ in length, or a value is out of range.
     """
 
     onset_s: Float[np.ndarray, " n"]
@@ -46,7 +46,7 @@ class Performance:
 
     @classmethod
     def empty(cls) -> "Performance":
-        """A performance of no notes."""
+        """Return a performance without notes."""
         no_times, no_numbers = np.zeros(0), np.zeros(0, np.int32)
         return cls(onset_s=no_times, offset_s=no_times, pitch=no_numbers, velocity=no_numbers)
 
@@ -54,7 +54,7 @@ class Performance:
         return len(self.pitch)
 
     def __eq__(self, other: object) -> bool:
-        """Whether all four columns are equal, bit for bit."""
+        """Compare all four columns, bit for bit."""
         if not isinstance(other, Performance):
             return NotImplemented
         return (
@@ -66,11 +66,11 @@ class Performance:
 
     @property
     def duration_s(self) -> float:
-        """When the last note stops, in seconds from time zero; 0 without notes."""
+        """When the last note ends, in seconds from time zero; 0 without notes."""
         return float(self.offset_s.max(initial=0.0))
 
     def select(self, kept: Bool[np.ndarray, " n"]) -> "Performance":
-        """The notes where `kept` is true."""
+        """Return the notes where `kept` is true."""
         return Performance(
             onset_s=self.onset_s[kept],
             offset_s=self.offset_s[kept],
@@ -79,7 +79,11 @@ class Performance:
         )
 
     def shift(self, seconds: int | float) -> "Performance":
-        """The same notes, `seconds` later (earlier if negative, not before time zero)."""
+        """Return the same notes `seconds` later, or earlier if negative.
+
+        Raises:
+            MidiError: a note would begin before time zero.
+        """
         return Performance(
             onset_s=self.onset_s + seconds,
             offset_s=self.offset_s + seconds,
@@ -88,7 +92,7 @@ class Performance:
         )
 
     def crop(self, start_s: int | float = 0, end_s: int | float = np.inf) -> "Performance":
-        """The notes that begin in [start_s, end_s), timed from `start_s`, the last ones cut at `end_s`."""
+        """Return the notes that begin in [start_s, end_s), timed from `start_s` and cut at `end_s`."""
         inside = self.select((self.onset_s >= start_s) & (self.onset_s < end_s))
         return Performance(
             onset_s=inside.onset_s - start_s,
@@ -99,7 +103,7 @@ class Performance:
 
 
 def _note_order(onset_s: Float64[np.ndarray, " n"], pitch: Int32[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-    """Like `lexsort` by (onset, pitch), several times faster where the onsets are nearly sorted, as they mostly are."""
+    """Sort by (onset, pitch) like `lexsort`, several times faster for onsets that are nearly sorted, as most are."""
     by_time = np.argsort(onset_s, kind="stable")
     moment = np.cumsum(np.diff(onset_s[by_time], prepend=0.0) > 0)
     return by_time[np.argsort(moment * 128 + pitch[by_time], kind="stable")]
@@ -108,7 +112,7 @@ def _note_order(onset_s: Float64[np.ndarray, " n"], pitch: Int32[np.ndarray, " n
 def _check_columns(columns: dict[str, np.ndarray]) -> None:
     shapes = {name: column.shape for name, column in columns.items()}
     if any(len(shape) != 1 for shape in shapes.values()) or len(set(shapes.values())) != 1:
-        raise MidiError(f"the columns of a Performance must be flat and of one length, got {shapes}")
+        raise MidiError(f"the columns of a Performance must be one-dimensional and of equal length, got {shapes}")
     onset_s, offset_s = columns["onset_s"], columns["offset_s"]
     rules = {
         "onset_s must be finite and >= 0": np.isfinite(onset_s) & (onset_s >= 0),
