@@ -1,8 +1,8 @@
-"""Times tokenising all of MAESTRO, and note-seq on a sample of the same files where it is installed.
+"""Time the tokenization of MAESTRO, and note-seq on a sample of the same files if it is installed.
 
     python benchmarks/prepare.py maestro-v3.0.0-midi.zip [--workers 2] [--sample 8]
 
-Prints a table and, last, one line of JSON. note-seq's time for the whole is its time on the sample, scaled by notes.
+Prints a table and, as the last line, JSON. note-seq's time for all files is its time for the sample, scaled by notes.
 """
 
 import argparse
@@ -15,20 +15,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.maestro import SPLITS, MidiFiles, read_table
-from data_pipeline.prepare import Manifest, prepare_maestro
+from data_pipeline.maestro import MidiFiles, read_table
+from data_pipeline.manifest import SPLITS, Manifest
+from data_pipeline.prepare import prepare_maestro
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("maestro", type=Path, help="the official zip or the unpacked folder")
-    parser.add_argument("--workers", type=int, help="processes; all usable cores if left out")
-    parser.add_argument("--sample", type=int, default=8, help="files for note-seq")
+    parser.add_argument("maestro", type=Path, help="the official zip, or the folder it unpacks to")
+    parser.add_argument("--workers", type=int, help="number of processes; by default one per core")
+    parser.add_argument("--sample", type=int, default=8, help="number of files for note-seq")
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        manifest = prepare_maestro(arguments.maestro, folder, workers=arguments.workers)
+        manifest, _ = prepare_maestro(arguments.maestro, folder, workers=arguments.workers)
         seconds = time.perf_counter() - start
     reference = note_seq_seconds(arguments.maestro, manifest, arguments.sample)
     ratio = None if reference is None else reference / seconds
@@ -43,7 +44,9 @@ def main() -> None:
     if reference is None:
         console.print("note-seq: not installed (python -m pip install note-seq)")
     else:
-        console.print(f"note-seq: {reference:.0f} s by a sample of {arguments.sample} files, {ratio:.0f} times as long")
+        console.print(
+            f"note-seq: {reference:.0f} s, estimated from {arguments.sample} files; {ratio:.0f} times as long"
+        )
     result = {
         "benchmark": "prepare",
         "seconds": round(seconds, 2),
@@ -56,7 +59,7 @@ def main() -> None:
 
 
 def note_seq_seconds(maestro: Path, manifest: Manifest, sample: int) -> float | None:
-    """Seconds note-seq would need for all files, reading, pedal and encoding; None where it is not installed."""
+    """Estimated time of note-seq for all files (reading, pedal, encoding); None if it is not installed."""
     if importlib.util.find_spec("note_seq") is None:
         return None
     import note_seq  # pyright: ignore[reportMissingImports]

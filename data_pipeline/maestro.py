@@ -1,8 +1,8 @@
-"""MAESTRO as it is distributed: a zip or its unpacked folder, checked against its own CSV.
+"""Read MIDI files from a zip or folder, and check the official MAESTRO archive against its own table.
 
-The archive holds MIDI files in one folder a year and a table `maestro-vX.Y.Z.csv` that gives every file its split
+The archive contains one folder of MIDI files per year, and a table `maestro-vX.Y.Z.csv` with the split of every file
 (Hawthorne et al., "Enabling Factorized Piano Music Modeling and Generation with the MAESTRO Dataset", ICLR 2019).
-Those splits keep one composition in one split, so they are used as they are.
+The official splits keep each composition in one split, so they are used as they are.
 """
 
 from __future__ import annotations
@@ -18,26 +18,23 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-SPLITS = ("train", "validation", "test")
+from data_pipeline.manifest import SPLITS, DatasetError
+
 MIDI_SUFFIXES = (".mid", ".midi")
 MAX_FILE_BYTES = 64 * 2**20
 _CSV_PATTERN = "maestro-*.csv"
 _CSV_COLUMNS = ("canonical_composer", "canonical_title", "split", "midi_filename")
 
 
-class DatasetError(ValueError):
-    """Training data that cannot be used: says which file, what was expected and what to do."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class Piece:
-    """One MIDI file of a dataset.
+class MaestroPiece:
+    """One row of the MAESTRO table.
 
     Attributes:
-        name: what the dataset calls it: its path below the dataset's root, with forward slashes.
-        path: what `MidiFiles.read` calls it; differs from `name` where the root is a folder inside a zip.
+        name: path of the MIDI file below the root of the data set, with forward slashes.
+        path: its path for `MidiFiles.read`; differs from `name` if the root is a folder inside the zip.
         split: one of `SPLITS`.
-        composition: what is played: composer and title.
+        composition: composer and title.
     """
 
     name: str
@@ -47,17 +44,15 @@ class Piece:
 
 
 class MidiFiles:
-    """The MIDI files in a zip or a folder, by name, without unpacking or following anything else.
+    """The files of a data set by name, read from a zip without unpacking it, or from a folder.
 
-    Hidden files and folders and macOS' `__MACOSX` copies are not part of a dataset and are not listed.
+    Hidden files and folders and the `__MACOSX` copies of macOS are not listed.
+
+    Raises:
+        DatasetError: there is no such zip or folder, or the zip is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Lists the files below `path`.
-
-        Raises:
-            DatasetError: there is no such zip or folder, or the zip is damaged.
-        """
         self.path = Path(path)
         self._zip: zipfile.ZipFile | None = None
         if self.path.is_dir():
@@ -77,7 +72,7 @@ class MidiFiles:
         self.close()
 
     def close(self) -> None:
-        """Closes the zip, if it is one."""
+        """Close the zip."""
         if self._zip is not None:
             self._zip.close()
 
@@ -93,12 +88,12 @@ class MidiFiles:
         """The bytes of one file.
 
         Raises:
-            DatasetError: it cannot be read or is larger than `MAX_FILE_BYTES`.
+            DatasetError: the file cannot be read, or is larger than `MAX_FILE_BYTES`.
         """
         try:
             size = self._size(name)
             if size > MAX_FILE_BYTES:
-                raise DatasetError(f"{name}: {size} bytes, more than the {MAX_FILE_BYTES} a MIDI file may have.")
+                raise DatasetError(f"{name}: {size} bytes, expected at most {MAX_FILE_BYTES} for a MIDI file.")
             if self._zip is not None:
                 return self._zip.read(name)
             return (self.path / name).read_bytes()
@@ -107,10 +102,10 @@ class MidiFiles:
             raise DatasetError(f"{name}: cannot be read ({error}).") from error
 
     def checksum(self, name: str) -> str:
-        """Size and CRC-32 of one file: the same from a zip, whose directory tells them, and from the unpacked folder.
+        """Size and CRC-32 of one file, the same from a zip (read from its directory) and from the unpacked folder.
 
         Raises:
-            DatasetError: it cannot be read.
+            DatasetError: the file cannot be read.
         """
         info = self._files[name]
         if info is not None:
@@ -123,23 +118,20 @@ class MidiFiles:
         return info.file_size if info is not None else (self.path / name).stat().st_size
 
 
-def read_table(files: MidiFiles) -> list[Piece]:
-    """The pieces of an official MAESTRO archive, in the order of its CSV, checked against the files that are there.
+def read_table(files: MidiFiles) -> list[MaestroPiece]:
+    """The pieces of the official MAESTRO archive in the order of its table, checked against the files present.
 
     Args:
-        files: the archive; the CSV may lie at its root or in one folder (the zip has `maestro-v3.0.0/`).
-
-    Returns:
-        One `Piece` a row.
+        files: the archive; the table may be at its root or in a folder (the zip has `maestro-v3.0.0/`).
 
     Raises:
-        DatasetError: no CSV or more than one, a CSV without the official columns and splits, files that the CSV
-            names and the archive lacks, or MIDI files that the CSV does not name.
+        DatasetError: there is no table or more than one, the table lacks official columns or splits, or its files are
+            not exactly the MIDI files of the archive.
     """
     table = _find_table(files)
     root = PurePosixPath(table).parent
     pieces = [
-        Piece(
+        MaestroPiece(
             name=row["midi_filename"],
             path=str(root / row["midi_filename"]),
             split=row["split"],
@@ -150,13 +142,13 @@ def read_table(files: MidiFiles) -> list[Piece]:
     listed = {piece.path for piece in pieces}
     present = set(files.midi_names())
     problems = [
-        _name_some("named in the CSV but missing", sorted(listed - present)),
-        _name_some("MIDI files that the CSV does not name", sorted(present - listed)),
+        _name_some("listed in the table but missing", sorted(listed - present)),
+        _name_some("MIDI files not listed in the table", sorted(present - listed)),
     ]
     if any(problems):
         raise DatasetError(
-            f"{files.path} does not agree with {table}: "
-            + "; ".join(p for p in problems if p)
+            f"{files.path} does not match {table}: "
+            + "; ".join(problem for problem in problems if problem)
             + ". Download or unpack the archive again, without adding or removing files."
         )
     return pieces
@@ -167,14 +159,14 @@ def _find_table(files: MidiFiles) -> str:
     if len(tables) != 1:
         found = f"found {', '.join(tables)}" if tables else "found none"
         raise DatasetError(
-            f"{files.path}: expected one MAESTRO table ({_CSV_PATTERN}), {found}. Give the official "
-            "maestro-v3.0.0-midi.zip or the folder that it unpacks to; for other MIDI files there is `--midi FOLDER`."
+            f"{files.path}: expected one MAESTRO table ({_CSV_PATTERN}), {found}. Pass the official "
+            "maestro-v3.0.0-midi.zip or the folder it unpacks to; for other MIDI files, use `--midi FOLDER`."
         )
     return tables[0]
 
 
 def _parse_table(table: str, content: bytes) -> list[dict[str, str]]:
-    """`_CSV_COLUMNS` of every row."""
+    """The columns `_CSV_COLUMNS` of every row."""
     try:
         reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
         columns = reader.fieldnames or ()
@@ -198,7 +190,7 @@ def _parse_table(table: str, content: bytes) -> list[dict[str, str]]:
 
 
 def _name_some(what: str, names: Sequence[str], limit: int = 10) -> str:
-    """Such as "3 missing: a, b, c", naming at most `limit`; "" for none."""
+    """Such as "3 missing: a, b, c", with at most `limit` names; empty for no names."""
     if not names:
         return ""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -1,57 +1,75 @@
-"""The command `music-ar prepare`: MIDI files to token shards."""
+"""The command `music-ar prepare`: tokenize MIDI files for training."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from app.console import CommandError, print_table
+from app.console import CommandError, ProgressLine, Unset, print_table
+
+if TYPE_CHECKING:
+    from data_pipeline.prepare import Prepared
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
-    """Turns MIDI files into token shards and a manifest that `music-ar train` reads.
+    """Prepares MIDI files for `music-ar train`: token shards and a manifest. Unchanged files are not prepared again.
 
     Example: music-ar prepare --maestro maestro-v3.0.0-midi.zip --output data/maestro
 
     Attributes:
-        output: folder to write.
-        maestro: the official MAESTRO zip, or the folder that it unpacks to; its official splits are kept.
-        midi: a folder or zip of your own MIDI files, dealt to splits by file name.
-        validation: share of your own files for the validation split.
-        test: share of your own files for the test split.
-        seed: another number deals your own files otherwise.
-        workers: processes; by default one a core.
+        output: folder to write; created if missing.
+        maestro: the official MAESTRO zip, or the folder it unpacks to. Its official splits are kept.
+        midi: a folder or zip of your own MIDI files, split by a hash of their names. Unusable files are skipped.
+        validation: share of the files for the validation split (with --midi).
+        test: share of the files for the test split (with --midi).
+        seed: random seed of the split assignment (with --midi).
+        workers: number of processes; by default one per core.
     """
 
     output: Path
-    maestro: Path | None = None
-    midi: Path | None = None
+    maestro: Unset[Path] = None
+    midi: Unset[Path] = None
     validation: float = 0.1
     test: float = 0.1
     seed: int = 0
-    workers: int | None = None
+    workers: Unset[int] = None
 
     def __post_init__(self) -> None:
         if (self.maestro is None) == (self.midi is None):
             raise CommandError("give either --maestro or --midi")
 
     def run(self) -> None:
-        """Writes the shards and prints a table of the splits."""
-        from data_pipeline.prepare import prepare_maestro, prepare_midi
+        """Write the shards and print a table of the splits."""
+        from data_pipeline.prepare import describe_skipped
 
-        if self.midi is None:
-            assert self.maestro is not None
-            manifest = prepare_maestro(self.maestro, self.output, workers=self.workers)
-        else:
-            manifest = prepare_midi(
-                self.midi,
-                self.output,
-                validation=self.validation,
-                test=self.test,
-                seed=self.seed,
-                workers=self.workers,
-            )
+        with ProgressLine(f"preparing {self.output}") as line:
+            manifest, was_up_to_date = self._prepare(line.timed("reading MIDI files"))
+        if was_up_to_date:
+            print(f"{self.output} is up to date", file=sys.stderr)
+        elif manifest.skipped:
+            files = len(manifest.skipped) + sum(count.pieces for count in manifest.splits.values())
+            reasons = describe_skipped(manifest.skipped)
+            print(f"skipped {len(manifest.skipped)} of {files} files: {reasons}", file=sys.stderr)
         rows = [
             (split, f"{count.pieces:,}", f"{count.hours:,.2f}", f"{count.notes:,}", f"{count.tokens:,}")
             for split, count in manifest.splits.items()
         ]
         print_table(("split", "pieces", "hours", "notes", "tokens"), rows)
+
+    def _prepare(self, on_progress: Callable[[float], None]) -> "Prepared":
+        from data_pipeline.prepare import prepare_maestro, prepare_midi
+
+        if self.maestro is not None:
+            return prepare_maestro(self.maestro, self.output, workers=self.workers, on_progress=on_progress)
+        assert self.midi is not None
+        return prepare_midi(
+            self.midi,
+            self.output,
+            validation=self.validation,
+            test=self.test,
+            seed=self.seed,
+            workers=self.workers,
+            on_progress=on_progress,
+        )

@@ -1,1 +1,1 @@
-"""Augmentation of event tokens."""
+"""Data augmentation of event tokens: of training windows (`transforms`) and of whole pieces (`mode_and_rubato`)."""

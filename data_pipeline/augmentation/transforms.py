@@ -1,8 +1,8 @@
-"""Transposition, time stretch, loudness and returns of event tokens: pure functions on pieces and windows of them.
+"""Transpose, stretch and change the velocity of event tokens: pure functions on pieces and on windows of them.
 
-The first two are what Oore et al. ("This Time with Feeling", 2018) do to performances, done to tokens: a transposed or
-louder window costs a few additions, a stretched one a sort. Stretching re-quantises: event times in steps are scaled
-and rounded, and the events are written again as `music_ar.events.encode` would write them.
+Transposition and stretching are the augmentations of Oore et al. ("This Time with Feeling", 2018), applied to tokens.
+Transposition and velocity shifts cost a few additions, a stretch costs a sort. A stretch quantizes again: event times
+in steps are scaled and rounded, and the events are written as `music_ar.tokens.encode` would write them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from music_ar.tokens.codec import decode, encode
-from music_ar.tokens.grammar import grammar_after
+from music_ar.tokens.codec import with_time_shifts
 from music_ar.tokens.vocabulary import (
     EVENT_CLASSES,
     MAX_SHIFT_STEPS,
@@ -34,15 +33,14 @@ PIANO_LOW, PIANO_HIGH = 21, 108  # A0 and C8
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How far training windows are changed; all draws are uniform and their ends included.
+    """Ranges of the augmentation of training windows. All draws are uniform, both ends included.
 
     Attributes:
-        min_semitones: lowest transposition. From -5 to +6 a piece comes in each of the twelve keys once.
-        max_semitones: highest transposition.
-        min_stretch: lowest factor on all times; 0.9 is a tenth faster.
-        max_stretch: highest factor on all times; 1.1 is a tenth slower.
-        velocity_bins: how many of the 32 velocity bins a window may become louder or softer.
-        returns: share of the windows in which a passage of the targets was heard before; see `foreshadow`.
+        min_semitones: lowest transposition in semitones; -5 to +6 puts a piece into each of the twelve keys once.
+        max_semitones: highest transposition in semitones.
+        min_stretch: smallest factor on all times; 0.9 makes the music 10 % faster.
+        max_stretch: largest factor on all times; 1.1 makes the music 10 % slower.
+        velocity_bins: largest velocity shift, up or down, in velocity bins (of 32).
     """
 
     min_semitones: int = -5
@@ -50,7 +48,6 @@ class Augmentation:
     min_stretch: float = 0.9
     max_stretch: float = 1.1
     velocity_bins: int = 0
-    returns: float = 0.0
 
     def __post_init__(self) -> None:
         if not -87 <= self.min_semitones <= 0 <= self.max_semitones <= 87:
@@ -62,24 +59,24 @@ class Augmentation:
             raise ValueError(
                 f"expected 0.5 <= min_stretch <= 1 <= max_stretch <= 2; got {self.min_stretch} and {self.max_stretch}"
             )
-
         if not 0 <= self.velocity_bins < VELOCITY_BINS:
             raise ValueError(f"expected 0 <= velocity_bins < {VELOCITY_BINS}; got {self.velocity_bins}")
-        if not 0 <= self.returns <= 1:
-            raise ValueError(f"expected 0 <= returns <= 1; got {self.returns}")
 
     def draw(self, rng: np.random.Generator) -> tuple[int, float, int]:
-        """A transposition in semitones, a stretch factor and a number of velocity bins."""
+        """A transposition in semitones, a stretch factor and a velocity shift in bins."""
         semitones = rng.integers(self.min_semitones, self.max_semitones, endpoint=True)
         factor = rng.uniform(self.min_stretch, self.max_stretch)
-        louder = rng.integers(-self.velocity_bins, self.velocity_bins, endpoint=True) if self.velocity_bins else 0
-        return int(semitones), float(factor), int(louder)
+        bins = rng.integers(-self.velocity_bins, self.velocity_bins, endpoint=True) if self.velocity_bins else 0
+        return int(semitones), float(factor), int(bins)
 
 
-def room_to_transpose(tokens: Integer[np.ndarray, " T"], semitones: int) -> int:
-    """As much of a transposition as keeps the notes of these tokens on the piano.
+# --- pitch and velocity ----------------------------------------------------------------------------------------------
 
-    Notes that already lie outside 21-108 forbid a move further out, never force one back.
+
+def clip_transposition(tokens: Integer[np.ndarray, " T"], semitones: int) -> int:
+    """The transposition, clipped so that the notes of these tokens stay on the piano.
+
+    Notes already off the piano (outside 21..108) prevent a move further out; they never force one back.
     """
     pitches = tokens[tokens < TIME_SHIFT] % PITCHES
     if len(pitches) == 0:
@@ -90,84 +87,57 @@ def room_to_transpose(tokens: Integer[np.ndarray, " T"], semitones: int) -> int:
 
 
 def transpose(tokens: Integer[np.ndarray, " T"], semitones: int) -> Integer[np.ndarray, " T"]:
-    """Moves every note by `semitones`, or by as much of it as there is room for.
+    """Move all notes by `semitones`, clipped to the piano.
 
     Args:
-        tokens: event ids; other ids than note-ons and note-offs stay.
+        tokens: event tokens; all but note-ons and note-offs stay as they are.
         semitones: positive is up.
 
     Returns:
         A new array of the same shape and type.
     """
-    shift = np.int32(room_to_transpose(tokens, semitones))  # signed, where the tokens may not be
+    shift = np.int32(clip_transposition(tokens, semitones))  # signed; the tokens may be unsigned
     return np.where(tokens < TIME_SHIFT, tokens + shift, tokens).astype(tokens.dtype)
 
 
-def room_to_louden(tokens: Integer[np.ndarray, " T"], bins: int) -> int:
-    """As much of a change of loudness as keeps the softest and the loudest velocity in range."""
+def clip_velocity_shift(tokens: Integer[np.ndarray, " T"], bins: int) -> int:
+    """The velocity shift, clipped so that the softest and the loudest velocity of these tokens stay in range."""
     levels = tokens[is_velocity(tokens)].astype(np.int64) - VELOCITY
     if len(levels) == 0:
         return bins
     return min(max(bins, -int(levels.min())), VELOCITY_BINS - 1 - int(levels.max()))
 
 
-def louden(tokens: Integer[np.ndarray, " T"], bins: int) -> Integer[np.ndarray, " T"]:
-    """Moves every velocity by `bins`, or by as much of it as there is room for.
+def shift_velocity(tokens: Integer[np.ndarray, " T"], bins: int) -> Integer[np.ndarray, " T"]:
+    """Move all velocities by `bins`, clipped to the range of velocities.
 
-    So dynamics keep their shape, and two different velocities stay different.
+    All move by the same amount, so dynamics keep their shape and different velocities stay different.
 
     Args:
-        tokens: event ids; other ids than velocities stay.
+        tokens: event tokens; all but velocities stay as they are.
         bins: positive is louder.
 
     Returns:
         A new array of the same shape and type.
     """
-    shift = np.int32(room_to_louden(tokens, bins))
+    shift = np.int32(clip_velocity_shift(tokens, bins))
     return np.where(is_velocity(tokens), tokens + shift, tokens).astype(tokens.dtype)
 
 
-def foreshadow(
-    tokens: Integer[np.ndarray, " T"], passage: slice, at: int, factor: float, bins: int
-) -> Integer[np.ndarray, " T"]:
-    """Lets a passage be heard once before, a little slower or louder, say, as pieces return to themselves.
-
-    Few of MAESTRO's windows hold a return from thousands of tokens ago, so few that a model hardly learns to look
-    there. Here the passage takes the place of what stood at `at`; notes that sound there are ended first.
-
-    Args:
-        tokens: a window.
-        passage: which of its tokens to hear before.
-        at: where; from there on as many tokens as the varied passage needs are replaced.
-        factor: on its times.
-        bins: of velocity that it becomes louder.
-
-    Returns:
-        A new array of the same shape and type; or the window as it is if there is no room before the passage.
-    """
-    theme = encode(decode(tokens[passage]))  # without what the cuts left: notes without beginning or end
-    if len(theme):
-        theme = louden(stretch(theme, factor), bins)
-    held = np.flatnonzero(grammar_after(tokens[:at]).held)
-    put = np.concatenate([NOTE_OFF + held, theme]).astype(tokens.dtype)
-    if len(theme) == 0 or at + len(put) > passage.start:
-        return tokens
-    return np.concatenate([tokens[:at], put, tokens[at + len(put) :]])
+# --- time ------------------------------------------------------------------------------------------------------------
 
 
-def stretch(tokens: Integer[np.ndarray, " T"], factor: float) -> Integer[np.ndarray, " S"]:
-    """Multiplies all times by `factor` and re-quantises to steps of 10 ms; see `stretch_with_source`."""
-    return stretch_with_source(tokens, factor)[0]
-
-
-def stretch_with_source(
+def stretch(
     tokens: Integer[np.ndarray, " T"], factor: float
-) -> tuple[Integer[np.ndarray, " S"], Integer[np.ndarray, " S"]]:
-    """`stretch`, and for every token it returns, the input token that it comes from; see `retime`.
+) -> tuple[Integer[np.ndarray, " S"], Int64[np.ndarray, " S"]]:
+    """Multiply all times by `factor` and quantize them to steps of 10 ms; see `retime`.
 
     Args:
         tokens: as for `retime`.
-        factor: above 0; 1.1 is a tenth slower.
+        factor: above 0; 1.1 makes the music 10 % slower.
+
+    Returns:
+        As `retime`.
 
     Raises:
         ValueError: `factor` is not a positive number.
@@ -180,23 +150,23 @@ def stretch_with_source(
 
 def retime(
     tokens: Integer[np.ndarray, " T"], clock: Callable[[Int64[np.ndarray, " E"]], Int64[np.ndarray, " E"]]
-) -> tuple[Integer[np.ndarray, " S"], Integer[np.ndarray, " S"]]:
-    """Moves every event to another time, and tells of every token it returns which input token it comes from.
+) -> tuple[Integer[np.ndarray, " S"], Int64[np.ndarray, " S"]]:
+    """Move every event to the time that `clock` gives it.
 
-    Every note-on, note-off and velocity is kept; only time shifts appear and vanish. As in `encode`, a note is at least
-    one step long, and of the events of one step the note-offs come first, in the order of their notes' onsets, then the
-    note-ons in their order of time with their velocities. The result equals encoding the moved notes up to the
-    10 ms by which the input was rounded already.
+    Every note-on, note-off and velocity is kept; only time shifts appear and vanish. As in `encode`, a note lasts at
+    least one step, and within a step the note-offs come first, in the order of their notes' onsets, then the note-ons
+    with their velocities, in their old order. The result equals encoding the moved notes, up to the 10 ms to which the
+    input was rounded.
 
     Args:
-        tokens: a canonically encoded piece, or a window cut anywhere from one. START, END and PAD may stand at its
-            ends and stay there. Time counts from the window's first token. Where a window ends inside a silence of
-            unknown length, so does the result.
-        clock: from times in steps to times in steps; must not fall.
+        tokens: a canonically encoded piece, or any window of one. START, END and PAD are allowed at its ends and stay
+            there. Time counts from the first token. A window that ends inside a silence of unknown length still does
+            so afterwards.
+        clock: maps times in steps to times in steps; must not decrease.
 
     Returns:
-        The moved tokens, of the input's type, and their sources int64: indices into `tokens`. A time shift's source
-        is that of the event that it leads to.
+        The moved tokens, of the input's type, and the index of the input token that each comes from. A time shift comes
+        from the event that it leads to.
 
     Raises:
         EventError: START, END or PAD between events.
@@ -207,8 +177,8 @@ def retime(
     times = np.cumsum(np.where(shifts, body.astype(np.int64) - (TIME_SHIFT - 1), 0))
     events = np.flatnonzero(~shifts)
     ids = body[events]
-    steps, order = _reschedule(ids, clock(times[events]))
-    moved, shift_counts = _write_events(ids[order], steps)
+    steps, order = _reorder(ids, clock(times[events]))
+    moved, shift_counts = with_time_shifts(ids[order], steps)
     trailing = _trailing_shifts(body, int(clock(times[-1:]).sum()), steps)
     ends = np.arange(len(tokens))
     source = (
@@ -217,12 +187,12 @@ def retime(
         np.full(len(trailing), stop - 1),
         ends[stop:],
     )
-    pieces = (tokens[:start], moved, trailing, tokens[stop:])
-    return np.concatenate(pieces).astype(tokens.dtype, copy=False), np.concatenate(source)
+    parts = (tokens[:start], moved, trailing, tokens[stop:])
+    return np.concatenate(parts).astype(tokens.dtype, copy=False), np.concatenate(source)
 
 
 def _span_of_events(tokens: np.ndarray) -> tuple[int, int]:
-    """Where the events lie between START, END and PAD at the ends."""
+    """Start and stop of the events between START, END and PAD at the ends."""
     inner = np.flatnonzero(tokens < EVENT_CLASSES)
     if len(inner) == 0:
         return 0, 0
@@ -232,61 +202,54 @@ def _span_of_events(tokens: np.ndarray) -> tuple[int, int]:
     return start, stop
 
 
-def _reschedule(ids: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Steps in the order of events within them, and that order, after notes of no length are given one step."""
+def _reorder(events: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Steps in the order of `encode`, every note at least one step long, and that order as indices of events."""
     steps = steps.copy()
-    rank = np.arange(len(ids))
-    is_off = (ids >= NOTE_OFF) & (ids < TIME_SHIFT)
-    offs, ons = _pair_notes(ids)
+    rank = np.arange(len(events))
+    note_off = (events >= NOTE_OFF) & (events < TIME_SHIFT)
+    offs, ons = _pair_notes(events)
     steps[offs] = np.maximum(steps[offs], steps[ons] + 1)
-    # Offs whose note began before the window come before all others; among themselves they keep their order.
-    rank[is_off] = -1
+    # Note-offs of notes that began before the window come before all others and keep their order.
+    rank[note_off] = -1
     rank[offs] = ons
-    order = np.lexsort((rank, ~is_off, steps))
+    order = np.lexsort((rank, ~note_off, steps))
     return steps[order], order
 
 
-def _pair_notes(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of note-offs and of the note-ons that they end: first on, first off, pitch by pitch."""
-    notes = np.flatnonzero(ids < TIME_SHIFT)
-    pitch = (ids[notes] % PITCHES).astype(np.uint8)  # a stable sort of bytes is a radix sort
+def _pair_notes(events: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of note-offs and of the note-ons that they end; per pitch the oldest note ends first.
+
+    In a window, the note-offs without a note-on are the *first* of their pitch: they end notes that began before the
+    window. `decode` drops those that find nothing held instead, as note-seq does. The two differ where a window starts
+    while a pitch sounds twice.
+    """
+    notes = np.flatnonzero(events < TIME_SHIFT)
+    pitch = (events[notes] % PITCHES).astype(np.uint8)  # a stable sort of bytes is a radix sort
     by_pitch = np.argsort(pitch, kind="stable")
     notes, pitch = notes[by_pitch], pitch[by_pitch]
-    is_on = ids[notes] < NOTE_OFF
-    if not is_on.any():
+    note_on = events[notes] < NOTE_OFF
+    if not note_on.any():
         return notes[:0], notes[:0]
     group = np.flatnonzero(np.diff(pitch, prepend=-1) != 0)
     lengths = np.diff(group, append=len(pitch))
-    ons_before = np.cumsum(is_on) - is_on
+    ons_before = np.cumsum(note_on) - note_on
     offs_before = np.arange(len(pitch)) - ons_before
     first_on, first_off = np.repeat(ons_before[group], lengths), np.repeat(offs_before[group], lengths)
-    sounding = (ons_before - first_on) - (offs_before - first_off) - ~is_on
-    held = np.repeat(np.maximum(0, -np.minimum.reduceat(sounding, group)), lengths)
-    ordinal = offs_before - first_off - held
-    ends_one = ~is_on & (ordinal >= 0)
-    return notes[ends_one], notes[is_on][(first_on + ordinal)[ends_one]]
-
-
-def _write_events(ids: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Events with the time shifts between them, and the number of shifts before each event."""
-    gaps = np.diff(steps, prepend=0)
-    counts = -(-gaps // MAX_SHIFT_STEPS)
-    positions = np.cumsum(counts + 1) - 1
-    tokens = np.full(len(ids) + int(counts.sum()), TIME_SHIFT + MAX_SHIFT_STEPS - 1)
-    tokens[positions] = ids
-    shifted = counts > 0
-    tokens[positions[shifted] - 1] = TIME_SHIFT - 1 + (gaps - (counts - 1) * MAX_SHIFT_STEPS)[shifted]
-    return tokens, counts
+    sounding = (ons_before - first_on) - (offs_before - first_off) - ~note_on
+    held_before = np.repeat(np.maximum(0, -np.minimum.reduceat(sounding, group)), lengths)
+    ordinal = offs_before - first_off - held_before
+    paired = ~note_on & (ordinal >= 0)
+    return notes[paired], notes[note_on][(first_on + ordinal)[paired]]
 
 
 def _trailing_shifts(body: np.ndarray, end: int, steps: np.ndarray) -> np.ndarray:
-    """The shifts up to the time `end` after the last event of a window that was cut before the event they lead to."""
+    """The time shifts from the last event to time `end`, of a window that ends before the event they lead to."""
     if len(body) == 0:
         return np.empty(0, np.int64)
     remaining = max(0, end - (int(steps[-1]) if len(steps) else 0))
     full, rest = divmod(remaining, MAX_SHIFT_STEPS)
     shifts = [TIME_SHIFT + MAX_SHIFT_STEPS - 1] * full
-    # After a full shift the silence may go on beyond the window, so a rest would state a length nobody knows.
+    # After a full shift the silence may continue beyond the window; a rest would claim a length that is not known.
     if rest and body[-1] != TIME_SHIFT + MAX_SHIFT_STEPS - 1:
         shifts.append(TIME_SHIFT - 1 + rest)
     return np.array(shifts, np.int64)
