@@ -1,6 +1,6 @@
 """Attention of one decoding step over rolling caches, as ordinary operations. `pallas_attention` is its counterpart."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from music_ar.decoding.layers import CrossBlock, SelfBlock
 KeysValues = tuple[Array, Array]
 
 
+@runtime_checkable
 class StepAttention(Protocol):
     """Attention of all blocks in one step, for the rows of one micro-batch."""
 

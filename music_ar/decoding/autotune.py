@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 from music_ar.decoding.decoder import Decoder
-from music_ar.decoding.processors import option_arrays
+from music_ar.decoding.processors import shared_options
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.state import cache_size
 from music_ar.tokens import vocabulary
@@ -70,7 +70,7 @@ class Autotuner:
 
     def _measure(self, latents: int, variations: int) -> float:
         start = np.array([vocabulary.START], np.int32)
-        options = {name: array.reshape(()) for name, array in option_arrays([SamplingOptions()]).items()}
+        options = shared_options(SamplingOptions())
         state = self._decoder.start([start] * variations, latents=latents, seeds=range(variations), limit_steps=2**30)
         length, spent_s = self._decoder.backend.chunk_tokens(variations), []
         while len(spent_s) < 4 or sum(spent_s[1:]) < _MEASURED_S:  # the first one compiles

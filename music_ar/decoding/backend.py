@@ -2,19 +2,16 @@
 
 `select` looks at the device and the JAX version and returns a frozen `Backend`, which is handed down. Nothing else in
 the project asks which platform or JAX version there is, so every path can be tested on a CPU. Importing this module
-does not import JAX, since `cpu_devices` has to be called before that. Measurements: docs/decoding.md.
+does not import JAX, since `cpu_devices` has to be called before that. Measurements: docs/results/decoding.md.
 """
 
 import dataclasses
 import importlib.util
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from music_ar.model.config import Compute, ModelConfig
 from music_ar.system import usable_cores
-
-if TYPE_CHECKING:
-    import jax
 
 _MAX_CPU_DEVICES = 16  # as many as a batch has rows
 _YNNPACK_VERSION = (0, 12)  # of JAX: from there on YNNPACK computes XLA's matrix products on CPUs
@@ -87,7 +84,14 @@ class Backend:
         return dataclasses.replace(self, attention="plain", micro_batch_rows=None)
 
 
-def select(device: "jax.Device | None" = None, jax_version: tuple[int, ...] | None = None) -> Backend:
+@runtime_checkable
+class Device(Protocol):
+    """What is read from a JAX device: its platform and, of an NVIDIA GPU, `compute_capability`."""
+
+    platform: str
+
+
+def select(device: Device | None = None, jax_version: tuple[int, ...] | None = None) -> Backend:
     """The fastest known backend of a device.
 
     Args:
@@ -96,11 +100,11 @@ def select(device: "jax.Device | None" = None, jax_version: tuple[int, ...] | No
     """
     import jax
 
-    device = jax.local_devices()[0] if device is None else device
-    if device.platform == "cpu":
+    chosen: Device = jax.local_devices()[0] if device is None else device
+    if chosen.platform == "cpu":
         return _cpu(jax.__version_info__ if jax_version is None else jax_version)
-    if device.platform == "gpu":
-        return _gpu(getattr(device, "compute_capability", None))
+    if chosen.platform == "gpu":
+        return _gpu(getattr(chosen, "compute_capability", None))
     return Backend(compute=Compute(dtype="bfloat16"))
 
 
@@ -134,7 +138,7 @@ def cpu_devices(*, many_rows: bool = False) -> int:
     """How many devices JAX should make of the CPU for decoding; it must be told before it is imported.
 
     Rows of a batch are sharded over the devices. A step of few rows keeps about one core busy with JAX 0.10, and two
-    with 0.12 (docs/decoding.md).
+    with 0.12 (docs/results/decoding.md).
 
     Args:
         many_rows: whether batches have as many rows as there are cores.

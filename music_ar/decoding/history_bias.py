@@ -2,7 +2,7 @@
 
 A model predicts real pieces well and drifts in its own: it reads a note drawn by chance as a modulation, and the next
 notes follow it. After a minute a generated piece shares less with its beginning than real ones do, and its dynamics and
-register have drifted anywhere (docs/evaluation.md). So likely events are reweighted by how much of them the
+register have drifted anywhere (docs/results/evaluation.md). So likely events are reweighted by how much of them the
 piece has had, to the power of a strength: a note-on by the share of its pitch class and, less so, of the pitches around
 it; a velocity by the share of similar velocities. Prior counts stand for what is usual in piano music. Those of
 velocities are so many that a piece turns to its own dynamics only after a minute or two: real pieces that begin softly

@@ -29,7 +29,7 @@ class Int8Forms:
 
     Args:
         layout: how matrices are stored. Out, in is what YNNPACK (JAX 0.12) multiplies with as it is, where it packs in,
-            out anew at each call; with JAX 0.10 it is slower (docs/decoding.md has figures).
+            out anew at each call; with JAX 0.10 it is slower (docs/results/decoding.md has figures).
     """
 
     def __init__(self, layout: Layout):
@@ -119,8 +119,8 @@ class NormedInt8Linear(Int8Linear):
     """RMSNorm and the linear layer behind it, with an int8 matrix. Not for training.
 
     Numbers of a normalised row are at most sqrt(I) times the norm's largest scale, so the largest need not be searched
-    before they are rounded: of some 640 small operations per step that saves 84 (docs/decoding.md). It costs three or
-    four of their 15 bits; of the worst row seen, five.
+    before they are rounded: of some 640 small operations per step that saves 84 (docs/results/decoding.md). It costs
+    three or four of their 15 bits; of the worst row seen, five.
     """
 
     def __init__(self, norm: nnx.RMSNorm, linear: nnx.Linear, layout: Layout):

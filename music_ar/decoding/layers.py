@@ -4,7 +4,7 @@
 projection, since each operation costs time when decoding. Which form linear layers have is the backend's choice.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from music_ar.model.attention import AttentionInputs, Block, head_runs, rotate_h
 from music_ar.model.perceiver_ar import FeatureProjection, PerceiverAR
 
 
+@runtime_checkable
 class Forms(Protocol):
     """Constructors of linear layers in one form."""
 
@@ -79,7 +80,7 @@ class TransposedLinear(nnx.Module):
     """A linear layer whose matrix is held as [out, in]. Not for training.
 
     XLA computes a product of one row as multiplications and a sum. On a GPU, with a matrix as [in, out], these are two
-    kernels, and the products pass through memory; as [out, in] they are one (docs/decoding.md has figures).
+    kernels, and the products pass through memory; as [out, in] they are one (docs/results/decoding.md has figures).
     """
 
     def __init__(self, linear: nnx.Linear):
@@ -112,7 +113,7 @@ class NormedLinear(nnx.Module):
     """RMSNorm and the linear layer behind it in one transposed matrix. Not for training.
 
     The norm's scale is in the matrix, and its divisor, one number per row, divides the product: so the product does not
-    wait for it, and no normalised stream passes through memory (docs/decoding.md has figures).
+    wait for it, and no normalised stream passes through memory (docs/results/decoding.md has figures).
     """
 
     def __init__(self, norm: nnx.RMSNorm, linear: nnx.Linear):

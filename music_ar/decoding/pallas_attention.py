@@ -1,21 +1,19 @@
-"""A block's attention in one-token decoding as one kernel, for NVIDIA GPUs (Pallas, Triton backend).
+"""Attention of one decoding step as one kernel per block, for NVIDIA GPUs (Pallas, Triton backend).
 
-On a GPU a step is many small operations of about 2 µs each, whatever they compute, and six of them a block lie between
-the projection of queries, keys and values and what attention found. Here they are one: query-key normalisation,
-rotary positions, the new entry of the ring, and attention over the ring with an online softmax (Milakov and Gimelshein,
-arXiv 1805.02867). `decoding.PlainAttention` is the same as ordinary operations, which CPUs are faster at;
-tests/test_decode_kernel.py compares the two.
+On a GPU a step is many small operations of about 2 µs each, whatever they compute, and six of them per block are
+between the projection of queries, keys and values and what attention found. Here they are one: query-key normalisation,
+rotary positions, the new entry of the rolling cache, and attention over the cache with an online softmax (Milakov and
+Gimelshein, arXiv 1805.02867). `attention.PlainAttention` is the same as ordinary operations. `backend` imports this
+module only where it runs, since JAX has deprecated the Triton backend.
 
-A program has one row of the cache: a batch row's, window's and key head's ring, keys and values both [R, K] so that
-they are read in order. If there are few rows, a ring is split among several programs. Each leaves what it found, and
-the last to finish, which a counter tells, puts it together (as in Flash-Decoding, Dao et al. 2023, but without a second
-kernel).
-
-The ring's slot of the new entry is masked; the new entry takes part from registers. So nobody waits for its being
+A program has one cache row: the rolling cache of one batch row, window and key head, keys and values both [R, K] so
+that they are read in order. If there are few rows, a cache is split among several programs. Each leaves its partial
+result, and the last to finish, which a counter tells, combines them (as in Flash-Decoding, Dao et al. 2023, but without
+a second kernel). The slot of the new entry is masked; the entry takes part from registers. So nobody waits until it is
 written, and the softmax always has a key.
 
-Dimension key, beside those of `model.py` and `decoding.py`: X rings (batch and window as one axis), E rows of the cache
-(X G), T queries a ring and head, P queries of a cache row with padding, C heads of an array, S splits of a ring.
+Dimension key, beside those of `music_ar.model.config` and `state`: X caches (batch and window as one axis), E cache
+rows (X G), C heads of an array, Q queries of a cache row with padding, S splits of a cache, L a block of entries.
 """
 
 import dataclasses
@@ -29,26 +27,30 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from music_ar.model.attention import Block, rotary_angles
+from music_ar.decoding.attention import KeysValues
+from music_ar.decoding.layers import CrossBlock, SelfBlock
+from music_ar.model.attention import rotary_angles
 from music_ar.model.config import ModelConfig
 
 _EPSILON = 1e-6  # of nnx.RMSNorm
 _LOWEST = -1e30  # below any score, and finite: what is subtracted from it stays a number
 _LOG2_E = 1.4426950408889634
-_LEAST_BLOCK = 16  # the least that Triton multiplies matrices of, in each of their axes
-LEAST_RING = _LEAST_BLOCK
-"""Rings have a multiple of this many entries."""
+_LEAST_BLOCK = 16  # the least that Triton multiplies matrices of, along each of their axes
+_LARGEST_HEAD = 64  # larger ones may need more shared memory than there is
+LEAST_CACHE = _LEAST_BLOCK
+"""Caches have a multiple of this many entries."""
+_LARGEST_BLOCK, _BLOCK_OF_MANY, _PROGRAMS, _MOST_SPLITS = 128, 32, 256, 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How the work is cut; what is found depends on it by rounding alone.
+    """How the work is cut; it affects results by rounding only.
 
     Attributes:
-        splits: programs that share a row of the cache; with more than one, they need `counters`.
-        block: entries of a ring at a time.
-        warps: of 32 threads, a program.
-        stages: blocks on their way from memory at a time.
+        splits: programs that share a cache row; with more than one, they need `counters`.
+        block: entries of a cache at a time.
+        warps: of 32 threads, per program.
+        stages: blocks in flight from memory.
     """
 
     splits: int
@@ -57,52 +59,37 @@ class Tiling:
     stages: int = 3
 
     @classmethod
-    def of(cls, cache_rows: int, ring: int, *, beside: bool = False) -> "Tiling":
+    def of(cls, cache_rows: int, size: int, *, overlapped: bool = False) -> "Tiling":
         """Enough programs to keep some 132 multiprocessors busy, with 64 entries each at the least.
 
         Args:
-            cache_rows: rows of the cache that the kernel goes through.
-            ring: entries of each.
-            beside: whether others of its kind run beside the kernel.
+            cache_rows: rows that the kernel goes through.
+            size: entries of each.
+            overlapped: whether another such kernel runs beside this one.
         """
         splits = 1
-        while (
-            2 * splits <= min(_MOST_SPLITS, _PROGRAMS // cache_rows, ring // 64)
-            and ring % (2 * splits * LEAST_RING) == 0
-        ):
+        most = min(_MOST_SPLITS, _PROGRAMS // cache_rows, size // 64)
+        while 2 * splits <= most and size % (2 * splits * LEAST_CACHE) == 0:
             splits *= 2
-        span = ring // splits
-        divisor = span & -span  # the power of two in what is a program's
-        if splits == 1:  # what was fastest of the cuts that docs/decoding.md lists
-            return cls(splits=1, block=min(_BLOCK_OF_MANY, divisor), warps=1 if beside else 2, stages=4)
+        span = size // splits
+        divisor = span & -span  # the power of two in a program's share
+        if splits == 1:  # what was fastest of the cuts that docs/results/decoding.md lists
+            return cls(splits=1, block=min(_BLOCK_OF_MANY, divisor), warps=1 if overlapped else 2, stages=4)
         return cls(splits=splits, block=min(_LARGEST_BLOCK, divisor))
-
-
-_LARGEST_BLOCK, _BLOCK_OF_MANY, _PROGRAMS, _MOST_SPLITS = 128, 32, 256, 64
 
 
 def suits(config: ModelConfig) -> bool:
     """Whether the kernel can be used for a model: Triton's blocks are powers of two, and at least 16."""
     K = config.head_size
-    return K >= _LEAST_BLOCK and K & (K - 1) == 0 and config.context % _LEAST_BLOCK == 0
-
-
-def pays(config: ModelConfig, dtype: jnp.dtype) -> bool:
-    """Whether the kernel is known to be faster here than ordinary operations.
-
-    That was measured on an H100 (compute capability 9.0), in bfloat16, with heads of 64 channels, and on nothing else;
-    larger ones may need more shared memory than there is.
-    """
-    hopper = getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
-    return hopper and suits(config) and config.head_size <= 64 and dtype == jnp.bfloat16
+    return _LEAST_BLOCK <= K <= _LARGEST_HEAD and K & (K - 1) == 0 and config.context % _LEAST_BLOCK == 0
 
 
 class Heads(NamedTuple):
-    """Some heads of a projection as it comes, neither normalised nor rotated.
+    """Some heads of a projection, neither normalised nor rotated yet.
 
     Attributes:
         array: the projection, [rows, C, K]; one array can hold queries, keys and values, which saves copies.
-        first: where in C the heads meant begin.
+        first: index in C of the first head meant.
         scale: rows of scales of query-key normalisation; values have none.
         scale_row: which of them.
     """
@@ -114,7 +101,7 @@ class Heads(NamedTuple):
 
     @property
     def place(self) -> "_Place":
-        """Where in their arrays the kernel finds them."""
+        """Where the kernel finds them in their arrays."""
         return _Place(self.first, self.scale_row)
 
 
@@ -123,211 +110,289 @@ class _Place(NamedTuple):
     scale_row: int
 
 
-def attend(
-    q: Heads,
-    new: tuple[Heads, Heads] | None,
-    k_ExRxK: Float[Array, "E R K"],
-    v_ExRxK: Float[Array, "E R K"],
-    rings_Xx2: Int[Array, "X 2"],
-    turns_XxPx2xK: Float[Array, "X ways 2 K"],
-    counters_E: Int[Array, " _E"],
-    *,
-    config: ModelConfig,
-    first_row: int = 0,
-    tiling: Tiling | None = None,
-    interpret: bool | None = None,
-) -> tuple[Float[Array, "XT H K"], Array, Array, Int[Array, " _E"]]:
-    """Attention of T queries a ring and head to that ring, once the new entry is written.
-
-    Args:
-        q: queries; T rows of the array for each ring in turn.
-        new: key and value of the new entry, one row of the array a ring; None if the ring holds it already.
-        k_ExRxK: keys of the rings, row `first_row` + x G + g for key head g of ring x; the result takes its buffer.
-        v_ExRxK: values, likewise.
-        rings_Xx2: of each ring, the slot of the new entry and how many entries before it are seen; none if negative.
-        turns_XxPx2xK: `rotary_turns` of each ring.
-        counters_E: zeros, at least one a row of the rings; they are zeros again in the result.
-        config: of the model.
-        first_row: of the cache, where the rings begin; there may be others before and behind them.
-        tiling: how the work is cut.
-        interpret: whether to run as ordinary operations, for tests. Default: where there is no GPU.
-
-    Returns:
-        What each query found, the keys, the values, and the counters.
-    """
-    _, R, K = k_ExRxK.shape
-    X, H = rings_Xx2.shape[0], config.heads
-    E = X * config.kv_heads
-    tiling = Tiling.of(E, R) if tiling is None else tiling
-    interpret = _interpreted() if interpret is None else interpret
-    k, v = (None, None) if new is None else new
-    sizes = _Sizes(
-        config=config, queries=q.array.shape[0] // X, tiling=tiling, first_row=first_row, interpreted=interpret
-    )
-    inputs = [rings_Xx2, turns_XxPx2xK, q.array, q.scale]
-    if k is not None and v is not None:
-        inputs += [k.array, k.scale, v.array]
-    aliased = [k_ExRxK, v_ExRxK, counters_E]
-    F = sizes.queries * sizes.group
-    partial = [(E, tiling.splits, F, K), (E, tiling.splits, 2, F)] if tiling.splits > 1 else []
-    found, k_ExRxK, v_ExRxK, counters_E, *_ = pl.pallas_call(
-        functools.partial(_kernel, sizes=sizes, q=q.place, k=k and k.place, v=v and v.place),
-        out_shape=[
-            jax.ShapeDtypeStruct((X * sizes.queries, H, K), v_ExRxK.dtype),
-            *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in aliased),
-            *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in partial),
-        ],
-        grid=(E, tiling.splits),
-        input_output_aliases={len(inputs) + index: 1 + index for index in range(3)},
-        # These being Triton's chooses that backend.
-        compiler_params=triton.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-        interpret=interpret,
-        name="decode_attention",
-    )(*inputs, *aliased)
-    return found, k_ExRxK, v_ExRxK, counters_E
-
-
-def rotary_turns(config: ModelConfig, places_XxP: Int[Array, "X P"]) -> Float[Array, "X ways 2 K"]:
-    """What turns a head at each place, by either way to count it: a head becomes cos * head + sin * partner.
-
-    A channel's partner is the one it turns with; where that has to be subtracted, the sine is negative. Channels that
-    do not turn have cosine 1 and sine 0.
-    """
-    size, K = config.rotary_size, config.head_size
-    places_XxP = places_XxP if config.time_heads else places_XxP[:, :1]
-    angle_XxPxR = rotary_angles(places_XxP, size=size, wavelength=config.rotary_wavelength)
-    cos, sin = jnp.cos(angle_XxPxR), jnp.sin(angle_XxPxR)
-    rest = jnp.ones((*places_XxP.shape, K - size), jnp.float32)
-    return jnp.stack([jnp.concatenate([cos, cos, rest], -1), jnp.concatenate([-sin, sin, 0 * rest], -1)], axis=2)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Sizes:
     """What the kernel is compiled for, beside the shapes of its arrays."""
 
     config: ModelConfig
-    queries: int
     tiling: Tiling
     first_row: int
     interpreted: bool
+    q: _Place
+    k: _Place
+    v: _Place
 
     @property
     def group(self) -> int:
-        """Query heads a key head."""
+        """Query heads per key head."""
         return self.config.heads // self.config.kv_heads
 
 
-def _kernel(*all_refs: Any, sizes: _Sizes, q: _Place, k: _Place | None, v: _Place | None) -> None:
-    """The program of one cache row and one split of it.
+def attend(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    k_ExRxK: Float[Array, "E R K"],
+    v_ExRxK: Float[Array, "E R K"],
+    slots_Xx2: Int[Array, "X 2"],
+    rotations_XxPx2xK: Float[Array, "X P 2 K"],
+    counters_E: Int[Array, " _E"],
+    *,
+    config: ModelConfig,
+    first_row: int = 0,
+    tiling: Tiling | None = None,
+    interpreted: bool = False,
+) -> tuple[Float[Array, "X H K"], Array, Array, Int[Array, " _E"]]:
+    """Attention of one query per cache and head, once the new entry is written.
 
-    Queries beyond the last, which fill up a block, are the last once more: they find the same and are written to the
-    same place. Keys and values are read from the outputs, whose buffers are the inputs'.
+    Args:
+        q: queries, one row of the array per cache.
+        k, v: key and value of the new entry, likewise.
+        k_ExRxK: cached keys, row `first_row` + x G + g for key head g of cache x; the result takes its buffer.
+        v_ExRxK: cached values, likewise.
+        slots_Xx2: of each cache, the slot of the new entry and how many entries before it are visible; none if
+            negative.
+        rotations_XxPx2xK: `rotations` of each cache.
+        counters_E: zeros, at least one per cache row; they are zeros again in the result.
+        config: of the model.
+        first_row: of the caches' rows; there may be others before and behind them.
+        tiling: how the work is cut.
+        interpreted: run as ordinary operations, for tests.
+
+    Returns:
+        What each query found, the keys, the values, and the counters.
     """
-    rings_ref, turns_ref, q_ref, q_scale_ref, *refs = all_refs
-    new_refs, refs = (refs[:3], refs[3:]) if k is not None else ([], refs)
-    found_ref, k_ref, v_ref, counters_ref, *partial_refs = refs[3:]  # the first three are inputs
-    config, tiling = sizes.config, sizes.tiling
-    _, R, K = k_ref.shape
-    G, F, S = config.kv_heads, sizes.queries * sizes.group, tiling.splits
+    _, R, K = k_ExRxK.shape
+    X, E = slots_Xx2.shape[0], slots_Xx2.shape[0] * config.kv_heads
+    tiling = Tiling.of(E, R) if tiling is None else tiling
+    sizes = _Sizes(
+        config=config,
+        tiling=tiling,
+        first_row=first_row,
+        interpreted=interpreted,
+        q=q.place,
+        k=k.place,
+        v=v.place,
+    )
+    inputs = [slots_Xx2, rotations_XxPx2xK, q.array, q.scale, k.array, k.scale, v.array]
+    aliased = [k_ExRxK, v_ExRxK, counters_E]
+    S, F = tiling.splits, sizes.group
+    partial = [(E, S, F, K), (E, S, 2, F)] if S > 1 else []
+    found, k_ExRxK, v_ExRxK, counters_E, *_ = pl.pallas_call(
+        functools.partial(_kernel, sizes=sizes),
+        out_shape=[
+            jax.ShapeDtypeStruct((X, config.heads, K), v_ExRxK.dtype),
+            *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in aliased),
+            *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in partial),
+        ],
+        grid=(E, S),
+        input_output_aliases={len(inputs) + index: 1 + index for index in range(3)},
+        # Triton's parameters choose the Triton backend.
+        compiler_params=triton.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+        interpret=interpreted,
+        name="decode_attention",
+    )(*inputs, *aliased)
+    return found, k_ExRxK, v_ExRxK, counters_E
 
+
+def rotations(config: ModelConfig, positions_XxP: Int[Array, "X P"]) -> Float[Array, "X P 2 K"]:
+    """Rotary factors of a head at each position, for each way to count it: a head becomes cos * head + sin * partner.
+
+    A channel's partner is the one it rotates with; where that has to be subtracted, the sine is negative. Channels that
+    do not rotate have cosine 1 and sine 0.
+    """
+    size, K = config.rotary_size, config.head_size
+    positions_XxP = positions_XxP if config.time_heads else positions_XxP[:, :1]
+    angle_XxPxR = rotary_angles(positions_XxP, size=size, wavelength=config.rotary_wavelength)
+    cos, sin = jnp.cos(angle_XxPxR), jnp.sin(angle_XxPxR)
+    rest = jnp.ones((*positions_XxP.shape, K - size), jnp.float32)
+    return jnp.stack([jnp.concatenate([cos, cos, rest], -1), jnp.concatenate([-sin, sin, 0 * rest], -1)], axis=2)
+
+
+class _Refs(NamedTuple):
+    """The kernel's arrays; keys and values are read from the outputs, whose buffers are the inputs'."""
+
+    slots: Any
+    rotations: Any
+    q: Any
+    q_scale: Any
+    k_new: Any
+    k_scale: Any
+    v_new: Any
+    found: Any
+    k: Any
+    v: Any
+    counters: Any
+    partial: tuple[Any, ...]
+
+
+class _Program(NamedTuple):
+    """One program: a cache row, and a split of it.
+
+    Attributes:
+        row, split: its place in the grid.
+        cache, head: the cache, and its key head.
+        slot, before: of the new entry, and how many entries before it are visible.
+        query_Q: number of each query head in its group. Those beyond the last, which fill up a block, are the last once
+            more: they find the same and are written to the same place.
+    """
+
+    row: Array
+    split: Array
+    cache: Array
+    head: Array
+    slot: Array
+    before: Array
+    query_Q: Array
+
+    @property
+    def queries(self) -> tuple[Array, Array]:
+        """Row and number of the query heads in their group, both [Q, 1]."""
+        return jnp.full((self.query_Q.shape[0], 1), self.cache), self.query_Q[:, None]
+
+
+_Softmax = tuple[Array, Array, Array]
+"""Of an online softmax: the largest score [Q], the sum of weights [Q], the weighted sum of values [Q, K]."""
+
+
+def _kernel(*all_refs: Any, sizes: _Sizes) -> None:
+    """The work of one program."""
+    inputs, outputs = all_refs[:7], all_refs[10:]  # between them are the inputs of aliased outputs
+    refs = _Refs(*inputs, *outputs[:4], partial=outputs[4:])
     row, split = pl.program_id(0), pl.program_id(1)
-    ring, head = jax.lax.div(row, G), jax.lax.rem(row, G)
-    cache_row = row + sizes.first_row
-    slot, before = rings_ref[ring, 0], rings_ref[ring, 1]
-    way = jnp.where(head >= G - config.time_heads, turns_ref.shape[1] - 1, 0)
+    G = sizes.config.kv_heads
+    cache = jax.lax.div(row, G)
+    program = _Program(
+        row=row,
+        split=split,
+        cache=cache,
+        head=jax.lax.rem(row, G),
+        slot=refs.slots[cache, 0],
+        before=refs.slots[cache, 1],
+        query_Q=jnp.minimum(_numbers(max(_LEAST_BLOCK, _power_of_two(sizes.group))), sizes.group - 1),
+    )
+    rows_Qx1, number_Qx1 = program.queries
+    heads_Qx1 = program.head * sizes.group + number_Qx1
+    q_QxK = _rotated(refs, sizes, program, refs.q, refs.q_scale, sizes.q, rows_Qx1, heads_Qx1).astype(refs.k.dtype)
+    softmax = _new_entry(refs, sizes, program, q_QxK)
+    softmax = _cached_entries(refs, sizes, program, q_QxK, softmax)
+    channel_1xK = _numbers(sizes.config.head_size)[None]
+    if sizes.tiling.splits == 1:
+        _, total_Q, sum_QxK = softmax
+        refs.found[rows_Qx1, heads_Qx1, channel_1xK] = (sum_QxK / total_Q[:, None]).astype(refs.found.dtype)
+    else:
+        _combine(refs, sizes, program, softmax)
+
+
+def _rotated(
+    refs: _Refs,
+    sizes: _Sizes,
+    program: _Program,
+    ref: Any,
+    scale_ref: Any,
+    place: _Place,
+    rows_Qx1: Array,
+    heads_Qx1: Array,
+) -> Array:
+    """Normalised and rotated heads, float32 [Q, K]."""
+    config, K = sizes.config, sizes.config.head_size
     channel_1xK, half = _numbers(K)[None], config.rotary_size // 2
     partner_1xK = jnp.where(
         channel_1xK < half, channel_1xK + half, jnp.where(channel_1xK < 2 * half, channel_1xK - half, channel_1xK)
     )
+    way = jnp.where(program.head >= config.kv_heads - config.time_heads, refs.rotations.shape[1] - 1, 0)
+    x_QxK = ref[rows_Qx1, place.first + heads_Qx1, channel_1xK].astype(jnp.float32)
+    partner_QxK = ref[rows_Qx1, place.first + heads_Qx1, partner_1xK].astype(jnp.float32)
+    norm_Qx1 = jax.lax.rsqrt(jnp.sum(x_QxK * x_QxK, axis=1)[:, None] / K + _EPSILON)
+    cos_1xK, sin_1xK = (refs.rotations[program.cache, way, part, channel_1xK] for part in range(2))
+    x_QxK *= scale_ref[place.scale_row, channel_1xK]
+    partner_QxK *= scale_ref[place.scale_row, partner_1xK]
+    return (x_QxK * cos_1xK + partner_QxK * sin_1xK) * norm_Qx1
 
-    def turned(ref: Any, scale_ref: Any, place: _Place, row_Px1: Array, head_Px1: Array) -> Array:
-        """Normalised and rotated heads, float32 [P, K]."""
-        x_PxK = ref[row_Px1, place.first + head_Px1, channel_1xK].astype(jnp.float32)
-        partner_PxK = ref[row_Px1, place.first + head_Px1, partner_1xK].astype(jnp.float32)
-        size_Px1 = jax.lax.rsqrt(jnp.sum(x_PxK * x_PxK, axis=1)[:, None] / K + _EPSILON)
-        cos_1xK, sin_1xK = (turns_ref[ring, way, part, channel_1xK] for part in range(2))
-        x_PxK *= scale_ref[place.scale_row, channel_1xK]
-        partner_PxK *= scale_ref[place.scale_row, partner_1xK]
-        return (x_PxK * cos_1xK + partner_PxK * sin_1xK) * size_Px1
 
-    def at(number_P: Array) -> tuple[Array, Array]:
-        """Row and head of the queries of these numbers, both [P, 1]."""
-        row_P = ring * sizes.queries + jax.lax.div(number_P, sizes.group)
-        return row_P[:, None], (head * sizes.group + jax.lax.rem(number_P, sizes.group))[:, None]
+def _scale(config: ModelConfig) -> float:
+    """Of scores, in units of which 2 is the base: exp2 is what the hardware has."""
+    return config.head_size**-0.5 * _LOG2_E
 
-    number_P = jnp.minimum(_numbers(max(_LEAST_BLOCK, _power_of_two(F))), F - 1)
-    # Scores are in units of which 2 is the base: exp2 is what the hardware has.
-    scale = K**-0.5 * _LOG2_E
-    q_PxK = turned(q_ref, q_scale_ref, q, *at(number_P)).astype(k_ref.dtype)
-    top_P = jnp.full(number_P.shape, _LOWEST, jnp.float32)
-    total_P, sum_PxK = jnp.zeros_like(top_P), jnp.zeros(q_PxK.shape, jnp.float32)
 
-    nearest = 0  # the latest entry that is read from the ring, counted from the slot back
-    if k is not None and v is not None:
-        nearest = 1
-        k_new_ref, k_scale_ref, v_new_ref = new_refs
-        ring_1x1, head_1x1 = jnp.full((1, 1), ring), jnp.full((1, 1), head)
-        k_1xK = turned(k_new_ref, k_scale_ref, k, ring_1x1, head_1x1).astype(k_ref.dtype)
-        v_1xK = v_new_ref[ring_1x1, v.first + head_1x1, channel_1xK].astype(v_ref.dtype)
-        score_P = jnp.sum(q_PxK.astype(jnp.float32) * k_1xK.astype(jnp.float32), axis=1) * scale
-        mine = split == 0  # the first split has the new entry, wherever its slot is
-        top_P = jnp.where(mine, score_P, top_P)
-        total_P = jnp.where(mine, 1.0, total_P)
-        sum_PxK = jnp.where(mine, v_1xK.astype(jnp.float32), sum_PxK)
+def _new_entry(refs: _Refs, sizes: _Sizes, program: _Program, q_QxK: Array) -> _Softmax:
+    """Writes the new entry, and starts the softmax with it; the first split has it, wherever its slot is."""
+    channel_1xK = _numbers(sizes.config.head_size)[None]
+    cache_1x1, head_1x1 = jnp.full((1, 1), program.cache), jnp.full((1, 1), program.head)
+    k_1xK = _rotated(refs, sizes, program, refs.k_new, refs.k_scale, sizes.k, cache_1x1, head_1x1)
+    k_1xK = k_1xK.astype(refs.k.dtype)
+    v_1xK = refs.v_new[cache_1x1, sizes.v.first + head_1x1, channel_1xK].astype(refs.v.dtype)
+    score_Q = jnp.sum(q_QxK.astype(jnp.float32) * k_1xK.astype(jnp.float32), axis=1) * _scale(sizes.config)
+    first = program.split == 0
 
-        @pl.when(mine)
-        def _() -> None:
-            place_1xK = (jnp.full((1, 1), cache_row), jnp.full((1, 1), slot), channel_1xK)
-            k_ref[place_1xK] = k_1xK
-            v_ref[place_1xK] = v_1xK
+    @pl.when(first)
+    def _() -> None:
+        cache_row = program.row + sizes.first_row
+        place_1xK = (jnp.full((1, 1), cache_row), jnp.full((1, 1), program.slot), channel_1xK)
+        refs.k[place_1xK] = k_1xK
+        refs.v[place_1xK] = v_1xK
 
-    def add_block(index: Array | int, found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        top_P, total_P, sum_PxK = found
-        first = split * (R // S) + index * tiling.block
-        k_LxK, v_LxK = (ref[cache_row, pl.ds(first, tiling.block), :] for ref in (k_ref, v_ref))
-        score_PxL = _product(q_PxK, k_LxK, contracting=(1, 1)) * scale
-        behind_L = slot - first - _numbers(tiling.block)
+    zero_Q = jnp.zeros(program.query_Q.shape, jnp.float32)
+    return (
+        jnp.where(first, score_Q, zero_Q + _LOWEST),
+        jnp.where(first, 1.0, zero_Q),
+        jnp.where(first, v_1xK.astype(jnp.float32), jnp.zeros(q_QxK.shape, jnp.float32)),
+    )
+
+
+def _cached_entries(refs: _Refs, sizes: _Sizes, program: _Program, q_QxK: Array, softmax: _Softmax) -> _Softmax:
+    """The softmax with the cached entries of the program's split, block by block."""
+    R, S, L = refs.k.shape[1], sizes.tiling.splits, sizes.tiling.block
+    cache_row = program.row + sizes.first_row
+
+    def add_block(index: Array | int, softmax: _Softmax) -> _Softmax:
+        top_Q, total_Q, sum_QxK = softmax
+        first = program.split * (R // S) + index * L
+        k_LxK, v_LxK = (ref[cache_row, pl.ds(first, L), :] for ref in (refs.k, refs.v))
+        score_QxL = _product(q_QxK, k_LxK, contracting=(1, 1)) * _scale(sizes.config)
+        behind_L = program.slot - first - _numbers(L)
         behind_L = jnp.where(behind_L < 0, behind_L + R, behind_L)
-        seen_L = (behind_L >= nearest) & (behind_L <= before)
-        score_PxL = jnp.where(seen_L[None], score_PxL, -jnp.inf)
-        new_top_P = jnp.maximum(top_P, jnp.max(score_PxL, axis=1))
-        chance_PxL, kept_P = jnp.exp2(score_PxL - new_top_P[:, None]), jnp.exp2(top_P - new_top_P)
-        added_PxK = _product(chance_PxL.astype(v_LxK.dtype), v_LxK, contracting=(1, 0))
-        return new_top_P, total_P * kept_P + jnp.sum(chance_PxL, axis=1), sum_PxK * kept_P[:, None] + added_PxK
+        visible_L = (behind_L >= 1) & (behind_L <= program.before)
+        score_QxL = jnp.where(visible_L[None], score_QxL, -jnp.inf)
+        new_top_Q = jnp.maximum(top_Q, jnp.max(score_QxL, axis=1))
+        weight_QxL, kept_Q = jnp.exp2(score_QxL - new_top_Q[:, None]), jnp.exp2(top_Q - new_top_Q)
+        added_QxK = _product(weight_QxL.astype(v_LxK.dtype), v_LxK, contracting=(1, 0))
+        return new_top_Q, total_Q * kept_Q + jnp.sum(weight_QxL, axis=1), sum_QxK * kept_Q[:, None] + added_QxK
 
-    blocks = R // S // tiling.block
-    found = (top_P, total_P, sum_PxK)
-    found = add_block(0, found) if blocks == 1 else jax.lax.fori_loop(0, blocks, add_block, found)
-    top_P, total_P, sum_PxK = found
+    blocks = R // S // L
+    return add_block(0, softmax) if blocks == 1 else jax.lax.fori_loop(0, blocks, add_block, softmax)
 
-    if S == 1:
-        found_ref[(*at(number_P), channel_1xK)] = (sum_PxK / total_P[:, None]).astype(found_ref.dtype)
-        return
 
-    sums_ref, scores_ref = partial_refs
-    sums_ref[row, split, number_P[:, None], channel_1xK] = sum_PxK
-    scores_ref[row, split, 0, number_P] = top_P
-    scores_ref[row, split, 1, number_P] = total_P
+def _combine(refs: _Refs, sizes: _Sizes, program: _Program, softmax: _Softmax) -> None:
+    """Leaves the split's partial result; the last split of the row to finish combines them all."""
+    (top_Q, total_Q, sum_QxK), (sums_ref, scores_ref) = softmax, refs.partial
+    row, S, F = program.row, sizes.tiling.splits, sizes.group
+    channel_1xK = _numbers(sizes.config.head_size)[None]
+    sums_ref[row, program.split, program.query_Q[:, None], channel_1xK] = sum_QxK
+    scores_ref[row, program.split, 0, program.query_Q] = top_Q
+    scores_ref[row, program.split, 1, program.query_Q] = total_Q
     if not sizes.interpreted:
-        triton.debug_barrier()  # all threads' writes come before the one thread's counting
-    finished = triton.atomic_add(counters_ref, (row,), jnp.int32(1))
+        triton.debug_barrier()  # all threads write before the one thread counts
+    finished = triton.atomic_add(refs.counters, (row,), jnp.int32(1))
 
     @pl.when(finished == S - 1)
     def _() -> None:
-        number_P = jnp.minimum(_numbers(_power_of_two(F)), F - 1)
+        number_Q = jnp.minimum(_numbers(_power_of_two(F)), F - 1)
         split_Sx1 = _numbers(S)[:, None]
 
         def of_all(ref: Any, *place: Array) -> Array:
             return triton.load(ref.at[(row, *place)], volatile=True)  # not from a cache of its own
 
-        top_SxP = of_all(scores_ref, split_Sx1, jnp.zeros_like(split_Sx1), number_P[None])
-        total_SxP = of_all(scores_ref, split_Sx1, jnp.ones_like(split_Sx1), number_P[None])
-        sum_SxPxK = of_all(sums_ref, split_Sx1[:, :, None], number_P[None, :, None], channel_1xK[None])
-        weight_SxP = jnp.exp2(top_SxP - jnp.max(top_SxP, axis=0)[None])
-        sum_PxK = jnp.sum(sum_SxPxK * weight_SxP[:, :, None], axis=0)
-        total_P = jnp.sum(total_SxP * weight_SxP, axis=0)
-        found_ref[(*at(number_P), channel_1xK)] = (sum_PxK / total_P[:, None]).astype(found_ref.dtype)
-        counters_ref[row] = 0
+        top_SxQ = of_all(scores_ref, split_Sx1, jnp.zeros_like(split_Sx1), number_Q[None])
+        total_SxQ = of_all(scores_ref, split_Sx1, jnp.ones_like(split_Sx1), number_Q[None])
+        sum_SxQxK = of_all(sums_ref, split_Sx1[:, :, None], number_Q[None, :, None], channel_1xK[None])
+        weight_SxQ = jnp.exp2(top_SxQ - jnp.max(top_SxQ, axis=0)[None])
+        sum_QxK = jnp.sum(sum_SxQxK * weight_SxQ[:, :, None], axis=0)
+        total_Q = jnp.sum(total_SxQ * weight_SxQ, axis=0)
+        heads_Qx1 = program.head * F + number_Q[:, None]
+        rows_Qx1 = jnp.full(heads_Qx1.shape, program.cache)
+        refs.found[rows_Qx1, heads_Qx1, channel_1xK] = (sum_QxK / total_Q[:, None]).astype(refs.found.dtype)
+        refs.counters[row] = 0
 
 
 def _power_of_two(count: int) -> int:
@@ -346,108 +411,90 @@ def _product(x: Array, y: Array, *, contracting: tuple[int, int]) -> Array:
     )
 
 
-class FusedAttention:
-    """The attention of all blocks in one step of decoding, by the kernel; `decoding.PlainAttention` is its counterpart.
+def _numbers(count: int) -> Array:
+    """0, 1, ... `count` - 1, inside a kernel."""
+    return jax.lax.iota(jnp.int32, count)
 
-    Keys are laid out like values here.
+
+class PallasAttention:
+    """`attention.StepAttention` by the kernel. Keys are laid out like values.
 
     Args:
         config: of the model.
         clock_B: the time of the step, by row.
-        places_BxP: the position that it has in the piece, by either way to count.
+        positions_BxP: the position in the piece, counted in tokens and in time.
         windows: W.
         first: the batch row of the caches that is the first of these.
-        beside: whether the attention of other rows runs beside it.
+        overlapped: whether the attention of another micro-batch runs beside it.
+        interpreted: run as ordinary operations, for tests.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         clock_B: Int[Array, " B"],
-        places_BxP: Int[Array, "B P"],
+        positions_BxP: Int[Array, "B P"],
         windows: int,
         *,
         first: int = 0,
-        beside: bool = False,
+        overlapped: bool = False,
+        interpreted: bool = False,
     ) -> None:
-        self._config, self._clock_B, self._windows, self._first, self._beside = config, clock_B, windows, first, beside
-        self._turns_BxPx2xK = rotary_turns(config, places_BxP)
+        self._config, self._clock_B, self._windows, self._first = config, clock_B, windows, first
+        self._overlapped, self._interpreted = overlapped, interpreted
+        self._rotations_BxPx2xK = rotations(config, positions_BxP)
         # One after another the kernels use these and leave them as they were.
         self._counters_E = jnp.zeros(len(clock_B) * windows * config.kv_heads, jnp.int32)
 
     def cross(
         self,
-        block: Block,
-        x_BxTxD: Float[Array, "B T D"],
-        context_Bx1xD: Float[Array, "B 1 D"] | None,
-        cache: tuple[Array, Array],
+        block: CrossBlock,
+        x_Bx1xD: Float[Array, "B 1 D"],
+        context_Bx1xD: Float[Array, "B 1 D"],
+        cache: KeysValues,
         since_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T H K"], tuple[Array, Array]]:
-        """See `decoding.PlainAttention.cross`."""
-        new = None
-        if context_Bx1xD is not None:
-            new = (
-                Heads(self._heads(block.key(context_Bx1xD)), scale=_scale(block.key_norm)),
-                Heads(self._heads(block.value(context_Bx1xD))),
-            )
-        q = Heads(self._heads(block.query(block.attention_norm(x_BxTxD))), scale=_scale(block.query_norm))
-        found, cache = self._attend(q, new, cache, self._clock_B, since_B, self._turns_BxPx2xK, self._first)
-        return found.reshape(*x_BxTxD.shape[:2], *found.shape[1:]), cache
+    ) -> tuple[Float[Array, "B 1 H K"], KeysValues]:
+        """See `StepAttention.cross`."""
+        q = Heads(self._heads(block.query(block.attention_norm(x_Bx1xD))), scale=_scale_rows(block.query_norm))
+        k = Heads(self._heads(block.key(context_Bx1xD)), scale=_scale_rows(block.key_norm))
+        v = Heads(self._heads(block.value(context_Bx1xD)))
+        return self._attend(q, k, v, cache, since_B, windows=1)
 
     def within(
-        self, block: Block, x_BWx1xD: Float[Array, "BW 1 D"], cache: tuple[Array, Array], since_BW: Int[Array, " BW"]
-    ) -> tuple[Float[Array, "BW 1 H K"], tuple[Array, Array]]:
-        """See `decoding.PlainAttention.within`."""
-        assert block.joined is not None, "blocks are joined when a decoder is made"
+        self, block: SelfBlock, x_BWx1xD: Float[Array, "BW 1 D"], cache: KeysValues, since_BW: Int[Array, " BW"]
+    ) -> tuple[Float[Array, "BW 1 H K"], KeysValues]:
+        """See `StepAttention.within`."""
         H, G, K = self._config.heads, self._config.kv_heads, self._config.head_size
-        qkv = self._heads(block.joined.projection(block.attention_norm(x_BWx1xD)))
-        scale = block.joined.scale_1x1xHxK[...].reshape(H + G, K)
-        new = (Heads(qkv, first=H, scale=scale, scale_row=H), Heads(qkv, first=H + G))
-        clock_BW = jnp.repeat(self._clock_B, self._windows)
-        turns = jnp.repeat(self._turns_BxPx2xK, self._windows, axis=0)
-        found, cache = self._attend(
-            Heads(qkv, scale=scale), new, cache, clock_BW, since_BW, turns, self._first * self._windows
-        )
-        return found[:, None], cache
+        qkv = self._heads(block.projection(x_BWx1xD))
+        scale = block.scale_1x1xHxK[...].reshape(H + G, K)
+        q, v = Heads(qkv, scale=scale), Heads(qkv, first=H + G)
+        k = Heads(qkv, first=H, scale=scale, scale_row=H)
+        return self._attend(q, k, v, cache, since_BW, windows=self._windows)
 
     def _attend(
-        self,
-        q: Heads,
-        new: tuple[Heads, Heads] | None,
-        cache: tuple[Array, Array],
-        clock_X: Array,
-        since_X: Array,
-        turns_XxPx2xK: Array,
-        first_ring: int,
-    ) -> tuple[Array, tuple[Array, Array]]:
+        self, q: Heads, k: Heads, v: Heads, cache: KeysValues, since_X: Array, *, windows: int
+    ) -> tuple[Array, KeysValues]:
         config, size = self._config, cache[0].shape[1]
-        found, k, v, self._counters_E = attend(
+        clock_X = jnp.repeat(self._clock_B, windows)
+        found, keys, values, self._counters_E = attend(
             q,
-            new,
+            k,
+            v,
             *cache,
             jnp.stack([clock_X % size, clock_X - since_X], axis=1),
-            turns_XxPx2xK,
+            jnp.repeat(self._rotations_BxPx2xK, windows, axis=0),
             self._counters_E,
             config=config,
-            first_row=first_ring * config.kv_heads,
-            tiling=Tiling.of(len(clock_X) * config.kv_heads, size, beside=self._beside),
+            first_row=self._first * windows * config.kv_heads,
+            tiling=Tiling.of(len(clock_X) * config.kv_heads, size, overlapped=self._overlapped),
+            interpreted=self._interpreted,
         )
-        return found, (k, v)
+        return found[:, None], (keys, values)
 
-    def _heads(self, x_XxTxC: Array) -> Array:
-        return x_XxTxC.reshape(-1, x_XxTxC.shape[-1] // self._config.head_size, self._config.head_size)
+    def _heads(self, x_Xx1xC: Array) -> Array:
+        return x_Xx1xC.reshape(-1, x_Xx1xC.shape[-1] // self._config.head_size, self._config.head_size)
 
 
-def _scale(norm: nnx.RMSNorm) -> Float[Array, "1 K"]:
+def _scale_rows(norm: nnx.RMSNorm) -> Float[Array, "1 K"]:
     assert norm.scale is not None
     return norm.scale[...].reshape(1, -1)
-
-
-def _interpreted() -> bool:
-    """Whether kernels run as ordinary operations, for want of a GPU."""
-    return jax.default_backend() != "gpu"
-
-
-def _numbers(count: int) -> Array:
-    """0, 1, ... `count` - 1, inside a kernel."""
-    return jax.lax.iota(jnp.int32, count)

@@ -8,7 +8,7 @@ Dimension key, beside that of `music_ar.model.config`: C token types, W the size
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ longer in their first two minutes."""
 _FINGERS_STEPS = 200  # what fingers may still hold when the pedal is released
 
 
+@runtime_checkable
 class LogitProcessor(Protocol):
     """One link of the chain."""
 
@@ -73,7 +74,7 @@ class StuckNotes:
     """Allows nothing but note-offs where a note has been held for `LONGEST_HOLD_STEPS`.
 
     A model that once forgets to release the pedal has not learned to release it later: without this, dozens of notes
-    would sound for half a minute (docs/evaluation.md).
+    would sound for half a minute (docs/results/evaluation.md).
     """
 
     def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
@@ -91,7 +92,8 @@ class TypeFilters:
     """Temperature, then top-k, top-p and min-p on each token type by itself; a type's likeliest token always stays.
 
     Cut together, rare types would vanish where one type is likely, and pieces would come out slow and sparse
-    (docs/evaluation.md). Top-p is that of Holtzman et al. (arXiv 1904.09751), min-p that of Nguyen et al. (2407.01082).
+    (docs/results/evaluation.md). Top-p is that of Holtzman et al. (arXiv 1904.09751), min-p that of Nguyen et al.
+    (arXiv 2407.01082).
     """
 
     def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
@@ -132,6 +134,11 @@ def option_arrays(rows: Sequence[SamplingOptions]) -> Options:
         )
         for field in dataclasses.fields(SamplingOptions)
     }
+
+
+def shared_options(options: SamplingOptions) -> Options:
+    """Options that all rows share, as scalars."""
+    return {name: array.reshape(()) for name, array in option_arrays([options]).items()}
 
 
 def draw(rng_B: Array, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Int[Array, " B"]:

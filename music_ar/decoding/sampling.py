@@ -8,18 +8,21 @@ class SamplingError(ValueError):
     """A sampling option out of its range."""
 
 
-def _option(default: float, label: str, minimum: float, maximum: float, step: float) -> Any:
+def _option(default: int | float, label: str, minimum: int | float, maximum: int | float, step: int | float) -> Any:
     """A field whose metadata describes a control: its label, range and step."""
     metadata = {"label": label, "minimum": minimum, "maximum": maximum, "step": step}
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# The command line, batch jobs, the web page and its API take names, defaults, ranges and help texts from this class. To
+# add an option, add a field, its description, and a logit processor that reads it.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How a token is drawn. Filters apply to each token type by itself.
 
     The command line, batch jobs, the web page and its API take names, defaults, ranges and these texts from here. To
-    add an option, add a field, its description below, and a logit processor that reads it (docs/architecture.md).
+    add an option, add a field, its description below, and a logit processor that reads it
+    (docs/project/architecture.md).
 
     Attributes:
         temperature: lower is safer and plainer, higher is wilder, with more wrong notes; 0 always takes the likeliest

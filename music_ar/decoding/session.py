@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from music_ar.decoding.decoder import Decoder
-from music_ar.decoding.processors import option_arrays
+from music_ar.decoding.processors import shared_options
 from music_ar.decoding.request import GenerationError, Request, check_seconds, limits
 from music_ar.decoding.sequence import Sequence as TokenSequence
 from music_ar.decoding.state import DecodeState
@@ -72,8 +72,7 @@ class Session:
         self.seeds = tuple(seed for sample in request.samples() if (seed := sample.seed) is not None)
         self.latents = request.latents
         self._decoder = decoder
-        # Scalars, which all variations share.
-        self._options = {name: array.reshape(()) for name, array in option_arrays([request.sampling]).items()}
+        self._options = shared_options(request.sampling)
         self._sequences = [TokenSequence(prompt) for _ in self.seeds]
         self.prompt_s = self._sequences[0].prompt_time / vocabulary.STEPS_PER_SECOND
         self._from_s = self.prompt_s if request.continuation_only else 0.0

@@ -13,7 +13,7 @@ latents, and that one makes the prediction:
     window 1         [---------------)[-----------
     predicts  0       0       1       0       1
 
-`evaluation.likelihood.score_decoding` measures what each costs in likelihood; the figures are in docs/decoding.md.
+`evaluation.likelihood.score_decoding` measures what each costs in likelihood (docs/results/decoding.md).
 """
 
 from typing import Literal
