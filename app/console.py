@@ -1,4 +1,4 @@
-"""What the commands say: progress on standard error, tables of results on standard output."""
+"""What the commands share: types of options, progress on standard error, tables on standard output, checks of files."""
 
 import os
 import sys
@@ -6,25 +6,43 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Annotated, Self, TypeVar
 
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from music_ar.decoding.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from music_ar.midi.performance import Performance
 
+T = TypeVar("T")
+
+Sampling = tyro.conf.OmitArgPrefixes[SamplingOptions]
+"""Type of a command's field `sampling: Sampling = SamplingOptions()`.
+
+Every field of `SamplingOptions` then is an option of the command (`--temperature`, `--top-k`, ...), in a group of its
+own in `--help`, with name, default and help text from that class. Leave the field out of the command's docstring.
+"""
+
+Unset = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
+"""`prompt: Unset[Path] = None`: an option that may be left out, without "(default: None)" in `--help`.
+
+The help text has to say what happens then.
+"""
+
 
 class CommandError(ValueError):
-    """A command cannot be carried out as it was given; the message says what to change."""
+    """A command cannot run as given; the message says what to change."""
 
 
 class ProgressLine:
-    """A bar with a text beside it; where standard error is no terminal, the text alone on a line now and then.
+    """A progress bar with text; where standard error is not a terminal, only the text, printed now and then.
 
     Args:
-        title: what is going on, before the first report.
-        seconds_between_lines: without a terminal, how long to wait before the next line.
+        title: what is shown before the first report.
+        seconds_between_lines: shortest time between two lines where standard error is not a terminal.
     """
 
     def __init__(self, title: str, *, seconds_between_lines: float = 5.0):
@@ -52,7 +70,7 @@ class ProgressLine:
         self._bar.stop()
 
     def report(self, share: float, text: str) -> None:
-        """Shows that `share` (0..1) of the work is done, with `text` beside it."""
+        """Show the finished share of the work, 0..1, with `text` beside it."""
         self._bar.update(self._task, completed=share, description=text)
         now_s = time.monotonic()
         if not self._console.is_terminal and now_s >= self._next_line_s:
@@ -60,7 +78,7 @@ class ProgressLine:
             self._next_line_s = now_s + self._seconds_between_lines
 
     def timed(self, text: str) -> Callable[[float], None]:
-        """A function that shows a share of some work that begins now, with `text` and the time left."""
+        """Start a task now. The function returned reports its finished share, with `text` and the time left."""
         began_s = time.monotonic()
 
         def report(share: float) -> None:
@@ -72,7 +90,7 @@ class ProgressLine:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints columns to standard output, the first flush left, the others flush right."""
+    """Print columns to standard output: the first aligned left, the others right."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
@@ -82,20 +100,20 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss, or h:mm:ss from an hour on."""
+    """Format seconds as m:ss, or as h:mm:ss from one hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def check_writable(path: Path) -> None:
-    """Finds out before the work, not after it, that a file cannot be written.
+    """Check that a file can be written, before the work rather than after it.
 
     Raises:
-        CommandError: `path` is a folder, or lies in one that is missing or read-only.
+        CommandError: `path` is a folder, or is in one that is missing or read-only.
     """
     if path.is_dir():
-        raise CommandError(f"{path} is a folder; name the file to write")
+        raise CommandError(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise CommandError(f"cannot write {path}: there is no folder {path.parent}")
     if not os.access(path.parent, os.W_OK):
@@ -103,7 +121,7 @@ def check_writable(path: Path) -> None:
 
 
 def read_performance(path: Path) -> "Performance":
-    """`read_midi` with errors that name the file.
+    """Read a MIDI file; errors name the file.
 
     Raises:
         CommandError: there is no such file, or it is not usable MIDI.

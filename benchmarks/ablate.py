@@ -1,16 +1,16 @@
-"""Trains several configurations one after another, and scores each on validation: equal minutes, one line a run.
+"""Train several configurations one after another and score each on the validation split.
 
     python benchmarks/ablate.py data/maestro runs/ablation runs.json
 
-`runs.json` is a list of runs, each with a name and what differs from the defaults:
+`runs.json` is a list of runs. Each has a name and what differs from the defaults:
 
     [{"name": "dropout 0.3", "preset": "small", "model": {"layers": 10}, "training": {"minutes": 10, "dropout": 0.3},
       "augmentation": {"velocity_bins": 3}, "teachers": ["runs/a/model"], "workers": 3, "latents": [1024, 512],
       "test": false}]
 
-A run that fails is told and the next one begins. Of each finished one, OUTPUT/NAME/model holds the released model (the
-weights that validated best, calibrated), OUTPUT/NAME/log.jsonl the log, and OUTPUT/results.jsonl its scores. Runs that
-are in results.jsonl already are left out, and one that was interrupted is resumed; so the command can be given again.
+A run that fails prints its error, and the next one begins. OUTPUT/NAME/model is the pretrained model of a finished run
+(the weights that validated best, calibrated), OUTPUT/NAME/log.jsonl its log, and OUTPUT/results.jsonl has the scores of
+all. The command can be repeated: it skips runs that are in results.jsonl, and resumes one that was interrupted.
 """
 
 import argparse
@@ -23,22 +23,26 @@ from typing import Any
 from flax import nnx
 
 from data_pipeline.augmentation.transforms import Augmentation
-from data_pipeline.loader import Pieces, batches
-from music_ar.evaluation.calibration import calibrated
-from music_ar.evaluation.likelihood import score
+from data_pipeline.dataset import Pieces
+from data_pipeline.loader import LoaderConfig, batches
+from music_ar.decoding import backend
+from music_ar.evaluation.calibration import calibrate
+from music_ar.evaluation.likelihood import ScoringConfig, score
 from music_ar.model.config import PRESETS
 from music_ar.model.perceiver_ar import PerceiverAR, parameter_count
-from music_ar.model.pretrained import load_released, save_released
+from music_ar.model.pretrained import load_pretrained, save_pretrained
+from music_ar.training.config import TrainingConfig
+from music_ar.training.distillation import Ensemble
 from music_ar.training.log import Progress
-from music_ar.training.trainer import TrainingConfig, fit
+from music_ar.training.trainer import Fitted, Trainer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder that `music-ar prepare` wrote")
-    parser.add_argument("output", type=Path)
+    parser.add_argument("output", type=Path, help="folder of the runs and of results.jsonl")
     parser.add_argument("runs", type=Path, help="JSON list of runs")
-    parser.add_argument("--max-pieces", type=int, help="score only so many pieces, for a rehearsal")
+    parser.add_argument("--max-pieces", type=int, help="score only so many pieces, to try the runs out")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = arguments.output / "results.jsonl"
@@ -57,13 +61,40 @@ def main() -> None:
 
 
 def train_and_score(run: dict[str, Any], data: Path, output: Path, max_pieces: int | None) -> dict[str, Any]:
-    """The run's scores in nats a token, with what it was."""
+    """Return the run with its scores in nats per token."""
+    validation = Pieces.open(data, "validation").tokens[:max_pieces]
+    fitted = train(run, data, output, validation)
+    calibrated, fits = calibrate(fitted.model, validation)
+    save_pretrained(calibrated, output / "model")
+    saved = load_pretrained(output / "model", compute=fitted.model.compute)
+    config = ScoringConfig(stride=min(512, saved.config.latents))
+    scores = {
+        "validation, not calibrated": score(fitted.model, validation, config),
+        "validation float32": score(calibrated, validation, config),
+        "validation": score(saved, validation, config),
+    }
+    for latents in run.get("latents", []):
+        with_latents = ScoringConfig(latents=latents, stride=max(1, latents // 4))
+        scores[f"validation, {latents} latents"] = score(saved, validation, with_latents)
+    if run.get("test", False):
+        scores["test"] = score(saved, Pieces.open(data, "test").tokens[:max_pieces], config)
+    return {
+        **run,
+        "parameters": parameter_count(saved),
+        "steps": fitted.step,
+        "model_step": fitted.model_step,
+        "calibration": fits,
+        "elapsed_s": round(fitted.elapsed_s, 1),
+        "scores": {name: round(found.nats_per_token, 4) for name, found in scores.items()},
+    }
+
+
+def train(run: dict[str, Any], data: Path, output: Path, validation: Any) -> Fitted:
+    """Train the model of a run, or resume its training."""
+    compute = backend.select().compute
     model_config = dataclasses.replace(PRESETS[run.get("preset", "small")], **run.get("model", {}))
     config = TrainingConfig(**run["training"])
-    validation = Pieces.open(data, "validation").tokens[:max_pieces]
-    model = PerceiverAR(model_config, rngs=nnx.Rngs(config.seed))
-    iterator: Any = batches(
-        Pieces.open(data, "train"),
+    loader = LoaderConfig(
         context=model_config.window,
         latents=model_config.latents,
         batch_size=config.batch_size,
@@ -71,6 +102,9 @@ def train_and_score(run: dict[str, Any], data: Path, output: Path, max_pieces: i
         augmentation=Augmentation(**run.get("augmentation", {})),
         workers=run.get("workers", 0),
     )
+    iterator: Any = batches(Pieces.open(data, "train"), config=loader)
+    teachers = [load_pretrained(teacher, compute=compute) for teacher in run.get("teachers", [])]
+    quick = ScoringConfig(stride=model_config.latents)
 
     def show(progress: Progress) -> None:
         if progress.step % 500 == 0:
@@ -80,39 +114,16 @@ def train_and_score(run: dict[str, Any], data: Path, output: Path, max_pieces: i
                 flush=True,
             )
 
-    fitted = fit(
-        model,
+    return Trainer(
+        PerceiverAR(model_config, rngs=nnx.Rngs(config.seed), compute=compute),
         config,
         iterator,
         output=output,
-        teachers=[load_released(teacher) for teacher in run.get("teachers", [])],
+        teachers=Ensemble(teachers) if teachers else None,
         resume=(output / "training" / "settings.json").exists() and any((output / "training").glob("[0-9]*")),
-        validate=lambda averaged: score(averaged, validation, stride=model_config.latents).nats_per_token,
+        validate=lambda averaged: score(averaged, validation, quick).nats_per_token,
         on_progress=show,
-    )
-    trained, calibration = calibrated(fitted.model, validation)
-    save_released(trained, output / "model")
-    released = load_released(output / "model")
-    stride = min(512, model_config.latents)
-    scores = {
-        "validation, not calibrated": score(fitted.model, validation, stride=stride).nats_per_token,
-        "validation float32": score(trained, validation, stride=stride).nats_per_token,
-        "validation": score(released, validation, stride=stride).nats_per_token,
-    }
-    for latents in run.get("latents", []):
-        found = score(released, validation, latents=latents, stride=max(1, latents // 4))
-        scores[f"validation, {latents} latents"] = found.nats_per_token
-    if run.get("test", False):
-        scores["test"] = score(released, Pieces.open(data, "test").tokens[:max_pieces], stride=stride).nats_per_token
-    return {
-        **run,
-        "parameters": parameter_count(model),
-        "steps": fitted.step,
-        "model_step": fitted.model_step,
-        "calibration": calibration,
-        "elapsed_s": round(fitted.elapsed_s, 1),
-        "scores": {name: round(nats, 4) for name, nats in scores.items()},
-    }
+    ).fit()
 
 
 if __name__ == "__main__":

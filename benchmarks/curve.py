@@ -1,10 +1,10 @@
-"""Draws what a latent budget costs and gives: tokens a second against likelihood, a point a budget.
+"""Draw the trade-off of the latent budget: tokens per second against NLL, a point per number of latents.
 
     music-ar bench decode --data data/maestro --latents 64 256 512 1024 2048 --tokens 1024 --output curve.json
-    python benchmarks/curve.py curve.json --picture docs/curve.png
+    python benchmarks/curve.py curve.json --picture docs/images/curve.png
 
-Takes any number of such files, of different machines for example: each device has an axis of its own, and each of its
-modes and batches is a line.
+Takes any number of such files, from different machines for example: each device has its own axes, with a line per
+batch size.
 """
 
 import argparse
@@ -22,34 +22,34 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, required=True, help="PNG file to write")
     arguments = parser.parse_args()
 
-    lines: dict[str, dict[tuple[str, int], list[dict]]] = defaultdict(lambda: defaultdict(list))
+    lines: dict[str, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for path in arguments.curves:
         curve = json.loads(path.read_text(encoding="utf-8"))
         for row in curve["rows"]:
             if row["nats_per_token"] is not None:
-                lines[curve["device"]][row["mode"], row["batch"]].append(row)
+                lines[curve["device"]][row["batch"]].append(row)
     if not lines:
-        parser.error("no row has a likelihood: run `music-ar bench decode` with --data")
+        parser.error("expected rows with an NLL, found none: run `music-ar bench decode` with --data")
 
     size = {"figsize": (1.5 + 5.5 * len(lines), 4.2), "layout": "constrained"}
     figure, axes = plt.subplots(1, len(lines), sharey=True, squeeze=False, **size)
     for axis, (device, of_device) in zip(axes[0], lines.items(), strict=True):
-        for (mode, batch), rows in sorted(of_device.items()):
-            draw(axis, rows, f"{mode}, {batch} at once")
+        for batch, rows in sorted(of_device.items()):
+            draw(axis, rows, f"{batch} at once")
         axis.set_title(device, loc="left", fontsize=10)
-        axis.set_xlabel("tokens a second")
+        axis.set_xlabel("tokens per second")
         axis.locator_params(axis="x", nbins=6)
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.margins(0.1)
         axis.grid(linewidth=0.3)
         axis.legend(fontsize=8)
-    axes[0, 0].set_ylabel("nats a token, real music through the decoder")
-    figure.suptitle("Latent budget: speed against coherence", fontsize=11)
+    axes[0, 0].set_ylabel("NLL of real music through the decoder, nats per token")
+    figure.suptitle("Latent budget: speed and likelihood", fontsize=11)
     figure.savefig(arguments.picture, dpi=110)
 
 
 def draw(axis: Axes, rows: list[dict], label: str) -> None:
-    """One line, a point a budget."""
+    """Draw one line, with a point per number of latents."""
     rows = sorted(rows, key=lambda row: row["latents"])
     speeds, nats = [row["tokens_per_s"] for row in rows], [row["nats_per_token"] for row in rows]
     axis.plot(speeds, nats, marker="o", label=label)

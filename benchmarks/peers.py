@@ -1,4 +1,4 @@
-"""Decoding speed beside what a user would pick instead, at the same size: side by side in one run, on the CPU.
+"""Compare decoding speed with models that one might use instead, of the same size: in turns in one run, on the CPU.
 
     pip install -c requirements.lock . && pip install torch transformers einops fairscale
     pip install --no-deps --ignore-requires-python perceiver-io==0.11.0
@@ -6,10 +6,10 @@
 
 - music-ar: the shipped model, 4,096 tokens of context, 1,024 latents, int8 weights.
 - perceiver-io 0.11 (Krasser and Stumpf; PyTorch): a Perceiver AR with its key/value cache, same widths and latents.
-- GPT-2 of Hugging Face's transformers (PyTorch): its cache, same width and depth, 2,048 tokens behind it.
+- GPT-2 of Hugging Face's transformers (PyTorch): its cache, same width and depth, 2,048 past tokens.
 
-Their weights are random, since time does not depend on them, and they draw from the bare softmax. The tools take turns,
-so that a noisy machine is unjust to all of them alike.
+The weights of the others are random, since time does not depend on them, and they sample from the plain softmax. The
+tools take turns, so that a noisy machine slows all of them alike.
 """
 
 import argparse
@@ -19,9 +19,10 @@ import statistics
 import time
 from collections.abc import Callable
 
-from app.cli import cpu_devices
+from music_ar.decoding import backend
+from music_ar.decoding.backend import Backend
 
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(cpu_devices()))  # as the command line does; before JAX is imported
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(backend.cpu_devices()))  # before JAX is imported
 
 import jax
 import numpy as np
@@ -31,33 +32,34 @@ from perceiver.model.core.modules import CausalSequenceModel  # pyright: ignore[
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
 
 from music_ar.decoding.decoder import Decoder
+from music_ar.decoding.processors import option_arrays
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.model.config import ModelConfig
-from music_ar.model.pretrained import load_released
+from music_ar.model.pretrained import load_pretrained
 from music_ar.tokens import vocabulary
 
-# Makes so many more tokens, each from the ones before it.
-Make = Callable[[], None]
+# Decodes the next tokens, one after another.
+Decode = Callable[[], None]
 
 
-def music_ar_decoder(latents: int, batch: int, tokens: int) -> Make:
-    """Ours, as `Generator` uses it."""
-    decoder, filters = Decoder(load_released()), SamplingOptions().filters()
+def music_ar_decoder(latents: int, batch: int, tokens: int) -> Decode:
+    """This project's decoder, as `Generator` uses it."""
+    decoder, options = Decoder(load_pretrained()), option_arrays([SamplingOptions()] * batch)
     prompt = np.resize(np.array([vocabulary.NOTE_ON + 60, vocabulary.TIME_SHIFT + 19, vocabulary.NOTE_OFF + 60]), 4096)
     prompt[:2] = vocabulary.START, vocabulary.VELOCITY + 15
     prompts = [prompt.astype(np.int32)] * batch
     state = decoder.start(prompts, latents=latents, seeds=range(batch), limit_steps=2**30)
 
-    def make() -> None:
+    def decode() -> None:
         nonlocal state
-        state, made = decoder.decode(state, filters, length=tokens)
-        jax.block_until_ready(made)
+        state, new = decoder.decode(state, options, length=tokens)
+        jax.block_until_ready(new)
 
-    return make
+    return decode
 
 
-def perceiver_io(config: ModelConfig, latents: int, tokens: int) -> tuple[Make, int]:
-    """perceiver-io's model in its steady state: both caches are full and cut by one at each token, as it does."""
+def perceiver_io(config: ModelConfig, latents: int, tokens: int) -> tuple[Decode, int]:
+    """perceiver-io's model in its steady state: both caches are full, and each token drops the oldest entry."""
     model = CausalSequenceModel(
         CausalSequenceModelConfig(
             vocab_size=config.vocabulary_size,
@@ -74,7 +76,7 @@ def perceiver_io(config: ModelConfig, latents: int, tokens: int) -> tuple[Make, 
         output = model(torch.randint(0, 388, (1, config.context)), prefix_len=prefix, kv_cache=[])
     token, cache = _draw(output.logits), output.kv_cache
 
-    def make() -> None:
+    def decode() -> None:
         nonlocal token, cache
         with torch.inference_mode():
             for _ in range(tokens):
@@ -83,15 +85,15 @@ def perceiver_io(config: ModelConfig, latents: int, tokens: int) -> tuple[Make, 
                 output = model(token, prefix_len=prefix, kv_cache=cache)
                 token, cache = _draw(output.logits), output.kv_cache
 
-    return make, sum(p.numel() for p in model.parameters())
+    return decode, sum(p.numel() for p in model.parameters())
 
 
-def gpt2(config: ModelConfig, behind: int, tokens: int) -> tuple[Make, int]:
-    """GPT-2 with `behind` tokens in its cache at the start of each call."""
+def gpt2(config: ModelConfig, past: int, tokens: int) -> tuple[Decode, int]:
+    """GPT-2 with `past` tokens in its cache at the start of each call."""
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.vocabulary_size,
-            n_positions=behind + tokens + 1,
+            n_positions=past + tokens + 1,
             n_embd=config.width,
             n_layer=config.layers,
             n_head=config.heads,
@@ -101,17 +103,17 @@ def gpt2(config: ModelConfig, behind: int, tokens: int) -> tuple[Make, int]:
     ).eval()
     cache = DynamicCache()
     with torch.inference_mode():
-        token = _draw(model(torch.randint(0, 388, (1, behind)), past_key_values=cache, use_cache=True).logits)
+        token = _draw(model(torch.randint(0, 388, (1, past)), past_key_values=cache, use_cache=True).logits)
 
-    def make() -> None:
+    def decode() -> None:
         nonlocal token
-        if made := cache.get_seq_length() - behind:
-            cache.crop(-made)
+        if new := cache.get_seq_length() - past:
+            cache.crop(-new)
         with torch.inference_mode():
             for _ in range(tokens):
                 token = _draw(model(token, past_key_values=cache, use_cache=True).logits)
 
-    return make, sum(p.numel() for p in model.parameters())
+    return decode, sum(p.numel() for p in model.parameters())
 
 
 def _draw(logits: torch.Tensor) -> torch.Tensor:
@@ -119,13 +121,13 @@ def _draw(logits: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    """Prints a table and a line of JSON."""
+    """Print a table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latents", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
-    config, latents, tokens = load_released().config, arguments.latents, 32
-    size = sum(array.size for array in jax.tree.leaves(Decoder(load_released(), int8=False).params))
+    config, latents, tokens = load_pretrained().config, arguments.latents, 32
+    size = sum(array.size for array in jax.tree.leaves(Decoder(load_pretrained(), Backend()).params))
     ours, four = music_ar_decoder(latents, 1, tokens), music_ar_decoder(latents, 4, tokens)
     perceiver, perceiver_size = perceiver_io(config, latents, tokens)
     transformer, transformer_size = gpt2(config, 2048, tokens)
@@ -137,16 +139,16 @@ def main() -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in tools}
     for turn in range(arguments.rounds + 1):
-        for name, (make, _, _) in tools.items():
+        for name, (decode, _, _) in tools.items():
             began = time.perf_counter()
-            make()
+            decode()
             if turn:  # the first one compiles and warms up
                 seconds[name].append(time.perf_counter() - began)
     rows = []
     print(f"{'':32}{'parameters':>12}{'tokens/s':>10}{'ours is':>10}")
     first = tokens / statistics.median(seconds["music-ar"])
-    for name, (_, made, parameters) in tools.items():
-        speed = made / statistics.median(seconds[name])
+    for name, (_, decoded, parameters) in tools.items():
+        speed = decoded / statistics.median(seconds[name])
         print(f"{name:32}{parameters:12,}{speed:10.1f}{first / speed:9.1f}x")
         rows.append({"tool": name, "parameters": parameters, "tokens_per_s": speed})
     print(json.dumps({"latents": latents, "rows": rows}))

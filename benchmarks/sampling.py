@@ -1,10 +1,10 @@
-"""Which sampling settings make music most like real music: temperature, top-p, steadiness; from nothing or prompts.
+"""Which sampling settings give music closest to real music: temperature, top-p, steadiness; with or without prompts.
 
     python benchmarks/sampling.py data/maestro [--temperatures 0.9 1] [--top-ps 0.95 0.97] [--steadiness 0 0.25]
 
-Pieces of all settings have the same seeds. For each setting: the distances to the validation split over those between
-real pieces (see `music_ar.comparison`), as a geometric mean and the largest; and the longest run of notes, apart from
-figures that go on, that stands in the training set, beside that of as long excerpts of real pieces. Prints a table and,
+All settings use the same seeds. For each: the distances to the validation split relative to those between real pieces
+(`music_ar.metrics.distributions`), as a geometric mean and the largest; and the longest run of notes, without repeated
+patterns, that also occurs in the training split, beside that of real excerpts of the same length. Prints a table and,
 last, one line of JSON.
 """
 
@@ -12,35 +12,39 @@ import argparse
 import itertools
 import json
 import time
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from app.report.measure import excerpts, spread
-from data_pipeline.loader import Pieces
-from music_ar import Generator, write_midi
-from music_ar.decoding.sampling import SamplingOptions
-from music_ar.generator import Piece, Request
+from app.report.pieces import excerpts, prompt_index
+from data_pipeline.dataset import Pieces
+from music_ar import Generator, Performance, Request, SamplingOptions, write_midi
+from music_ar.generator import Piece
 from music_ar.metrics.distributions import compare
-from music_ar.metrics.memorization import longest_runs
+from music_ar.metrics.memorization import longest_shared_runs
 from music_ar.tokens import codec
+
+Setting = tuple[float, float, float]  # temperature, top-p, steadiness
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder that `music-ar prepare` wrote")
-    parser.add_argument("--checkpoint", help="default: the shipped one")
+    parser.add_argument("data", type=Path, help="dataset written by `music-ar prepare`")
+    parser.add_argument("--checkpoint", help="default: the shipped model")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.9, 1.0, 1.1])
     parser.add_argument("--top-ps", type=float, nargs="+", default=[0.95, 0.97, 1.0])
     parser.add_argument("--steadiness", type=float, nargs="+", default=[SamplingOptions().steadiness])
-    parser.add_argument("--pieces", type=int, default=16, help="of each setting")
-    parser.add_argument("--first-seed", type=int, default=0, help="of the pieces of a setting")
+    parser.add_argument("--pieces", type=int, default=16, help="pieces per setting")
+    parser.add_argument("--first-seed", type=int, default=0, help="random seed of the first piece of each setting")
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--prompt-seconds", type=float, default=0.0, help="go on from so much of validation pieces")
+    parser.add_argument(
+        "--prompt-seconds", type=float, default=0.0, help="continue the beginnings of validation pieces"
+    )
     parser.add_argument("--latents", type=int, default=1024)
     parser.add_argument("--output", type=Path, help="folder for the pieces")
     arguments = parser.parse_args()
@@ -48,13 +52,39 @@ def main() -> None:
     validation = Pieces.open(arguments.data, "validation").tokens
     real = excerpts(validation, arguments.prompt_seconds, arguments.seconds)
     prompts = excerpts(validation, 0.0, arguments.prompt_seconds) if arguments.prompt_seconds else [None]
+    began = time.perf_counter()
+    generated = generate(prompts, arguments)
+    spent_s = time.perf_counter() - began
+
+    corpus = [codec.decode(tokens) for tokens in Pieces.open(arguments.data, "train").tokens]
+    pieces = [piece.continuation for of_setting in generated.values() for piece in of_setting]
+    runs = [run.notes for run in longest_shared_runs([*pieces, *real], corpus, repeated_patterns=False)]
+    rows, start = [], 0
+    for setting, of_setting in generated.items():
+        longest = max(runs[start : start + len(of_setting)])
+        rows.append(row(setting, of_setting, real, arguments.seconds) | {"longest_run": longest})
+        start += len(of_setting)
+    print_rows(rows)
+    result = {
+        "benchmark": "sampling",
+        **{name: value for name, value in vars(arguments).items() if name not in ("data", "output")},
+        "device": jax.devices()[0].device_kind,
+        "seconds_spent": round(spent_s),
+        "real_run": max(runs[len(pieces) :]),
+        "rows": rows,
+    }
+    print(json.dumps(result))
+
+
+def generate(prompts: Sequence[Performance | None], arguments: argparse.Namespace) -> dict[Setting, list[Piece]]:
+    """The pieces of each setting, as they are finished."""
     settings = list(itertools.product(arguments.temperatures, arguments.top_ps, arguments.steadiness))
     requests = [
         Request(
-            prompt=prompts[spread(number, arguments.pieces, len(prompts))],
+            prompt=prompts[prompt_index(number, arguments.pieces, len(prompts))],
             seconds=arguments.seconds,
             latents=arguments.latents,
-            options=SamplingOptions(temperature=temperature, top_p=top_p, steadiness=steadiness),
+            sampling=SamplingOptions(temperature=temperature, top_p=top_p, steadiness=steadiness),
             seed=arguments.first_seed + number,
             continuation_only=True,
             tag=(temperature, top_p, steadiness),
@@ -62,58 +92,40 @@ def main() -> None:
         for temperature, top_p, steadiness in settings
         for number in range(arguments.pieces)
     ]
-    began = time.perf_counter()
-    made: dict[tuple[float, ...], list[Piece]] = defaultdict(list)
+    generated: dict[Setting, list[Piece]] = {setting: [] for setting in settings}
     for piece in Generator.from_pretrained(arguments.checkpoint).generate_many(requests):
-        made[piece.request.tag].append(piece)
+        generated[piece.request.tag].append(piece)
         if arguments.output is not None:
             folder = arguments.output / "t{}-p{}-s{}".format(*piece.request.tag)
             folder.mkdir(parents=True, exist_ok=True)
             write_midi(piece.continuation, folder / f"{piece.request.seed:04}.mid")
-    spent_s = time.perf_counter() - began
+    return generated
 
-    corpus = [codec.decode(tokens) for tokens in Pieces.open(arguments.data, "train").tokens]
-    everything = [piece.continuation for setting in settings for piece in made[setting]]
-    runs = [run.notes for run in longest_runs([*everything, *real], corpus, figures=False)]
-    rows = []
-    for number, setting in enumerate(settings):
-        generated = [piece.continuation for piece in made[setting]]
-        ratios = {name: each.ratio for name, each in compare(generated, real).items()}
-        farthest = max(ratios, key=lambda name: ratios[name])
-        rows.append(
-            {
-                "temperature": setting[0],
-                "top_p": setting[1],
-                "steadiness": setting[2],
-                "mean_ratio": float(np.exp(np.mean(np.log(list(ratios.values()))))),
-                "largest_ratio": ratios[farthest],
-                "largest": farthest,
-                "ratios": ratios,
-                "nats_per_token": float(np.mean([piece.nats_per_token for piece in made[setting]])),
-                "ended": sum(piece.continuation.duration_s < arguments.seconds - 1 for piece in made[setting]),
-                "longest_run": max(runs[number * arguments.pieces : (number + 1) * arguments.pieces]),
-            }
-        )
+
+def row(setting: Setting, pieces: Sequence[Piece], real: Sequence[Performance], seconds: float) -> dict[str, Any]:
+    """The result of a setting."""
+    comparisons = compare([piece.continuation for piece in pieces], real)
+    ratios = {name: comparison.ratio for name, comparison in comparisons.items()}
+    farthest = max(ratios, key=lambda name: ratios[name])
+    return {
+        "temperature": setting[0],
+        "top_p": setting[1],
+        "steadiness": setting[2],
+        "mean_ratio": float(np.exp(np.mean(np.log(list(ratios.values()))))),
+        "largest_ratio": ratios[farthest],
+        "largest": farthest,
+        "ratios": ratios,
+        "nats_per_token": float(np.mean([piece.nats_per_token for piece in pieces])),
+        "ended": sum(piece.continuation.duration_s < seconds - 1 for piece in pieces),
+    }
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     columns = [name for name in rows[0] if name != "ratios"]
     table = Table(*(name.replace("_", " ") for name in columns))
-    for row in rows:
-        table.add_row(*(f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in columns))
+    for each in rows:
+        table.add_row(*(f"{each[name]:.4g}" if isinstance(each[name], float) else str(each[name]) for name in columns))
     Console().print(table)
-    facts = {name: value for name, value in vars(arguments).items() if name not in ("data", "output")}
-    real_run = max(runs[len(everything) :])
-    device = jax.devices()[0].device_kind
-    print(
-        json.dumps(
-            {
-                "benchmark": "sampling",
-                **facts,
-                "device": device,
-                "seconds_spent": round(spent_s),
-                "real_run": real_run,
-                "rows": rows,
-            }
-        )
-    )
 
 
 if __name__ == "__main__":

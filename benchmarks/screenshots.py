@@ -1,4 +1,4 @@
-"""Pictures of the web page with the shipped model: `python benchmarks/screenshots.py FOLDER`."""
+"""Take pictures of the web page with the shipped model: `python benchmarks/screenshots.py FOLDER`."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ SIZES = {"desktop": (1360, 1040), "phone": (390, 844)}
 
 
 def play_something(page: Page) -> None:
-    """Goes on from an example, and waits until it sounds."""
+    """Continue an example, and wait until it plays."""
     page.get_by_label("Begin with").click()
     page.get_by_role("option", name="Bach").click()
     page.wait_for_selector("#prompt-player .player[data-notes='139']")
@@ -22,7 +22,7 @@ def play_something(page: Page) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    with served() as (address, _), sync_playwright() as playwright:
+    with served(measure=False) as (address, _), sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         for size, (width, height) in SIZES.items():
             for scheme in ("light", "dark"):

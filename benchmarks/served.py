@@ -1,4 +1,4 @@
-"""The web page of the shipped model in a process of its own, for the benchmarks that open it."""
+"""Serve the web page of the shipped model in its own process, for the benchmarks that use it."""
 
 import re
 import subprocess
@@ -11,20 +11,24 @@ from gradio_client import Client
 
 
 @contextmanager
-def served() -> Iterator[tuple[str, int]]:
-    """Runs `music-ar web` and gives its address and its process id, once it has measured all that it measures.
+def served(*, measure: bool = True) -> Iterator[tuple[str, int]]:
+    """Run `music-ar web`; its address and its process id.
+
+    Args:
+        measure: wait until the server has measured the speed of several variations, which takes minutes.
 
     Raises:
         RuntimeError: it ended without an address.
     """
-    process = subprocess.Popen([sys.executable, "-m", "app.cli", "web"], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "app.cli", "web", *([] if measure else ["--no-measure"])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         found = re.search(r"http://\S+", process.stdout.readline())
         if found is None:
             raise RuntimeError("the page did not start")
         client = Client(found[0], verbose=False)
-        while not client.predict(api_name="/info")["warm"]:
+        while measure and not client.predict(api_name="/info")["warm"]:
             time.sleep(1)
         client.close()
         yield found[0], process.pid

@@ -1,8 +1,8 @@
-"""Times the training step alone, on made-up tokens: milliseconds, target tokens a second, operations a second.
+"""Time the training step alone, on random tokens: milliseconds, targets per second, operations per second.
 
     python benchmarks/train_step.py [--preset small] [--batch-size 32] [--dropout 0.1] [--steps 12] [--kernels 20]
 
-Prints a table (with --kernels, also where the device's time goes) and, last, one line of JSON.
+Prints a table (with --kernels, also the kernels that take longest) and, last, one line of JSON.
 """
 
 import argparse
@@ -21,11 +21,13 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from music_ar.decoding import backend
 from music_ar.model.config import PRESETS
 from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.training.config import TrainingConfig
 from music_ar.training.optimizer import build_optimizer
-from music_ar.training.step import TrainState, make_train_step
-from music_ar.training.trainer import TrainingConfig
+from music_ar.training.step import initial_state, make_train_step
+from music_ar.training.trainer import data_mesh
 
 
 def main() -> None:
@@ -34,13 +36,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--kernels", type=int, default=0, help="show so many of the kernels that take longest")
+    parser.add_argument("--kernels", type=int, default=0, help="show the N kernels that take longest", metavar="N")
     arguments = parser.parse_args()
 
     model_config = PRESETS[arguments.preset]
     config = TrainingConfig(steps=1, batch_size=arguments.batch_size, dropout=arguments.dropout)
     began = time.perf_counter()
-    run = step_runner(PerceiverAR(model_config, rngs=nnx.Rngs(0)), config)
+    run = step_runner(PerceiverAR(model_config, rngs=nnx.Rngs(0), compute=backend.select().compute), config)
     run()
     compilation_s = time.perf_counter() - began
     step_s = statistics.median(timed(run) for _ in range(arguments.steps))
@@ -48,7 +50,7 @@ def main() -> None:
     kept = round((model_config.context - model_config.latents) * config.prefix_keep)
     tflops = model_config.flops_per_target(kept) * targets_per_s / 1e12
 
-    table = Table("preset", "batch", "dropout", "compilation s", "ms a step", "M targets/s", "TFLOP/s")
+    table = Table("preset", "batch", "dropout", "compilation s", "ms per step", "M targets/s", "TFLOP/s")
     table.add_row(
         arguments.preset,
         f"{config.batch_size}",
@@ -75,13 +77,12 @@ def main() -> None:
 
 
 def step_runner(model: PerceiverAR, config: TrainingConfig) -> Callable[[], None]:
-    """A function that runs one training step and waits for it."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    """Return a function that runs one training step and waits for it."""
+    mesh = data_mesh()
     graph, params = nnx.split(model, nnx.Param)
-    optimizer = build_optimizer(config)
+    optimizer = build_optimizer(config, mesh)
     train_step = make_train_step(graph, config, optimizer, mesh)
-    ema = jax.tree.map(jnp.copy, params)
-    state = TrainState(jnp.zeros((), jnp.int32), params, ema, jax.jit(optimizer.init)(params))
+    state = initial_state(params, optimizer, mesh)
     size = (config.batch_size, model.config.window + 1)
     batch = {
         "tokens": np.random.default_rng(0).integers(0, 388, size).astype(np.int32),
@@ -97,14 +98,14 @@ def step_runner(model: PerceiverAR, config: TrainingConfig) -> Callable[[], None
 
 
 def timed(run: Callable[[], None]) -> float:
-    """Seconds that `run` takes."""
+    """Return the seconds that `run` takes."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
 
 
 def longest_kernels(run: Callable[[], None], most: int) -> Iterator[tuple[str, int, float]]:
-    """(name, count, milliseconds) of the kernels of one step, longest first."""
+    """Yield (name, count, milliseconds) of the kernels of one step, longest first."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()

@@ -1,14 +1,13 @@
-"""Renders a folder of prompts as people do it overnight, kills it in the middle, and checks what is left.
+"""Render a folder of prompts unattended, kill the process half-way, resume, and check the result.
 
     python benchmarks/unattended.py maestro-v3.0.0-midi.zip FOLDER
     python benchmarks/unattended.py data/maestro FOLDER --seconds 8 --latents 256 --prompt-seconds 10
 
-Takes MAESTRO's zip or folder, or what `music-ar prepare` made of it. FOLDER gets `prompts`: excerpts of the test
-split's pieces, six of them damaged in different ways; `whole`: what one run of `music-ar render` made of them; and
-`resumed`: what the same command made that was killed (kill -9) in the middle and called again. Checked are the exit
-codes, that both folders are the same to the last byte, that the manifest accounts for each prompt, and that the memory
-(resident, of the uninterrupted run, at each finished piece) is level from the 10th piece to the last: within a tenth.
-Exit code 1 if anything is not.
+Takes MAESTRO's zip or folder, or a dataset written by `music-ar prepare`. FOLDER gets `prompts`: excerpts of the test
+split, six of them damaged in different ways; `whole`: the output of one run of `music-ar render`; and `resumed`: the
+output of the same command, killed (kill -9) half-way and called again. It checks the exit codes, that both folders are
+identical to the byte, that the manifest has each prompt, and that the resident memory of the uninterrupted run, taken
+at each finished piece, rises by no more than a tenth from the 10th piece to the last. Exit code 1 if a check fails.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from app.console import print_table
-from data_pipeline.loader import Pieces
+from data_pipeline.dataset import Pieces
 from data_pipeline.maestro import MidiFiles, read_table
 from music_ar import Performance, decode, read_midi, write_midi
 
@@ -34,15 +33,21 @@ SOME_FAILED = 3
 DAMAGES = ("empty", "truncated", "text", "no notes", "random bytes", "dead link")
 _NO_NOTES = bytes.fromhex("4d546864000000060000000103e84d54726b0000000400ff2f00")
 _LEVEL_FROM = 10
-# By what share the median of the last quarter of the samples may lie above that of the first. It is not 0, because each
-# power of two of prompt tokens is compiled when it is first met, and what is freed goes back to the system when that
-# likes.
-_MOST_RISE = 0.1
+# Most by which the median of the last quarter of the samples may exceed that of the first, relative to it. Not 0: each
+# power of two of prompt tokens is compiled when it first occurs, and freed memory returns to the system late.
+_MAX_RISE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One call of the command: its exit code, seconds, resident MB at each finished piece, and last line of its log."""
+    """One run of the command.
+
+    Attributes:
+        code: exit code.
+        seconds: time it took.
+        memory_mb: resident memory at each finished piece.
+        summary: last line of its log.
+    """
 
     code: int
     seconds: float
@@ -52,15 +57,15 @@ class Run:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="MAESTRO's zip or folder, or a folder that `music-ar prepare` wrote")
+    parser.add_argument("data", type=Path, help="MAESTRO's zip or folder, or a dataset written by `music-ar prepare`")
     parser.add_argument("folder", type=Path, help="new folder to work in")
-    parser.add_argument("--prompts", type=int, default=200, help="how many, the six damaged ones included")
+    parser.add_argument("--prompts", type=int, default=200, help="number of prompts, including the six damaged ones")
     parser.add_argument("--prompt-seconds", type=float, default=20.0, help="length of each excerpt")
-    parser.add_argument("--seconds", type=float, default=20.0, help="music to make after each")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of each continuation")
     parser.add_argument("--variations", type=int, default=2)
     parser.add_argument("--latents", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, help="default: the command's own")
-    parser.add_argument("--checkpoint", help="default: the shipped one")
+    parser.add_argument("--batch-size", type=int, help="default: that of the command")
+    parser.add_argument("--checkpoint", help="default: the shipped model")
     arguments = parser.parse_args()
     if arguments.prompts <= len(DAMAGES):
         parser.error(f"--prompts must be more than {len(DAMAGES)}")
@@ -75,22 +80,22 @@ def main() -> int:
     good = (arguments.prompts - len(damaged)) * arguments.variations
     first = render(options, whole)
     killed = render(options, resumed, kill_after=good // 2)
-    left = sum(line["status"] == "made" for line in read_manifest(resumed))
+    finished = sum(line["status"] == "made" for line in read_manifest(resumed))
     again = render(options, resumed)
 
     checks = {
         "exit code of the uninterrupted run": first.code == SOME_FAILED,
-        "killed in the middle": killed.code < 0 and 0 < left < good,
+        "killed half-way": killed.code < 0 and 0 < finished < good,
         "exit code of the second run": again.code == SOME_FAILED,
-        "the second run made only what was missing": again.summary.get("made") == good - left,
-        "the same bytes, the manifest included": contents(whole) == contents(resumed),
+        "the second run generated only the missing pieces": again.summary.get("made") == good - finished,
+        "identical bytes, including the manifest": contents(whole) == contents(resumed),
     } | check_manifest(whole, prompts, damaged, arguments.variations)
     memory = memory_trend(first.memory_mb)
-    checks["memory is level"] = memory["rise"] <= _MOST_RISE
+    checks["memory does not grow"] = memory["rise"] <= _MAX_RISE
 
     lines = read_manifest(whole)
     music_s = sum(line["seconds"] for line in lines if line["status"] == "made")
-    print_table(("what failed", "why"), sorted({(PurePath(x["prompt"]).name, x["error"]) for x in lines if x["error"]}))
+    print_table(("failed", "error"), sorted({(PurePath(x["prompt"]).name, x["error"]) for x in lines if x["error"]}))
     print_table(("memory of the uninterrupted run", ""), [(name, f"{value:.4g}") for name, value in memory.items()])
     print_table(("check", ""), [(name, "yes" if passed else "NO") for name, passed in checks.items()])
     result = {
@@ -99,7 +104,7 @@ def main() -> int:
         "pieces": len(lines),
         "music_s": round(music_s, 1),
         "seconds": round(first.seconds, 1),
-        "killed_after": left,
+        "killed_after": finished,
         "seconds_of_killed_and_second": [round(killed.seconds, 1), round(again.seconds, 1)],
         "latents": arguments.latents,
         "memory": {name: round(value, 4) for name, value in memory.items()},
@@ -110,9 +115,9 @@ def main() -> int:
 
 
 def write_prompts(data: Path, folder: Path, *, count: int, seconds: float) -> dict[str, str]:
-    """Writes the prompts, in a folder a year as MAESTRO has them; returns which are damaged, and how.
+    """Write the prompts, in a folder per year as in MAESTRO; return the damaged ones, and how each is damaged.
 
-    Each is the beginning of a test piece; when all have had their turn, what follows on those comes next.
+    Each prompt is the beginning of a test piece; if there are too few pieces, the seconds after it come next.
     """
     pieces = test_pieces(data)
     excerpts = (
@@ -127,7 +132,7 @@ def write_prompts(data: Path, folder: Path, *, count: int, seconds: float) -> di
         write_midi(excerpt, folder / name)
         names.append(name)
     if len(names) < count:
-        raise SystemExit(f"{data}: enough music for {len(names)} excerpts of {seconds:g} s, not for {count}")
+        raise SystemExit(f"expected music for {count} excerpts of {seconds:g} s in {data}, found {len(names)}")
     damaged = {names[(2 * place + 1) * count // (2 * len(DAMAGES))]: how for place, how in enumerate(DAMAGES)}
     for name, how in damaged.items():
         damage(folder / name, how)
@@ -135,7 +140,7 @@ def write_prompts(data: Path, folder: Path, *, count: int, seconds: float) -> di
 
 
 def test_pieces(data: Path) -> list[tuple[str, Performance]]:
-    """The pieces of the test split by name, without the ending."""
+    """The pieces of the test split, with their names without the ending."""
     if (data / "manifest.json").exists():
         pieces = Pieces.open(data, "test")
         named = zip(pieces.records, pieces.tokens, strict=True)
@@ -146,7 +151,7 @@ def test_pieces(data: Path) -> list[tuple[str, Performance]]:
 
 
 def damage(path: Path, how: str) -> None:
-    """Makes a prompt unusable, in one of the ways of `DAMAGES`."""
+    """Make a prompt unusable, in one of the ways of `DAMAGES`."""
     whole = path.read_bytes()
     path.unlink()
     if how == "dead link":
@@ -164,7 +169,7 @@ def damage(path: Path, how: str) -> None:
 
 
 def render(options: list[str], output: Path, *, kill_after: int | None = None) -> Run:
-    """Calls `music-ar render`; with `kill_after`, kills it once so many pieces are made."""
+    """Run `music-ar render`; with `kill_after`, kill it after so many pieces."""
     began_s, memory_mb, event = time.monotonic(), [], {}
     command = [sys.executable, "-m", "app.cli", "render", *options, "--output", str(output)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -181,7 +186,7 @@ def render(options: list[str], output: Path, *, kill_after: int | None = None) -
 
 
 def resident_mb(process_id: int) -> float:
-    """Resident memory of a process, as Linux tells it; NaN once it is gone."""
+    """Resident memory of a process on Linux; NaN once it has ended."""
     try:
         status = Path(f"/proc/{process_id}/status").read_text(encoding="ascii")
     except OSError:
@@ -191,7 +196,7 @@ def resident_mb(process_id: int) -> float:
 
 
 def memory_trend(memory_mb: list[float]) -> dict[str, float]:
-    """Medians of the quarters of the samples, from the 10th on (of fewer than 20: from the middle), and the rise."""
+    """Medians of the quarters of the samples and the rise, without the first ten (of fewer than 20: the first half)."""
     level = np.array(memory_mb[min(_LEVEL_FROM, len(memory_mb) // 2) :])
     level = level[np.isfinite(level)]
     quarters = [float(np.median(part)) if len(part) else np.nan for part in np.array_split(level, 4)]
@@ -205,17 +210,17 @@ def memory_trend(memory_mb: list[float]) -> dict[str, float]:
 
 
 def check_manifest(output: Path, prompts: Path, damaged: dict[str, str], variations: int) -> dict[str, bool]:
-    """Whether each prompt has its lines: made ones their files, failed ones a reason."""
+    """Check that each prompt has its lines, finished pieces their files, and failed ones an error."""
     lines = read_manifest(output)
     wanted = sorted(path.as_posix() for path in prompts.rglob("*.midi") for _ in range(variations))
     failed = [line for line in lines if line["status"] == "failed"]
     made = [line for line in lines if line["status"] == "made"]
     bad = sorted((prompts / name).as_posix() for name in damaged for _ in range(variations))
     return {
-        f"the manifest accounts for all {len(wanted) // variations} prompts": wanted == sorted(_prompts(lines)),
-        f"{len(damaged)} failed, each with its reason": sorted(_prompts(failed)) == bad
+        f"the manifest has all {len(wanted) // variations} prompts": wanted == sorted(_prompts(lines)),
+        f"{len(damaged)} failed, each with an error": sorted(_prompts(failed)) == bad
         and all(line["error"] for line in failed),
-        f"{len(made) // variations} made, each with its file": len(made) == len(wanted) - len(bad)
+        f"{len(made) // variations} finished, each with its file": len(made) == len(wanted) - len(bad)
         and all((output / line["file"]).is_file() for line in made),
     }
 
@@ -229,7 +234,7 @@ def read_manifest(output: Path) -> list[dict]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too."""
+    """The content of every file below a folder, including hidden ones."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 

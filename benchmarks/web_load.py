@@ -1,8 +1,8 @@
 """Many clients at once: `python benchmarks/web_load.py [CLIENTS] [ROUNDS]`.
 
-It serves the shipped model. In each round every client, a new one, asks for a piece with a seed of its own at the same
-time; all must be served, each with its own piece: the one that its seed makes alone. What the server holds in memory is
-read before the first round and after each.
+Serves the shipped model. In each round as many new clients each ask for a piece with their own seed at the same time.
+Counts those that got the piece that their seed gives when nobody else asks, and measures how long they waited and how
+much memory the server uses before the first round and after each.
 """
 
 import json
@@ -23,7 +23,7 @@ LATENTS = 256
 
 def main() -> None:
     number, rounds = (int(sys.argv[place]) if len(sys.argv) > place else given for place, given in ((1, 20), (2, 3)))
-    rows, figures = [], []
+    rows, results = [], []
     with served() as (address, process):
         alone = Client(address, verbose=False)
         expected = [piece_of(alone, seed) for seed in range(number)]
@@ -32,16 +32,16 @@ def main() -> None:
             own, waits_s = ask_at_once(address, expected)
             time.sleep(2)
             held_mb.append(resident_mb(process))
-            figures.append({"clients": number, "own_piece": own, "waits_s": waits_s, "held_mb": held_mb[-1]})
+            results.append({"clients": number, "own_piece": own, "waits_s": waits_s, "held_mb": held_mb[-1]})
             rows.append((f"{number}", f"{own}", f"{statistics.median(waits_s):.1f}", f"{max(waits_s):.1f}",
                          f"{held_mb[-1]:.0f}"))  # fmt: skip
-    print(f"the server held {held_mb[0]:.0f} MB before")
-    print_table(("clients", "got their own piece", "median wait, s", "last, s", "MB held after"), rows)
-    print(json.dumps({"held_before_mb": held_mb[0], "rounds": figures}))
+    print(f"the server used {held_mb[0]:.0f} MB before")
+    print_table(("clients", "got their own piece", "median wait, s", "last, s", "MB used after"), rows)
+    print(json.dumps({"held_before_mb": held_mb[0], "rounds": results}))
 
 
 def ask_at_once(address: str, expected: list[bytes]) -> tuple[int, list[float]]:
-    """How many of as many clients as seeds got what they asked for, and how long each waited."""
+    """One client per piece asks for it at once: how many got theirs, and how long each waited."""
     clients = [Client(address, verbose=False) for _ in expected]
     began_s = time.monotonic()
 
@@ -56,13 +56,13 @@ def ask_at_once(address: str, expected: list[bytes]) -> tuple[int, list[float]]:
 
 
 def piece_of(client: Client, seed: int) -> bytes:
-    """The MIDI file that a seed makes."""
+    """The MIDI file that a seed gives."""
     _, files = client.predict(seconds=SECONDS, latents=LATENTS, seed=seed, api_name="/generate")
     return Path(files[0]).read_bytes()
 
 
 def resident_mb(process: int) -> float:
-    """Memory of a process that is in use, in megabytes."""
+    """Resident memory of a process, in megabytes."""
     pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * 4096 / 1e6
 

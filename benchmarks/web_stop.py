@@ -1,7 +1,8 @@
-"""How soon Stop stops eight variations at the largest budget: `python benchmarks/web_stop.py [RUNS]`.
+"""How soon Stop stops eight variations at the largest latent budget: `python benchmarks/web_stop.py [RUNS]`.
 
-It serves the shipped model and presses Stop in Chromium while somebody else waits in the queue. Measured from then on:
-when the page says that it stopped, and when the other one has the first notes, which takes a free device and a chunk.
+Serves the shipped model and presses Stop in Chromium while another client waits in the queue. Measured from the press:
+when the page says that it stopped, and when the other client has its first notes, which takes a free device and one
+chunk.
 """
 
 import json
@@ -15,7 +16,7 @@ from served import served
 
 from app.console import print_table
 
-# Notes the times of the press and of the page's answer.
+# Records when Stop is pressed and when the page says so.
 WATCH = """() => {
   window.stopped = {};
   document.querySelector('#stop').addEventListener('click', () => { window.stopped.pressed ??= Date.now(); });
@@ -54,7 +55,9 @@ def main() -> None:
             page.close()
         browser.close()
     rows = [(f"{statistics.median(times):.2f}", f"{max(times):.2f}") for times in (said_s, freed_s)]
-    print_table(("", "median, s", "at worst, s"), [("the page says so", *rows[0]), ("the next one's notes", *rows[1])])
+    print_table(
+        ("", "median, s", "longest, s"), [("the page says so", *rows[0]), ("first notes of the next client", *rows[1])]
+    )
     print(json.dumps({"said_s": said_s, "freed_s": freed_s}))
 
 

@@ -1,38 +1,35 @@
-"""Uses the HTTP API of the web app: what it offers, a new piece, and its continuation.
+"""Use the HTTP API of the web app: print what it offers, generate a piece and continue it.
 
     music-ar web &
     python examples/web_api.py http://127.0.0.1:7860 piece.mid
 
-Needs gradio_client, which comes with Gradio.
+Needs gradio_client, which is installed with Gradio.
 """
 
 import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-from gradio_client import Client, handle_file  # pyright: ignore[reportMissingImports]
+from gradio_client import Client  # pyright: ignore[reportMissingImports]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("address", help="where the app listens, such as http://127.0.0.1:7860")
+    parser.add_argument("address", help="address of the web app, for example http://127.0.0.1:7860")
     parser.add_argument("output", type=Path, help="MIDI file to write")
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of the piece and of its continuation")
     arguments = parser.parse_args()
 
     client = Client(arguments.address)
     print(json.dumps(client.predict(api_name="/info"), indent=2))
-    piece = file_of(client.predict(seconds=arguments.seconds, seed=7, api_name="/generate"))
-    longer = file_of(client.predict(handle_file(piece), seconds=arguments.seconds, seed=7, api_name="/continue"))
-    shutil.copy(longer, arguments.output)
-    print(arguments.output)
-
-
-def file_of(result: Any) -> str:
-    """The MIDI file in a result: the path alone, or the first of several values."""
-    return result[0] if isinstance(result, list | tuple) else result
+    # While it is generated, a job yields its progress. To continue a MIDI file, add prompt=handle_file("mine.mid").
+    job = client.submit(seconds=arguments.seconds, seed=7, api_name="/generate")
+    for progress, _ in job:
+        print(progress["status"])
+    progress, files = client.predict(seconds=arguments.seconds, api_name="/continue")  # what this client generated last
+    shutil.copy(files[0], arguments.output)
+    print(f"{arguments.output}: {progress['notes'][0]} notes, {progress['seconds'][0]:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The command line, in this process: what it prints, what it refuses, and with which exit code."""
+"""The command line, in this process: what it prints, what it rejects, and with which exit code."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,9 +14,13 @@ import pytest
 
 from app import cli
 from app.commands import inspect
+from music_ar.decoding import backend
+from music_ar.decoding.sampling import SamplingOptions
 from music_ar.midi.io import read_midi, write_midi
 from music_ar.midi.performance import Performance
 from music_ar.tokens import codec, vocabulary
+
+ROOT = Path(__file__).parents[1]
 
 
 def run(capsys, *arguments):
@@ -28,7 +33,7 @@ def run(capsys, *arguments):
 
 
 def refusal(capsys, *arguments):
-    """The one line on standard error with which `music-ar arguments` is refused as bad input."""
+    """The one line on standard error with which `music-ar arguments` is rejected as bad input."""
     code, _, errors = run(capsys, *arguments)
     lines = [line for line in errors.splitlines() if line.startswith("music-ar: ")]
     assert code == 2
@@ -40,9 +45,7 @@ def refusal(capsys, *arguments):
 def test_help_names_every_command(capsys):
     code, output, _ = run(capsys, "--help")
     assert code == 0
-    assert all(
-        command in output for command in ("prepare", "train", "evaluate", "generate", "render", "inspect", "bench")
-    )
+    assert all(f"    {command} " in output for command in cli.COMMANDS)
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -54,14 +57,39 @@ def test_every_command_explains_its_options(capsys, command):
     assert "(default: )" not in output
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "generate", "render", "inspect", "web"])
-def test_help_does_not_wait_for_jax(command):
-    code = f"import sys; from app.cli import main; main(['{command}', '--help'])"
-    result = subprocess.run(
-        [sys.executable, "-c", f"import atexit, sys; atexit.register(lambda: print('jax' in sys.modules)); {code}"],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert result.stdout.endswith("False\n")
+def test_help_does_not_wait_for_jax():
+    script = """
+import contextlib, io, sys
+from app import cli
+
+def show_help(*commands):
+    for command in commands:
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as output:
+            cli.main([*command, "--help"])
+        assert "--help" in output.getvalue()
+
+show_help([], ["prepare"], ["evaluate"], ["generate"], ["render"], ["inspect"], ["web"], ["bench"])
+print("numpy" in sys.modules)
+show_help(["train"], ["bench", "decode"], ["bench", "render"])
+print("jax" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["False", "False"]
+
+
+@pytest.mark.parametrize("command", ["generate --output x.mid", "render --output x --count 1", "evaluate --data x"])
+def test_every_sampling_option_is_an_option(capsys, command):
+    name, *arguments = shlex.split(command)
+    fields = dataclasses.fields(SamplingOptions)
+    ranges = {field.name: (field.metadata["minimum"], field.metadata["maximum"]) for field in fields}
+    given = {field.name: next(end for end in ranges[field.name] if end != field.default) for field in fields}
+    flags = [text for option, value in given.items() for text in (f"--{option.replace('_', '-')}", str(value))]
+    assert vars(cli.parse([name, *arguments]))["sampling"] == SamplingOptions()
+    assert vars(cli.parse([name, *arguments, *flags]))["sampling"] == SamplingOptions(**given)
+    code, _, errors = run(capsys, name, *arguments, "--top-p", 2)
+    assert code == 2
+    assert "top_p" in errors
 
 
 @pytest.mark.parametrize(
@@ -79,10 +107,15 @@ def test_help_does_not_wait_for_jax(command):
         ["train", "--data", "x", "--output", "y"],
         ["train", "--data", "x", "--output", "y", "--steps", "1", "--preset", "huge"],
         ["evaluate", "--data", "x", "--split", "rest"],
+        ["evaluate", "--data", "x", "--seconds", "0"],
+        ["bench"],
+        ["bench", "decode", "--latents", "0"],
+        ["bench", "decode", "--seconds", "1"],
+        ["bench", "render", "--pieces", "1", "--loop-pieces", "2"],
     ],
     ids=" ".join,
 )
-def test_wrong_use_ends_with_2_and_an_explanation(capsys, arguments):
+def test_wrong_usage_exits_with_2_and_an_explanation(capsys, arguments):
     code, output, errors = run(capsys, *arguments)
     assert code == 2
     assert output == ""
@@ -91,7 +124,7 @@ def test_wrong_use_ends_with_2_and_an_explanation(capsys, arguments):
 
 
 def readme_commands():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     commands = re.findall(rf"music-ar ((?:{'|'.join(cli.COMMANDS)}) [^`\n]*)", text)
     return [command for command in commands if "--help" not in command]
 
@@ -101,7 +134,7 @@ def test_commands_in_the_readme_can_be_typed(command):
     assert type(cli.parse(shlex.split(command, comments=True))).__name__.lower() == command.split()[0]
 
 
-def test_inspect_tells_what_is_in_a_file(capsys, tmp_path):
+def test_inspect_prints_statistics(capsys, tmp_path):
     piece = Performance(
         onset_s=np.array([0.0, 1.0, 7.0]),
         offset_s=np.array([2.0, 3.0, 8.0]),
@@ -110,19 +143,22 @@ def test_inspect_tells_what_is_in_a_file(capsys, tmp_path):
     )
     write_midi(piece, tmp_path / "three.mid")
     code, output, _ = run(capsys, "inspect", tmp_path / "three.mid")
-    figures = {line[:18].strip(): line[18:].strip() for line in output.splitlines()[1:]}
-    figures = {name: re.split("  +", figure) for name, figure in figures.items()}
+    rows = {line[:18].strip(): re.split("  +", line[18:].strip()) for line in output.splitlines()[1:]}
     assert code == 0
-    assert figures["notes"] == ["3"]
-    assert figures["length"] == ["8.00 s (0:08)"]
-    assert figures["first note at"] == ["0.00 s"]
-    assert figures["notes a second"] == ["0.38", "1.42 / 10.2 / 23.2"]
-    assert figures["notes at once"] == ["0.62 on average", "1 / 3.9 / 16.7"]
-    assert figures["lowest pitch"] == ["A0 (21)", "23 / 32 / 52"]
-    assert figures["highest pitch"] == ["E4 (64)", "74 / 89 / 104"]
-    assert figures["median velocity"] == ["60", "37.5 / 63.5 / 84"]
-    assert figures["longest silence"] == ["4.00 s", "0 / 0.31 / 5.14"]
-    assert figures["event tokens"] == [str(len(codec.encode(piece)))]
+    assert rows == {
+        "notes": ["3"],
+        "length": ["8.00 s (0:08)"],
+        "first onset": ["0.00 s"],
+        "notes per second": ["0.38", "1.42 / 10.2 / 23.2"],
+        "mean polyphony": ["0.62", "1 / 3.9 / 16.7"],
+        "lowest pitch": ["A0 (21)", "23 / 32 / 52"],
+        "highest pitch": ["E4 (64)", "74 / 89 / 104"],
+        "lowest velocity": ["40", "1 / 7 / 39"],
+        "median velocity": ["60", "37.5 / 63.5 / 84"],
+        "highest velocity": ["80", "67 / 99 / 123"],
+        "longest silence": ["4.00 s", "0 / 0.31 / 5.14"],
+        "event tokens": [str(len(codec.encode(piece)))],
+    }
 
 
 def test_inspect_compares_and_draws(capsys, tmp_path, midi_file):
@@ -131,24 +167,24 @@ def test_inspect_compares_and_draws(capsys, tmp_path, midi_file):
     picture = tmp_path / "rolls.png"
     code, output, _ = run(capsys, "inspect", midi_file, tmp_path / "beginning.mid", "--plot", picture)
     assert code == 0
-    assert re.search(r"notes in common  (\d+) of \d+ and \1, and all until 10\.", output)
+    assert re.search(r"notes in common  (\d+) of \d+ and \1, first difference at 10\.", output)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_inspect_finds_what_stands_in_the_training_set(capsys, midi_folder, prepared, tmp_path):
-    from data_pipeline.loader import Pieces
+def test_inspect_finds_copies_from_the_training_split(capsys, midi_folder, prepared, tmp_path):
+    from data_pipeline.dataset import Pieces
 
     name = Pieces.open(prepared, "train").records[3].name
     write_midi(read_midi(midi_folder / name), tmp_path / "copy.mid")
     code, output, errors = run(capsys, "inspect", tmp_path / "copy.mid", "--data", prepared)
     assert code == 0, errors
     assert output.splitlines()[-1] == (
-        f"copy.mid: 200 notes in a row stand in the training set, in {name}; leaving out figures that go on, "
-        f"200 notes, in {name}"
+        f"copy.mid: longest run of notes shared with the training split: 200 (in {name}); "
+        f"without repeated patterns: 200 (in {name})"
     )
 
 
-def test_a_picture_without_matplotlib_is_refused_plainly(capsys, monkeypatch, tmp_path, midi_file):
+def test_plotting_without_matplotlib_is_rejected_with_one_line(capsys, monkeypatch, tmp_path, midi_file):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "music-ar[plot]" in refusal(capsys, "inspect", midi_file, "--plot", tmp_path / "roll.png")
 
@@ -168,8 +204,8 @@ def test_inspect_prints_every_token_with_its_time(capsys, midi_file):
         (vocabulary.NOTE_ON + 60, "note-on 60 (C4)"),
         (vocabulary.NOTE_OFF + 21, "note-off 21 (A0)"),
         (vocabulary.NOTE_OFF - 1, "note-on 127 (G9)"),
-        (vocabulary.TIME_SHIFT, "wait 0.01 s"),
-        (vocabulary.VELOCITY - 1, "wait 1.00 s"),
+        (vocabulary.TIME_SHIFT, "time shift 0.01 s"),
+        (vocabulary.VELOCITY - 1, "time shift 1.00 s"),
         (vocabulary.VELOCITY, "velocity 1 of 32"),
         (vocabulary.EVENT_CLASSES - 1, "velocity 32 of 32"),
     ],
@@ -182,7 +218,7 @@ def test_tokens_are_described(token, meaning):
     "command", [["inspect"], ["generate", "--output", "never.mid", "--prompt"]], ids=lambda c: c[0]
 )
 @pytest.mark.parametrize("content", [None, b"", b"RIFF and so on", b"MThd\0\0\0\6\0\1\0\1\1\xe0MTrk\0\0\1\0"])
-def test_a_file_that_is_not_midi_is_refused_by_name(capsys, tmp_path, monkeypatch, command, content):
+def test_a_file_that_is_not_midi_is_rejected_by_name(capsys, tmp_path, monkeypatch, command, content):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "not a piece.mid"
     if content is not None:
@@ -192,30 +228,30 @@ def test_a_file_that_is_not_midi_is_refused_by_name(capsys, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("output", ["no such folder/piece.mid", "."])
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, monkeypatch, output):
+def test_an_output_that_cannot_be_written_is_rejected_before_the_work(capsys, tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
     assert output in refusal(capsys, "generate", "--output", output, "--checkpoint", "never/read")
 
 
-def test_data_that_is_not_there_is_refused(capsys, tmp_path):
+def test_missing_data_is_rejected(capsys, tmp_path):
     assert "no MIDI file" in refusal(capsys, "prepare", "--midi", tmp_path, "--output", tmp_path / "data")
     assert "maestro" in refusal(capsys, "prepare", "--maestro", tmp_path, "--output", tmp_path / "data")
     train = ["train", "--preset", "tiny", "--steps", "1", "--output", tmp_path / "run"]
     assert "manifest.json" in refusal(capsys, *train, "--data", tmp_path / "nowhere")
 
 
-def test_a_checkpoint_that_is_not_one_is_refused(capsys, tmp_path, prepared):
+def test_a_folder_without_a_checkpoint_is_rejected(capsys, tmp_path, prepared):
     refused = refusal(capsys, "generate", "--output", tmp_path / "piece.mid", "--checkpoint", tmp_path)
     assert str(tmp_path) in refused
     assert str(tmp_path) in refusal(capsys, "evaluate", "--data", prepared, "--checkpoint", tmp_path)
 
 
 @pytest.mark.parametrize("error", [ValueError("shapes do not match"), RuntimeError("out of memory"), KeyError("x")])
-def test_our_own_failures_are_not_called_bad_input(monkeypatch, midi_file, error):
+def test_bugs_are_not_reported_as_bad_input(monkeypatch, midi_file, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(console, "read_performance", fail)
+    monkeypatch.setattr(inspect, "read_performance", fail)
     with pytest.raises(type(error)):  # Python prints the traceback and ends with 1
         cli.main(["inspect", str(midi_file)])
 
@@ -234,7 +270,7 @@ def generate(capsys, tmp_path, checkpoint, *options, name="piece.mid"):
     return output, printed
 
 
-def test_the_seed_that_is_told_makes_the_piece_again(capsys, tmp_path, tiny_checkpoint):
+def test_the_printed_seed_gives_the_same_piece(capsys, tmp_path, tiny_checkpoint):
     first, printed = generate(capsys, tmp_path, tiny_checkpoint)
     seed = printed.rpartition("seed ")[2].split()[0]
     again, _ = generate(capsys, tmp_path, tiny_checkpoint, "--seed", seed, name="again.mid")
@@ -249,35 +285,28 @@ def test_a_prompt_is_continued(capsys, tmp_path, tiny_checkpoint, midi_file):
     options = ["--prompt", midi_file, "--prompt-seconds", 5, "--seed", 1]
     whole = read_midi(generate(capsys, tmp_path, tiny_checkpoint, *options)[0])
     prompt = read_midi(midi_file)
-    before = prompt.onset_s < 4.5  # notes that end within the prompt may be told apart from what follows
+    before = prompt.onset_s < 4.5  # later notes may be followed by generated ones before the prompt ends
     assert whole.duration_s > 5
     np.testing.assert_array_equal(whole.pitch[: before.sum()], prompt.pitch[before])
     alone = read_midi(generate(capsys, tmp_path, tiny_checkpoint, *options, "--continuation-only")[0])
     assert len(alone) < len(whole)
 
 
-def test_evaluate_prints_and_writes_what_score_finds(capsys, tmp_path, prepared, tiny_checkpoint):
-    from data_pipeline.loader import Pieces
-    from music_ar.evaluation.likelihood import score
-    from music_ar.model.pretrained import load_released
+def test_evaluate_prints_and_writes_the_score(capsys, tmp_path, prepared, tiny_checkpoint):
+    from data_pipeline.dataset import Pieces
+    from music_ar.evaluation.likelihood import ScoringConfig, score
+    from music_ar.model.pretrained import load_pretrained
 
     written = tmp_path / "scores.json"
     sizes = ["--context", 48, "--latents", 32, "--stride", 16, "--max-pieces", 1]
     code, output, _ = run(
-        capsys,
-        "evaluate",
-        "--data",
-        prepared,
-        "--split",
-        "test",
-        "--checkpoint",
-        tiny_checkpoint,
-        "--output",
-        written,
+        capsys, "evaluate", "--data", prepared, "--split", "test", "--checkpoint", tiny_checkpoint, "--output", written,
         *sizes,
-    )
+    )  # fmt: skip
     pieces = [Pieces.open(prepared, "test").tokens[0].astype(np.int32)]
-    expected = score(load_released(tiny_checkpoint), pieces, context=48, latents=32, stride=16).report()
+    expected = score(
+        load_pretrained(tiny_checkpoint), pieces, ScoringConfig(context=48, latents=32, stride=16)
+    ).metrics()
     scores = json.loads(written.read_text())
     assert code == 0
     assert scores["test"] == pytest.approx(expected)
@@ -285,13 +314,13 @@ def test_evaluate_prints_and_writes_what_score_finds(capsys, tmp_path, prepared,
     assert f"{expected['nats_per_token']:.4g}" in output
 
 
-def test_evaluate_refuses_sizes_that_do_not_fit(capsys, prepared, tiny_checkpoint):
+def test_evaluate_rejects_sizes_that_do_not_fit(capsys, prepared, tiny_checkpoint):
     refused = refusal(capsys, "evaluate", "--data", prepared, "--checkpoint", tiny_checkpoint, "--stride", 33)
     assert "--stride" in refused
     assert "33" in refused
 
 
-def test_bench_times_and_scores_each_budget(capsys, tmp_path, tiny_checkpoint, prepared):
+def test_bench_times_and_scores_each_number_of_latents(capsys, tmp_path, tiny_checkpoint, prepared):
     written = tmp_path / "bench.json"
     code, output, errors = run(
         capsys, "bench", "decode", "--checkpoint", tiny_checkpoint, "--latents", 8, 16, "--batch", 1, 2, "--tokens", 1,
@@ -302,14 +331,15 @@ def test_bench_times_and_scores_each_budget(capsys, tmp_path, tiny_checkpoint, p
     assert json.loads(written.read_text()) == result
     assert [(row["latents"], row["batch"]) for row in result["rows"]] == [(8, 1), (8, 2), (16, 1), (16, 2)]
     assert all(row["tokens_per_s"] > 0 and row["first_note_s"] > 0 for row in result["rows"])
-    assert result["rows"][0]["nats_per_token"] == result["rows"][1]["nats_per_token"]  # of the budget, not the batch
+    assert all(row["mode"] == "sliding" for row in result["rows"])
+    assert result["rows"][0]["nats_per_token"] == result["rows"][1]["nats_per_token"]  # of the latents, not the batch
     assert result["rows"][0]["nats_per_token"] != result["rows"][2]["nats_per_token"]
 
 
-def test_bench_render_sets_the_batch_beside_a_loop(capsys, tiny_checkpoint):
+def test_bench_render_compares_batches_with_a_loop(capsys, tiny_checkpoint):
     code, output, errors = run(
         capsys, "bench", "render", "--checkpoint", tiny_checkpoint, "--latents", 8, "--batch", 2, 3,
-        "--made", 4, "--looped", 1, "--seconds", 1,
+        "--pieces", 4, "--loop-pieces", 1, "--seconds", 1,
     )  # fmt: skip
     assert code == 0, errors
     rows = json.loads(output.splitlines()[-1])["rows"]
@@ -321,32 +351,30 @@ def test_bench_render_sets_the_batch_beside_a_loop(capsys, tiny_checkpoint):
     assert all(row["tokens_per_s"] > 0 and row["seconds_of_music"] > 0 for row in rows)
 
 
-def test_bench_refuses_more_latents_than_were_trained(capsys, tiny_checkpoint):
+def test_bench_rejects_more_latents_than_the_model_has(capsys, tiny_checkpoint):
     assert "at most 32" in refusal(capsys, "bench", "decode", "--checkpoint", tiny_checkpoint, "--latents", 64)
 
 
-def test_the_version_is_told(capsys):
+def test_the_version_is_printed(capsys):
     code, output, _ = run(capsys, "--version")
     assert code == 0
     assert output[0].isdigit()
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="not on this platform")
-def test_cores_are_those_that_may_be_used():
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    try:
-        assert cli.cpu_devices(many_rows=True) == 1
-    finally:
-        os.sched_setaffinity(0, before)
-
-
 @pytest.mark.parametrize(
-    ("jax", "cores", "devices"),
-    [("0.10.2", 2, 2), ("0.12.0", 2, 1), ("0.12.1", 7, 3), ("1.0.0", 64, 16), ("0.12.0", 1, 1)],
+    ("command", "many_rows"),
+    [
+        ("generate --output x.mid", False),
+        ("web", False),
+        ("render --output x --count 1", True),
+        ("bench decode", False),
+        ("bench render", True),
+    ],
 )
-def test_a_cpu_is_as_many_devices_as_pay(monkeypatch, jax, cores, devices):
-    monkeypatch.setattr(cli.metadata, "version", {"jax": jax}.__getitem__)
-    monkeypatch.setattr(cli, "usable_cores", lambda: cores)
-    assert cli.cpu_devices() == devices
-    assert cli.cpu_devices(many_rows=True) == min(cores, 16)
+def test_a_cpu_is_split_into_devices_that_suit_the_command(monkeypatch, command, many_rows):
+    chosen = cli.parse(shlex.split(command))
+    monkeypatch.setattr(type(chosen), "run", lambda _: None)
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
+    monkeypatch.setattr(backend, "cpu_devices", lambda *, many_rows: 3 + many_rows)
+    assert cli.main(shlex.split(command)) == 0
+    assert os.environ["JAX_NUM_CPU_DEVICES"] == str(3 + many_rows)

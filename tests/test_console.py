@@ -1,4 +1,4 @@
-"""What the commands say, where standard error is no terminal."""
+"""Progress, tables and times, where standard error is not a terminal."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_tables_are_aligned(capsys):
     assert capsys.readouterr().out == "split  notes\ntrain  5,659\ntest       7\n"
 
 
-def test_without_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
+def test_without_a_terminal_progress_is_a_line_every_few_seconds(capsys, monkeypatch):
     now_s = 100.0
     monkeypatch.setattr(console.time, "monotonic", lambda: now_s)
     with ProgressLine("starting", seconds_between_lines=5) as line:

@@ -1,4 +1,4 @@
-"""The whole way in processes of its own: prepare, train, stop, resume, evaluate, generate, inspect; and the wheel."""
+"""From MIDI files to a generated piece; and what needs processes of its own: signals, pipes, caches and the wheel."""
 
 import json
 import os
@@ -10,37 +10,20 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_cli import refusal
+from test_cli import refusal, run
 
 ROOT = Path(__file__).parents[1]
 MUSIC_AR = [sys.executable, "-m", "app.cli"]
 
 
-def music_ar(*arguments, expect=0):
-    """Standard output of `music-ar arguments`; fails unless it ends with `expect`, and never shows a traceback."""
-    result = subprocess.run(
-        [*MUSIC_AR, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert result.returncode == expect, result.stderr
-    assert "Traceback" not in result.stderr
-    return result.stdout if expect == 0 else result.stderr
+def music_ar(capsys, *arguments):
+    """Standard output of `music-ar arguments`, in this process."""
+    code, output, errors = run(capsys, *arguments)
+    assert code == 0, errors
+    return output
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["prepare"], ["evaluate"], ["generate"], ["render"], ["inspect"], ["web"]], ids=" ".join
-)
-def test_help_loads_no_jax_and_no_numpy(command):
-    result = subprocess.run(
-        [sys.executable, "-X", "importtime", *MUSIC_AR[1:], *command, "--help"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "app.console" in imported  # or else we read the report wrongly
-    assert not imported & {"jax", "numpy", "flax"}
-    assert "--help" in result.stdout
-
-
-def test_closing_the_output_early_is_no_failure(midi_file):
+def test_closing_the_output_early_is_not_an_error(midi_file):
     process = subprocess.Popen(
         [*MUSIC_AR, "inspect", str(midi_file), "--tokens"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -51,33 +34,39 @@ def test_closing_the_output_early_is_no_failure(midi_file):
     assert (process.returncode, errors) == (0, "")
 
 
-def test_the_whole_way(midi_folder, tmp_path, capsys):
-    data, run, piece = tmp_path / "data", tmp_path / "run", tmp_path / "piece.mid"
-    train = ["train", "--data", data, "--output", run, "--preset", "tiny", "--batch-size", 2, "--log-every", 1]
-
-    music_ar("prepare", "--midi", midi_folder, "--output", data)
-    assert "nothing to resume" in music_ar(*train, "--steps", 3, "--resume", expect=2)
-    stop_after_some_steps([*MUSIC_AR, *map(str, train), "--steps", "100000"], run / "log.jsonl", signal.SIGTERM)
-    stopped_at = logged_steps(run)[-1]
-    # What another process left is refused in this one: that starts nothing, so it need not wait for a new one.
-    assert "resume it" in refusal(capsys, *train, "--steps", 100000)
+@pytest.mark.slow
+def test_training_stops_at_a_signal_and_resumes(prepared, tmp_path, capsys):
+    folder, run = tmp_path / "run", ["--steps", 100000]
+    train = ["train", "--data", prepared, "--output", folder, "--preset", "tiny", "--batch-size", 2, "--log-every", 1]
+    stop_after_some_steps([*train, *run], folder / "log.jsonl", signal.SIGTERM)
+    stopped_at = logged_steps(folder)[-1]
+    assert "resume it" in refusal(capsys, *train, *run)
     assert "steps was 100000, is 3" in refusal(capsys, *train, "--steps", 3, "--resume")
-    assert "augmentation" in refusal(capsys, *train, "--steps", 100000, "--resume", "--no-augment")
-    resumed = [*MUSIC_AR, *map(str, train), "--steps", "100000", "--resume"]
-    stop_after_some_steps(resumed, run / "log.jsonl", signal.SIGINT)
-    assert logged_steps(run) == list(range(1, logged_steps(run)[-1] + 1))
-    assert logged_steps(run)[-1] > stopped_at
+    assert "augmentation" in refusal(capsys, *train, *run, "--resume", "--no-augment")
+    stop_after_some_steps([*train, *run, "--resume"], folder / "log.jsonl", signal.SIGINT)
+    assert logged_steps(folder) == list(range(1, logged_steps(folder)[-1] + 1))
+    assert logged_steps(folder)[-1] > stopped_at
 
-    run = tmp_path / "short run"
-    music_ar(*train[:4], run, *train[5:], "--steps", 3)
-    scores = music_ar("evaluate", "--data", data, "--split", "test", "--checkpoint", run / "model", "--stride", 32)
+
+def test_the_whole_way(midi_folder, tmp_path, capsys):
+    data, folder, piece = tmp_path / "data", tmp_path / "run", tmp_path / "piece.mid"
+    train = ["train", "--data", data, "--output", folder, "--preset", "tiny", "--batch-size", 2, "--steps", 3]
+    music_ar(capsys, "prepare", "--midi", midi_folder, "--output", data, "--workers", 1)
+    assert "nothing to resume" in refusal(capsys, *train, "--resume")
+    music_ar(capsys, *train)
+    scores = music_ar(
+        capsys, "evaluate", "--data", data, "--split", "test", "--checkpoint", folder / "model", "--stride", 32
+    )
     assert "nats per token" in scores
-    made = music_ar("generate", "--checkpoint", run / "model", "--output", piece, "--seconds", 5, "--seed", 7)
-    assert "seed 7" in made
-    assert "notes" in music_ar("inspect", piece)
+    generated = music_ar(
+        capsys, "generate", "--checkpoint", folder / "model", "--output", piece, "--seconds", 5, "--seed", 7
+    )
+    assert "seed 7" in generated
+    assert "notes" in music_ar(capsys, "inspect", piece)
 
 
-def test_what_was_compiled_is_kept_for_the_next_start(tmp_path, tiny_checkpoint):
+@pytest.mark.slow
+def test_compiled_programs_are_kept_for_the_next_start(tmp_path, tiny_checkpoint):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     del environment["JAX_COMPILATION_CACHE_DIR"]
     command = [*MUSIC_AR, "generate", "--checkpoint", tiny_checkpoint, "--seconds", "1", "--seed", "1", "--output"]
@@ -85,14 +74,15 @@ def test_what_was_compiled_is_kept_for_the_next_start(tmp_path, tiny_checkpoint)
     for name in ("first.mid", "second.mid"):
         subprocess.run([*command, tmp_path / name], cwd=ROOT, env=environment, capture_output=True, check=True)
         pieces.append((tmp_path / name).read_bytes())
-        kept.append({path.name for path in (tmp_path / "music-ar").glob("jit__decode*-cache")})
+        kept.append({path.name for path in (tmp_path / "music-ar").glob("*-cache")})
     assert pieces[0] == pieces[1]
-    assert len(kept[0]) == 1
+    assert len(kept[0]) > 1
     assert kept[1] == kept[0]
 
 
-def stop_after_some_steps(command, log, number):
-    """Starts training, and sends a signal once it has logged two steps more than before; it must end with 0."""
+def stop_after_some_steps(arguments, log, number):
+    """Start training, and send a signal once it has logged two steps more than before; it must exit with 0."""
+    command = [*MUSIC_AR, *map(str, arguments)]
     before = len(log.read_text().splitlines()) if log.exists() else 0
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -124,6 +114,7 @@ def unpacked_wheel(tmp_path_factory):
     return folder / "installed"
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_finds_its_model(unpacked_wheel, tmp_path):
     code = "import music_ar; music_ar.Generator.from_pretrained(); print(music_ar.__file__)"
     environment = os.environ | {"PYTHONPATH": str(unpacked_wheel), "HF_HUB_OFFLINE": "1"}

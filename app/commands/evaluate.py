@@ -1,113 +1,129 @@
-"""The command `music-ar evaluate`: how well a model predicts real music, and how like real music its own is."""
+"""The command `music-ar evaluate`: score a model on real music, and compare the music it generates with real music."""
 
+import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from app.console import CommandError, ProgressLine, check_writable, print_table
+import tyro
+
+from app.console import CommandError, ProgressLine, Sampling, Unset, check_writable, print_table
+from app.report.config import ReportConfig
+from music_ar.decoding.sampling import SamplingOptions
+
+if TYPE_CHECKING:
+    from data_pipeline.dataset import Pieces
+    from music_ar.evaluation.likelihood import ScoringConfig
+    from music_ar.model.config import ModelConfig
+    from music_ar.model.perceiver_ar import PerceiverAR
+
+Scores = dict[str, dict[str, float | int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Scores a model: how well it predicts each token of each piece of a split, every token once.
+    """Scores how well a model predicts real music: the negative log-likelihood (NLL) of each token, note and second.
 
-    With --report it also writes a folder with report.md, its pictures, all figures in report.json, and the pieces that
-    it made: nats by kind of event, against context and latents; what the model recalls from far back; generated music
-    beside the split's; and runs of notes copied from the train split. `docs/evaluation.md` says how each is measured.
+    With --report, it also generates pieces and writes a folder with these pieces, a report (report.md) with charts,
+    and all metrics (report.json): NLL by token type, number of latents and context length; long-range retrieval;
+    distances between generated and real music; and the longest runs of notes shared with the training split.
 
     Example: music-ar evaluate --data data/maestro --report out --max-pieces 2 --pieces 8 --seconds 60
 
     Attributes:
-        data: folder that `music-ar prepare` wrote.
-        split: which of its splits; of several, the report's other parts use the first.
-        checkpoint: name of a shipped model, a folder, or a hub id (owner/name); by default the shipped one.
-        context: how many tokens back the model knows of; by default as many as it attends to or recalls from.
-        latents: N, how many of the last tokens that attention reads are latents; by default as many as the model has.
-        stride: how many tokens each window of the model scores; a smaller one is slower and gives each more before it.
-        batch_size: windows at once.
-        max_pieces: score only so many pieces, the first ones.
+        data: dataset written by `music-ar prepare`.
+        split: splits to score. Of several, the other sections of the report use the first.
+        checkpoint: name of a shipped model, a folder, or a hub id (owner/name); default: the shipped model.
+        context: number of past tokens the model may use; default: the model's own.
+        latents: number of latents; default: the model's maximum. Fewer are faster, and what they cost in likelihood is
+            what this shows.
+        stride: tokens scored per window. A smaller stride is slower but gives each token more context.
+        batch_size: windows per batch. Lower it if memory runs out.
+        max_pieces: score only the first pieces of each split; default: all.
         output: JSON file to write the scores to.
         report: folder to write a report to; needs the extra `plot`.
-        pieces: report: pieces to make.
-        seconds: report: how long each; music is compared with itself up to 60 s later if it is long enough.
-        prompt_seconds: report: go on from so much of each real piece; by default pieces are made from nothing.
-        budget: report: latents to make them with; by default 1024, or what the model has.
-        temperature: report: to make them with.
-        top_p: report: to make them with.
-        min_p: report: to make them with.
-        steadiness: report: to make them with.
-        seed: report: of the first piece; also of the themes and the dealing of real pieces.
-        made: report: a folder of MIDI files to judge instead of new pieces.
-        themes: report: themes to plant at each distance.
     """
 
     data: Path
     split: tuple[Literal["train", "validation", "test"], ...] = ("validation",)
-    checkpoint: str | None = None
-    context: int | None = None
-    latents: int | None = None
+    checkpoint: Unset[str] = None
+    context: Unset[int] = None
+    latents: Unset[int] = None
     stride: int = 512
     batch_size: int = 32
-    max_pieces: int | None = None
-    output: Path | None = None
-    report: Path | None = None
-    pieces: int = 64
-    seconds: float = 120.0
-    prompt_seconds: float = 0.0
-    budget: int | None = None
-    temperature: float = 1.0
-    top_p: float = 0.97
-    min_p: float = 0.0
-    steadiness: float = 0.25
-    seed: int = 0
-    made: Path | None = None
-    themes: int = 32
+    max_pieces: Unset[int] = None
+    output: Unset[Path] = None
+    report: Unset[Path] = None
+    reporting: Annotated[ReportConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="report")] = field(
+        default_factory=ReportConfig
+    )
+    sampling: Sampling = SamplingOptions()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or (self.max_pieces is not None and self.max_pieces < 1):
             raise CommandError("--batch-size and --max-pieces must be at least 1")
-        if min(self.pieces, self.themes) < 1 or not 0 < self.seconds < float("inf") or self.prompt_seconds < 0:
-            raise CommandError(
-                "expected --pieces and --themes of at least 1, --seconds above 0, --prompt-seconds of 0 or more"
-            )
         if not self.split or len(set(self.split)) < len(self.split):
             raise CommandError("--split takes one or more different splits")
 
     def run(self) -> None:
-        """Prints the scores, and writes them and the report where the options say."""
-        from data_pipeline.loader import Pieces
-        from music_ar.evaluation.likelihood import score
+        """Print the scores, and write them and the report where the options say."""
+        from data_pipeline.dataset import Pieces
+        from music_ar.decoding import backend
         from music_ar.files import write_atomically
-        from music_ar.model.pretrained import load_released
+        from music_ar.model.pretrained import load_pretrained
 
         if self.output is not None:
             check_writable(self.output)
-        pieces = {split: Pieces.open(self.data, split) for split in self.split}
-        model = load_released(self.checkpoint)
-        context = model.config.window if self.context is None else self.context
-        most = model.config.read(context)
-        latents = min(model.config.latents, most) if self.latents is None else self.latents
-        if not 1 <= self.stride <= latents <= most:
-            raise CommandError(
-                f"expected 1 <= --stride <= --latents <= {most}, which is how many tokens attention reads of a "
-                f"--context of {context}; got a stride of {self.stride} and {latents} latents"
-            )
-        sizes = {"context": context, "latents": latents, "stride": self.stride}
-        if self.report is not None:
-            from app.report.measure import write_report
-
-            scores = write_report(self, model, pieces, **sizes)
-        else:
-            scores = {}
-            for split in self.split:
-                tokens = pieces[split].tokens[: self.max_pieces]
-                with ProgressLine(title := f"scoring {len(tokens)} pieces") as line:
-                    found = score(model, tokens, **sizes, batch_size=self.batch_size, on_progress=line.timed(title))
-                scores[split] = found.report()
+        splits = {split: Pieces.open(self.data, split) for split in self.split}
+        model = load_pretrained(self.checkpoint, compute=backend.select().compute)
+        scoring = self._scoring(model.config)
+        scores = self._score(model, splits, scoring) if self.report is None else self._report(model, splits, scoring)
         for split, of_split in scores.items():
             print_table((split, ""), [(name.replace("_", " "), f"{value:,.4g}") for name, value in of_split.items()])
         if self.report is not None:
-            print(f"the report is {self.report / 'report.md'}")
+            print(f"report: {self.report / 'report.md'}")
         if self.output is not None:
+            sizes = {"context": scoring.context, "latents": scoring.latents, "stride": scoring.stride}
             write_atomically(self.output, json.dumps({**scores, **sizes}, indent=2).encode() + b"\n")
+
+    def _scoring(self, config: "ModelConfig") -> "ScoringConfig":
+        """How to score with this model, with the defaults filled in."""
+        from music_ar.evaluation.likelihood import ScoringConfig
+
+        scoring = ScoringConfig(
+            context=self.context, latents=self.latents, stride=self.stride, batch_size=self.batch_size
+        )
+        try:
+            context, latents = scoring.sizes(config)
+        except ValueError as error:
+            raise CommandError(f"--context, --latents and --stride do not fit: {error}") from error
+        return dataclasses.replace(scoring, context=context, latents=latents)
+
+    def _score(self, model: "PerceiverAR", splits: "dict[str, Pieces]", scoring: "ScoringConfig") -> Scores:
+        from music_ar.evaluation.likelihood import score
+
+        scores = {}
+        for split, pieces in splits.items():
+            tokens = pieces.tokens[: self.max_pieces]
+            with ProgressLine(title := f"scoring {len(tokens)} pieces") as line:
+                found = score(model, tokens, scoring, on_progress=line.timed(title))
+            scores[split] = found.metrics()
+        return scores
+
+    def _report(self, model: "PerceiverAR", splits: "dict[str, Pieces]", scoring: "ScoringConfig") -> Scores:
+        from app.report.write import write_report
+        from data_pipeline.dataset import Pieces
+
+        assert self.report is not None
+        return write_report(
+            self.report,
+            model,
+            splits,
+            Pieces.open(self.data, "train"),
+            checkpoint=self.checkpoint,
+            scoring=scoring,
+            max_pieces=self.max_pieces,
+            config=self.reporting,
+            sampling=self.sampling,
+        )

@@ -1,4 +1,4 @@
-"""The command `music-ar inspect`: what a MIDI file holds, beside MAESTRO's statistics."""
+"""The command `music-ar inspect`: summarize MIDI files beside real piano music."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,40 +7,53 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from app.console import CommandError, check_writable, clock, print_table, read_performance
+from app.console import CommandError, Unset, check_writable, clock, print_table, read_performance
 
 if TYPE_CHECKING:
     from music_ar.midi.performance import Performance
 
 PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 
+# Rows of the summary that were measured on MAESTRO too: the fields of `Statistics` that they show.
+_MAESTRO_FIELDS = {
+    "notes per second": "notes_per_s",
+    "mean polyphony": "mean_polyphony",
+    "lowest pitch": "lowest_pitch",
+    "highest pitch": "highest_pitch",
+    "lowest velocity": "softest",
+    "median velocity": "median_velocity",
+    "highest velocity": "loudest",
+    "longest silence": "longest_silence_s",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Prints what we read in a MIDI file, beside MAESTRO's figures; the sustain pedal is folded into the notes.
+    """Prints statistics of a MIDI file beside those of MAESTRO. The sustain pedal is folded into the note durations.
 
     Example: music-ar inspect mine.mid longer.mid --plot rolls.png
 
     Attributes:
-        file: the MIDI file.
-        other: another one, to set beside it.
-        tokens: print its event tokens instead, one a line: time in seconds, id, meaning.
-        plot: picture of the piano rolls to write, PNG, SVG or PDF; needs the extra `plot`.
-        data: folder that `music-ar prepare` wrote, to look up the longest run of notes that stands in its train split.
+        file: MIDI file.
+        other: a second MIDI file to compare with the first.
+        tokens: print the event tokens instead, one per line: time in seconds, id, meaning.
+        plot: write a picture of the piano rolls to this PNG, SVG or PDF file; needs the extra `plot`.
+        data: dataset written by `music-ar prepare`. Finds the longest run of notes that each file shares with its
+            training split, in any key and rhythm: a check for memorization.
     """
 
     file: tyro.conf.Positional[Path]
-    other: tyro.conf.Positional[Path | None] = None
+    other: tyro.conf.Positional[Unset[Path]] = None
     tokens: bool = False
-    plot: Path | None = None
-    data: Path | None = None
+    plot: Unset[Path] = None
+    data: Unset[Path] = None
 
     def __post_init__(self) -> None:
         if self.tokens and self.other is not None:
-            raise CommandError("--tokens prints one file")
+            raise CommandError("--tokens takes one file, got two")
 
     def run(self) -> None:
-        """Prints the summary or the tokens, and draws."""
+        """Print the summary or the tokens, and draw the piano rolls."""
         files = [self.file] if self.other is None else [self.file, self.other]
         if self.plot is not None:
             check_writable(self.plot)
@@ -49,95 +62,87 @@ class Inspect:
             for line in token_lines(performances[0]):
                 print(line)
         else:
-            columns = [summary(performance) for performance in performances]
-            real = {name: maestro_figure(name) for name in columns[0]}
-            header = ["", *(file.name for file in files), "MAESTRO: least / median / most"]
-            print_table(header, [[name, *(column[name] for column in columns), real[name]] for name in columns[0]])
-            if self.other is not None:
-                print(f"notes in common  {common_notes(*performances)}")
-            if self.data is not None:
-                for file, line in zip(files, copied_runs(performances, self.data), strict=True):
-                    print(f"{file.name}: {line}")
+            self._print_summary(files, performances)
         if self.plot is not None:
             from app.report.piano_roll import draw
 
             draw([(str(file), piece) for file, piece in zip(files, performances, strict=True)], self.plot)
 
+    def _print_summary(self, files: Sequence[Path], performances: "Sequence[Performance]") -> None:
+        columns = [summary(performance) for performance in performances]
+        header = ["", *(file.name for file in files), "MAESTRO: min / median / max"]
+        print_table(header, [[name, *(column[name] for column in columns), maestro_range(name)] for name in columns[0]])
+        if self.other is not None:
+            print(f"notes in common  {common_notes(*performances)}")
+        if self.data is not None:
+            for file, line in zip(files, shared_runs(performances, self.data), strict=True):
+                print(f"{file.name}: {line}")
+
 
 def summary(performance: "Performance") -> dict[str, str]:
-    """The figures that `music-ar inspect` prints, by their names."""
+    """What `music-ar inspect` prints about a performance: name -> value."""
     from music_ar.metrics.statistics import Statistics
     from music_ar.tokens.codec import encode
 
-    figures = Statistics.of(performance)
-    low, high = figures.lowest_pitch, figures.highest_pitch
+    measured = Statistics.of(performance)
     return {
-        "notes": f"{figures.notes}",
+        "notes": f"{measured.notes}",
         "length": f"{performance.duration_s:.2f} s ({clock(performance.duration_s)})",
-        "first note at": f"{performance.onset_s[0]:.2f} s",
-        "notes a second": f"{figures.notes_per_s:.2f}",
-        "notes at once": f"{figures.mean_polyphony:.2f} on average",
-        "lowest pitch": f"{pitch_name(low)} ({low})",
-        "highest pitch": f"{pitch_name(high)} ({high})",
-        "softest velocity": f"{figures.softest}",
-        "median velocity": f"{figures.median_velocity:g}",
-        "loudest velocity": f"{figures.loudest}",
-        "longest silence": f"{figures.longest_silence_s:.2f} s",
+        "first onset": f"{performance.onset_s[0]:.2f} s",
+        "notes per second": f"{measured.notes_per_s:.2f}",
+        "mean polyphony": f"{measured.mean_polyphony:.2f}",
+        "lowest pitch": f"{pitch_name(measured.lowest_pitch)} ({measured.lowest_pitch})",
+        "highest pitch": f"{pitch_name(measured.highest_pitch)} ({measured.highest_pitch})",
+        "lowest velocity": f"{measured.softest}",
+        "median velocity": f"{measured.median_velocity:g}",
+        "highest velocity": f"{measured.loudest}",
+        "longest silence": f"{measured.longest_silence_s:.2f} s",
         "event tokens": f"{len(encode(performance))}",
     }
 
 
-def maestro_figure(name: str) -> str:
-    """What a figure of `summary` is in the beginnings of real pieces, if that was measured."""
+def maestro_range(name: str) -> str:
+    """Minimum, median and maximum of a row of the summary over MAESTRO; empty if it was not measured."""
     from music_ar.metrics.statistics import MAESTRO
 
-    fields = {
-        "notes a second": "notes_per_s",
-        "notes at once": "mean_polyphony",
-        "lowest pitch": "lowest_pitch",
-        "highest pitch": "highest_pitch",
-        "softest velocity": "softest",
-        "median velocity": "median_velocity",
-        "loudest velocity": "loudest",
-        "longest silence": "longest_silence_s",
-    }
-    return " / ".join(f"{value:g}" for value in MAESTRO[fields[name]]) if name in fields else ""
+    field = _MAESTRO_FIELDS.get(name)
+    return "" if field is None else " / ".join(f"{value:g}" for value in MAESTRO[field])
 
 
 def common_notes(first: "Performance", second: "Performance") -> str:
-    """How many notes begin in both at the same time (in steps of 10 ms) and pitch, and until when all do."""
-    import numpy as np
-
+    """Count the notes with the same onset (in steps of 10 ms) and pitch, and find the first that differs."""
     from music_ar.tokens.codec import quantize
+    from music_ar.tokens.vocabulary import STEPS_PER_SECOND
 
-    struck = [set(zip(quantize(p.onset_s).tolist(), p.pitch.tolist(), strict=True)) for p in (first, second)]
-    both = struck[0] & struck[1]
-    parting = min(struck[0] ^ struck[1], default=None)
-    until = "throughout" if parting is None else f"and all until {np.round(parting[0] / 100, 2):.2f} s"
-    return f"{len(both)} of {len(struck[0])} and {len(struck[1])}, {until}"
+    notes = [set(zip(quantize(p.onset_s).tolist(), p.pitch.tolist(), strict=True)) for p in (first, second)]
+    common = notes[0] & notes[1]
+    difference = min(notes[0] ^ notes[1], default=None)
+    where = "no difference" if difference is None else f"first difference at {difference[0] / STEPS_PER_SECOND:.2f} s"
+    return f"{len(common)} of {len(notes[0])} and {len(notes[1])}, {where}"
 
 
-def copied_runs(performances: "Sequence[Performance]", data: Path) -> Iterator[str]:
-    """Of each performance, its longest run of notes that stands in the train split, in any key and rhythm.
+def shared_runs(performances: "Sequence[Performance]", data: Path) -> Iterator[str]:
+    """Describe each performance's longest run of notes shared with the training split, in any key and rhythm.
 
-    It is told of all notes, and apart from those that only go on with a figure, as trills do.
+    Counted over all notes, and without repeated patterns, such as trills and scales, which much music shares.
     """
-    from data_pipeline.loader import Pieces
-    from music_ar.metrics.memorization import longest_runs
+    from data_pipeline.dataset import Pieces
+    from music_ar.metrics.memorization import longest_shared_runs
     from music_ar.tokens.codec import decode
 
     train = Pieces.open(data, "train")
     corpus = [decode(tokens) for tokens in train.tokens]
-    for ways in zip(*(longest_runs(performances, corpus, figures=figures) for figures in (True, False)), strict=True):
-        places = [f", in {train.records[run.source].name}" if run.notes else "" for run in ways]
+    counts = (longest_shared_runs(performances, corpus, repeated_patterns=counted) for counted in (True, False))
+    for runs in zip(*counts, strict=True):
+        sources = [f" (in {train.records[run.source].name})" if run.notes else "" for run in runs]
         yield (
-            f"{ways[0].notes} notes in a row stand in the training set{places[0]}; leaving out figures that go on, "
-            f"{ways[1].notes} notes{places[1]}"
+            f"longest run of notes shared with the training split: {runs[0].notes}{sources[0]}; "
+            f"without repeated patterns: {runs[1].notes}{sources[1]}"
         )
 
 
 def token_lines(performance: "Performance") -> Iterator[str]:
-    """The event tokens of a performance, readably: time in seconds, id, meaning."""
+    """The event tokens of a performance as text: time in seconds, id, meaning."""
     from music_ar.tokens.codec import encode, event_steps
     from music_ar.tokens.vocabulary import STEPS_PER_SECOND
 
@@ -147,7 +152,7 @@ def token_lines(performance: "Performance") -> Iterator[str]:
 
 
 def describe_token(token: int) -> str:
-    """What an event token says, such as "note-on 60 (C4)"."""
+    """The meaning of an event token, such as "note-on 60 (C4)"."""
     from music_ar.tokens import vocabulary
 
     if token < vocabulary.NOTE_OFF:
@@ -155,7 +160,7 @@ def describe_token(token: int) -> str:
     if token < vocabulary.TIME_SHIFT:
         return f"note-off {token - vocabulary.NOTE_OFF} ({pitch_name(token - vocabulary.NOTE_OFF)})"
     if token < vocabulary.VELOCITY:
-        return f"wait {(token - vocabulary.TIME_SHIFT + 1) / vocabulary.STEPS_PER_SECOND:.2f} s"
+        return f"time shift {(token - vocabulary.TIME_SHIFT + 1) / vocabulary.STEPS_PER_SECOND:.2f} s"
     return f"velocity {token - vocabulary.VELOCITY + 1} of {vocabulary.VELOCITY_BINS}"
 
 

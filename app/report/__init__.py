@@ -1,1 +1,1 @@
-"""The evaluation report."""
+"""The report of `music-ar evaluate --report`: measurements, text and charts."""

@@ -1,30 +1,45 @@
-"""Piano rolls as pictures. Needs matplotlib, which comes with the extra `plot`."""
+"""Piano rolls as pictures. Matplotlib comes with the extra `plot`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.report.charts import blank, save
+from app.report.charts import new_figure, save
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from music_ar.midi.performance import Performance
 
 
 def draw(rolls: "Sequence[tuple[str, Performance]]", picture: Path, *, seconds: float | None = None) -> None:
-    """Draws piano rolls, one below the other, on one scale of time; darker is louder.
+    """Draw piano rolls into a file.
+
+    Args:
+        rolls: as in `piano_rolls`.
+        picture: PNG, SVG or PDF file to write, by its ending.
+        seconds: as in `piano_rolls`.
+
+    Raises:
+        CommandError: Matplotlib is not installed.
+        OSError: the picture cannot be written.
+    """
+    save(piano_rolls(rolls, seconds=seconds), picture)
+
+
+def piano_rolls(rolls: "Sequence[tuple[str, Performance]]", *, seconds: float | None = None) -> "Figure":
+    """Piano rolls, one below the other, with a common time axis; darker notes are louder.
 
     Args:
         rolls: a title and a performance each.
-        picture: PNG, SVG or PDF file to write, by its ending.
-        seconds: how much of each; by default as much as the longest has.
+        seconds: length of the time axis; default: the longest performance.
 
     Raises:
-        CommandError: matplotlib is missing.
-        OSError: the picture cannot be written.
+        CommandError: Matplotlib is not installed.
     """
     end_s = max(piece.duration_s for _, piece in rolls) if seconds is None else seconds
-    figure = blank(12, 2.1 * len(rolls) + 0.3)
-    from matplotlib import colormaps  # it is there, as `blank` found out
+    figure = new_figure(12, 2.1 * len(rolls) + 0.3)
+    from matplotlib import colormaps  # installed, or `new_figure` would have raised
 
     axes: Any = figure.subplots(len(rolls), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (title, piece) in zip(axes, rolls, strict=True):
@@ -34,4 +49,4 @@ def draw(rolls: "Sequence[tuple[str, Performance]]", picture: Path, *, seconds: 
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(axis="y", linewidth=0.3)
     axes[-1].set_xlabel("seconds")
-    save(figure, picture)
+    return figure
