@@ -9,6 +9,7 @@ product of another shape adds in another order. It does not depend on its row, o
 generating the rest of some requests later gives what generating all at once would have given.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -65,6 +66,7 @@ def complete(
     decoder: Decoder,
     requests: Iterable[Request],
     *,
+    resolve: Callable[[Request], Request],
     rows: int | None = None,
     on_chunk: Callable[[int], None] | None = None,
 ) -> Iterator[Completion]:
@@ -72,12 +74,13 @@ def complete(
 
     Args:
         decoder: the model.
-        requests: with a number of latents; a random seed is drawn where there is none.
+        requests: a random seed is drawn where there is none.
+        resolve: gives a request, whose prompt has been read, a number of latents. What it refuses costs only that one.
         rows: how many at once, also when fewer are left; default: `batch_size`.
         on_chunk: called after each chunk with the steps of music generated since the last call, over all rows.
     """
     failed: list[Completion] = []
-    waiting = _sequences(requests, failed)
+    waiting = _sequences(requests, resolve, failed)
     entry = next(waiting, None)
     while entry is not None:
         latents = _latents(entry[0])
@@ -96,15 +99,19 @@ def complete(
     yield from failed
 
 
-def _sequences(requests: Iterable[Request], failed: list[Completion]) -> Iterator[tuple[Request, Sequence]]:
-    """A request for each variation with its empty sequence; those whose prompts cannot be read go to `failed`."""
+def _sequences(
+    requests: Iterable[Request], resolve: Callable[[Request], Request], failed: list[Completion]
+) -> Iterator[tuple[Request, Sequence]]:
+    """A request for each variation with its empty sequence; those that cannot be generated go to `failed`."""
     for request in requests:
         try:
-            prompt = request.prompt_tokens()
+            resolved = resolve(request.read())
+            prompt = resolved.prompt_tokens()
         except (GenerationError, MidiError, EventError) as error:
             failed += [Completion(sample, None, str(error)) for sample in request.samples()]
         else:
-            yield from ((sample, Sequence(prompt)) for sample in request.samples())
+            asked = dataclasses.replace(resolved, prompt=request.prompt)  # a file's name takes less memory than its notes
+            yield from ((sample, Sequence(prompt)) for sample in asked.samples())
 
 
 def _latents(request: Request) -> int:

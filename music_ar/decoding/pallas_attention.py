@@ -195,7 +195,7 @@ def attend(
     return found, k_ExRxK, v_ExRxK, counters_E
 
 
-def rotations(config: ModelConfig, positions_XxP: Int[Array, "X P"]) -> Float[Array, "X P 2 K"]:
+def rotations(config: ModelConfig, positions_XxP: Int[Array, "X P"]) -> Float[Array, "X _ 2 K"]:
     """Rotary factors of a head at each position, for each way to count it: a head becomes cos * head + sin * partner.
 
     A channel's partner is the one it rotates with; where that has to be subtracted, the sine is negative. Channels that

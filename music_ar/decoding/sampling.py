@@ -20,18 +20,14 @@ def _option(default: int | float, label: str, minimum: int | float, maximum: int
 class SamplingOptions:
     """How a token is drawn. Filters apply to each token type by itself.
 
-    The command line, batch jobs, the web page and its API take names, defaults, ranges and these texts from here. To
-    add an option, add a field, its description below, and a logit processor that reads it
-    (docs/project/architecture.md).
-
     Attributes:
         temperature: lower is safer and plainer, higher is wilder, with more wrong notes; 0 always takes the likeliest
             event.
         top_k: keep only the k likeliest events of each type; 0 keeps all.
         top_p: keep the likeliest events of each type whose probabilities add up to p; lower is safer, 1 keeps all.
         min_p: keep only events at least this likely relative to the likeliest of their type; 0 keeps all.
-        steadiness: strength of the history bias towards the pitch classes, register and dynamics heard so far, which
-            reduces drift; 0 turns it off.
+        steadiness: higher keeps to the key, register and loudness heard so far, lower wanders; 0 turns it off. It is the
+            strength of the history bias.
 
     Raises:
         SamplingError: a value out of its range.
