@@ -1,177 +1,250 @@
-"""Sessions, settings and takes, without a page."""
+"""Settings, sessions, revisions and files, without a page."""
 
+import dataclasses
 import threading
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
+import jax
 import pytest
 
-from app.web.session import Session, Settings, Studio, StudioError, write_file
-from music_ar import Generator
-from music_ar.generator import GenerationError
-from music_ar.midi.io import read_midi
+from app.web.export import write_file
+from app.web.manager import SessionManager
+from app.web.session import Session
+from app.web.settings import Settings, WebError
+from app.web.warmup import Machine
+from music_ar import GenerationError, Generator, SamplingOptions, read_midi
 
 
 @pytest.fixture(scope="module")
-def studio(tiny_checkpoint):
-    return Studio(Generator.from_pretrained(tiny_checkpoint))
+def manager(tiny_checkpoint):
+    return SessionManager(Machine(Generator.from_pretrained(tiny_checkpoint)))
 
 
-def make(studio, session, **settings):
-    return list(studio.generate(session, Settings(latents=8, **settings)))[-1]
+def make(manager, session, **settings):
+    """The finished revision of these settings."""
+    return list(manager.generate(session, Settings.read({"latents": 8, **settings})))[-1]
 
 
-def test_a_link_brings_the_settings_back():
-    settings = Settings(
-        seconds=12.5, latents=128, variations=3, seed=7, end_s=4.0, continuation_only=True, prompt="Bach & söhne.mid"
-    )
+def with_prompt(path):
+    session = Session()
+    session.set_prompt(path.read_bytes(), "mine.mid")
+    return session
+
+
+def test_a_link_restores_the_settings():
+    settings = Settings.read(
+        {
+            "seconds": 12.5, "latents": 128, "variations": 3, "seed": 7, "end_s": 4.0, "continuation_only": True,
+            "prompt": "Bach & söhne.mid", "temperature": 0.5, "top_k": 9,
+        }
+    )  # fmt: skip
     assert Settings.read(dict(parse_qsl(settings.link()[1:]))) == settings
+    assert Settings.read(settings.flat()) == settings
     assert Settings.read({}) == Settings() == Settings.read({"unknown": 1, "end_s": None, "seed": ""})
+
+
+def test_settings_and_links_of_version_0_1_are_read():
+    saved = {
+        "seconds": 4.0, "latents": 0, "variations": 3, "temperature": 0.9, "top_p": 0.97, "top_k": 5, "min_p": 0.1,
+        "steadiness": 0.5, "seed": 7, "start_s": 2.0, "end_s": None, "continuation_only": True, "prompt": "mine.mid",
+        "latents_used": 32, "seeds": [7, 8, 9],
+    }  # fmt: skip
+    settings = Settings.read(saved)
+    assert {
+        name: settings.flat()[name] for name in saved if name not in ("latents_used", "seeds")
+    }.items() <= saved.items()
+    assert settings.sampling == SamplingOptions(temperature=0.9, top_k=5, min_p=0.1, steadiness=0.5)
+    link = "seconds=12.5&latents=128&steadiness=0.4&seed=7&end_s=4.0&continuation_only=True&prompt=mine.mid"
+    from_link = Settings.read(dict(parse_qsl(link)))
+    assert from_link == Settings.read(
+        {"seconds": 12.5, "latents": 128, "steadiness": 0.4, "seed": 7, "end_s": 4, "continuation_only": True,
+         "prompt": "mine.mid"}
+    )  # fmt: skip
+    assert dict(parse_qsl(from_link.link()[1:])) == dict(parse_qsl(link))
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SamplingOptions)])
+def test_every_sampling_option_is_a_setting(name):
+    assert Settings().flat()[name] == getattr(SamplingOptions(), name)
+    value: Any = 1 if isinstance(getattr(SamplingOptions(), name), int) else 0.125
+    assert Settings.read({name: str(value)}).sampling == SamplingOptions(**{name: value})
+    assert dict(parse_qsl(Settings.read({name: value}).link()[1:])) == {name: str(value)}
+    with pytest.raises(WebError, match=f"{name} must be a .*number, got 'much'"):
+        Settings.read({name: "much"})
+    with pytest.raises(WebError, match=name):
+        Settings.read({name: -1})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"seconds": "long"}, "the length must be a number, got 'long'"),
-        ({"seconds": None}, "the length must be a number, got nothing"),
-        ({"seconds": float("nan")}, "the length must be a number"),
-        ({"seconds": 1e9}, "length must lie in 1 to 3600 seconds"),
-        ({"variations": 9}, "variations must lie in 1 to 8"),
+        ({"seconds": "long"}, "the length must be a number of seconds from 1 to 3600, got 'long'"),
+        ({"seconds": None}, "the length must be a number of seconds from 1 to 3600, got nothing"),
+        ({"seconds": float("nan")}, "the length must be a number of seconds"),
+        ({"seconds": 1e9}, "length must be a number of seconds from 1 to 3600, got 1000000000"),
+        ({"variations": 9}, "variations must be a whole number from 1 to 8, got 9"),
         ({"seed": 1.5}, "the seed must be a whole number"),
+        ({"seed": 2**31}, "the seed must be a whole number from 0 to 2147483639, or empty, got 2147483648"),
         ({"start_s": 5, "end_s": 4}, "must end after it starts"),
+        ({"end_s": "late"}, "the end of the prompt must be a number of seconds, or empty, got 'late'"),
+        ({"continuation_only": "perhaps"}, "continuation_only must be true or false, got 'perhaps'"),
     ],
 )
-def test_impossible_settings_are_told(values, message):
-    with pytest.raises(StudioError, match=message):
+def test_impossible_settings_are_refused_in_words(values, message):
+    with pytest.raises(WebError, match=message):
         Settings.read(values)
 
 
-def test_the_prompt_is_cropped_and_may_be_left_out(studio, midi_file):
-    session = Session()
-    session.set_prompt(midi_file.read_bytes(), "mine.mid")
+def test_the_prompt_is_cropped_and_may_be_left_out(manager, midi_file):
+    session = with_prompt(midi_file)
     assert session.prompt is not None
     part = session.prompt.crop(5, 9)
-    with_it = make(studio, session, seconds=3, seed=1, start_s=5, end_s=9)
-    without = make(studio, session, seconds=3, seed=1, start_s=5, end_s=9, continuation_only=True)
+    with_it = make(manager, session, seconds=3, seed=1, start_s=5, end_s=9)
+    without = make(manager, session, seconds=3, seed=1, start_s=5, end_s=9, continuation_only=True)
     assert sorted(with_it.pieces[0].crop(0, 3.505).pitch) == sorted(part.crop(0, 3.505).pitch)
     assert without.shown(0) == with_it.pieces[0].crop(with_it.join_s)
-    with pytest.raises(StudioError, match="no note begins between"):
-        make(studio, session, seconds=3, start_s=1000, end_s=1001)
+    with pytest.raises(WebError, match="no note begins between"):
+        make(manager, session, seconds=3, start_s=1000, end_s=1001)
 
 
-def test_the_prompt_is_heard_while_it_is_read(studio, midi_file):
-    session = Session()
-    session.set_prompt(midi_file.read_bytes(), "mine.mid")
-    reading, first, *_, last = studio.generate(session, Settings(latents=8, seconds=60, end_s=9, seed=1))
+def test_the_prompt_is_shown_while_it_is_read(manager, midi_file):
+    session = with_prompt(midi_file)
+    settings = Settings(latents=8, seconds=60, end_s=9, seed=1)
+    reading, first, *_, last = manager.generate(session, settings)
     assert reading.join_s == pytest.approx(first.join_s, abs=0.5)
-    until_s = reading.join_s - 2  # nothing is cut here
+    until_s = reading.join_s - 2  # no note is cut off there
     assert reading.pieces[0].crop(0, until_s) == last.pieces[0].crop(0, until_s)
-    assert session.takes == [last]
+    assert session.revisions == [last]
     assert session.reading is None
 
 
-def test_a_prompt_that_is_left_out_is_read_before_an_empty_roll(studio, midi_file):
-    session = Session()
-    session.set_prompt(midi_file.read_bytes(), "mine.mid")
-    runs = studio.generate(session, Settings(latents=8, seconds=1, seed=1, continuation_only=True))
-    reading = next(runs)
+def test_a_prompt_that_is_left_out_is_read_before_an_empty_roll(manager, midi_file):
+    session = with_prompt(midi_file)
+    run = manager.generate(session, Settings(latents=8, seconds=1, seed=1, continuation_only=True))
+    reading = next(run)
     assert session.status == "Reading the prompt …"
     assert not len(reading.shown(0))
-    list(runs)
-    assert session.take.settings.prompt == "mine.mid"
+    list(run)
+    assert session.revision.settings.prompt == "mine.mid"
 
 
-def test_a_run_that_is_stopped_or_fails_while_it_reads_leaves_nothing(studio, midi_file):
-    session = Session()
-    session.set_prompt(midi_file.read_bytes(), "mine.mid")
-    takes = studio.generate(session, Settings(latents=8))
-    next(takes)
+def test_a_run_that_is_stopped_or_fails_while_it_reads_leaves_nothing(manager, midi_file):
+    session = with_prompt(midi_file)
+    run = manager.generate(session, Settings(latents=8))
+    next(run)
     session.stop()
-    assert list(takes) == []
-    with pytest.raises(GenerationError, match="latents must lie in"):
-        list(studio.generate(session, Settings(latents=10**6)))
+    assert list(run) == []
+    with pytest.raises(GenerationError, match="latents must"):
+        list(manager.generate(session, Settings(latents=10**6)))
     assert session.reading is None
-    assert not session.takes
-    assert not session.making
+    assert not session.revisions
+    assert not session.generating
+    assert session.status == ""
 
 
-def test_the_latest_choice_counts_in_whichever_order_they_come(studio):
+def test_the_latest_choice_counts_in_whichever_order_they_arrive(manager):
     session = Session()
-    make(studio, session, seconds=1, seed=3, variations=3)
-    for variation, at, chosen in [(1, 10.0, 1), (2, 12.0, 2), (0, 11.0, 2), (5, 13.0, 2), (0, 14.0, 0)]:
-        session.choose(variation, at)
+    make(manager, session, seconds=1, seed=3, variations=3)
+    for variation, at_ms, chosen in [(1, 10.0, 1), (2, 12.0, 2), (0, 11.0, 2), (5, 13.0, 2), (0, 14.0, 0)]:
+        session.choose(variation, at_ms)
         assert session.chosen == chosen
     session.choose(1)  # by a program, which has no clock
     assert session.chosen == 1
 
 
-def test_extending_keeps_what_was_there_with_caches_and_without(studio):
-    for evicted in (False, True):
-        session = Session()
-        take = make(studio, session, seconds=4, seed=3, variations=2)
-        session.choose(1)
-        if evicted:
-            studio._let_go(session)
-        longer = list(studio.extend(session, 4))[-1]
-        assert len(longer.pieces) == 1
-        before = take.pieces[1].crop(0, 3)
-        assert (longer.pieces[0].pitch[: len(before)] == before.pitch).all()
-        assert longer.until_s[0] > take.until_s[1]
-        session.undo()
-        assert session.take == take
-        with pytest.raises(StudioError, match="nothing to undo"):
-            session.undo()
-
-
-def test_stopping_keeps_what_was_shown(studio, tmp_path):
+@pytest.mark.parametrize("freed", [False, True], ids=["with caches", "without caches"])
+def test_extending_keeps_the_music(manager, freed):
     session = Session()
-    takes = studio.generate(session, Settings(latents=8, seconds=1000, seed=3))
-    assert not len(next(takes).pieces[0])
-    first = next(takes)
+    revision = make(manager, session, seconds=4, seed=3, variations=2)
+    session.choose(1)
+    if freed:
+        manager.free_caches(session)
+    longer = list(manager.extend(session, 4.0))[-1]
+    assert len(longer.pieces) == 1
+    before = revision.pieces[1].crop(0, 3)
+    assert (longer.pieces[0].pitch[: len(before)] == before.pitch).all()
+    assert longer.until_s[0] > revision.until_s[1]
+    session.undo()
+    assert session.revision == revision
+    with pytest.raises(WebError, match="nothing to undo"):
+        session.undo()
+
+
+def test_stopping_keeps_what_was_shown(manager, tmp_path):
+    session = Session()
+    run = manager.generate(session, Settings(latents=8, seconds=1000, seed=3))
+    assert not len(next(run).pieces[0])
+    first = next(run)
     session.stop()
-    assert list(takes) == []
-    assert session.take is first
-    assert not session.making
+    assert list(run) == []
+    assert session.revision is first
+    assert not session.generating
     assert read_midi(write_file(session, "mid", tmp_path)).pitch.tolist() == first.pieces[0].pitch.tolist()
 
 
-def test_more_variations_are_measured_while_nobody_plays(tiny_checkpoint, monkeypatch):
-    studio = Studio(Generator.from_pretrained(tiny_checkpoint))
-    assert "real time" in studio.cost(8)
-    assert studio.cost(8, 2) == "What 2 variations at once cost here is being measured …"
-    let_go = []
-    for name, value in {"_LIKELY_NOTES": (), "_LIKELY_VARIATIONS": (2,), "_MOST_PROGRAMS": 1}.items():
-        monkeypatch.setattr(f"app.web.session.{name}", value)
-    monkeypatch.setattr("app.web.session.jax.clear_caches", lambda: let_go.append(len(studio._programs)))
-    session = studio.session("somebody")
-    takes = studio.generate(session, Settings(seconds=600, latents=8))
-    next(takes)
+def test_more_variations_are_measured_while_nobody_generates(tiny_checkpoint, monkeypatch):
+    generator = Generator.from_pretrained(tiny_checkpoint)
+    machine = Machine(generator, prompt_notes=(), variations=(2,), max_programs=1)
+    manager = SessionManager(machine)
+    assert "real time" in machine.cost(8)
+    assert machine.cost(8, 2) == "Measuring how fast 2 variations are on this machine …"
+    dropped = []
+    monkeypatch.setattr(jax, "clear_caches", lambda: dropped.append(True))
+    session = manager.session("somebody")
+    run = manager.generate(session, Settings(seconds=600, latents=8))
+    next(run)
     ended = threading.Event()
-    measuring = threading.Thread(target=studio.warm_up_further, args=[[], ended])
+    measuring = threading.Thread(target=machine.warm_up_further, args=[[], ended, manager.activity])
     measuring.start()
-    assert len(list(zip(takes, range(3), strict=False))) == 3
-    assert not studio.knows(2)
+    assert len(list(zip(run, range(3), strict=False))) == 3
+    assert not machine.knows(2)
     session.stop()
     measuring.join(timeout=60)
-    assert studio.warm
-    assert "in each of 2 variations" in studio.cost(8, 2)
-    assert let_go
+    assert machine.warm
+    assert "in each of 2 variations" in machine.cost(8, 2)
+    assert dropped
+
+
+def test_measuring_ends_with_the_server(tiny_checkpoint):
+    machine = Machine(Generator.from_pretrained(tiny_checkpoint), variations=(2,))
+    ended = threading.Event()
     ended.set()
-    studio.warm = False
-    studio.warm_up_further([], ended)
-    assert not studio.warm
+    machine.warm_up_further([], ended, SessionManager(machine).activity)
+    assert not machine.warm
+    assert not machine.knows(2)
 
 
-def test_caches_are_bounded_and_go_with_their_session(studio):
-    sessions = [studio.session(f"tab {number}") for number in range(6)]
-    for session in sessions:
-        make(studio, session, seconds=1, seed=1)
-    assert len(studio._live) == 4
+def test_the_cost_of_a_latent_budget_is_given_in_words(tiny_checkpoint):
+    curve = [{"latents": 8, "nats_per_token": 2.0}, {"latents": 32, "nats_per_token": 1.75}]
+    machine = Machine(Generator.from_pretrained(tiny_checkpoint), curve)
+    assert "0.25 nats per token short of the best quality" in machine.cost(8)
+    assert "best quality" in machine.cost(32)
+    assert "short of" not in machine.cost(32)
+    assert machine.cost(0).startswith("**Auto** chooses 32 latents: about ")
+
+
+def test_caches_are_bounded_and_are_freed_with_their_session(tiny_checkpoint, monkeypatch):
+    generator = Generator.from_pretrained(tiny_checkpoint)
+    manager = SessionManager(Machine(generator))
+    begun, begin = [], generator.session
+    monkeypatch.setattr(generator, "session", lambda *options: begun.append(begin(*options)) or begun[-1])
+
+    def can_continue(generation):
+        try:
+            return bool(next(generation.extend(1.0)))
+        except GenerationError:  # it is closed
+            return False
+
     for number in range(6):
-        studio.forget(f"tab {number}")
-    assert not studio._live
+        make(manager, manager.session(f"tab {number}"), seconds=1, seed=1)
+    assert list(map(can_continue, begun)) == [False, False, True, True, True, True]
+    for number in range(6):
+        manager.forget(f"tab {number}")
+    assert not any(map(can_continue, begun))
 
 
-def test_nothing_made_is_nothing_to_save():
-    with pytest.raises(StudioError, match="press Generate first"):
+def test_without_music_there_is_nothing_to_save():
+    with pytest.raises(WebError, match="press Generate first"):
         write_file(Session(), "mid", Path())

@@ -1,5 +1,6 @@
 """The web page of a tiny model, served by the command in a process of its own, in a real browser and by its API."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,19 +11,20 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import soundfile
 
+from music_ar import SamplingOptions, read_midi
 from music_ar.audio.synthesis import TAIL_S
-from music_ar.midi.io import read_midi
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = Path("/usr/bin/chromium")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of Gradio's client and of Playwright, which are not ours to mend
+pytestmark = pytest.mark.filterwarnings("ignore")  # from Gradio's client and Playwright
 needs_browser = pytest.mark.skipif(
     not CHROMIUM.exists() and "CI" not in os.environ, reason=f"no browser: apt-get install chromium gives {CHROMIUM}"
 )
@@ -56,13 +58,13 @@ def browser():
 
 @pytest.fixture
 def page(browser, address):
-    """A fresh page that must stay without errors and ask no other machine for anything."""
+    """A fresh page. The test fails if the page reports an error or sends a request to another machine."""
     context = browser.new_context(viewport={"width": 1300, "height": 1100})
     page = context.new_page()
     requests, errors = [], []
 
     def note_error(message):
-        # One test has an upload refused: the browser says so, and Gradio prints the response.
+        # One test uploads a file that is refused: the browser reports it, and Gradio prints the response.
         refused = "/upload" in message.location["url"] or message.text.startswith("Response")
         if message.type == "error" and not refused:
             errors.append(f"{message.text} {message.location}")
@@ -95,16 +97,16 @@ def wait_for_notes(page, player, number):
 
 
 def fill(page, element, value):
-    """Types as a person does, who looks whether it stands there: what has just opened may still be drawn anew."""
+    """Type a value until it stays: a part that has just opened may be drawn again."""
     box = page.locator(f"#{element} input, #{element} textarea").first
 
-    def stands_there():
+    def stays():
         box.fill(str(value))
         box.press("Tab")
         time.sleep(0.2)
         return box.input_value() == str(value)
 
-    wait_until(stands_there, f"{element} is {value}")
+    wait_until(stays, f"{element} is {value}")
 
 
 def upload(page, path):
@@ -146,18 +148,18 @@ def test_from_a_file_to_a_longer_piece(page, midi_file, tmp_path):
     page.mouse.move(box["x"] + box["width"] / 4, box["y"] + 40, steps=5)
     page.mouse.up()
     to = page.locator("#end input")
-    wait_until(lambda: abs(float(to.input_value()) - prompt.duration_s / 4) < 1, "the crop is told")
+    wait_until(lambda: abs(float(to.input_value()) - prompt.duration_s / 4) < 1, "the selection is shown in numbers")
 
     fill(page, "seconds", 3000)
     page.locator("#generate").click()
     cropped = len(prompt.crop(0, float(to.input_value())))
-    wait_until(lambda: shown(page, "piece", "notes") > cropped, "notes are made")
-    assert page.locator("#piece-player .player").get_attribute("data-making") == "true"
+    wait_until(lambda: shown(page, "piece", "notes") > cropped, "there are new notes")
+    assert page.locator("#piece-player .player").get_attribute("data-generating") == "true"
     early = shown(page, "piece", "notes")
     wait_until(lambda: shown(page, "piece", "notes") > early, "the roll grows")
-    wait_until(lambda: page.locator("#piece-player .player").get_attribute("data-playing") == "true", "it sounds")
-    heard = shown(page, "piece", "position")
-    wait_until(lambda: shown(page, "piece", "position") > heard + 0.3, "the playhead moves")
+    wait_until(lambda: page.locator("#piece-player .player").get_attribute("data-playing") == "true", "it plays")
+    position = shown(page, "piece", "position")
+    wait_until(lambda: shown(page, "piece", "position") > position + 0.3, "the playhead moves")
 
     page.locator("#stop").click()
     wait_until(lambda: "Stopped" in status(page), "it stops", timeout_s=5)
@@ -236,7 +238,7 @@ def test_bad_files_are_explained_and_the_page_lives_on(page, midi_file, tmp_path
         "huge.mid": (bytes(3 * 2**20), "size"),
     }
     choose_example(page)
-    page.get_by_text("Drag over the roll").wait_for()
+    page.get_by_text("Drag across the roll").wait_for()
     for name, (content, explanation) in bad.items():
         path = tmp_path / name
         path.write_bytes(content)
@@ -271,7 +273,43 @@ def test_two_pages_get_their_own_music_and_keys_play(browser, page, address):
     wait_until(lambda: player.get_attribute("data-playing") == "true", "space plays")
 
 
-def test_the_api_streams_and_goes_on(address, midi_file):
+@needs_browser
+def test_every_sampling_option_has_a_slider(page):
+    page.get_by_text("More settings").click()
+    for option in dataclasses.fields(SamplingOptions):
+        number = page.get_by_label(f"number input for {option.metadata['label']}")
+        assert float(number.input_value()) == option.default
+        limits = [float(number.get_attribute(name)) for name in ("min", "max", "step")]
+        assert limits == [option.metadata[name] for name in ("minimum", "maximum", "step")]
+
+
+def test_the_api_has_every_sampling_option_and_keeps_its_order(address):
+    from gradio_client import Client
+
+    described: Any = Client(address, verbose=False).view_api(return_format="dict")
+    endpoints = described["named_endpoints"]
+    assert set(endpoints) == {"/generate", "/continue", "/info"}
+    defaults = {each["parameter_name"]: each["parameter_default"] for each in endpoints["/generate"]["parameters"]}
+    assert list(defaults)[:12] == [
+        "prompt", "seconds", "latents", "variations", "temperature", "top_p", "seed", "start_s", "end_s", "steadiness",
+        "top_k", "min_p",
+    ]  # fmt: skip
+    assert dataclasses.asdict(SamplingOptions()).items() <= defaults.items()
+    assert [each["parameter_name"] for each in endpoints["/continue"]["parameters"]] == ["seconds", "variation"]
+
+
+def test_an_api_option_changes_the_music(address):
+    from gradio_client import Client
+
+    client = Client(address, verbose=False)
+    notes = [
+        client.predict(seconds=10, seed=7, api_name="/generate", **option)[0]["notes"]
+        for option in ({}, {"top_k": 1, "min_p": 0.5}, {})
+    ]
+    assert notes[0] == notes[2] != notes[1]
+
+
+def test_the_api_streams_and_continues(address, midi_file):
     from gradio_client import Client, handle_file
 
     client = Client(address, verbose=False)
@@ -293,7 +331,7 @@ def test_the_api_explains_what_it_cannot_do(address):
     from gradio_client import Client, exceptions
 
     client = Client(address, verbose=False)
-    with pytest.raises(exceptions.AppError, match="length must lie in 1 to 3600"):
+    with pytest.raises(exceptions.AppError, match="length must be a number of seconds from 1 to 3600"):
         client.predict(seconds=1e9, api_name="/generate")
     with pytest.raises(exceptions.AppError, match="temperature must be 0 or more"):
         client.predict(temperature=-1, api_name="/generate")
@@ -301,19 +339,56 @@ def test_the_api_explains_what_it_cannot_do(address):
         client.predict(api_name="/continue")
 
 
-def test_a_file_of_the_server_is_no_prompt(address):
-    """A client may name only what it uploaded, else it could read any MIDI file of this machine."""
-    secret = {"path": str(ROOT / "tests/data/bach_885.midi"), "meta": {"_type": "gradio.FileData"}}
-    body = json.dumps({"data": [secret, 1, 0, 1, 1.0, 0.98, 7, 0, None]}).encode()
-    call = f"{address.rstrip('/')}/gradio_api/call/generate"
-    request = urllib.request.Request(call, body, {"Content-Type": "application/json"})
+def upload_by_http(address, path):
+    """Upload a file as a client does; the path that the server gave it."""
+    boundary = "boundary-of-this-upload"
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{path.name}"\r\n\r\n'.encode()
+    body = head + path.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
+    content_type = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    request = urllib.request.Request(f"{address.rstrip('/')}/gradio_api/upload", body, content_type)
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)[0]
+
+
+def call_generate(address, prompt):
+    """Post to `/generate` as a client does, with this prompt and otherwise defaults; the kind of the last event."""
+    root = f"{address.rstrip('/')}/gradio_api"
+    with urllib.request.urlopen(f"{root}/info") as answer:
+        parameters = json.load(answer)["named_endpoints"]["/generate"]["parameters"]
+    values = {each["parameter_name"]: each["parameter_default"] for each in parameters} | {
+        "prompt": prompt,
+        "seconds": 1,
+    }
+    body = json.dumps({"data": list(values.values())}).encode()
+    request = urllib.request.Request(f"{root}/call/generate", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as answer:
         event = json.load(answer)["event_id"]
-    with urllib.request.urlopen(f"{call}/{event}") as answer:
-        assert "event: error" in answer.read().decode()
+    with urllib.request.urlopen(f"{root}/call/generate/{event}") as answer:
+        return re.findall(r"^event: (\w+)", answer.read().decode(), re.MULTILINE)[-1]
 
 
-def test_only_the_folder_of_the_app_is_served(address):
+def test_a_file_of_the_server_cannot_be_a_prompt(address, midi_file):
+    """A client may name only what it uploaded. Otherwise it could read any MIDI file of the server."""
+
+    def file_at(path):
+        return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+
+    assert call_generate(address, None) == "complete"
+    assert call_generate(address, file_at(upload_by_http(address, midi_file))) == "complete"
+    assert call_generate(address, file_at(ROOT / "tests/data/bach_885.midi")) == "error"
+
+
+def test_the_example_generates_and_continues(address, tmp_path):
+    output = tmp_path / "piece.mid"
+    command = [sys.executable, ROOT / "examples/web_api.py", address, output, "--seconds", "5"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    piece = read_midi(output)
+    assert 5 < piece.duration_s <= 10
+    assert f"{len(piece)} notes" in printed
+    assert '"most_latents": 32' in printed
+
+
+def test_only_the_samples_are_served(address):
     for path in (ROOT / "pyproject.toml", "/etc/passwd", ROOT / "music_ar/audio/samples/../synthesis.py"):
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(f"{address.rstrip('/')}/gradio_api/file={path}")

@@ -1,23 +1,23 @@
-"""What a server does so that its memory stays together: hints to glibc, which do nothing elsewhere."""
+"""Memory settings of glibc for a long-running server; they do nothing on other systems."""
 
 import ctypes
 import sys
 from typing import Any
 
-_M_ARENA_MAX = -8  # in glibc's malloc.h
+_M_ARENA_MAX = -8  # from glibc's malloc.h
 
 
-def share_pools() -> None:
-    """Has all threads share two pools of memory; it must run before there are threads.
+def share_arenas() -> None:
+    """Have all threads allocate from two arenas. Call it before threads are started.
 
-    By default glibc gives threads up to eight pools a core, and each keeps what was freed in it: a server whose
-    requests are answered by ever other threads then grows by a megabyte a request until all of them are large.
+    By default glibc creates up to eight arenas per core, and each keeps what was freed in it. A server whose requests
+    are answered by changing threads then grows by a megabyte per request until all arenas are large.
     """
     _call("mallopt", _M_ARENA_MAX, 2)
 
 
-def give_back() -> None:
-    """Gives freed memory back to the system at once."""
+def release_freed_memory() -> None:
+    """Return freed memory to the system at once."""
     _call("malloc_trim", 0)
 
 

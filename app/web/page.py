@@ -1,551 +1,338 @@
-"""The web page: give it a few bars, hear it go on. `app.studio` does the work, `app/player/` shows and plays it.
-
-Everything is served from this machine: the page asks no other for anything. The API that `gradio_client` sees is
-`generate`, `continue` and `info`; what else the page does is private.
-"""
+"""The page: its controls, and what happens when a person uses them. It asks no other machine for anything."""
 
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
-
 import gradio as gr
-from gradio.themes import Base
-from gradio.utils import get_upload_folder
 
-from app.web.session import (
-    AUTO,
-    MAX_PROMPT_BYTES,
-    MAX_SECONDS,
-    MAX_SESSIONS,
-    MAX_VARIATIONS,
-    Session,
-    Settings,
-    Studio,
-    StudioError,
-    Take,
-    write_file,
-)
-from music_ar import Generator, Performance
-from music_ar.decoding.sampling import SamplingError
-from music_ar.generator import GenerationError
+from app.web.api import LICENCE
+from app.web.calls import DEVICE, download_folder, errors_in_words, session_name
+from app.web.export import write_file
+from app.web.manager import SessionManager
+from app.web.player import piece_value, player, prompt_value
+from app.web.session import Session
+from app.web.settings import AUTO, MAX_VARIATIONS, SAMPLING, Settings, WebError, sampling_help
+from music_ar import SamplingOptions
 
-APP = Path(str(resources.files("app"))) / "web"
 SAMPLES = Path(str(resources.files("music_ar"))) / "audio" / "samples"
-NO_PROMPT = "Nothing: a new piece"
-FILES_LIVE_S = 3600
-DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
-QUICK: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-WARNING = (
-    "The model may repeat what it was trained on. Before you publish a piece, compare it with MAESTRO's. "
-    "Its weights are under CC BY-NC-SA 4.0: name the source, no commercial use, share alike. "
-    "The piano: Salamander Grand Piano V3 by Alexander Holm, CC BY 3.0."
-)
-CSS = """
-.gradio-container { max-width: 1500px !important; margin: 0 auto !important; }
-:root { --body-text-color-subdued: #586479; }
-.dark { --body-text-color-subdued: #a3afc2; }
-.player { --prompt-note: #64748b; --made-note: #4f46e5; --sounding-note: #c2410c; }
-.dark .player { --prompt-note: #94a3b8; --made-note: #a5b4fc; --sounding-note: #fdba74; }
-#title h1 { margin: 4px 0 0 0; }
-#title p { margin: 0; color: var(--body-text-color-subdued); }
-#cost p, #status p { font-size: 14px; margin: 0; }
-#status { min-height: 44px; }
-#saved { display: none; }
-footer .divider { display: none; }
-#extend, #undo { align-self: flex-end; margin-bottom: 6px; }
-@media (min-width: 900px) { #result { position: sticky; top: 8px; } }
-"""
-
-
-def build_app(generator: Generator | Studio, *, about: str = "") -> gr.Blocks:
-    """The page for a generator; `serve` shows it.
-
-    Args:
-        generator: makes all music; or a studio that has one and was warmed up.
-        about: the model card, as Markdown.
-    """
-    studio = generator if isinstance(generator, Studio) else Studio(generator)
-    gr.set_static_paths([SAMPLES])
-    with gr.Blocks(title="Music AR", analytics_enabled=False, delete_cache=(FILES_LIVE_S, FILES_LIVE_S)) as app:
-        _page(app, studio, about)
-        _api(studio)
-    return app
-
-
-def serve(app: gr.Blocks, *, queue_size: int = 20, **launch: Any) -> str:
-    """Serves the page, and returns its address if told not to block (`prevent_thread_lock`)."""
-    # Gradio would look for Node.js to render pages on the server, and link to its own site.
-    app.queue(max_size=queue_size, default_concurrency_limit=4)
-    _, address, _ = app.launch(
-        theme=Base(
-            primary_hue="indigo",
-            neutral_hue="slate",
-            font=["system-ui", "sans-serif"],
-            font_mono=["ui-monospace", "monospace"],
-        ).set(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700"),
-        css=CSS,
-        max_file_size=MAX_PROMPT_BYTES,
-        state_session_capacity=MAX_SESSIONS,  # Gradio keeps 0.1 MB of each
-        footer_links=["api"],
-        ssr_mode=False,
-        quiet=True,
-        **launch,
-    )
-    return address
+_NO_PROMPT = "Nothing: a new piece"
+_DOWNLOADS = {"mid": "MIDI", "wav": "WAV", "mp3": "MP3", "zip": "ZIP (all)"}
+# Options of events that are answered at once, and are no part of the API.
+_QUICK: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
 
 def example_prompts() -> list[Path]:
-    """The MIDI files that a person can begin with."""
-    return sorted((APP / "prompts").glob("*.mid"))
+    """The MIDI files that the page offers as prompts."""
+    return sorted((Path(__file__).parent / "prompts").glob("*.mid"))
 
 
-def _player(kind: str, label: str, hint: str) -> gr.HTML:
-    folder = APP / "player"
-    # As props they would be missing where the player is first shown together with new music.
-    html = Template((folder / "player.html").read_text())
-    return gr.HTML(
-        shown_prompt(Session(), Settings()) if kind == "prompt" else shown_take(Session()),
-        html_template=html.substitute(
-            kind=kind, label=label, hint=hint, samples=f"gradio_api/file={SAMPLES.as_posix()}/"
-        ),
-        css_template=(folder / "player.css").read_text(),
-        js_on_load=(folder / "player.js").read_text(),
-        elem_id=f"{kind}-player",
-    )
+class Page:
+    """The page of a session manager. Call `layout`, then `bind`, inside a `gr.Blocks`.
 
+    Args:
+        manager: generates the music.
+        about: the model card, as Markdown.
+    """
 
-def _page(app: gr.Blocks, studio: Studio, about: str) -> None:
-    """Lays out the page and ties its parts to the studio."""
-    prompts = {path.stem.replace("-", " ").capitalize(): path for path in example_prompts()}
-    default = Settings()
+    def __init__(self, manager: SessionManager, about: str):
+        self.manager, self.about = manager, about
+        self.prompts = {path.stem.replace("-", " ").capitalize(): path for path in example_prompts()}
 
-    gr.Markdown("# Music AR\nGive it a few bars of piano, hear it go on.", elem_id="title")
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=320):
-            example = gr.Dropdown([NO_PROMPT, *prompts], value=NO_PROMPT, label="Begin with", elem_id="example")
-            file = gr.File(label="… or a MIDI file of yours", file_types=[".mid", ".midi"], height=140, elem_id="file")
-            with gr.Group(visible=False) as prompt_box:
-                prompt_player = _player("prompt", "Prompt", "Drag over the roll to choose the part to go on from.")
+    # ---------------------------------------------------------------- layout
+
+    def layout(self) -> None:
+        """Create all components."""
+        gr.Markdown("# Music AR\nGive it a few bars of piano: it plays on.", elem_id="title")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=320):
+                self._layout_prompt()
+                self._layout_settings()
                 with gr.Row():
-                    start_s = gr.Number(0, label="From (s)", min_width=90, elem_id="start")
-                    end_s = gr.Number(None, label="To (s)", min_width=90, elem_id="end")
-            most = studio.most_latents
-            latents = gr.Slider(
-                AUTO,
-                most,
-                value=AUTO,
-                step=max(1, most // 32),
-                label="Latent budget (0: auto)",
-                info="More: more coherent music, made more slowly.",
-                elem_id="latents",
-            )
-            cost = gr.Markdown(studio.cost(AUTO), elem_id="cost")
-            measured = gr.Timer(2, active=False)  # asks again until what was chosen has been measured
-            with gr.Row():
-                seconds = gr.Number(default.seconds, label="Length (s)", min_width=110, elem_id="seconds")
-                variations = gr.Slider(1, MAX_VARIATIONS, value=1, step=1, label="Variations", min_width=170)
-            with gr.Accordion("More settings", open=False):
-                seed = gr.Textbox("", label="Seed (empty: a random one)", elem_id="seed", max_lines=1)
-                continuation_only = gr.Checkbox(False, label="Continuation only: leave the prompt out")
-                temperature = gr.Slider(
-                    0,
-                    2,
-                    value=default.temperature,
-                    step=0.05,
-                    label="Temperature",
-                    info="Lower: safer and plainer. Higher: wilder, with more wrong notes.",
-                )
-                top_p = gr.Slider(
-                    0.05,
-                    1,
-                    value=default.top_p,
-                    step=0.01,
-                    label="Top-p",
-                    info="Lower: what is unlikely is never played.",
-                )
-                top_k = gr.Slider(
-                    0,
-                    388,
-                    value=default.top_k,
-                    step=1,
-                    label="Top-k (0: all)",
-                    info="Only the so many likeliest events are ever drawn.",
-                )
-                min_p = gr.Slider(
-                    0,
-                    0.5,
-                    value=default.min_p,
-                    step=0.01,
-                    label="Min-p",
-                    info="Events less likely than this share of the likeliest are never drawn.",
-                )
-                steadiness = gr.Slider(
-                    0,
-                    1,
-                    value=default.steadiness,
-                    step=0.05,
-                    label="Steadiness",
-                    info="Higher: keeps to its key, its register and usual loudness. Lower: wanders.",
-                )
-                load = gr.UploadButton("Load settings (settings.json)", file_types=[".json"], size="sm")
-            with gr.Row():
-                generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=150)
-                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=90)
-        with gr.Column(scale=3, min_width=320, elem_id="result"):
-            player = _player("piece", "Piece", "Space plays and pauses, ← and → go 5 seconds; click the roll to seek.")
-            status = gr.Markdown("", elem_id="status")
-            with gr.Row():
-                more_s = gr.Number(30, label="More (s)", min_width=100)
-                extend = gr.Button("Extend", interactive=False, elem_id="extend", min_width=80)
-                undo = gr.Button("Undo", interactive=False, elem_id="undo", min_width=80)
-            with gr.Row():
-                downloads = {
-                    kind: gr.Button(label, interactive=False, elem_id=f"download-{kind}", size="sm", min_width=60)
-                    for kind, label in {"mid": "MIDI", "wav": "WAV", "mp3": "MP3", "zip": "ZIP of all"}.items()
-                }
-            saved = gr.DownloadButton("Save", elem_id="saved")
-            with gr.Accordion("The model, its licence and data", open=False, elem_id="about"):
-                gr.Markdown(f"{WARNING}\n\n{about}")
+                    self.generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=150)
+                    self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=90)
+            with gr.Column(scale=3, min_width=320, elem_id="result"):
+                self._layout_result()
+        self.controls = {
+            "seconds": self.seconds,
+            "latents": self.latents,
+            "variations": self.variations,
+            **self.sampling,
+            "seed": self.seed,
+            "continuation_only": self.continuation_only,
+            "start_s": self.start_s,
+            "end_s": self.end_s,
+        }
+        self.prompt_parts = [
+            self.example, self.file, self.prompt_box, self.prompt_player, self.start_s, self.end_s
+        ]  # fmt: skip
+        self.settable = [self.controls[name] for name in self.controls if name not in ("start_s", "end_s")]
+        self.settable += self.prompt_parts
+        self.result = [self.player, self.status, self.stop, self.extend, self.undo, *self.downloads.values()]
 
-    controls = {
-        "seconds": seconds, "latents": latents, "variations": variations, "temperature": temperature, "top_p": top_p,
-        "top_k": top_k, "min_p": min_p, "steadiness": steadiness, "seed": seed, "start_s": start_s, "end_s": end_s,
-        "continuation_only": continuation_only,
-    }  # fmt: skip
-    shown = [player, status, stop, extend, undo, *downloads.values()]
-
-    def show(session: Session) -> tuple[Any, ...]:
-        """All of `shown`, as the session is."""
-        made = bool(session.takes) and not session.making
-        return (
-            shown_take(session),
-            _status(session),
-            gr.update(interactive=session.making),
-            gr.update(interactive=made),
-            gr.update(interactive=made and len(session.takes) > 1),
-            *(gr.update(interactive=made) for _ in downloads),
+    def _layout_prompt(self) -> None:
+        self.example = gr.Dropdown([_NO_PROMPT, *self.prompts], value=_NO_PROMPT, label="Begin with", elem_id="example")
+        self.file = gr.File(
+            label="… or a MIDI file of your own", file_types=[".mid", ".midi"], height=140, elem_id="file"
         )
+        with gr.Group(visible=False) as self.prompt_box:
+            hint = "Drag across the roll to select the part to continue."
+            self.prompt_player = player("prompt", "Prompt", hint, SAMPLES)
+            with gr.Row():
+                self.start_s = gr.Number(0, label="From (s)", min_width=90, elem_id="start")
+                self.end_s = gr.Number(None, label="To (s)", min_width=90, elem_id="end")
 
-    def on_generate(request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
-        session = studio.session(_name(request))
-        with plain_errors():
-            settings = Settings.read(dict(zip(controls, values, strict=True)))
-            for _ in studio.generate(session, settings):
-                yield show(session)
-            yield show(session)
+    def _layout_settings(self) -> None:
+        most = self.manager.machine.most_latents
+        self.latents = gr.Slider(
+            AUTO,
+            most,
+            value=AUTO,
+            step=max(1, most // 32),
+            label="Latent budget (0: auto)",
+            info="More latents: more coherent music, but slower.",
+            elem_id="latents",
+        )
+        self.cost = gr.Markdown(self.manager.machine.cost(AUTO), elem_id="cost")
+        self.cost_timer = gr.Timer(2, active=False)  # asks again until the chosen number of variations is measured
+        default = Settings()
+        with gr.Row():
+            self.seconds = gr.Number(default.seconds, label="Length (s)", min_width=110, elem_id="seconds")
+            self.variations = gr.Slider(
+                1, MAX_VARIATIONS, value=default.variations, step=1, label="Variations", min_width=170
+            )
+        with gr.Accordion("More settings", open=False):
+            self.seed = gr.Textbox("", label="Seed (empty: random)", elem_id="seed", max_lines=1)
+            self.continuation_only = gr.Checkbox(False, label="Continuation only: leave the prompt out")
+            self.sampling = _sampling_sliders()
+            self.load = gr.UploadButton("Load settings (settings.json)", file_types=[".json"], size="sm")
 
-    def on_extend(request: gr.Request, more: float) -> Iterator[tuple[Any, ...]]:
-        session = studio.session(_name(request))
-        with plain_errors():
-            for _ in studio.extend(session, Settings.read({"seconds": more}).seconds):
-                yield show(session)
-            yield show(session)
+    def _layout_result(self) -> None:
+        hint = "Space: play or pause. ← and →: 5 seconds back or forward. Click the roll to jump there."
+        self.player = player("piece", "Piece", hint, SAMPLES)
+        self.status = gr.Markdown("", elem_id="status")
+        with gr.Row():
+            self.more_s = gr.Number(30, label="Add (s)", min_width=100)
+            self.extend = gr.Button("Extend", interactive=False, elem_id="extend", min_width=80)
+            self.undo = gr.Button("Undo", interactive=False, elem_id="undo", min_width=80)
+        with gr.Row():
+            self.downloads = {
+                kind: gr.Button(label, interactive=False, elem_id=f"download-{kind}", size="sm", min_width=60)
+                for kind, label in _DOWNLOADS.items()
+            }
+        self.saved = gr.DownloadButton("Save", elem_id="saved")
+        with gr.Accordion("The model, its licence and data", open=False, elem_id="about"):
+            gr.Markdown(f"{LICENCE}\n\n{self.about}")
 
-    def on_failure(request: gr.Request) -> tuple[Any, ...]:
-        return show(studio.session(_name(request)))
+    # ---------------------------------------------------------------- events
 
-    def on_stop(request: gr.Request) -> tuple[Any, ...]:
-        session = studio.session(_name(request))
+    def bind(self, app: gr.Blocks) -> None:
+        """Connect the components to the handlers."""
+        self._bind_runs()
+        self._bind_prompt()
+        for changed in (self.latents.change, self.variations.change, self.cost_timer.tick):
+            self._then_cost(changed)
+        for kind, button in self.downloads.items():
+            written = button.click(
+                self.on_download(kind), None, self.saved, api_visibility="private", show_progress_on=self.status
+            )
+            click = "() => document.querySelector('#saved').click()"
+            written.success(None, None, None, js=click, api_visibility="private")
+        self._then_cost(self.load.upload(self.on_settings_file, self.load, self.settable, **_QUICK).then)
+        self._then_cost(app.load(self.on_open, None, self.settable, **_QUICK).then)
+        app.unload(self.on_leave)
+
+    def _bind_runs(self) -> None:
+        options: dict[str, Any] = {
+            **DEVICE,
+            "outputs": self.result,
+            "api_visibility": "private",
+            "show_progress": "minimal",
+            "show_progress_on": self.status,
+        }
+        for button in (self.generate, self.extend):
+            button.click(lambda: gr.update(interactive=True), None, self.stop, **_QUICK)
+        generating = self.generate.click(self.on_generate, list(self.controls.values()), **options)
+        extending = self.extend.click(self.on_extend, self.more_s, **options)
+        for run in (generating, extending):
+            run.failure(self.on_failure, None, self.result, **_QUICK)
+        self.stop.click(self.on_stop, None, self.result, **_QUICK)
+        # A separate event, because it waits for the chunk in progress. It also removes those who wait from the queue.
+        self.stop.click(None, cancels=[generating, extending], **_QUICK)
+        self.undo.click(self.on_undo, None, self.result, **_QUICK)
+        # By default Gradio drops an event while it still reports the one before.
+        self.player.choose(self.on_choose, None, None, trigger_mode="multiple", **_QUICK)
+
+    def _bind_prompt(self) -> None:
+        warns: dict[str, Any] = {**_QUICK, "queue": True, "concurrency_limit": None}  # warnings need the queue
+        for changed in (self.file.upload, self.file.clear):
+            self._then_cost(changed(self.on_file, self.file, self.prompt_parts, **warns).then)
+        self._then_cost(self.example.input(self.on_example, self.example, self.prompt_parts, **_QUICK).then)
+        self.prompt_player.crop(self.on_crop, None, [self.start_s, self.end_s], trigger_mode="always_last", **_QUICK)
+        for limit in (self.start_s, self.end_s):
+            limit.input(self.on_limits, [self.start_s, self.end_s], self.prompt_player, **_QUICK)
+
+    def _then_cost(self, event: Callable[..., Any]) -> None:
+        event(self.on_cost, [self.latents, self.variations], [self.cost, self.cost_timer], **_QUICK)
+
+    # ---------------------------------------------------------------- runs
+
+    def on_generate(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """Generate: `values` are those of `controls`."""
+        session = self._session(request)
+        with errors_in_words():
+            settings = Settings.read(dict(zip(self.controls, values, strict=True)))
+            for _ in self.manager.generate(session, settings):
+                yield self._shown(session)
+            yield self._shown(session)
+
+    def on_extend(self, request: gr.Request, more_s: float) -> Iterator[tuple[Any, ...]]:
+        """Extend the chosen variation."""
+        session = self._session(request)
+        with errors_in_words():
+            for _ in self.manager.extend(session, Settings.read({"seconds": more_s}).seconds):
+                yield self._shown(session)
+            yield self._shown(session)
+
+    def on_failure(self, request: gr.Request) -> tuple[Any, ...]:
+        """Show what there is after an error."""
+        return self._shown(self._session(request))
+
+    def on_stop(self, request: gr.Request) -> tuple[Any, ...]:
+        """Stop the run."""
+        session = self._session(request)
         session.stop()
-        return show(session)
+        return self._shown(session)
 
-    def on_undo(request: gr.Request) -> tuple[Any, ...]:
-        session = studio.session(_name(request))
-        with plain_errors():
+    def on_undo(self, request: gr.Request) -> tuple[Any, ...]:
+        """Return to the revision before."""
+        session = self._session(request)
+        with errors_in_words():
             session.undo()
-        return show(session)
+        return self._shown(session)
 
-    def on_choose(request: gr.Request, event: gr.EventData) -> None:
-        studio.session(_name(request)).choose(int(event.variation), float(event.at))
+    def on_choose(self, request: gr.Request, event: gr.EventData) -> None:
+        """Choose a variation in the player."""
+        self._session(request).choose(int(event.variation), float(event.at))
 
-    def show_prompt(session: Session) -> tuple[Any, ...]:
-        end = None if session.prompt is None else round(session.prompt.duration_s, 1)
-        return gr.update(visible=session.prompt is not None), shown_prompt(session, Settings()), 0, end
+    def on_download(self, kind: str) -> Callable[[gr.Request], str]:
+        """Make the handler that writes a file of this kind."""
 
-    def on_file(request: gr.Request, path: str | None) -> tuple[Any, ...]:
-        session = studio.session(_name(request))
-        session.set_prompt(None)
-        chosen, kept = NO_PROMPT, None
-        try:
-            if path is not None:
-                session.set_prompt(Path(path).read_bytes(), Path(path).name)
-                chosen, kept = None, gr.skip()
-        except StudioError as error:
-            gr.Warning(str(error), duration=20)
-        return chosen, kept, *show_prompt(session)
-
-    def on_example(request: gr.Request, chosen: str) -> tuple[Any, ...]:
-        session = studio.session(_name(request))
-        session.set_prompt(prompts[chosen].read_bytes() if chosen in prompts else None, chosen)
-        return gr.skip(), None, *show_prompt(session)
-
-    def on_crop(event: gr.EventData) -> tuple[float, float]:
-        return event.start, event.end
-
-    def on_limits(request: gr.Request, start: float | None, end: float | None) -> Any:
-        with plain_errors():
-            return shown_prompt(studio.session(_name(request)), Settings(start_s=start or 0.0, end_s=end))
-
-    def on_cost(request: gr.Request, budget: float, number: float) -> tuple[str, Any]:
-        prompt = studio.session(_name(request)).prompt
-        return studio.cost(int(budget), int(number), prompt), gr.Timer(active=not studio.knows(int(number)))
-
-    def on_download(kind: str) -> Callable[[gr.Request], str]:
         def download(request: gr.Request) -> str:
-            with plain_errors():
-                return str(write_file(studio.session(_name(request)), kind, _own_folder()))
+            with errors_in_words():
+                return str(write_file(self._session(request), kind, download_folder()))
 
         return download
 
-    def restored(session: Session, values: dict[str, Any]) -> list[Any]:
-        """All of `settable`: the prompt and its crop, too, if it is an example or was uploaded already."""
-        with plain_errors():
-            settings = Settings.read(values)
-        told = vars(settings) | {"seed": "" if settings.seed is None else str(settings.seed)}
-        set_to = [told[name] for name in controls if name not in ("start_s", "end_s")]
-        name = settings.prompt
-        if name in prompts:
-            session.set_prompt(prompts[name].read_bytes(), name)
-        if session.prompt is None or name != session.prompt_name:
-            return [*set_to, *[gr.skip()] * len(prompt_shown)]
-        source = (name, None) if name in prompts else (gr.skip(), gr.skip())
-        visible, _, _, end = show_prompt(session)
-        limits = settings.start_s, end if settings.end_s is None else settings.end_s
-        return [*set_to, *source, visible, shown_prompt(session, settings), *limits]
+    # ---------------------------------------------------------------- prompt and settings
 
-    def on_settings_file(request: gr.Request, path: str) -> list[Any]:
+    def on_file(self, request: gr.Request, path: str | None) -> tuple[Any, ...]:
+        """Use an uploaded file as the prompt, or none if it was removed or is unusable."""
+        session = self._session(request)
+        session.set_prompt(None)
+        example, file = _NO_PROMPT, None
         try:
-            values = dict(json.loads(Path(path).read_text()))
+            if path is not None:
+                session.set_prompt(Path(path).read_bytes(), Path(path).name)
+                example, file = None, gr.skip()
+        except WebError as error:
+            gr.Warning(str(error), duration=20)
+        return example, file, *_prompt_update(session)
+
+    def on_example(self, request: gr.Request, chosen: str) -> tuple[Any, ...]:
+        """Use an example as the prompt, or none."""
+        session = self._session(request)
+        session.set_prompt(self.prompts[chosen].read_bytes() if chosen in self.prompts else None, chosen)
+        return gr.skip(), None, *_prompt_update(session)
+
+    def on_crop(self, event: gr.EventData) -> tuple[float, float]:
+        """Take over the part that was selected in the roll."""
+        return event.start, event.end
+
+    def on_limits(self, request: gr.Request, start_s: float | None, end_s: float | None) -> Any:
+        """Show in the roll the part that was typed."""
+        with errors_in_words():
+            part = Settings.read({"start_s": start_s or 0.0, "end_s": end_s})
+        return prompt_value(self._session(request), part)
+
+    def on_cost(self, request: gr.Request, latents: float, variations: float) -> tuple[str, Any]:
+        """Show the speed and quality of a latent budget, and ask again while that is being measured."""
+        machine, prompt = self.manager.machine, self._session(request).prompt
+        cost = machine.cost(int(latents), int(variations), prompt)
+        return cost, gr.Timer(active=not machine.knows(int(variations)))
+
+    def on_settings_file(self, request: gr.Request, path: str) -> list[Any]:
+        """Restore the settings of a download."""
+        try:
+            values = dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise gr.Error("expected the settings.json of a download, got a file that is none") from error
-        return restored(studio.session(_name(request)), values)
+            raise gr.Error("this file is not a settings.json downloaded from this page") from error
+        return self._restored(self._session(request), values)
 
-    def on_open(request: gr.Request) -> list[Any]:
-        told = dict(request.query_params)
-        # Without settings in the link nothing is set: on a slow line the person may have begun to choose already.
-        return restored(studio.session(_name(request)), told) if told else [gr.skip()] * len(settable)
+    def on_open(self, request: gr.Request) -> list[Any]:
+        """Restore the settings of a link."""
+        values = dict(request.query_params)
+        # A plain address sets nothing: on a slow line the person may have begun to choose already.
+        return self._restored(self._session(request), values) if values else [gr.skip()] * len(self.settable)
 
-    def on_leave(request: gr.Request) -> None:
-        studio.forget(_name(request))
+    def on_leave(self, request: gr.Request) -> None:
+        """Forget a session when its tab is closed."""
+        self.manager.forget(session_name(request))
 
-    runs: dict[str, Any] = {
-        **DEVICE, "outputs": shown, "api_visibility": "private", "show_progress": "minimal", "show_progress_on": status
-    }  # fmt: skip
-    allow_stop: dict[str, Any] = {"fn": lambda: gr.update(interactive=True), "outputs": stop, **QUICK}
-    generate.click(**allow_stop)
-    generating = generate.click(on_generate, list(controls.values()), **runs)
-    extend.click(**allow_stop)
-    extending = extend.click(on_extend, more_s, **runs)
-    for run in (generating, extending):
-        run.failure(on_failure, None, shown, **QUICK)
-    stop.click(on_stop, None, shown, **QUICK)
-    # On its own, because it waits for the chunk that is being made. It takes those who wait out of the queue.
-    stop.click(None, cancels=[generating, extending], **QUICK)
-    undo.click(on_undo, None, shown, **QUICK)
-    # By default Gradio drops what comes while it still tells the server of what came before.
-    player.choose(on_choose, None, None, trigger_mode="multiple", **QUICK)
-    prompt_shown = [example, file, prompt_box, prompt_player, start_s, end_s]
-    told: dict[str, Any] = {**QUICK, "queue": True, "concurrency_limit": None}  # warnings need the queue
-    told_cost: dict[str, Any] = {**QUICK, "fn": on_cost, "inputs": [latents, variations], "outputs": [cost, measured]}
-    for chosen in (file.upload, file.clear):
-        chosen(on_file, file, prompt_shown, **told).then(**told_cost)
-    example.input(on_example, example, prompt_shown, **QUICK).then(**told_cost)
-    for changed in (latents.change, variations.change, measured.tick):
-        changed(**told_cost)
-    prompt_player.crop(on_crop, None, [start_s, end_s], trigger_mode="always_last", **QUICK)
-    for limit in (start_s, end_s):
-        limit.input(on_limits, [start_s, end_s], prompt_player, **QUICK)
-    for kind, button in downloads.items():
-        made = button.click(on_download(kind), None, saved, api_visibility="private", show_progress_on=status)
-        made.success(None, None, None, js="() => document.querySelector('#saved').click()", api_visibility="private")
-    settable = [part for name, part in controls.items() if name not in ("start_s", "end_s")]
-    settable += prompt_shown
-    load.upload(on_settings_file, load, settable, **QUICK).then(**told_cost)
-    app.load(on_open, None, settable, **QUICK).then(**told_cost)
-    app.unload(on_leave)
+    # ---------------------------------------------------------------- values of components
 
+    def _session(self, request: gr.Request) -> Session:
+        return self.manager.session(session_name(request))
 
-def _api(studio: Studio) -> None:
-    """The named endpoints for programs; their components are never shown."""
-    with gr.Group(visible=False):
-        prompt = gr.File(label="prompt", file_types=[".mid", ".midi"])
-        seconds = gr.Number(60, label="seconds")
-        latents = gr.Number(AUTO, label="latents", precision=0)
-        variations = gr.Number(1, label="variations", precision=0)
-        temperature = gr.Number(1.0, label="temperature")
-        top_p = gr.Number(0.97, label="top_p")
-        steadiness = gr.Number(0.25, label="steadiness")
-        seed = gr.Number(None, label="seed", precision=0)
-        prompt_start = gr.Number(0.0, label="start_s")
-        prompt_end = gr.Number(None, label="end_s")
-        variation = gr.Number(0, label="variation", precision=0)
-        progress = gr.JSON(label="progress")
-        files = gr.File(label="files", file_count="multiple")
-        described = gr.JSON(label="info")
-        call_generate, call_continue, call_info = gr.Button(), gr.Button(), gr.Button()
-
-    def streamed(session: Session, takes: Iterator[Take]) -> Iterator[tuple[dict[str, Any], list[str] | None]]:
-        for take in takes:
-            if session.making:
-                yield _reported(session, take), None
-        folder, take, paths = _own_folder(), session.take, []
-        for number, piece in enumerate(take.pieces):
-            session.choose(number)
-            if len(piece):
-                paths.append(str(write_file(session, "mid", folder)))
-        session.choose(0)
-        yield _reported(session, take), paths
-
-    def on_generate(
-        request: gr.Request,
-        prompt: str | None = None,
-        seconds: float = 60,
-        latents: int = AUTO,
-        variations: int = 1,
-        temperature: float = 1.0,
-        top_p: float = 0.97,
-        seed: int | None = None,
-        start_s: float = 0.0,
-        end_s: float | None = None,
-        steadiness: float = 0.25,
-    ) -> Iterator[tuple[dict[str, Any], list[str] | None]]:
-        """Makes pieces, from nothing or going on from a MIDI file; the last of the results has the MIDI files.
-
-        Latents 0 stands for auto.
-        """
-        session = studio.session(_name(request))
-        with plain_errors():
-            settings = Settings(
-                seconds=seconds, latents=latents, variations=variations, temperature=temperature, top_p=top_p,
-                steadiness=steadiness, seed=seed, start_s=start_s, end_s=end_s,
-            )  # fmt: skip
-            session.set_prompt(None if prompt is None else Path(prompt).read_bytes(), Path(prompt or "").name)
-            yield from streamed(session, studio.generate(session, settings))
-
-    def on_continue(
-        request: gr.Request, seconds: float = 30, variation: int = 0
-    ) -> Iterator[tuple[dict[str, Any], list[str] | None]]:
-        """Goes on with a variation of what this client made last."""
-        session = studio.session(_name(request))
-        session.choose(variation)
-        with plain_errors():
-            yield from streamed(session, studio.extend(session, Settings.read({"seconds": seconds}).seconds))
-
-    def on_info() -> dict[str, Any]:
-        """What this machine offers."""
-        return {
-            "most_latents": studio.most_latents,
-            "auto": studio.cost(AUTO),
-            "most_variations": MAX_VARIATIONS,
-            "most_seconds": MAX_SECONDS,
-            "warm": studio.warm,
-            "licence": WARNING,
-        }
-
-    call_generate.click(
-        on_generate,
-        [prompt, seconds, latents, variations, temperature, top_p, seed, prompt_start, prompt_end, steadiness],
-        [progress, files],
-        api_name="generate",
-        **DEVICE,
-    )
-    call_continue.click(on_continue, [seconds, variation], [progress, files], api_name="continue", **DEVICE)
-    call_info.click(on_info, None, described, api_name="info", queue=False)
-
-
-def shown_prompt(session: Session, settings: Settings) -> dict[str, Any]:
-    """The prompt as the player takes it: see `player.js`."""
-    prompt = Performance.empty() if session.prompt is None else session.prompt
-    length = prompt.duration_s
-    return {
-        "piece": f"prompt {session.prompt_name} {len(prompt)} {length:.2f}",
-        "kind": "prompt",
-        "join": 0,
-        "making": False,
-        "autoplay": False,
-        "start": min(settings.start_s, length),
-        "end": length if settings.end_s is None else min(settings.end_s, length),
-        "variations": [{"seed": None, "until": length, "notes": packed(prompt), "open": ""}] if len(prompt) else [],
-    }
-
-
-def shown_take(session: Session) -> dict[str, Any]:
-    """The session's take as the player takes it."""
-    value: dict[str, Any] = {
-        "piece": 0, "kind": "piece", "join": 0, "making": session.making, "autoplay": False, "variations": []
-    }  # fmt: skip
-    value["message"] = session.status if session.making else "Press Generate: the piece grows here as it is made."
-    if session.reading is None and not session.takes:
-        return value
-    take = session.reading or session.take
-    value |= {
-        "piece": take.piece,
-        "join": take.join_s - take.from_s,
-        "autoplay": session.making,
-        "chosen": session.chosen,
-    }
-    for number, seed in enumerate(take.seeds):
-        piece, final_s = take.shown(number), take.final_s[number] - take.from_s
-        final = piece.onset_s < final_s
-        value["variations"].append(
-            {
-                "seed": seed,
-                "until": round(take.until_s[number] - take.from_s, 3),
-                "notes": packed(piece.select(final)),
-                "open": packed(piece.select(~final)),
-            }
+    def _shown(self, session: Session) -> tuple[Any, ...]:
+        """Values of `result`."""
+        idle = bool(session.revisions) and not session.generating
+        link = f" [Link to these settings]({session.revision.settings.link()})" if idle else ""
+        return (
+            piece_value(session),
+            session.status + link,
+            gr.update(interactive=session.generating),
+            gr.update(interactive=idle),
+            gr.update(interactive=idle and len(session.revisions) > 1),
+            *(gr.update(interactive=idle) for _ in self.downloads),
         )
-    return value
+
+    def _restored(self, session: Session, values: dict[str, Any]) -> list[Any]:
+        """Values of `settable`; the prompt, too, if it is an example or the one that was uploaded already."""
+        with errors_in_words():
+            settings = Settings.read(values)
+        flat = settings.flat() | {"seed": "" if settings.seed is None else str(settings.seed)}
+        chosen = [flat[name] for name in self.controls if name not in ("start_s", "end_s")]
+        name = settings.prompt
+        if name in self.prompts:
+            session.set_prompt(self.prompts[name].read_bytes(), name)
+        if session.prompt is None or name != session.prompt_name:
+            return [*chosen, *[gr.skip()] * len(self.prompt_parts)]
+        source = (name, None) if name in self.prompts else (gr.skip(), gr.skip())
+        visible, _, _, end_s = _prompt_update(session)
+        part = settings.start_s, end_s if settings.end_s is None else settings.end_s
+        return [*chosen, *source, visible, prompt_value(session, settings), *part]
 
 
-def packed(piece: Performance) -> str:
-    """Notes as "onset,length,pitch,velocity;", in milliseconds: what grows at its end travels as what was added."""
-    onset = (piece.onset_s * 1000).round().astype(int).tolist()
-    length = ((piece.offset_s - piece.onset_s) * 1000).round().astype(int).tolist()
-    rows = zip(onset, length, piece.pitch.tolist(), piece.velocity.tolist(), strict=True)
-    return "".join(f"{on},{held},{pitch},{velocity};" for on, held, pitch, velocity in rows)
-
-
-def _status(session: Session) -> str:
-    if not session.takes or session.making:
-        return session.status
-    return f"{session.status} [Link to these settings]({session.take.settings.link()})"
-
-
-def _reported(session: Session, take: Take) -> dict[str, Any]:
+def _sampling_sliders() -> dict[str, gr.Slider]:
+    """One slider for each field of `SamplingOptions`, with its label, range, default and help text."""
+    texts, default = sampling_help(), SamplingOptions()
     return {
-        "finished": not session.making,
-        "status": session.status,
-        "seconds": [round(until_s, 2) for until_s in take.until_s],
-        "notes": [len(piece) for piece in take.pieces],
-        "seeds": list(take.seeds),
-        "latents": take.latents,
+        name: gr.Slider(
+            option.metadata["minimum"],
+            option.metadata["maximum"],
+            value=getattr(default, name),
+            step=option.metadata["step"],
+            label=option.metadata["label"],
+            info=texts[name][:1].upper() + texts[name][1:],
+        )
+        for name, option in SAMPLING.items()
     }
 
 
-def _name(request: gr.Request) -> str:
-    return str(request.session_hash or secrets.token_hex(8))
-
-
-def _own_folder() -> Path:
-    """A new folder for one download, in what Gradio clears after `FILES_LIVE_S`."""
-    folder = Path(get_upload_folder()) / secrets.token_hex(16)
-    folder.mkdir(parents=True)
-    return folder
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Shows what a person can mend as it is; everything else is our own failure and stays one."""
-    try:
-        yield
-    except (StudioError, GenerationError, SamplingError) as error:
-        raise gr.Error(str(error), print_exception=False) from error
+def _prompt_update(session: Session) -> tuple[Any, ...]:
+    """Values of `prompt_parts` after the first two, with the whole prompt selected."""
+    end_s = None if session.prompt is None else round(session.prompt.duration_s, 1)
+    return gr.update(visible=session.prompt is not None), prompt_value(session, Settings()), 0, end_s

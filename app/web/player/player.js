@@ -1,8 +1,5 @@
-// The player: a piano roll on a canvas, and a piano of real samples. Runs as `js_on_load` of a gr.HTML, which gives it
-// `element`, `props`, `trigger` and `watch`. `props.value` is what app/web.py `shown` makes:
-//   {piece, kind, join, making, autoplay, message, start, end, chosen, variations: [{seed, until, notes, open}]}
-// where `notes` and `open` hold "onset,length,pitch,velocity;" in milliseconds. `notes` only ever grows while a piece
-// is made, so only its new end travels and is parsed; the notes in `open` still sound, or may still change.
+// The player: a piano roll on a canvas, played on the `Piano` of piano.js. Both run as `js_on_load` of a gr.HTML, which
+// provides `element`, `props`, `trigger` and `watch`. app/web/player/__init__.py describes `props.value`.
 
 const root = element.querySelector('.player');
 const find = (name) => root.querySelector('.' + name);
@@ -10,81 +7,21 @@ const [playButton, roll, strips, time, count, waiting] =
   ['play', 'roll', 'strips', 'time', 'count', 'waiting'].map(find);
 const clock = (s) => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, '0')}`;
 
-// ---------------------------------------------------------------- the piano, shared by all players of the page
-
-class Piano {
-  constructor(samples) {
-    this.samples = samples;
-    this.buffers = new Map();
-    const pitches = Array.from({ length: 30 }, (_, n) => 21 + 3 * n);
-    pitches.sort((a, b) => Math.abs(a - 62) - Math.abs(b - 62)); // the middle of the keyboard first
-    this.loading = (async () => { for (const pitch of pitches) await this.load(pitch); })();
-  }
-
-  ready() { // browsers allow sound only once the person has touched the page
-    if (!this.context) {
-      this.context = new AudioContext();
-      const limiter = new DynamicsCompressorNode(this.context, { threshold: -6, ratio: 12, attack: 0.003, release: 0.2 });
-      this.output = new GainNode(this.context, { gain: 0.8 });
-      this.output.connect(limiter).connect(this.context.destination);
-    }
-    if (this.context.state === 'suspended') this.context.resume();
-    return this.context;
-  }
-
-  async load(pitch) {
-    const data = await (await fetch(`${this.samples}${pitch}.ogg`)).arrayBuffer();
-    const whole = await new OfflineAudioContext(2, 1, 48000).decodeAudioData(data); // needs no touch of the page
-    const left = whole.getChannelData(0);
-    let peak = 0;
-    for (let n = 0; n < whole.sampleRate; n++) peak = Math.max(peak, Math.abs(left[n]));
-    let first = 0; // as music_ar.audio: from 2 ms before the sound begins, at most 8 s
-    while (first < whole.sampleRate / 4 && Math.abs(left[first]) < 0.02 * peak) first++;
-    first = Math.max(0, first - whole.sampleRate / 500);
-    const length = Math.min(whole.length - first, 8 * whole.sampleRate);
-    const buffer = new AudioBuffer({ length, numberOfChannels: whole.numberOfChannels, sampleRate: whole.sampleRate });
-    for (let side = 0; side < whole.numberOfChannels; side++)
-      buffer.copyToChannel(whole.getChannelData(side).subarray(first, first + length), side);
-    this.buffers.set(pitch, buffer);
-  }
-
-  strike(pitch, velocity, when) {
-    let nearest = null;
-    for (const sampled of this.buffers.keys())
-      if (nearest === null || Math.abs(sampled - pitch) < Math.abs(nearest - pitch)) nearest = sampled;
-    if (nearest === null) return null;
-    const rate = 2 ** ((pitch - nearest) / 12);
-    const source = new AudioBufferSourceNode(this.context, { buffer: this.buffers.get(nearest), playbackRate: rate });
-    const hertz = 440 * 2 ** ((pitch - 69) / 12);
-    const brightness = Math.min(1, velocity / 100) ** 1.5;
-    const frequency = Math.min(20000, Math.max(500, 2 * hertz) + 16000 * brightness ** 2);
-    const filter = new BiquadFilterNode(this.context, { type: 'lowpass', Q: -3, frequency });
-    const gain = new GainNode(this.context, { gain: 0.4 * (velocity / 76) ** 1.6 });
-    source.connect(filter).connect(gain).connect(this.output);
-    source.start(when);
-    return { source, gain, fade: pitch > 88 ? 0.4 : 0.06 };
-  }
-
-  release(voice, when, fade = voice.fade) {
-    voice.gain.gain.setTargetAtTime(0, when, fade);
-    voice.source.stop(when + 8 * fade);
-  }
-}
-
+// One piano for all players of the page.
 const piano = (window.musicArPiano ??= new Piano(root.dataset.samples));
 for (const gesture of ['pointerdown', 'keydown']) document.addEventListener(gesture, () => piano.ready());
 
-// ---------------------------------------------------------------- the music that Python sent
+// ---------------------------------------------------------------- music from Python
 
 let piece = null; // which piece is shown
-let state = { kind: root.dataset.kind, join: 0, making: false, start: 0, end: 0, variations: [] };
+let state = { kind: root.dataset.kind, join: 0, generating: false, start: 0, end: 0, variations: [] };
 let variations = []; // {seed, until, text, final: [note], notes: [note]}, notes sorted by onset
 let chosen = 0;
-let making = false;
-let toPlay = false; // a piece begins to sound with its first notes
+let generating = false;
+let startWithNotes = false; // playback starts as soon as there are notes
 let dirty = true;
 
-const PROMPT_LEAD_S = 4; // of the prompt are heard again, while it is read
+const PROMPT_LEAD_S = 4; // playback starts this long before the end of the prompt
 const empty = { seed: null, until: 0, text: '', final: [], notes: [] };
 const current = () => variations[chosen] ?? empty;
 
@@ -99,27 +36,27 @@ function receive() {
   const value = props.value;
   if (!value || typeof value !== 'object') return;
   const fresh = value.piece !== piece, was = length();
-  if (fresh) { pause(); variations = []; position = 0; chosen = 0; toPlay = false; piece = value.piece; }
+  if (fresh) { pause(); variations = []; position = 0; chosen = 0; startWithNotes = false; piece = value.piece; }
   state = value;
   variations = value.variations.map(({ seed, until, notes, open }, number) => {
     const before = variations[number];
     const grows = before && notes.startsWith(before.text);
     const final = grows ? before.final.concat(parse(notes.slice(before.text.length))) : parse(notes);
-    // Notes at the very end may still be held: their ends are not known before the music is finished.
-    const rest = parse(open).map((note) => ({ ...note, held: value.making && note.off >= until - 0.02 }));
+    // Notes that reach the end of what is known may last longer: their ends are still unknown.
+    const rest = parse(open).map((note) => ({ ...note, held: value.generating && note.off >= until - 0.02 }));
     return { seed, until, text: notes, final, notes: final.concat(rest) };
   });
   chosen = Math.min(value.chosen ?? chosen, Math.max(0, variations.length - 1));
   position = Math.min(position, length());
-  const begins = value.autoplay && (fresh || !making);
-  making = value.making;
-  // A new piece is heard from the end of its prompt, an extension from where it goes on; both once there are notes.
+  const begins = value.autoplay && (fresh || !generating);
+  generating = value.generating;
+  // A new piece plays from just before the end of its prompt, an extension from just before the old end.
   if (begins) {
-    toPlay = true;
+    startWithNotes = true;
     if (!playing) position = Math.max(0, fresh ? value.join - PROMPT_LEAD_S : was - 2);
     root.scrollIntoView({ block: 'nearest', behavior: 'smooth' });
   }
-  if (toPlay && current().notes.length) { toPlay = false; play(); }
+  if (startWithNotes && current().notes.length) { startWithNotes = false; play(); }
   if (playing) settle();
   buildStrips();
   dirty = true;
@@ -130,7 +67,7 @@ const length = () => Math.max(0, ...variations.map((variation) => variation.unti
 // ---------------------------------------------------------------- playing
 
 let playing = false, position = 0, startedAt = 0, startedFrom = 0, next = 0;
-const voices = new Map(); // "onset pitch" -> voice, of the notes that sound
+const voices = new Map(); // "onset pitch" -> voice, for notes without a scheduled release
 
 function now() {
   return playing && startedAt !== null ? startedFrom + Math.max(0, piano.context.currentTime - startedAt) : position;
@@ -140,7 +77,7 @@ function play() {
   if (playing || !current().notes.length) return;
   piano.ready();
   window.dispatchEvent(new CustomEvent('music-ar-play', { detail: root }));
-  if (!state.making && position >= current().until - 0.05) position = state.kind === 'prompt' ? state.start : 0;
+  if (!state.generating && position >= current().until - 0.05) position = state.kind === 'prompt' ? state.start : 0;
   playing = true;
   startedAt = null;
   tick();
@@ -169,7 +106,7 @@ function seek(seconds) {
 
 function key(note) { return `${note.on} ${note.pitch}`; }
 
-// Notes that were held when they were struck: now their ends may be known.
+// Schedules the release of sounding notes whose ends have become known.
 function settle() {
   for (const note of current().notes) if (!note.held) releaseAtEnd(note);
 }
@@ -183,8 +120,8 @@ function releaseAtEnd(note) {
   ringing.push({ voice, until: when });
 }
 
-let ringing = []; // voices with a release that lies ahead: a pause must end them sooner
-function hush() {
+let ringing = []; // voices with a scheduled release, which a pause must bring forward
+function cutRinging() {
   for (const { voice } of ringing) piano.release(voice, piano.context.currentTime, 0.03);
   ringing = [];
 }
@@ -193,8 +130,8 @@ function tick() {
   if (!playing) return;
   const { until, notes } = current();
   const end = state.kind === 'prompt' ? Math.min(until, state.end || until) : until;
-  if (startedAt === null) { // about to begin, or waiting for more music
-    const enough = !state.making || until - position > 1.5;
+  if (startedAt === null) { // about to start, or waiting for more music
+    const enough = !state.generating || until - position > 1.5;
     if (enough && piano.buffers.size > 3) {
       startedAt = piano.context.currentTime + 0.06;
       startedFrom = position;
@@ -207,10 +144,10 @@ function tick() {
   const at = now();
   if (at >= end) {
     position = end;
-    if (state.making) { startedAt = null; waiting.hidden = false; return; }
+    if (state.generating) { startedAt = null; waiting.hidden = false; return; }
     if (at >= end + 0.3) { stop(); position = end; return; }
   }
-  const ahead = document.hidden ? 1.6 : 0.25; // hidden pages are called once a second
+  const ahead = document.hidden ? 1.6 : 0.25; // seconds; browsers run the timers of hidden pages once a second
   while (next < notes.length && notes[next].on < Math.min(at + ahead, end)) {
     const note = notes[next++];
     voices.set(key(note), piano.strike(note.pitch, note.velocity, Math.max(0, startedAt + note.on - startedFrom)));
@@ -222,7 +159,7 @@ function tick() {
 setInterval(tick, 40);
 window.addEventListener('music-ar-play', (event) => { if (event.detail !== root) pause(); });
 
-function pause() { stop(); hush(); }
+function pause() { stop(); cutRinging(); }
 function toggle() { playing ? pause() : play(); }
 
 // ---------------------------------------------------------------- drawing
@@ -233,7 +170,7 @@ let view = { from: 0, span: 10 };
 function colours() {
   const style = getComputedStyle(root);
   const pick = (name) => style.getPropertyValue(name).trim();
-  return { prompt: pick('--prompt-note'), made: pick('--made-note'), sounding: pick('--sounding-note'),
+  return { prompt: pick('--prompt-note'), generated: pick('--generated-note'), sounding: pick('--sounding-note'),
     text: pick('--body-text-color-subdued'), line: pick('--border-color-primary'), shade: pick('--background-fill-secondary') };
 }
 
@@ -264,7 +201,7 @@ function drawNotes(pen, notes, width, height, from, span, ink, at) {
     const x = ((note.on - from) / span) * width;
     const wide = Math.max(1.5, ((note.off - note.on) / span) * width - 0.5);
     const sounds = at !== null && note.on <= at && at < note.off;
-    pen.fillStyle = sounds ? ink.sounding : note.on < state.join - 0.005 || state.kind === 'prompt' ? ink.prompt : ink.made;
+    pen.fillStyle = sounds ? ink.sounding : note.on < state.join - 0.005 || state.kind === 'prompt' ? ink.prompt : ink.generated;
     pen.globalAlpha = 0.45 + 0.55 * Math.min(1, note.velocity / 100);
     pen.beginPath();
     pen.roundRect(x, (high - note.pitch) * tall, wide, Math.max(2, tall - 1), Math.min(2, tall / 3));
@@ -276,7 +213,7 @@ function drawNotes(pen, notes, width, height, from, span, ink, at) {
 function drawRoll() {
   const { pen, width, height } = prepare(roll);
   if (!width) return;
-  const ink = colours(), at = now(), whole = Math.max(length(), state.making ? 10 : 1);
+  const ink = colours(), at = now(), whole = Math.max(length(), state.generating ? 10 : 1);
   pen.textAlign = 'left';
   if (!current().notes.length) {
     pen.font = '14px sans-serif';
@@ -311,17 +248,17 @@ function drawRoll() {
     pen.fillRect(0, 0, x(a), bottom);
     pen.fillRect(x(b), 0, width - x(b), bottom);
     pen.globalAlpha = 1;
-    pen.fillStyle = ink.made;
+    pen.fillStyle = ink.generated;
     pen.fillRect(Math.max(0, x(a) - 1), 0, 3, bottom);
     pen.fillRect(Math.min(width - 3, x(b) - 1), 0, 3, bottom);
   } else if (state.join > view.from && current().notes.length) {
-    pen.fillStyle = ink.made;
+    pen.fillStyle = ink.generated;
     pen.fillRect(x(state.join) - 0.5, 0, 1.5, bottom);
     pen.fillStyle = ink.text;
     if (x(state.join) > 50) pen.fillText('prompt', Math.max(4, x(state.join) - 44), 13);
   }
-  if (state.making && x(current().until) < width) {
-    pen.strokeStyle = ink.made;
+  if (state.generating && x(current().until) < width) {
+    pen.strokeStyle = ink.generated;
     pen.setLineDash([3, 3]);
     pen.beginPath(); pen.moveTo(x(current().until), 0); pen.lineTo(x(current().until), bottom); pen.stroke();
     pen.setLineDash([]);
@@ -345,14 +282,14 @@ function buildStrips() {
   }
   [...strips.children].forEach((strip, number) => {
     strip.setAttribute('aria-checked', String(number === chosen));
-    strip.tabIndex = number === chosen ? 0 : -1; // as in every radio group, arrows go to the others
+    strip.tabIndex = number === chosen ? 0 : -1; // arrow keys reach the others, as in any radio group
     strip.firstChild.textContent = `${number + 1} · seed ${variations[number].seed}`;
     const { pen, width, height } = prepare(strip.lastChild);
     drawNotes(pen, variations[number].notes, width, height, 0, Math.max(1, length()), colours(), null);
   });
 }
 
-function choose(number) { // the same moment of another variation
+function choose(number) { // another variation, at the same moment
   const at = now(), was = playing;
   pause();
   chosen = number;
@@ -374,26 +311,26 @@ function draw() {
   if (!root.isConnected) return;
   if (playing || dirty) {
     dirty = false;
-    const at = now(), whole = length(), sung = current().notes.length;
-    root.dataset.notes = sung;
+    const at = now(), whole = length(), noteCount = current().notes.length;
+    root.dataset.notes = noteCount;
     root.dataset.position = at.toFixed(2);
     root.dataset.playing = playing && startedAt !== null;
-    root.dataset.making = Boolean(state.making);
+    root.dataset.generating = Boolean(state.generating);
     playButton.textContent = playing ? '❚❚' : '▶';
     playButton.setAttribute('aria-label', playing ? 'Pause' : 'Play');
-    playButton.disabled = !sung;
+    playButton.disabled = !noteCount;
     time.textContent = `${clock(at)} / ${clock(whole)}`;
-    count.textContent = sung ? `${sung.toLocaleString('en')} notes` : '';
+    count.textContent = noteCount ? `${noteCount.toLocaleString('en')} notes` : '';
     if (!playing) waiting.hidden = true;
     roll.setAttribute('aria-valuemax', whole.toFixed(1));
     roll.setAttribute('aria-valuenow', at.toFixed(1));
-    roll.setAttribute('aria-valuetext', `${clock(at)} of ${clock(whole)}, ${sung} notes`);
+    roll.setAttribute('aria-valuetext', `${clock(at)} of ${clock(whole)}, ${noteCount} notes`);
     drawRoll();
   }
   requestAnimationFrame(draw);
 }
 
-// ---------------------------------------------------------------- hands
+// ---------------------------------------------------------------- mouse, touch and keyboard
 
 const secondsAt = (event) => {
   const box = roll.getBoundingClientRect();
@@ -436,7 +373,7 @@ document.addEventListener('keydown', (event) => {
   const idle = target === document.body && (window.musicArLast ?? document.querySelector('.player.piece')) === root;
   const act = strips.contains(target) && stripKeys[event.key] || keys[event.key];
   if (!(mine || idle) || !act || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (mine && target.tagName === 'BUTTON' && event.key === ' ') return; // the button does it
+  if (mine && target.tagName === 'BUTTON' && event.key === ' ') return; // the button handles it
   event.preventDefault();
   act();
 });

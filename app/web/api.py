@@ -1,0 +1,137 @@
+"""The HTTP API: the endpoints `/generate`, `/continue` and `/info`, for `gradio_client` and other programs."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.web.calls import DEVICE, download_folder, errors_in_words, session_name
+from app.web.export import write_file
+from app.web.manager import SessionManager
+from app.web.session import Revision, Session
+from app.web.settings import AUTO, MAX_SECONDS, MAX_VARIATIONS, SAMPLING, Settings, sampling_help
+
+Result = tuple[dict[str, Any], list[str] | None]
+"""Progress, and with the last result the MIDI files."""
+
+LICENCE = (
+    "The model may repeat music that it was trained on. Before you publish a piece, compare it with MAESTRO. "
+    "The weights are licensed under CC BY-NC-SA 4.0: credit the source, no commercial use, share alike. "
+    "Piano samples: Salamander Grand Piano V3 by Alexander Holm, CC BY 3.0."
+)
+# Programs may pass these by position, so this order stays. Other sampling options follow them.
+_ORDER = ("seconds", "latents", "variations", "temperature", "top_p", "seed", "start_s", "end_s", "steadiness")
+_HELP = {
+    "prompt": "MIDI file to continue; none generates a new piece.",
+    "seconds": "length of the music to generate, in seconds.",
+    "latents": f"latent budget: more is better and slower; {AUTO} takes the most that keep ahead of playback.",
+    "variations": f"number of pieces to generate at once, up to {MAX_VARIATIONS}.",
+    "seed": "seed of the first variation; none takes a random one.",
+    "start_s": "start of the part of the prompt to use, in seconds.",
+    "end_s": "end of that part, in seconds; none is the end of the file.",
+}
+
+
+class Api:
+    """The endpoints.
+
+    Args:
+        manager: whose music they generate.
+    """
+
+    def __init__(self, manager: SessionManager):
+        self.manager = manager
+
+    def layout(self) -> None:
+        """Add the endpoints to a page. Their components are never shown."""
+        names = [*_ORDER, *(name for name in SAMPLING if name not in _ORDER)]
+        defaults = Settings().flat()
+        with gr.Group(visible=False):
+            prompt = gr.File(label="prompt", file_types=[".mid", ".midi"])
+            values = [_number(name, defaults[name]) for name in names]
+            seconds, variation = _number("seconds", 30.0), _number("variation", 0)
+            results = [gr.JSON(label="progress"), gr.File(label="files", file_count="multiple")]
+            info = gr.JSON(label="info")
+            buttons = [gr.Button() for _ in range(3)]
+        generate = _with_parameters(self.generate, {"prompt": None} | {name: defaults[name] for name in names})
+        buttons[0].click(generate, [prompt, *values], results, api_name="generate", **DEVICE)
+        buttons[1].click(self.extend, [seconds, variation], results, api_name="continue", **DEVICE)
+        buttons[2].click(self.info, None, info, api_name="info", queue=False)
+
+    def generate(self, request: gr.Request, values: dict[str, Any]) -> Iterator[Result]:
+        """Generate pieces, new ones or continuations of a MIDI file."""
+        session, prompt = self.manager.session(session_name(request)), values["prompt"]
+        with errors_in_words():
+            settings = Settings.read(values | {"prompt": ""})
+            session.set_prompt(None if prompt is None else Path(prompt).read_bytes(), Path(prompt or "").name)
+            yield from _results(session, self.manager.generate(session, settings))
+
+    def extend(self, request: gr.Request, seconds: float = 30, variation: int = 0) -> Iterator[Result]:
+        """Continue a variation of what this client generated last.
+
+        Args:
+            request: identifies the client.
+            seconds: length of the music to add, in seconds.
+            variation: number of the variation to continue, from 0.
+        """
+        session = self.manager.session(session_name(request))
+        session.choose(variation)
+        with errors_in_words():
+            yield from _results(session, self.manager.extend(session, Settings.read({"seconds": seconds}).seconds))
+
+    def info(self) -> dict[str, Any]:
+        """Limits and speed of this server."""
+        return {
+            "most_latents": self.manager.machine.most_latents,
+            "auto": self.manager.machine.cost(AUTO),
+            "most_variations": MAX_VARIATIONS,
+            "most_seconds": MAX_SECONDS,
+            "warm": self.manager.machine.warm,
+            "licence": LICENCE,
+        }
+
+
+def _number(name: str, default: float | None) -> gr.Number:
+    whole = isinstance(default, int) or name == "seed"
+    return gr.Number(default, label=name, precision=0 if whole else None)
+
+
+def _with_parameters(handler: Callable[..., Iterator[Result]], defaults: dict[str, Any]) -> Callable[..., Any]:
+    """Make a function with one parameter for each name, which Gradio needs, of a handler that takes a dictionary."""
+
+    def call(request: gr.Request, *values: Any) -> Iterator[Result]:
+        yield from handler(request, dict(zip(defaults, values, strict=True)))
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind, default=default) for name, default in defaults.items()]
+    described: Any = call
+    described.__signature__ = inspect.Signature([inspect.Parameter("request", kind), *parameters])
+    texts = _HELP | sampling_help()
+    described.__doc__ = "\n".join([f"{handler.__doc__}\n\nArgs:", *(f"    {name}: {texts[name]}" for name in defaults)])
+    return described
+
+
+def _results(session: Session, revisions: Iterator[Revision]) -> Iterator[Result]:
+    for revision in revisions:
+        if session.generating:
+            yield _progress(session, revision), None
+    folder, revision, paths = download_folder(), session.revision, []
+    for number, piece in enumerate(revision.pieces):
+        session.choose(number)
+        if len(piece):
+            paths.append(str(write_file(session, "mid", folder)))
+    session.choose(0)
+    yield _progress(session, revision), paths
+
+
+def _progress(session: Session, revision: Revision) -> dict[str, Any]:
+    return {
+        "finished": not session.generating,
+        "status": session.status,
+        "seconds": [round(until_s, 2) for until_s in revision.until_s],
+        "notes": [len(piece) for piece in revision.pieces],
+        "seeds": list(revision.seeds),
+        "latents": revision.latents,
+    }

@@ -1,0 +1,182 @@
+"""The sessions of all tabs and API clients, and the one generator that they share."""
+
+import math
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from app.console import clock
+from app.web.session import Revision, Session, prompt_revision, seeds_in_words
+from app.web.settings import AUTO, MAX_VARIATIONS, Settings
+from app.web.warmup import Activity, Machine
+from music_ar import Chunk, Performance
+from music_ar import Session as Generation
+from music_ar.decoding.request import MAX_SEED
+
+MAX_SESSIONS = 500  # the least recently used are forgotten
+_MAX_GENERATIONS = 4  # whose caches are kept on the device, to extend the music from there
+_SECONDS_BETWEEN_REVISIONS = 0.4  # a small model is faster than a page can draw
+
+
+class SessionManager:
+    """Generates music for all sessions.
+
+    The caller of `generate` and `extend` makes sure that only one of them runs at a time, as Gradio's queue does.
+
+    Args:
+        machine: the generator, and what this machine can do with it.
+
+    Attributes:
+        activity: whether a session generates music.
+    """
+
+    def __init__(self, machine: Machine):
+        self.machine = machine
+        self.activity = Activity(self._busy)
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        # Each belongs to the newest revision of its session and continues from there.
+        self._generations: OrderedDict[Session, Generation] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def session(self, name: str) -> Session:
+        """The session of this name, a new one if there is none."""
+        with self._lock:
+            session = self._sessions.setdefault(name, Session())
+            self._sessions.move_to_end(name)
+            oldest = None if len(self._sessions) <= MAX_SESSIONS else next(iter(self._sessions))
+        if oldest is not None:
+            self.forget(oldest)
+        return session
+
+    def forget(self, name: str) -> None:
+        """End the run of a session and free all that it holds."""
+        with self._lock:
+            session = self._sessions.pop(name, None)
+        if session is not None:
+            session.closed = True
+            generating, session.run = session.generating, None
+            if not generating:  # otherwise the run frees its caches when it ends
+                self.free_caches(session)
+
+    def generate(self, session: Session, settings: Settings) -> Iterator[Revision]:
+        """Generate new pieces from the prompt of a session, revision by revision; each replaces the one before it.
+
+        The first revision is there at once and holds the prompt alone, or nothing if the prompt is to be left out.
+
+        Raises:
+            WebError, GenerationError: it cannot be done as asked.
+        """
+        run = self._begin(session, "Reading the prompt …" if session.prompt else "Beginning …")
+        try:
+            self.free_caches(session)
+            prompt, prompt_seconds = session.cropped_prompt(settings)
+            seed = secrets.randbelow(MAX_SEED - MAX_VARIATIONS + 1) if settings.seed is None else settings.seed
+            settings = settings.model_copy(update={"prompt": session.prompt_name, "seed": seed})
+            part = prompt if prompt is None or prompt_seconds is None else prompt.crop(0, prompt_seconds)
+            session.reading = prompt_revision(part or Performance.empty(), settings, run)
+            yield session.reading
+            latents = settings.latents
+            if latents == AUTO:
+                latents = self.machine.auto_budget(part, settings.variations)
+            self.machine.make_room(latents, settings.variations)
+            generation = self.machine.generator.session(settings.request(prompt, prompt_seconds, latents))
+            session.chosen = 0
+            yield from self._revisions(session, run, generation, settings, generation.prompt_s, run)
+        finally:
+            self._end(session, run)
+
+    def extend(self, session: Session, seconds: float) -> Iterator[Revision]:
+        """Continue the chosen variation; the first revision is the one that it continues.
+
+        Raises:
+            WebError, GenerationError: there is no music yet, or it cannot be done as asked.
+        """
+        revision, chosen = session.revision, session.chosen
+        seed = revision.seeds[chosen]
+        settings = revision.settings.model_copy(update={"seconds": seconds, "variations": 1, "seed": seed})
+        continues = session.runs == revision.number
+        run = self._begin(session, "Continuing …")
+        try:
+            yield revision
+            self.machine.make_room(revision.latents, 1)
+            generation = self._generations.get(session)
+            if continues and generation is not None and not generation.ended[chosen]:
+                generation.keep([chosen])
+            else:  # its caches are gone, or the piece has ended by itself, or the person has undone: read it again
+                self.free_caches(session)
+                another_seed = seed + len(session.revisions)  # the same one would sample the same notes again
+                request = settings.model_copy(update={"seed": another_seed})
+                generation = self.machine.generator.session(
+                    request.request(revision.pieces[chosen], None, revision.latents)
+                )
+            session.chosen = 0
+            yield from self._revisions(session, run, generation, settings, revision.join_s, revision.piece)
+        finally:
+            self._end(session, run)
+
+    def free_caches(self, session: Session) -> None:
+        """Free the caches of a session; its music can still be extended, after it is read again."""
+        with self._lock:
+            generation = self._generations.pop(session, None)
+        if generation is not None:
+            generation.close()
+
+    def _busy(self) -> bool:
+        with self._lock:
+            return any(session.generating for session in self._sessions.values())
+
+    def _begin(self, session: Session, status: str) -> int:
+        self.activity.runs += 1
+        return session.begin(status)
+
+    def _end(self, session: Session, run: int) -> None:
+        session.end(run)
+        if session.closed:
+            self.free_caches(session)
+
+    def _keep_caches(self, session: Session, generation: Generation) -> None:
+        with self._lock:
+            self._generations[session] = generation
+            self._generations.move_to_end(session)
+            oldest = None if len(self._generations) <= _MAX_GENERATIONS else next(iter(self._generations))
+        if oldest is not None:
+            self.free_caches(oldest)
+
+    def _revisions(
+        self, session: Session, run: int, generation: Generation, settings: Settings, join_s: float, piece: int
+    ) -> Iterator[Revision]:
+        self._keep_caches(session, generation)
+        began_s, shown_s = time.monotonic(), -math.inf
+        for chunk in generation.extend(settings.seconds):
+            if session.run != run:  # stopped, or the tab is closed: the last revision shown stays
+                return
+            if not chunk.finished and time.monotonic() < shown_s + _SECONDS_BETWEEN_REVISIONS:
+                continue
+            shown_s = time.monotonic()
+            revision = Revision(
+                number=run,
+                piece=piece,
+                pieces=chunk.performances,
+                until_s=tuple(map(max, (made.duration_s for made in chunk.performances), chunk.final_s)),
+                final_s=(math.inf,) * len(chunk.seeds) if chunk.finished else chunk.final_s,
+                join_s=join_s,
+                seeds=chunk.seeds,
+                latents=generation.latents,
+                settings=settings,
+            )
+            session.show(revision)
+            session.status = _progress(chunk, generation.latents)
+            if chunk.finished:
+                session.end(run)
+                session.status = f"Done in {clock(time.monotonic() - began_s)}. {revision.summary()}"
+            yield revision
+
+
+def _progress(chunk: Chunk, latents: int) -> str:
+    speed = (chunk.seconds_wanted - chunk.seconds_made) / chunk.eta_s if chunk.eta_s > 0 else 0.0
+    return (
+        f"{chunk.seconds_made:.0f} of {chunk.seconds_wanted:.0f} s · {chunk.tokens_per_s:.0f} tokens/s · "
+        f"{speed:.1f}× real time · {clock(chunk.eta_s)} left · {latents} latents · {seeds_in_words(chunk.seeds)}"
+    )

@@ -1,0 +1,188 @@
+"""Speed of the model on this machine, measured and compiled for before somebody has to wait for it."""
+
+import math
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from app.web.memory import release_freed_memory
+from app.web.settings import AUTO
+from music_ar import Generator, Performance, encode, read_midi
+from music_ar.decoding.autotune import MAESTRO_TOKENS_PER_S
+from music_ar.decoding.request import DEFAULT_SPEED
+from music_ar.decoding.state import cache_size
+
+_BUDGETS = (256, 512, 1024, 2048)  # of which "auto" chooses; 64 is hardly faster and costs 0.16 nats per token
+_PROMPT_NOTES = (100, 50, 800, 1600, 20)  # one prompt of each length that is compiled apart, beside the examples
+_VARIATIONS = (1, 2, 4, 3, 8, 6, 5, 7)  # in this order: the likeliest first
+_MAX_PROGRAMS = 6  # each compiled program takes 50 to 140 MB
+
+
+class Machine:
+    """Speed of the model on this machine, and the compiled programs it keeps.
+
+    Args:
+        generator: generates the music.
+        curve: rows of `curve.json`, if known: the NLL in nats per token at each latent budget.
+        prompt_notes: lengths of the prompts that `warm_up_further` compiles for.
+        variations: the numbers of variations that it measures.
+        max_programs: how many compiled programs are kept at most.
+
+    Attributes:
+        warm: whether `warm_up_further` has finished.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        curve: list[dict[str, Any]] | None = None,
+        *,
+        prompt_notes: tuple[int, ...] = _PROMPT_NOTES,
+        variations: tuple[int, ...] = _VARIATIONS,
+        max_programs: int = _MAX_PROGRAMS,
+    ):
+        self.generator = generator
+        self.most_latents = generator.model.config.latents
+        self.warm = False
+        self._nll = {
+            int(row["latents"]): float(row["nats_per_token"])
+            for row in curve or []
+            if row.get("mode", "sliding") == "sliding"
+        }
+        self._prompt_notes, self._variations, self._max_programs = prompt_notes, variations, max_programs
+        self._measuring = threading.Lock()
+        self._measured = {1}
+        self._programs: set[tuple[int, int]] = set()
+
+    def warm_up(self, prompts: Iterable[Path] = ()) -> None:
+        """Measure the speed, and compile what new pieces and prompts like these need.
+
+        Prompts of half their length, and more or less dense ones of the same length, are covered, too.
+        """
+        whole = list(map(read_midi, prompts))
+        for prompt in (None, *whole, *(prompt.crop(0, prompt.duration_s / 2) for prompt in whole)):
+            for latents in {self.auto_budget(None, 1), self.auto_budget(prompt, 1)}:
+                self._try(prompt, latents)
+
+    def warm_up_further(self, prompts: Iterable[Path], ended: threading.Event, activity: "Activity") -> None:
+        """Measure more variations and compile for other prompts, while the page is idle and until `ended` is set.
+
+        The programs are then dropped again, since they take much memory, except those of `warm_up`. JAX keeps them in
+        its cache on disk and loads them from there when they are needed.
+        """
+        for notes in self._prompt_notes:
+            if activity.wait_until_idle(ended):
+                self._try(_even_notes(notes), self.auto_budget(None, 1))
+        for variations in self._variations:
+            for latents in sorted({min(budget, self.most_latents) for budget in (64, *_BUDGETS)}):
+                self._measure_undisturbed(latents, variations, ended, activity)
+            if not ended.is_set():
+                self._measured.add(variations)
+        if activity.wait_until_idle(ended):
+            self._drop_programs()
+            self.warm_up(prompts)
+            self.warm = True
+
+    def _measure_undisturbed(self, latents: int, variations: int, ended: threading.Event, activity: "Activity") -> None:
+        while activity.wait_until_idle(ended):
+            runs = activity.runs
+            with self._measuring:
+                self.make_room(latents, variations)
+                self.generator.autotuner.seconds_per_token(latents, variations, again=True)
+            if activity.runs == runs:  # otherwise a run has taken its share of the machine meanwhile
+                return
+
+    def make_room(self, latents: int, variations: int) -> None:
+        """Drop compiled programs if there would be too many with the one for these settings."""
+        program = cache_size(latents), variations
+        if program not in self._programs and len(self._programs) >= self._max_programs:
+            self._drop_programs()
+        self._programs.add(program)
+
+    def _drop_programs(self) -> None:
+        self._programs.clear()
+        jax.clear_caches()
+        release_freed_memory()
+
+    def _try(self, prompt: Performance | None, latents: int) -> None:
+        self.make_room(latents, 1)
+        for _ in self.generator.stream(prompt, seconds=0.01, latents=latents, seed=0):
+            pass
+
+    def auto_budget(self, prompt: Performance | None, variations: int) -> int:
+        """The largest latent budget that keeps ahead of playback, even if the music gets denser than its prompt."""
+        with self._measuring if variations not in self._measured else nullcontext():
+            autotuner = self.generator.autotuner
+            budget = autotuner.latents(DEFAULT_SPEED, variations=variations)
+            if prompt is not None:
+                budget = min(budget, autotuner.latents(DEFAULT_SPEED, encode(prompt), variations=variations))
+        self._measured.add(variations)
+        return max(budget, min(_BUDGETS[0], self.most_latents))
+
+    def knows(self, variations: int) -> bool:
+        """Whether the speed of this number of variations has been measured."""
+        return variations in self._measured
+
+    def tokens_per_s(self, latents: int, variations: int = 1) -> float:
+        """Estimated speed of each variation at a latent budget, from what was measured."""
+        least, most = min(64, self.most_latents), self.most_latents
+        slow_s, fast_s = (self.generator.autotuner.seconds_per_token(n, variations) for n in (most, least))
+        share = (latents - least) / max(most - least, 1)
+        return 1 / max(fast_s + share * (slow_s - fast_s), 0.5 * fast_s)
+
+    def cost(self, latents: int, variations: int = 1, prompt: Performance | None = None) -> str:
+        """One line on the speed and quality of a latent budget here; "auto" depends on how dense the prompt is."""
+        if not self.knows(variations):
+            return f"Measuring how fast {variations} variations are on this machine …"
+        budget = self.auto_budget(prompt, variations) if latents == AUTO else max(2, latents)
+        each = self.tokens_per_s(budget, variations)
+        chosen = f"**Auto** chooses {budget} latents" if latents == AUTO else f"{budget} latents"
+        text = f"{chosen}: about {each / MAESTRO_TOKENS_PER_S:.1f}× real time"
+        if variations > 1:
+            text += f" in each of {variations} variations"
+        text += f" ({variations * each:.0f} tokens/s)" + self._quality(budget)
+        if each < MAESTRO_TOKENS_PER_S:
+            text += " Playback will pause now and then to wait for the music."
+        return text
+
+    def _quality(self, latents: int) -> str:
+        if not self._nll:
+            return "."
+        nearest = min(self._nll, key=lambda n: abs(math.log(n / latents)))
+        loss = self._nll[nearest] - min(self._nll.values())
+        return f", {loss:.2f} nats per token short of the best quality." if loss >= 0.005 else ", best quality."
+
+
+class Activity:
+    """Whether somebody generates music.
+
+    Args:
+        busy: whether a run is in progress.
+
+    Attributes:
+        runs: number of runs that have begun.
+    """
+
+    def __init__(self, busy: Callable[[], bool]):
+        self._busy = busy
+        self.runs = 0
+
+    def wait_until_idle(self, ended: threading.Event) -> bool:
+        """Wait until no run is in progress. False once `ended` is set."""
+        while not ended.is_set():
+            if not self._busy():
+                return True
+            ended.wait(0.5)
+        return False
+
+
+def _even_notes(number: int) -> Performance:
+    """Notes one after another; each takes four tokens."""
+    onset_s = 0.2 * np.arange(number)
+    pitch = 60 + np.arange(number) % 12
+    return Performance(onset_s=onset_s, offset_s=onset_s + 0.1, pitch=pitch, velocity=np.full(number, 64))
