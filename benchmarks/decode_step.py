@@ -29,7 +29,7 @@ from train_step import longest_kernels, timed
 from music_ar.decoding import backend
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.decoder import Decoder
-from music_ar.decoding.pallas_attention import Heads, Tiling, attend
+from music_ar.decoding.pallas_kernel import Heads, Tiling, attend
 from music_ar.decoding.processors import option_arrays
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.state import cache_size

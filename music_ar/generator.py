@@ -155,18 +155,21 @@ class Generator:
         """
         if batch_size is not None and batch_size < 1:
             raise GenerationError(f"batch_size must be at least 1, got {batch_size}")
-        shared = self._resolved(Request.of(None, **options).with_seed())
+        shared = Request.of(None, **options).with_seed()
+        if shared.latents != "auto":
+            self._checked_latents(shared.latents)
 
         def requests() -> Iterator[Request]:
             for prompt in prompts:
-                whole = isinstance(prompt, Request)
-                yield self._resolved(prompt) if whole else dataclasses.replace(shared, prompt=prompt)
+                yield prompt if isinstance(prompt, Request) else dataclasses.replace(shared, prompt=prompt)
 
         def on_chunk(steps: int) -> None:
             if progress is not None:
                 progress(steps / vocabulary.STEPS_PER_SECOND)
 
-        completions = continuous_batching.complete(self.decoder, requests(), rows=batch_size, on_chunk=on_chunk)
+        completions = continuous_batching.complete(
+            self.decoder, requests(), resolve=self._resolved, rows=batch_size, on_chunk=on_chunk
+        )
         return map(_piece, completions)
 
     def batch_size(self, latents: int | None = None) -> int:

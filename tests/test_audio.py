@@ -1,4 +1,4 @@
-"""The rendered sound, by properties that an ear would check."""
+"""Properties of the synthesized sound that an ear would check."""
 
 import io
 
@@ -7,9 +7,9 @@ import pytest
 import soundfile
 from conftest import make_performance
 
-from music_ar.audio import synthesis
-from music_ar.audio.synthesis import SAMPLE_RATE, TAIL_S, AudioError, render, write_audio
-from music_ar.midi.performance import Performance
+from music_ar.audio import AudioError, render, synthesis, write_audio
+from music_ar.audio.synthesis import SAMPLE_RATE, TAIL_S
+from music_ar.midi import Performance
 
 
 def notes(*rows):
@@ -29,7 +29,7 @@ def loudest_hz(sound, start_s, end_s):
     return float(np.argmax(spectrum) * SAMPLE_RATE / len(part))
 
 
-def test_sound_is_where_the_notes_are_and_lasts_as_long():
+def test_sound_begins_and_ends_with_the_notes():
     sound = render(notes((1, 1.5, 60, 80), (3, 3.2, 67, 80)))
     assert sound.dtype == np.float32
     assert sound.shape == (round((3.2 + TAIL_S) * SAMPLE_RATE), 2)
@@ -40,7 +40,7 @@ def test_sound_is_where_the_notes_are_and_lasts_as_long():
     assert np.abs(sound[-100:]).max() < 1e-6
 
 
-def test_no_notes_are_silence():
+def test_a_performance_without_notes_is_silent():
     assert not render(Performance.empty()).any()
 
 
@@ -49,7 +49,7 @@ def test_every_key_has_its_pitch(pitch):
     heard = loudest_hz(render(notes((0, 2, pitch, 80))), 0.1, 2)
     partials = heard / (440 * 2 ** ((pitch - 69) / 12))
     assert abs(partials / max(1, round(partials)) - 1) < 0.015  # a quarter of a semitone
-    assert round(partials) <= (1 if pitch > 65 else 4)  # in the bass an overtone may be the loudest
+    assert round(partials) <= (1 if pitch > 65 else 4)  # in the bass an overtone may be loudest
 
 
 @pytest.mark.parametrize("pitch", range(0, 128, 7))
@@ -77,8 +77,8 @@ def test_overlapping_notes_add_up():
 
 
 @pytest.mark.parametrize("pitch", [40, 61, 100])
-def test_a_note_sounds_alike_whatever_else_its_key_plays(pitch):
-    """Of a key as much is read as its longest note needs."""
+def test_a_note_sounds_the_same_whatever_else_its_key_plays(pitch):
+    """As much of a sample is read as the longest note of its key needs."""
     short = notes((0, 0.4, pitch, 80))
     alone = render(short)
     with_longer = render(notes((0, 0.4, pitch, 80), (3, 5, pitch, 80), (6, 14, pitch, 80)))
@@ -92,7 +92,7 @@ def test_a_thousand_notes_at_once_do_not_clip():
 
 
 def test_a_release_does_not_click():
-    """A cut would be a jump; the greatest step between two frames stays that of the held note."""
+    """A cut would be a jump: the largest step between two frames stays that of the held note."""
     held, released = render(notes((0, 3, 57, 90))), render(notes((0, 1.0, 57, 90)))
     around = slice(round(0.99 * SAMPLE_RATE), round(1.5 * SAMPLE_RATE))
     assert np.abs(np.diff(released[around], axis=0)).max() <= np.abs(np.diff(held[around], axis=0)).max() * 1.05
@@ -105,14 +105,14 @@ def test_left_and_right_differ():
 
 
 @pytest.mark.parametrize("format", ["wav", "flac", "mp3"])
-def test_files_hold_the_sound(tmp_path, format):
+def test_files_contain_the_sound_and_its_tags(tmp_path, format):
     piece = make_performance(1, notes=20)
     path = tmp_path / f"piece.{format}"
     write_audio(piece, path, title="A piece", comment="seed 7")
     read, rate = soundfile.read(path)
     expected = render(piece)
     assert rate == SAMPLE_RATE
-    assert abs(len(read) - len(expected)) < 0.1 * SAMPLE_RATE  # MP3 has frames of its own
+    assert abs(len(read) - len(expected)) < 0.1 * SAMPLE_RATE  # MP3 pads to whole frames
     assert np.sqrt(np.mean(read**2)) == pytest.approx(np.sqrt(np.mean(expected**2)), rel=0.03)
     with soundfile.SoundFile(path) as file:
         assert file.title == "A piece"
@@ -129,7 +129,7 @@ def test_an_open_file_needs_a_format():
         write_audio(make_performance(1, notes=5), io.BytesIO())
 
 
-def test_an_unknown_format_leaves_nothing_behind(tmp_path):
+def test_an_unknown_format_leaves_no_file(tmp_path):
     with pytest.raises(AudioError, match="'ogg'"):
         write_audio(make_performance(1, notes=5), tmp_path / "piece.ogg")
     assert not list(tmp_path.iterdir())
@@ -139,7 +139,7 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "piece.wav"
     path.write_bytes(b"old")
 
-    def fail(performance):
+    def fail(_):
         raise MemoryError
 
     monkeypatch.setattr(synthesis, "render", fail)

@@ -1,11 +1,11 @@
-"""Distances between sets of pieces: nothing for equal ones, the shift for shifted ones, and a fair yardstick."""
+"""Distances between feature distributions: 0 for equal ones, the shift for shifted ones, and a fair baseline."""
 
 import numpy as np
 import pytest
 from conftest import make_performance
 
 from music_ar.metrics.distributions import FEATURES, compare, distance, features
-from music_ar.midi.performance import Performance
+from music_ar.midi import Performance
 
 
 def louder(performance, by):
@@ -18,12 +18,12 @@ def louder(performance, by):
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_equal_samples_are_no_distance_apart(name):
+def test_equal_samples_have_distance_zero(name):
     sample = np.random.default_rng(0).integers(0, 12, 50).astype(float)
     assert distance(name, sample, sample[::-1]) == 0
 
 
-def test_a_shift_is_its_own_distance():
+def test_the_distance_of_shifted_samples_is_the_shift():
     sample = np.random.default_rng(0).normal(size=50)
     assert distance("duration", sample, sample + 0.3) == pytest.approx(0.3)
 
@@ -36,7 +36,7 @@ def test_pitch_classes_have_no_order():
 
 def test_features_by_hand():
     piece = Performance(
-        onset_s=np.array([3.0, 3.02, 4.0, 12.5]),  # time counts from the first note
+        onset_s=np.array([3.0, 3.02, 4.0, 12.5]),  # time is measured from the first note
         offset_s=np.array([5.0, 5.0, 4.5, 13.0]),
         pitch=np.array([64, 60, 72, 61]),
         velocity=np.array([50, 60, 70, 80]),
@@ -44,7 +44,7 @@ def test_features_by_hand():
     found = features(piece)
     assert set(found) == set(FEATURES)
     assert found["pitch class"].tolist() == [4, 0, 0, 1]
-    assert found["melodic interval"].tolist() == [4, 8, -11]  # the chord from below
+    assert found["melodic interval"].tolist() == [4, 8, -11]  # the chord in rising order
     np.testing.assert_allclose(found["inter-onset"], [0.02, 0.98, 8.5])
     np.testing.assert_allclose(found["duration"], [2.0, 1.98, 0.5, 0.5])
     assert found["velocity"].tolist() == [50, 60, 70, 80]
@@ -57,7 +57,7 @@ def test_features_by_hand():
     assert not len(found["self-similarity, 15 s"])
 
 
-def test_music_is_like_itself_where_it_repeats():
+def test_self_similarity_is_high_where_music_repeats():
     onset_s = np.arange(0, 60, 0.5)
     piece = Performance(
         onset_s=onset_s,
@@ -72,19 +72,19 @@ def test_music_is_like_itself_where_it_repeats():
     assert not len(found["self-similarity, 60 s"])
 
 
-def test_pieces_of_one_kind_are_within_the_yardstick_and_louder_ones_are_not():
+def test_similar_pieces_are_near_the_baseline_and_louder_ones_are_not():
     real = [make_performance(seed) for seed in range(12)]
-    alike = [make_performance(seed) for seed in range(100, 104)]
-    same, loud = compare(alike, real), compare([louder(piece, 15) for piece in alike], real)
+    similar = [make_performance(seed) for seed in range(100, 104)]
+    same, loud = compare(similar, real), compare([louder(piece, 15) for piece in similar], real)
     assert set(same) == set(FEATURES) - {"self-similarity, 30 s", "self-similarity, 60 s"}  # the pieces are too short
     assert max(each.ratio for each in same.values()) < 3
     assert loud["velocity"].distance == pytest.approx(15, abs=2)
     assert loud["velocity"].ratio > 5 * same["velocity"].ratio
     assert all(loud[name] == same[name] for name in same if name != "velocity")
-    assert all(each.yardstick <= each.yardstick_most for each in same.values())
+    assert all(each.baseline <= each.baseline_max for each in same.values())
 
 
-def test_real_pieces_that_are_all_alike_are_no_yardstick():
+def test_ratio_of_a_baseline_of_zero():
     piece = make_performance(0)
     assert compare([piece], [piece, piece])["velocity"].ratio == 1
     assert compare([louder(piece, 1)], [piece, piece])["velocity"].ratio == np.inf
@@ -98,5 +98,5 @@ def test_too_few_pieces_are_refused():
         compare([piece], [piece])
 
 
-def test_silence_is_no_figure():
+def test_silence_has_no_samples():
     assert not any(len(samples) for samples in features(Performance.empty()).values())

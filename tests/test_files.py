@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes: the new file or the old one, whatever fails."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from music_ar.files import replacing, write_atomically
 
 
-def test_whole_files_are_replaced(tmp_path):
+def test_a_file_is_replaced(tmp_path):
     path = tmp_path / "file"
     write_atomically(path, b"old")
     write_atomically(path, b"new")
@@ -31,7 +31,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, f
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_error_names_the_file_that_was_meant(tmp_path):
+def test_the_error_names_the_target_not_the_partial_file(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         write_atomically(tmp_path / "nowhere" / "file", b"")
     assert caught.value.filename == str(tmp_path / "nowhere" / "file")
@@ -44,7 +44,7 @@ def test_an_error_in_the_block_keeps_its_own_file_name(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_named_part_that_a_killed_process_left_is_written_over(tmp_path):
+def test_a_named_partial_file_that_a_killed_process_left_is_overwritten(tmp_path):
     path, part = tmp_path / "file", tmp_path / ".part.file"
     part.write_bytes(b"the beginning of something longer")
     with replacing(path, part=part) as file:

@@ -1,55 +1,40 @@
-"""What an epoch adds up to, what a window holds, how a position is restored, and which folders are refused."""
+"""What an epoch adds up to, what a window holds, and how a position is restored."""
 
-import dataclasses
 import itertools
 import json
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_maestro import archive_files, forget_compositions, random_performance, write_zip
+from tiny_maestro import LENGTHS, numbered_pieces, pieces_of, random_pieces
 
-from data_pipeline.augmentation.mode_and_rubato import AS_PLAYED, VIEW_SIZE, Variation, view
-from data_pipeline.augmentation.transforms import Augmentation, louden, transpose
-from data_pipeline.loader import Pieces, batches, windows_per_epoch
-from data_pipeline.maestro import DatasetError
-from data_pipeline.prepare import PieceRecord, prepare_maestro
-from music_ar.tokens.codec import encode
+from data_pipeline.augmentation.mode_and_rubato import LABEL_SIZE, PieceAugmentation, augmentation_label
+from data_pipeline.augmentation.transforms import Augmentation, shift_velocity, transpose
+from data_pipeline.dataset import Pieces
+from data_pipeline.loader import LoaderConfig, batches
+from data_pipeline.windows import Windows
 from music_ar.tokens.vocabulary import END, NOTE_OFF, PAD, START, TIME_SHIFT, VELOCITY
 
 CONTEXT, LATENTS = 24, 8
-# Shorter than, as long as, and longer than a block of targets; whole multiples and not; longer than the context.
-LENGTHS = (2, 5, 8, 9, 10, 16, 17, 24, 60, 101)
-
-
-def pieces_of(arrays, compositions=None):
-    records = [
-        PieceRecord(name=str(number), start=0, tokens=len(tokens) - 2, notes=1, seconds=1.0, composition=composition)
-        for number, (tokens, composition) in enumerate(
-            zip(arrays, compositions or map(str, range(len(arrays))), strict=True)
-        )
-    ]
-    return Pieces(tokens=tuple(arrays), records=tuple(records), variations=(AS_PLAYED,) * len(records))
 
 
 @pytest.fixture
 def numbered():
-    """Pieces whose tokens are all different numbers, so that a window shows where it was cut; no number is PAD."""
-    starts = 1000 + np.cumsum((0, *LENGTHS))
-    return pieces_of(
-        [np.arange(start, start + length, dtype=np.uint16) for start, length in zip(starts[:-1], LENGTHS, strict=True)]
-    )
+    return numbered_pieces()
 
 
 @pytest.fixture(scope="module")
 def music():
-    """Six pieces of real events."""
-    events = [encode(random_performance(seed, notes)) for seed, notes in enumerate((10, 40, 80, 160, 300, 500))]
-    return pieces_of([np.array([START, *tokens, END], np.uint16) for tokens in events])
+    return random_pieces()
 
 
 def make(*parts, batch_size=1, seed=0, **options):
-    return batches(*parts, context=CONTEXT, latents=LATENTS, batch_size=batch_size, seed=seed, **options)
+    config = LoaderConfig(context=CONTEXT, latents=LATENTS, batch_size=batch_size, seed=seed, **options)
+    return batches(*parts, config=config)
+
+
+def windows_per_epoch(pieces):
+    return len(Windows(pieces=pieces, context=CONTEXT, latents=LATENTS, seed=0, augmentation=None))
 
 
 def rows(iterator, count):
@@ -60,7 +45,7 @@ def rows(iterator, count):
 
 def epochs(pieces, count, **options):
     """The first epochs, each a list of windows."""
-    size = windows_per_epoch(pieces, latents=LATENTS)
+    size = windows_per_epoch(pieces)
     windows = rows(make(pieces, **options), size * count)
     return [windows[start : start + size] for start in range(0, size * count, size)]
 
@@ -100,7 +85,7 @@ def test_a_window_is_a_block_with_all_the_history_there_is_room_for(numbered):
         assert (weights > 0).sum() == min(LATENTS, len(piece) - 1)
 
 
-def test_a_piece_begins_with_start_as_first_input_and_ends_with_end_as_last_target(music):
+def test_start_is_the_first_input_and_end_the_last_target_of_a_piece(music):
     windows = epochs(music, 1)[0]
     beginnings = [weights for tokens, weights in windows if START in tokens[-LATENTS - 1 : -1]]
     endings = [weights for tokens, weights in windows if tokens[-1] == END]
@@ -115,7 +100,7 @@ def test_epochs_are_cut_and_shuffled_anew(numbered):
     first, last = numbered.tokens[-2][[0, -1]]
     second_ends = {sorted(end - first for end in ends if first <= end <= last)[1] for ends in orders}
     assert second_ends == {11, 12, 13, 14, 15, 16}
-    # Blocks of the shortest pieces never move, so their places tell of the order alone.
+    # Blocks of the shortest pieces never move, so their places depend on the order alone.
     places = {tuple(ends.index(int(tokens[-1])) for tokens in numbered.tokens[:3]) for ends in orders}
     assert len(places) > 30
 
@@ -123,12 +108,12 @@ def test_epochs_are_cut_and_shuffled_anew(numbered):
 # --- augmentation ----------------------------------------------------------------------------------------------------
 
 
-def test_augmented_windows_are_full_of_music_and_weigh_what_their_events_did(music):
+def test_augmented_windows_are_full_and_keep_the_weights_of_their_events(music):
     augmentation = Augmentation()
     several = epochs(music, 4, augmentation=augmentation)
     for tokens, weights in itertools.chain(*several):
         assert ((tokens >= 0) & (tokens <= END)).all()
-        # Padding is only ever before the START of a piece: there was history enough to stretch.
+        # Padding comes only before the START of a piece: there was enough history to stretch.
         padding = int((tokens == PAD).sum())
         assert (tokens[:padding] == PAD).all()
         assert padding == 0 or tokens[padding] == START
@@ -142,43 +127,39 @@ def test_augmented_windows_are_full_of_music_and_weigh_what_their_events_did(mus
         assert len(beginnings) == len(music)
 
 
-def test_returns_change_nothing_but_inputs_before_the_targets(music):
-    plain = Augmentation(min_stretch=1.0, max_stretch=1.0, min_semitones=0, max_semitones=0)
-    without = rows(make(music, augmentation=plain), 60)
-    found = rows(make(music, augmentation=dataclasses.replace(plain, returns=1.0)), 60)
-    changed = 0
-    for (tokens, weights), (varied, same_weights) in zip(without, found, strict=True):
-        np.testing.assert_array_equal(varied[-LATENTS:], tokens[-LATENTS:])
-        np.testing.assert_array_equal(weights, same_weights)
-        different = np.flatnonzero(varied != tokens)
-        changed += len(different) > 0
-        # What is heard before are the notes of the targets, after note-offs of what sounded.
-        struck = varied[different][varied[different] < NOTE_OFF]
-        assert np.isin(struck, tokens[-LATENTS:]).all()
-    assert changed > 10
+@pytest.fixture
+def slow():
+    """A piece of silences of 1.5 s: two time shifts, or one to three after a stretch; each note has its own pitch."""
+    pitches = range(21, 45)
+    silence = [TIME_SHIFT + 99, TIME_SHIFT + 49]
+    events = [event for pitch in pitches for event in (pitch, *silence)] + [NOTE_OFF + pitch for pitch in pitches]
+    return pieces_of([np.array([START, VELOCITY, *events, END], np.uint16)])
 
 
-def test_weights_follow_their_events_through_the_stretch():
-    keys = range(21, 45)
-    silence = [TIME_SHIFT + 99, TIME_SHIFT + 49]  # one shift or two, by the stretch
-    events = [event for key in keys for event in (key, *silence)] + [NOTE_OFF + key for key in keys]
-    pieces = pieces_of([np.array([START, VELOCITY, *events, END], np.uint16)])
+def test_beginnings_are_not_lost_in_slower_music(slow):
+    augmentation = Augmentation(min_semitones=0, max_semitones=0, min_stretch=1.0, max_stretch=2.0)
+    for windows in epochs(slow, 20, augmentation=augmentation):
+        [first] = [tokens for tokens, _ in windows if tokens[-LATENTS - 1] == START]
+        np.testing.assert_array_equal(first[-LATENTS : -LATENTS + 3], [VELOCITY, 21, TIME_SHIFT + 99])
+
+
+def test_weights_follow_their_events_through_the_stretch(slow):
 
     def targets(windows):
         return [list(zip(tokens[-LATENTS:].tolist(), weights.tolist(), strict=True)) for tokens, weights in windows]
 
-    plain = dict(itertools.chain(*targets(epochs(pieces, 1)[0])))  # every event has one key of its own
+    plain = dict(itertools.chain(*targets(epochs(slow, 1)[0])))
     assert {0.5, 1.0} <= set(plain.values())
     augmentation = Augmentation(min_semitones=0, max_semitones=0, min_stretch=0.5)
-    stretched = targets(epochs(pieces, 1, augmentation=augmentation)[0])
-    assert stretched != targets(epochs(pieces, 1)[0])
+    stretched = targets(epochs(slow, 1, augmentation=augmentation)[0])
+    assert stretched != targets(epochs(slow, 1)[0])
     for window in stretched:
         assert all(weight == plain.get(token, 0) for token, weight in window if not TIME_SHIFT <= token < VELOCITY)
         for (token, weight), (_, following) in itertools.pairwise(window):
             assert weight == following or not TIME_SHIFT <= token < VELOCITY
 
 
-def test_a_window_has_one_augmentation_and_another_epoch_another(music):
+def test_a_window_has_one_augmentation_and_another_in_each_epoch(music):
     augmentation = Augmentation(min_stretch=1.0, max_stretch=1.0)
     only_start = pieces_of([music.tokens[0][:8]])
     plain = epochs(only_start, 1)[0][0][0]
@@ -198,7 +179,7 @@ def assert_same(left, right):
         np.testing.assert_array_equal(left_weights, right_weights)
 
 
-def test_the_seed_and_not_the_threads_decide(music):
+def test_the_seed_decides_and_not_the_number_of_threads(music):
     first = rows(make(music, batch_size=3, augmentation=Augmentation()), 90)
     assert_same(first, rows(make(music, batch_size=3, augmentation=Augmentation(), threads=0), 90))
     assert_same(first, rows(make(music, batch_size=5, augmentation=Augmentation(), threads=4), 90))
@@ -208,7 +189,7 @@ def test_the_seed_and_not_the_threads_decide(music):
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_one_order_between_them(music, processes):
+def test_processes_share_one_order(music, processes):
     augmentation = Augmentation()
     alone = rows(make(music, augmentation=augmentation), 120)
     parts = [
@@ -219,7 +200,7 @@ def test_processes_share_one_order_between_them(music, processes):
 
 
 def test_processes_see_every_target_once(numbered):
-    count = windows_per_epoch(numbered, latents=LATENTS)
+    count = windows_per_epoch(numbered)
     parts = [rows(make(numbered, process_index=index, process_count=2), count) for index in range(2)]
     # Two epochs, half of their windows each.
     totals = total_weights(parts[0] + parts[1])
@@ -227,7 +208,7 @@ def test_processes_see_every_target_once(numbered):
 
 
 @pytest.mark.parametrize("position", [0, 1, 7, 60])
-def test_a_restored_position_goes_on_exactly(music, position):
+def test_a_restored_position_continues_exactly(music, position):
     iterator = make(music, batch_size=4, augmentation=Augmentation())
     rows(iterator, 4 * position)
     state = json.loads(json.dumps(iterator.get_state()))
@@ -243,78 +224,24 @@ def test_impossible_arguments_are_refused(music):
     cases: list[tuple[dict[str, Any], str]] = [
         ({"latents": 0}, "1 <= latents <= context, got latents 0"),
         ({"latents": 25}, "got latents 25 and context 24"),
-        ({"batch_size": 0}, "batch_size >= 1"),
+        ({"batch_size": 0}, "batch_size of at least 1, got 0"),
+        ({"threads": -1}, "threads and workers of at least 0, got -1 and 0"),
+        ({"workers": -1}, "threads and workers of at least 0, got 1 and -1"),
         ({"seed": -1}, "seed in .* got -1"),
         ({"process_index": 2, "process_count": 2}, "process_index < process_count, got 2 of 2"),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
-            batches(music, **(defaults | options))
-    with pytest.raises(ValueError, match=r"in 2 equal parts, got 3 \* 1"):
+            LoaderConfig(**(defaults | options))
+    with pytest.raises(ValueError, match=r"into 2 equal shares, got 3 \* 1"):
         make(music, music, batch_size=3)
 
 
 # --- folds -----------------------------------------------------------------------------------------------------------
 
 
-def sized(**tokens):
-    """A piece of so many tokens for each composition, several where there is a list."""
-    each = [(name, size) for name, sizes in tokens.items() for size in np.atleast_1d(sizes)]
-    return pieces_of([np.zeros(size + 2, np.uint16) for _, size in each], [name for name, _ in each])
-
-
-def names(folds):
-    return [[record.composition for record in fold.records] for fold in folds]
-
-
-def test_folds_by_hand():
-    pieces = sized(E=1, A=[10, 3], D=5, B=12, C=6)
-    # In order of size: A 13 | B 12; C joins B, 18; D joins A, 18; E finds both alike and goes to the first.
-    assert names(pieces.folds(2)) == [["E", "A", "A", "D"], ["B", "C"]]
-    # A 13 | B 12 | C 6; D joins C, 11, and so does E, 12.
-    assert names(pieces.folds(3)) == [["A", "A"], ["B"], ["E", "D", "C"]]
-    assert names(pieces.folds(1)) == [["E", "A", "A", "D", "B", "C"]]
-    for fold in pieces.folds(3):
-        assert [len(tokens) - 2 for tokens in fold.tokens] == [record.tokens for record in fold.records]
-
-
-def test_of_equal_compositions_the_name_decides():
-    assert names(sized(B=4, A=4, C=4).folds(2)) == [["A", "C"], ["B"]]
-    assert names(sized(C=4, B=4, A=4).folds(2)) == [["C", "A"], ["B"]]
-
-
-def test_titles_that_are_only_written_differently_are_one_composition():
-    titles = ["Liszt: Après une lecture, S. 161", "Other: Étude", "Liszt: Aprés  une Lecture S.161", "Liszt: S. 162"]
-    pieces = pieces_of([np.zeros(8, np.uint16)] * 4, titles)
-    assert names(pieces.folds(3)) == [[titles[0], titles[2]], [titles[3]], [titles[1]]]
-
-
-def test_joined_folds_are_all_pieces_again(numbered):
-    folds = numbered.folds(3)
-    joined = Pieces.join(folds)
-    assert sorted(record.name for record in joined.records) == sorted(record.name for record in numbered.records)
-    for tokens, record in zip(joined.tokens, joined.records, strict=True):
-        np.testing.assert_array_equal(tokens, numbered.tokens[int(record.name)])
-    assert len(Pieces.join(folds[1:])) == len(numbered) - len(folds[0])
-
-
-@pytest.mark.parametrize("count", [0, 4])
-def test_folds_that_cannot_be_cut_are_refused(count):
-    with pytest.raises(DatasetError, match=f"at least 1 fold and at most 3, one a composition; got {count}"):
-        sized(A=[1, 2], B=3, C=4).folds(count)
-
-
-def test_data_that_earlier_versions_prepared_serves_but_has_no_folds(folder):
-    assert len(Pieces.open(folder, "train").folds(3)) == 3
-    forget_compositions(folder)
-    pieces = Pieces.open(folder, "train")
-    next(make(pieces))
-    with pytest.raises(DatasetError, match=r"manifest\.json: .* 2004/aria\.midi is\. Prepare the data again"):
-        pieces.folds(3)
-
-
 def parts_of(iterator, count, parts):
-    """Of the next `count` batches, the windows of each part."""
+    """The windows of each part in the next `count` batches."""
     taken = list(itertools.islice(iterator, count))
     cut = [[np.split(batch[name], parts) for name in ("tokens", "weights")] for batch in taken]
     return [
@@ -323,9 +250,9 @@ def parts_of(iterator, count, parts):
     ]
 
 
-def test_part_k_of_a_batch_is_of_fold_k_and_each_fold_has_whole_epochs(numbered):
+def test_share_k_of_a_batch_is_of_fold_k_and_each_fold_has_whole_epochs(numbered):
     folds = numbered.folds(3)
-    sizes = [windows_per_epoch(fold, latents=LATENTS) for fold in folds]
+    sizes = [windows_per_epoch(fold) for fold in folds]
     windows = parts_of(make(*folds, batch_size=6), max(sizes), 3)
     for fold, size, part in zip(folds, sizes, windows, strict=True):
         totals = total_weights(part[:size])
@@ -342,8 +269,8 @@ def test_folds_of_equal_length_come_in_different_orders(numbered):
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
-def test_processes_side_by_side_hold_the_batch_of_one(music, processes):
-    """Where a process holds several parts, and where a part lies with several processes."""
+def test_processes_together_have_the_batch_of_one(music, processes):
+    """If a process has several parts, and if a part is shared by several processes."""
     folds = music.folds(3)
     alone = rows(make(*folds, batch_size=12), 60)
     size = 12 // processes
@@ -352,7 +279,7 @@ def test_processes_side_by_side_hold_the_batch_of_one(music, processes):
     assert_same(alone, together)
 
 
-def test_batches_of_folds_go_on_exactly_and_in_processes_too(music):
+def test_batches_of_folds_continue_exactly_and_with_workers_too(music):
     folds = music.folds(2)
     iterator = make(*folds, batch_size=4, augmentation=Augmentation())
     rows(iterator, 28)
@@ -364,137 +291,36 @@ def test_batches_of_folds_go_on_exactly_and_in_processes_too(music):
     assert_same(rows(make(*folds, batch_size=4, augmentation=Augmentation(), workers=2), 48)[28:], expected)
 
 
-# --- opening ---------------------------------------------------------------------------------------------------------
+# --- labels ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path):
-    prepare_maestro(
-        write_zip(tmp_path / "maestro.zip", archive_files()), tmp_path / "tokens", workers=1, progress=False
-    )
-    return tmp_path / "tokens"
-
-
-def test_pieces_on_disk(folder):
-    pieces = Pieces.open(folder, "train")
-    assert [record.name for record in pieces.records] == ["2004/aria.midi", "2004/bagatelle.midi", "2006/caprice.midi"]
-    for tokens, record in zip(pieces.tokens, pieces.records, strict=True):
-        assert len(tokens) == record.tokens + 2
-        assert (tokens[0], tokens[-1]) == (START, END)
-        assert (tokens[1:-1] < PAD).all()
-    window = next(make(pieces, batch_size=2))
-    assert window["tokens"].shape == (2, CONTEXT + 1)
-    assert window["tokens"].dtype == np.int32
-    assert window["weights"].shape == (2, LATENTS)
-    assert window["weights"].dtype == np.float32
-
-
-def shard_of(folder, split):
-    return next(folder.glob(f"{split}-*.npy"))
-
-
-def truncate(folder):
-    path = shard_of(folder, "train")
-    path.write_bytes(path.read_bytes()[:-10])
-
-
-def edit(folder):
-    path = shard_of(folder, "train")
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-
-
-def remove(folder):
-    shard_of(folder, "train").unlink()
-
-
-def change_manifest(folder, change):
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
-
-
-def foreign_vocabulary(folder):
-    change_manifest(folder, lambda manifest: manifest.update(fingerprint="0123456789abcdef"))
-
-
-def no_shards(folder):
-    change_manifest(folder, lambda manifest: manifest.update(shards=[]))
-
-
-def moved_pieces(folder):
-    def move(manifest):
-        first, second = manifest["shards"][0]["pieces"][:2]
-        first["tokens"] += 1
-        second["start"] += 1
-        second["tokens"] -= 1
-
-    change_manifest(folder, move)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (truncate, r"train-00000-\w+\.npy: expected \d+ bytes, found \d+: truncated"),
-        (edit, r"train-00000-\w+\.npy: expected SHA-256 .* found .* edited"),
-        (remove, r"train-00000-\w+\.npy: cannot be read \(No such file"),
-        (foreign_vocabulary, r"manifest\.json: of the event vocabulary 0123456789ab…, expected"),
-        (no_shards, r"manifest\.json: the train split is empty"),
-        (moved_pieces, r"train-00000-\w+\.npy: its pieces do not lie where the manifest says"),
-    ],
-)
-def test_damaged_data_is_refused_by_name(folder, damage, message):
-    damage(folder)
-    with pytest.raises(DatasetError, match=message):
-        Pieces.open(folder, "train")
-
-
-def test_only_what_is_opened_is_checked(folder):
-    truncate(folder)
-    assert len(Pieces.open(folder, "test")) == 1
-    with pytest.raises(DatasetError, match="expected a split of train, validation, test; got 'dev'"):
-        Pieces.open(folder, "dev")
-
-
-def test_a_view_tells_what_was_done(music):
-    """Undone, each window stands in the piece that it was cut from."""
+def test_labels_say_how_windows_were_augmented(music):
+    """With its augmentation undone, each window is found in the piece it was cut from."""
     augmentation = Augmentation(min_stretch=1.0, max_stretch=1.0, velocity_bins=3)
-    pieces = Pieces.join([music, music.varied(0)])
-    batch = next(make(pieces, augmentation=augmentation, batch_size=64))
-    parts = [[tokens.astype(np.int32).tobytes() for tokens in part.tokens] for part in (music, music.varied(0))]
+    copies = music.augmented_copies(0)
+    batch = next(make(Pieces.join([music, copies]), augmentation=augmentation, batch_size=64))
+    parts = [[tokens.astype(np.int32).tobytes() for tokens in part.tokens] for part in (music, copies)]
     moves = set()
-    for tokens, told in zip(batch["tokens"], batch["view"], strict=True):
-        semitones, louder = round(6 * float(told[11])), round(2 * float(told[13]))
-        moves.add((semitones, louder))
-        window = transpose(louden(tokens[tokens != PAD], -louder), -semitones)
-        is_varied = bool(told[14:].any())
-        assert [any(window.tobytes() in piece for piece in part) for part in parts] == [not is_varied, is_varied]
-        np.testing.assert_array_equal(told, view(semitones, 1.0, louder, _variation(told)))
+    for tokens, label in zip(batch["tokens"], batch["labels"], strict=True):
+        semitones, bins = round(6 * float(label[11])), round(2 * float(label[13]))
+        moves.add((semitones, bins))
+        window = transpose(shift_velocity(tokens[tokens != PAD], -bins), -semitones)
+        is_copy = bool(label[14:].any())
+        assert [any(window.tobytes() in piece for piece in part) for part in parts] == [not is_copy, is_copy]
+        np.testing.assert_array_equal(label, augmentation_label(semitones, 1.0, bins, piece_augmentation(label)))
     assert len(moves) > 20
 
 
-def _variation(told):
-    thirds, sixths, contrast, rubato = map(float, told[14:])
-    return Variation(thirds=thirds > 0, sixths=sixths > 0, log_contrast=0.35 * contrast, rubato=0.15 * rubato)
+def piece_augmentation(label):
+    thirds, sixths, contrast, rubato = map(float, label[14:])
+    return PieceAugmentation(
+        swap_thirds=thirds > 0, swap_sixths=sixths > 0, log_contrast=0.35 * contrast, rubato=0.15 * rubato
+    )
 
 
-def test_the_stretch_is_told_too(music):
+def test_the_label_contains_the_stretch(music):
     batch = next(make(music, augmentation=Augmentation(min_semitones=0, max_semitones=0), batch_size=64))
-    assert not batch["view"][:, [*range(12), *range(13, VIEW_SIZE)]].any()
-    factors = 1.1 ** batch["view"][:, 12]
+    assert not batch["labels"][:, [*range(12), *range(13, LABEL_SIZE)]].any()
+    factors = 1.1 ** batch["labels"][:, 12]
     assert 0.9 <= factors.min() < 0.92
     assert 1.08 < factors.max() <= 1.1
-
-
-def test_variations_are_of_the_same_compositions_and_drawn_by_seed(music):
-    one, again, other = (music.varied(seed) for seed in (1, 1, 2))
-    assert one.records == music.records
-    assert one.variations == again.variations != other.variations
-    assert all(map(np.array_equal, one.tokens, again.tokens))
-    halves = Pieces.join([music, one]).folds(2)
-    for half in halves:
-        names = [record.name for record in half.records]
-        assert sorted(names) == sorted(2 * list(set(names)))  # a piece and its variation are in one fold
-        assert half.variations.count(AS_PLAYED) == len(half) / 2

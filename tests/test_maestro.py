@@ -1,10 +1,11 @@
-"""The official archive: what is read from it, and that whatever is wrong with it is named."""
+"""The official archive: what is read from it, and that errors name what is wrong with it."""
 
 import pytest
 from tiny_maestro import PIECES, archive_files, midi_bytes, table, write_folder, write_zip
 
 from data_pipeline import maestro
-from data_pipeline.maestro import DatasetError, MidiFiles, read_table
+from data_pipeline.maestro import MidiFiles, read_table
+from data_pipeline.manifest import DatasetError
 
 
 def test_zip_and_unpacked_folder_are_the_same_data_set(tmp_path):
@@ -21,13 +22,13 @@ def test_zip_and_unpacked_folder_are_the_same_data_set(tmp_path):
     ]
 
 
-def test_a_folder_that_holds_the_unpacked_folder_serves_too(tmp_path):
+def test_a_folder_around_the_unpacked_folder_is_accepted(tmp_path):
     write_folder(tmp_path / "outer" / "maestro-v3.0.0", archive_files())
     with MidiFiles(tmp_path / "outer") as files:
         assert read_table(files)[0].path == "maestro-v3.0.0/2004/aria.midi"
 
 
-def test_hidden_files_and_macos_copies_are_no_part_of_a_data_set(tmp_path):
+def test_hidden_files_and_macos_copies_are_not_listed(tmp_path):
     junk = {"__MACOSX/2004/._aria.midi": b"", "2004/._aria.midi": b"", ".git/maestro-x.csv": b""}
     for source in (
         write_zip(tmp_path / "maestro.zip", {**archive_files(), **junk}),
@@ -43,8 +44,11 @@ def _without(files, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda files: _without(files, "2006/caprice.midi"), r"1 named in the CSV but missing: .*2006/caprice\.midi"),
-        (lambda files: {**files, "2018/x.mid": b"MThd"}, r"1 MIDI files that the CSV does not name: .*2018/x\.mid"),
+        (
+            lambda files: _without(files, "2006/caprice.midi"),
+            r"1 listed in the table but missing: .*2006/caprice\.midi",
+        ),
+        (lambda files: {**files, "2018/x.mid": b"MThd"}, r"1 MIDI files not listed in the table: .*2018/x\.mid"),
         (lambda files: _without(files, "maestro-v3.0.0.csv"), r"expected one MAESTRO table.*found none.*--midi FOLDER"),
         (lambda files: {**files, "maestro-v2.0.0.csv": b""}, r"expected one MAESTRO table.*found .*v2.*v3"),
         (
@@ -64,16 +68,16 @@ def _without(files, name):
     ],
 )
 @pytest.mark.parametrize("write", [write_zip, write_folder])
-def test_what_disagrees_with_the_table_is_named(tmp_path, write, change, message):
+def test_a_mismatch_with_the_table_is_named(tmp_path, write, change, message):
     source = write(tmp_path / "source", change(archive_files()))
     with MidiFiles(source) as files, pytest.raises(DatasetError, match=message):
         read_table(files)
 
 
-def test_a_long_list_of_names_is_cut_and_counted(tmp_path):
+def test_a_long_list_of_names_is_shortened_and_counted(tmp_path):
     many = {f"2004/{number:03}.midi": "train" for number in range(30)}
     source = write_folder(tmp_path / "folder", {"maestro-v3.0.0.csv": table(many)})
-    with MidiFiles(source) as files, pytest.raises(DatasetError, match=r"30 named .*2004/009\.midi and 20 more"):
+    with MidiFiles(source) as files, pytest.raises(DatasetError, match=r"30 listed .*2004/009\.midi and 20 more"):
         read_table(files)
 
 
@@ -103,5 +107,5 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path, monkeypatch):
         with MidiFiles(source) as opened:
             small, large = sorted(opened.midi_names(), reverse=True)
             assert len(opened.read(small)) == 100
-            with pytest.raises(DatasetError, match=r"large\.mid: .* bytes, more than the 100"):
+            with pytest.raises(DatasetError, match=r"large\.mid: .* bytes, expected at most 100"):
                 opened.read(large)

@@ -1,5 +1,6 @@
-"""MIDI files to shards and manifest: what is written, that it is written whole or not at all, and what is refused."""
+"""MIDI files to shards and manifest: what is written, that it is written completely or not at all, what is refused."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_maestro import PIECES, archive_files, forget_compositions, midi_bytes, write_folder, write_zip
 
+from app.commands.prepare import Prepare
 from data_pipeline import prepare
-from data_pipeline.maestro import SPLITS, DatasetError
-from data_pipeline.prepare import Manifest, assign_splits, prepare_maestro, prepare_midi, shard_path
+from data_pipeline.manifest import SPLITS, DatasetError, Manifest
+from data_pipeline.prepare import prepare_maestro, prepare_midi
+from data_pipeline.splits import assign_splits
 from music_ar.midi.io import read_midi
 from music_ar.tokens.codec import encode
 from music_ar.tokens.vocabulary import END, FINGERPRINT, START
@@ -28,16 +31,24 @@ def output(tmp_path):
     return tmp_path / "tokens"
 
 
+def maestro(source, output):
+    return prepare_maestro(source, output, workers=1).manifest
+
+
+def own(folder, output, **options):
+    return prepare_midi(folder, output, workers=1, **options).manifest
+
+
 def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_shards_hold_every_piece_between_start_and_end(archive, output):
-    manifest = prepare_maestro(archive, output, workers=1, progress=False)
+    manifest = maestro(archive, output)
     files = archive_files()
     found = {}
     for shard in manifest.shards:
-        tokens = np.load(shard_path(output, shard), mmap_mode="r")
+        tokens = np.load(shard.verified_path(output), mmap_mode="r")
         assert tokens.dtype == np.uint16
         for piece in shard.pieces:
             whole = tokens[piece.start : piece.start + piece.tokens + 2]
@@ -51,7 +62,7 @@ def test_shards_hold_every_piece_between_start_and_end(archive, output):
 
 
 def test_manifest_on_disk(archive, output):
-    manifest = prepare_maestro(archive, output, workers=1, progress=False)
+    manifest = maestro(archive, output)
     on_disk = json.loads((output / "manifest.json").read_text())
     assert on_disk["fingerprint"] == FINGERPRINT
     performances = [read_midi(archive_files()[name]) for name, split in PIECES.items() if split == "train"]
@@ -66,21 +77,21 @@ def test_manifest_on_disk(archive, output):
 
 
 def test_zip_and_folder_give_the_same_shards(archive, output, tmp_path):
-    zipped = prepare_maestro(archive, output, workers=1, progress=False)
+    zipped = maestro(archive, output)
     folder = write_folder(tmp_path / "unpacked", archive_files())
-    assert prepare_maestro(folder, tmp_path / "other", workers=1, progress=False).shards == zipped.shards
+    assert maestro(folder, tmp_path / "other").shards == zipped.shards
 
 
-def test_processes_change_nothing(output, tmp_path):
+def test_the_number_of_processes_changes_nothing(output, tmp_path):
     folder = write_folder(tmp_path / "midi", {f"{number}.mid": midi_bytes(number, 5) for number in range(10)})
-    alone = prepare_midi(folder, output, workers=1, progress=False)
-    assert prepare_midi(folder, tmp_path / "other", workers=2, progress=False) == alone
+    alone = own(folder, output)
+    assert prepare_midi(folder, tmp_path / "other", workers=2).manifest == alone
 
 
 def test_a_split_is_cut_into_shards(archive, output, monkeypatch):
-    whole = prepare_maestro(archive, output, workers=1, progress=False)
+    whole = maestro(archive, output)
     monkeypatch.setattr(prepare, "SHARD_TOKENS", 10)
-    cut = prepare_maestro(archive, output.with_name("cut"), workers=1, progress=False)
+    cut = maestro(archive, output.with_name("cut"))
     assert [(shard.split, len(shard.pieces)) for shard in cut.shards] == [
         (split, 1) for split in ("train", "train", "train", "validation", "test")
     ]
@@ -88,101 +99,125 @@ def test_a_split_is_cut_into_shards(archive, output, monkeypatch):
     assert cut.splits == whole.splits
 
 
-def test_running_again_says_that_it_is_up_to_date(archive, output, capsys):
-    first = prepare_maestro(archive, output, workers=1, progress=False)
-    assert capsys.readouterr().err == ""
+def test_running_again_changes_nothing(archive, output):
+    first = prepare_maestro(archive, output, workers=1)
     times = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
-    again = prepare_maestro(archive, output, workers=1, progress=True)
-    assert "is up to date" in " ".join(capsys.readouterr().err.split())
-    assert again == first
+    again = prepare_maestro(archive, output, workers=1)
+    assert (first.was_up_to_date, again.was_up_to_date) == (False, True)
+    assert again.manifest == first.manifest
     assert times == {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_grows_to_one(archive, output, workers):
+    shares = []
+    prepare_maestro(archive, output, workers=workers, on_progress=shares.append)
+    assert shares == [0.2, 0.4, 0.6, 0.8, 1.0]
+
+
+def test_the_command_prints_the_splits_and_what_was_skipped(own_midi, output, capsys):
+    command = Prepare(midi=own_midi, output=output, workers=1)
+    (own_midi / "book 1" / "broken.mid").write_bytes(b"MThd, not really")
+    command.run()
+    printed = capsys.readouterr()
+    assert [line.split()[:2] for line in printed.out.splitlines()] == [
+        ["split", "pieces"],
+        ["train", "8"],
+        ["validation", "1"],
+        ["test", "1"],
+    ]
+    assert "skipped 1 of 11 files: book 1/broken.mid: " in printed.err
+    assert "up to date" not in printed.err
+    command.run()
+    again = capsys.readouterr()
+    assert again.out == printed.out
+    assert f"{output} is up to date" in again.err
+    assert "skipped" not in again.err
+
+
 def test_changed_inputs_replace_the_data_set_and_nothing_else(archive, output):
-    first = prepare_maestro(archive, output, workers=1, progress=False)
+    first = maestro(archive, output)
     (output / "notes.txt").write_text("mine")
     write_zip(archive, {**archive_files(), "2004/aria.midi": midi_bytes(99, 70)})
-    second = prepare_maestro(archive, output, workers=1, progress=False)
+    second = maestro(archive, output)
     assert second.shards[0].sha256 != first.shards[0].sha256
     assert second.shards[1:] == first.shards[1:]
     assert set(content(output)) == {"manifest.json", "notes.txt", *(shard.file for shard in second.shards)}
 
 
 def test_compositions_are_recorded(archive, own_midi, output):
-    manifest = prepare_maestro(archive, output, workers=1, progress=False)
+    manifest = maestro(archive, output)
     assert compositions_of(manifest)["2004/aria.midi"] == "Composer, A.: aria"
-    manifest = prepare_midi(own_midi, output, workers=1, progress=False)
+    manifest = own(own_midi, output)
     assert all(composition == name for name, composition in compositions_of(manifest).items())
 
 
 def test_other_compositions_of_the_same_files_are_no_longer_up_to_date(archive, output):
-    first = prepare_maestro(archive, output, workers=1, progress=False)
+    first = maestro(archive, output)
     files = archive_files()
     table = files["maestro-v3.0.0.csv"].replace(b"bagatelle,train", b"aria,train")
-    second = prepare_maestro(
-        write_zip(archive, {**files, "maestro-v3.0.0.csv": table}), output, workers=1, progress=False
-    )
+    second = maestro(write_zip(archive, {**files, "maestro-v3.0.0.csv": table}), output)
     assert compositions_of(second)["2004/bagatelle.midi"] == "Composer, A.: aria"
     assert [shard.sha256 for shard in second.shards] == [shard.sha256 for shard in first.shards]
 
 
 def test_the_manifest_of_an_earlier_version_opens_and_preparing_again_adds_compositions(archive, output):
-    prepared = prepare_maestro(archive, output, workers=1, progress=False)
+    prepared = maestro(archive, output)
     forget_compositions(output)
     assert compositions_of(Manifest.load(output)) == dict.fromkeys(PIECES)
-    assert prepare_maestro(archive, output, workers=1, progress=False) == prepared == Manifest.load(output)
+    assert maestro(archive, output) == prepared == Manifest.load(output)
 
 
 def compositions_of(manifest):
     return {piece.name: piece.composition for shard in manifest.shards for piece in shard.pieces}
 
 
-def test_damaged_shards_are_made_again(archive, output):
-    manifest = prepare_maestro(archive, output, workers=1, progress=False)
+def test_damaged_shards_are_written_again(archive, output):
+    manifest = maestro(archive, output)
     whole = content(output)
     (output / manifest.shards[0].file).write_bytes(b"")
     (output / manifest.shards[1].file).unlink()
-    prepare_maestro(archive, output, workers=1, progress=False)
+    maestro(archive, output)
     assert content(output) == whole
 
 
-@pytest.mark.parametrize("broken", ["_write_shard", "_count"])
-def test_an_interrupted_run_leaves_the_old_data_set_whole(archive, output, monkeypatch, broken):
-    prepare_maestro(archive, output, workers=1, progress=False)
+@pytest.mark.parametrize("file", [1, 2, 3, 4])
+def test_an_interrupted_run_leaves_the_old_data_set_complete(archive, output, monkeypatch, file):
+    """Three shards and the manifest are written, each renamed into place."""
+    maestro(archive, output)
     whole = content(output)
     write_zip(archive, {**archive_files(), "2004/aria.midi": midi_bytes(99), "2018/etude.midi": midi_bytes(98)})
-    original = getattr(prepare, broken)
-    calls = []
+    rename, calls = Path.replace, itertools.count(1)
 
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
+    def interrupted(path, target):
+        if next(calls) == file:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return rename(path, target)
 
-    monkeypatch.setattr(prepare, broken, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_maestro(archive, output, workers=1, progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            maestro(archive, output)
     assert content(output) == whole
 
 
-def test_what_a_killed_run_left_behind_is_removed(archive, output):
+def test_leftovers_of_a_killed_run_are_removed(archive, output):
     output.mkdir()
     (output / "train-00000-0123456789ab.npy.partial").write_bytes(b"half")
     (output / "train-00000-0123456789ab.npy").write_bytes(b"whole, but in no manifest")
     (output / "manifest.json.partial").write_bytes(b"{")
-    manifest = prepare_maestro(archive, output, workers=1, progress=False)
+    manifest = maestro(archive, output)
     assert set(content(output)) == {"manifest.json", *(shard.file for shard in manifest.shards)}
 
 
 def test_an_unreadable_maestro_file_is_named_and_nothing_is_written(archive, output):
     write_zip(archive, {**archive_files(), "2006/dance.midi": b"not MIDI", "2018/etude.midi": b""})
-    with pytest.raises(DatasetError, match=r"2 files are not usable MIDI: 2006/dance\.midi: .*2018/etude\.midi"):
-        prepare_maestro(archive, output, workers=1, progress=False)
+    with pytest.raises(DatasetError, match=r"2 of 5 files are not usable MIDI: 2006/dance\.midi: .*2018/etude\.midi"):
+        maestro(archive, output)
     assert content(output) == {}
 
 
-# --- anybody's own MIDI ----------------------------------------------------------------------------------------------
+# --- other MIDI files -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -195,35 +230,32 @@ def names_of(manifest):
     return {piece.name: shard.split for shard in manifest.shards for piece in shard.pieces}
 
 
-def test_own_midi_is_found_in_folders_below_and_dealt_to_splits(own_midi, output):
-    manifest = prepare_midi(own_midi, output, validation=0.2, test=0.1, workers=1, progress=False)
+def test_midi_files_in_subfolders_are_found_and_split(own_midi, output):
+    manifest = own(own_midi, output, validation=0.2, test=0.1)
     assert [manifest.splits[split].pieces for split in SPLITS] == [7, 2, 1]
     expected = {path.relative_to(own_midi).as_posix() for path in own_midi.rglob("*.[mM]*")}
     assert set(names_of(manifest)) == expected
 
 
-def test_bad_files_are_skipped_and_named(own_midi, output, capsys):
+def test_unusable_files_are_skipped_and_named(own_midi, output):
     (own_midi / "book 1" / "broken.mid").write_bytes(b"MThd, not really")
     (own_midi / "empty.mid").write_bytes(b"")
-    manifest = prepare_midi(own_midi, output, workers=1, progress=True)
+    manifest = own(own_midi, output)
     assert set(manifest.skipped) == {"book 1/broken.mid", "empty.mid"}
     assert all(manifest.skipped.values())
     assert sum(counts.pieces for counts in manifest.splits.values()) == 10
-    told = " ".join(capsys.readouterr().err.split())
-    assert "Skipped 2 files" in told
-    assert "book 1/broken.mid" in told
-    assert prepare_midi(own_midi, output, workers=1, progress=False) == manifest
+    assert own(own_midi, output) == manifest
 
 
-def test_splits_can_be_left_out(own_midi, output):
-    manifest = prepare_midi(own_midi, output, validation=0.0, test=0.0, workers=1, progress=False)
+def test_splits_may_be_empty(own_midi, output):
+    manifest = own(own_midi, output, validation=0.0, test=0.0)
     assert manifest.splits["train"].pieces == 10
     assert manifest.splits["test"].pieces == 0
     assert Manifest.load(output) == manifest
 
 
-def test_a_seed_gives_other_splits(own_midi, output):
-    splits = [names_of(prepare_midi(own_midi, output, seed=seed, workers=1, progress=False)) for seed in (0, 0, 1, 2)]
+def test_the_seed_decides_the_splits(own_midi, output):
+    splits = [names_of(own(own_midi, output, seed=seed)) for seed in (0, 0, 1, 2)]
     assert splits[0] == splits[1]
     assert len({str(sorted(split.items())) for split in splits}) > 1
 
@@ -235,16 +267,16 @@ def test_a_seed_gives_other_splits(own_midi, output):
     st.randoms(),
 )
 def test_every_file_has_one_split_whatever_the_order(names, validation, test, random):
-    dealt = assign_splits(sorted(names), validation=validation, test=test)
-    assert set(dealt) == names
-    assert set(dealt.values()) <= set(SPLITS)
+    assigned = assign_splits(sorted(names), validation=validation, test=test)
+    assert set(assigned) == names
+    assert set(assigned.values()) <= set(SPLITS)
     for split, share in (("validation", validation), ("test", test)):
-        count = list(dealt.values()).count(split)
+        count = list(assigned.values()).count(split)
         assert abs(count - share * len(names)) <= 1
         assert (count > 0) == (share > 0)
     shuffled = sorted(names)
     random.shuffle(shuffled)
-    assert assign_splits(shuffled, validation=validation, test=test) == dealt
+    assert assign_splits(shuffled, validation=validation, test=test) == assigned
 
 
 def test_folders_that_cannot_be_prepared(tmp_path, own_midi, output):
@@ -256,15 +288,15 @@ def test_folders_that_cannot_be_prepared(tmp_path, own_midi, output):
         (tmp_path / "absent", {}, r"absent: no such zip or folder"),
         (tmp_path / "empty", {}, r"empty: no MIDI file"),
         (two, {}, r"The train split would be empty: 2 usable MIDI files, of which 1 for validation and 1 for test"),
-        (bad, {}, r"5 files are not usable MIDI: .*0\.mid"),
+        (bad, {}, r"5 of 5 files are not usable MIDI: .*0\.mid"),
         (own_midi, {"validation": 0.5, "test": 0.5}, r"validation and test must be shares .* got 0\.5 and 0\.5"),
         (own_midi, {"test": -0.1}, r"got 0\.1 and -0\.1"),
     ]
     for folder, shares, message in cases:
         with pytest.raises(DatasetError, match=message):
-            prepare_midi(folder, output, workers=1, progress=False, **shares)
-    with pytest.raises(DatasetError, match=r"file: cannot be made into a folder"):
-        prepare_midi(own_midi, tmp_path / "file", workers=1, progress=False)
+            own(folder, output, **shares)
+    with pytest.raises(DatasetError, match=r"file: cannot be made a folder"):
+        own(own_midi, tmp_path / "file")
 
 
 # --- the manifest ----------------------------------------------------------------------------------------------------
@@ -277,9 +309,9 @@ def edit(manifest, **changes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda manifest: None, r"manifest\.json: no such file.*music-ar prepare"),
-        (lambda manifest: "{", r"manifest\.json: cannot be read"),
-        (lambda manifest: [], r"manifest\.json: expected format 1, found None"),
+        (lambda _: None, r"manifest\.json: no such file.*music-ar prepare"),
+        (lambda _: "{", r"manifest\.json: cannot be read"),
+        (lambda _: [], r"manifest\.json: expected format 1, found None"),
         (lambda manifest: edit(manifest, format=2), r"manifest\.json: expected format 1, found 2"),
         (lambda manifest: edit(manifest, shards=3), r"manifest\.json: damaged or edited"),
         (lambda manifest: edit(manifest, splits={}), r"manifest\.json: damaged or edited"),
@@ -302,7 +334,7 @@ def edit(manifest, **changes):
     ],
 )
 def test_a_damaged_manifest_is_refused(archive, output, change, message):
-    prepare_maestro(archive, output, workers=1, progress=False)
+    maestro(archive, output)
     path = output / "manifest.json"
     changed = change(json.loads(path.read_text()))
     if changed is None:

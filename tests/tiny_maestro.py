@@ -1,4 +1,4 @@
-"""A data set in MAESTRO's official layout, made of random music, for the tests of the data pipeline."""
+"""Random music for the tests of the data pipeline: in MAESTRO's official layout, and as prepared pieces."""
 
 import csv
 import io
@@ -9,8 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.augmentation.mode_and_rubato import ORIGINAL
+from data_pipeline.dataset import Pieces
+from data_pipeline.manifest import PieceRecord
 from music_ar.midi.io import write_midi
 from music_ar.midi.performance import Performance
+from music_ar.tokens.codec import encode
+from music_ar.tokens.vocabulary import END, START
 
 PIECES = {
     "2004/aria.midi": "train",
@@ -49,7 +54,7 @@ def table(pieces: dict[str, str]) -> bytes:
 
 
 def archive_files(pieces: dict[str, str] = PIECES) -> dict[str, bytes]:
-    """Content of every file of the data set, by its name below the root."""
+    """Name below the root -> content, for every file of the data set."""
     files = {name: midi_bytes(seed, notes=40 + 10 * seed) for seed, name in enumerate(pieces)}
     return {**files, "maestro-v3.0.0.csv": table(pieces), "LICENSE": b"CC BY-NC-SA 4.0"}
 
@@ -70,7 +75,7 @@ def write_folder(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def forget_compositions(prepared: Path) -> None:
-    """Makes the manifest of a prepared folder what versions wrote that did not record compositions."""
+    """Turn the manifest of a prepared folder into one of versions that did not record compositions."""
     path = prepared / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["source"]["compositions"]
@@ -78,3 +83,33 @@ def forget_compositions(prepared: Path) -> None:
         for piece in shard["pieces"]:
             del piece["composition"]
     path.write_text(json.dumps(manifest))
+
+
+# --- prepared pieces -------------------------------------------------------------------------------------------------
+
+# Shorter than, as long as, and longer than a block of 8 targets; multiples and not; longer than a context of 24.
+LENGTHS = (2, 5, 8, 9, 10, 16, 17, 24, 60, 101)
+
+
+def pieces_of(arrays, compositions=None):
+    records = [
+        PieceRecord(name=str(number), start=0, tokens=len(tokens) - 2, notes=1, seconds=1.0, composition=composition)
+        for number, (tokens, composition) in enumerate(
+            zip(arrays, compositions or map(str, range(len(arrays))), strict=True)
+        )
+    ]
+    return Pieces(tokens=tuple(arrays), records=tuple(records), augmentations=(ORIGINAL,) * len(records))
+
+
+def numbered_pieces():
+    """Pieces whose tokens are all different numbers, so that a window shows where it was cut; no number is PAD."""
+    starts = 1000 + np.cumsum((0, *LENGTHS))
+    return pieces_of(
+        [np.arange(start, start + length, dtype=np.uint16) for start, length in zip(starts[:-1], LENGTHS, strict=True)]
+    )
+
+
+def random_pieces():
+    """Six pieces of real events."""
+    events = [encode(random_performance(seed, notes)) for seed, notes in enumerate((10, 40, 80, 160, 300, 500))]
+    return pieces_of([np.array([START, *tokens, END], np.uint16) for tokens in events])

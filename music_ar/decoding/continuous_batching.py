@@ -110,7 +110,9 @@ def _sequences(
         except (GenerationError, MidiError, EventError) as error:
             failed += [Completion(sample, None, str(error)) for sample in request.samples()]
         else:
-            asked = dataclasses.replace(resolved, prompt=request.prompt)  # a file's name takes less memory than its notes
+            asked = dataclasses.replace(
+                resolved, prompt=request.prompt
+            )  # a file's name takes less memory than its notes
             yield from ((sample, Sequence(prompt)) for sample in asked.samples())
 
 

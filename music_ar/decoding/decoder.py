@@ -120,9 +120,9 @@ class Decoder:
     def _cache_size(self, latents: int) -> int:
         if self.backend.attention == "plain":
             return cache_size(latents)
-        from music_ar.decoding.pallas_attention import LEAST_CACHE
+        from music_ar.decoding.pallas_kernel import LEAST_BLOCK
 
-        return max(cache_size(latents), LEAST_CACHE)
+        return max(cache_size(latents), LEAST_BLOCK)
 
     def _empty_caches(self, B: int, R: int, windows: int) -> Caches:
         config, dtype = self.config, self.dtype

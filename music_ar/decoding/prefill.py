@@ -125,11 +125,8 @@ def prefill(
     times_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
     positions_BxPx2 = jnp.stack([times_BxP - state.birth_B[:, None], conditioning_BxP.keyboard.time], axis=-1)
     embedded_BxPxD = model.outer.condition(model.outer.embed(tokens_BxP), conditioning_BxP)
-    context = _Context(
-        embedded_BxPxD,
-        positions_BxPx2,
-        *model.cross.keys_values(model.outer.context_norm(embedded_BxPxD), positions_BxPx2),
-    )
+    k_BxPxGxK, v_BxPxGxK = model.cross.keys_values(model.outer.context_norm(embedded_BxPxD), positions_BxPx2)
+    context = _Context(embedded_BxPxD, positions_BxPx2, k_BxPxGxK, v_BxPxGxK)
 
     # The latents from each window's start; those at or after P are in the future and are masked later. The one that
     # predicts comes first; of two, the other holds at most half the latents.
@@ -149,7 +146,7 @@ def prefill(
 
     layers = [[by_window(pair) for pair in zip(*turns, strict=True)] for turns in zip(*by_age, strict=True)]
     last_1xM = jnp.arange(max(0, P - M), P)[None]
-    cross_k, cross_v = (_in_slots(x[:, -M:], last_1xM % M, M) for x in (context.k_BxPxGxK, context.v_BxPxGxK))
+    cross_k, cross_v = (_in_slots(x[:, -M:], last_1xM % M, M) for x in (k_BxPxGxK, v_BxPxGxK))
     key_layout = _key_layout if backend.attention == "plain" else _value_layout
     return state._replace(
         caches=Caches(

@@ -26,8 +26,8 @@ class SamplingOptions:
         top_k: keep only the k likeliest events of each type; 0 keeps all.
         top_p: keep the likeliest events of each type whose probabilities add up to p; lower is safer, 1 keeps all.
         min_p: keep only events at least this likely relative to the likeliest of their type; 0 keeps all.
-        steadiness: higher keeps to the key, register and loudness heard so far, lower wanders; 0 turns it off. It is the
-            strength of the history bias.
+        steadiness: higher keeps to the key, register and loudness heard so far, lower wanders; 0 turns it off. It is
+            the strength of the history bias.
 
     Raises:
         SamplingError: a value out of its range.

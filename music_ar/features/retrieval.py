@@ -1,9 +1,9 @@
 """n-gram retrieval: which notes followed the most recent passage like the present one.
 
 Pieces return to their themes after thousands of tokens. To use that, attention has to find, among all it may read, the
-place whose last notes were the present ones. Training for minutes does not teach it that (docs/training-log.md), and
-the few notes it would help hardly show in the loss. But the place follows from the notes exactly, so it is looked up:
-at each position `PerceiverAR` gets the notes that followed there, as from an attention head that matches n-grams
+place whose last notes were the present ones. Minutes of training do not teach it that (docs/results/training-log.md),
+and the few notes it would help hardly show in the loss. But the place follows from the notes exactly, so it is looked
+up: at each position `PerceiverAR` gets the notes that followed there, as from an attention head that matches n-grams
 (Akyürek et al., arXiv 2401.12973). The look-up compares integers, so it reaches much further back than attention.
 
 The last notes are compared in several ways (`LEVELS`), since a theme may return with its chords in another order, or
