@@ -1,8 +1,9 @@
-"""`music-ar train` with folds: which pieces it learns from, who teaches them, and what it refuses."""
+"""`music-ar train`: which pieces it learns from, which teacher teaches them, and what it refuses."""
 
 import dataclasses
 import itertools
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ from conftest import noisy_model
 from test_cli import refusal, run
 from tiny_maestro import forget_compositions
 
-from data_pipeline.augmentation.mode_and_rubato import VIEW_SIZE
-from data_pipeline.loader import Pieces
+from data_pipeline.augmentation.mode_and_rubato import LABEL_SIZE
+from data_pipeline.dataset import Pieces
 from music_ar.model.config import PRESETS
-from music_ar.model.pretrained import identity, load_released, save_released
+from music_ar.model.pretrained import identity, load_pretrained, save_pretrained
 from music_ar.tokens.vocabulary import PAD
 from music_ar.training import trainer
+from music_ar.training.distillation import CrossFitted
 
 DATA = ["--preset", "tiny", "--data"]
 REST = ["--steps", 1, "--batch-size", 4, "--no-augment"]
@@ -23,33 +25,33 @@ REST = ["--steps", 1, "--batch-size", 4, "--no-augment"]
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """Two released models."""
+    """Two pretrained models."""
     folders = [tmp_path_factory.mktemp("teachers") / f"without-{number}" for number in (1, 2)]
     for seed, folder in enumerate(folders):
-        save_released(noisy_model(PRESETS["tiny"], seed), folder)
+        save_pretrained(noisy_model(PRESETS["tiny"], seed), folder)
     return folders
 
 
 @pytest.fixture
 def fits(monkeypatch):
-    """What `fit` is called with: some of the batches that it will read, and its options. It does its work."""
+    """What each `Trainer` is made with: some of the batches that it will read, and its options. It does its work."""
     calls = []
-    fit = trainer.fit
 
-    def spied(model, config, batches, **options):
-        state = batches.get_state()
-        calls.append((list(itertools.islice(batches, 20)), options))
-        batches.set_state(state)
-        return fit(model, config, batches, **options)
+    class Spied(trainer.Trainer):
+        def __init__(self, model, config, batches, **options):
+            state = batches.get_state()
+            calls.append((list(itertools.islice(batches, 20)), options))
+            batches.set_state(state)
+            super().__init__(model, config, batches, **options)
 
-    monkeypatch.setattr(trainer, "fit", spied)
+    monkeypatch.setattr(trainer, "Trainer", Spied)
     return calls
 
 
 def holds(pieces, window):
-    """Whether a window, as it was cut, stands in one of the pieces."""
-    heard = window[window != PAD].astype(np.uint16).tobytes()
-    return any(heard in tokens.tobytes() for tokens in pieces.tokens)
+    """Whether a window, as it was cut, is in one of the pieces."""
+    found = window[window != PAD].astype(np.uint16).tobytes()
+    return any(found in tokens.tobytes() for tokens in pieces.tokens)
 
 
 def test_a_fold_is_left_out_and_stays_so(capsys, tmp_path, prepared, fits):
@@ -61,7 +63,7 @@ def test_a_fold_is_left_out_and_stays_so(capsys, tmp_path, prepared, fits):
     [(batches, options)] = fits
     windows = [window for batch in batches for window in batch["tokens"]]
     assert [any(holds(fold, window) for window in windows) for fold in folds] == [True, False, True]
-    assert not options["out_of_fold"]
+    assert options["teachers"] is None
     kept = sum(fold.targets for fold in folds) - folds[1].targets
     assert f"{kept:,} tokens" in errors
 
@@ -80,54 +82,54 @@ def test_out_of_fold_part_k_is_the_fold_that_teacher_k_has_not_seen(capsys, tmp_
     for batch in batches:
         assert [holds(first, window) for window in batch["tokens"]] == [True, True, False, False]
         assert [holds(second, window) for window in batch["tokens"]] == [False, False, True, True]
-    assert options["out_of_fold"]
+    assert isinstance(options["teachers"], CrossFitted)
     assert options["data"]["teachers"] == [identity(teacher)["weights_sha256"] for teacher in teachers]
     assert "data.folds was" in refusal(capsys, *command, "--resume")
 
 
-def test_variations_are_read_as_often_as_what_was_played(capsys, tmp_path, prepared, fits):
+def test_augmented_copies_are_read_as_often_as_originals(capsys, tmp_path, prepared, fits):
     command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run"]
-    code, _, errors = run(capsys, *command, "--variations", 2)
+    code, _, errors = run(capsys, *command, "--augmented-copies", 2)
     assert code == 0, errors
-    played = Pieces.open(prepared, "train")
+    originals = Pieces.open(prepared, "train")
     [(batches, options)] = fits
-    windows = [(window, view) for batch in batches for window, view in zip(batch["tokens"], batch["view"], strict=True)]
-    told = [not view.any() for _, view in windows]
-    assert [holds(played, window) for window, _ in windows] == told
-    assert 0.35 < np.mean(told) < 0.65
-    assert options["data"]["variations"] == 2
-    assert load_released(tmp_path / "run" / "model").config.view_size == VIEW_SIZE
-    assert f"{played.targets:,} tokens" in errors
-    assert "data.variations was 2, is 3" in refusal(capsys, *command, "--resume", "--variations", 3)
+    windows = [pair for batch in batches for pair in zip(batch["tokens"], batch["labels"], strict=True)]
+    unlabelled = [not label.any() for _, label in windows]
+    assert [holds(originals, window) for window, _ in windows] == unlabelled
+    assert 0.35 < np.mean(unlabelled) < 0.65
+    assert options["data"]["augmented_copies"] == 2
+    assert load_pretrained(tmp_path / "run" / "model").config.label_size == LABEL_SIZE
+    assert f"{originals.targets:,} tokens" in errors
+    assert "data.augmented_copies was 2, is 3" in refusal(capsys, *command, "--resume", "--augmented-copies", 3)
 
 
-def test_training_goes_on_from_another_model(capsys, tmp_path, prepared, teachers, fits):
+def test_training_continues_from_another_model(capsys, tmp_path, prepared, teachers, fits):
     """At a rate of zero it stays as it was, whatever the preset."""
     command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run", "--preset", "small"]
-    rates = ["--matrix-learning-rate", 0.0, "--learning-rate", 0.0]
+    rates = ["--muon-learning-rate", 0.0, "--adamw-learning-rate", 0.0]
     code, _, errors = run(capsys, *command, *rates, "--start", teachers[0])
     assert code == 0, errors
     [(_, options)] = fits
     assert options["data"]["start"] == identity(teachers[0])["weights_sha256"]
-    before, after = load_released(teachers[0]), load_released(tmp_path / "run" / "model")
-    assert after.config == dataclasses.replace(before.config, view_size=VIEW_SIZE)
+    before, after = load_pretrained(teachers[0]), load_pretrained(tmp_path / "run" / "model")
+    assert after.config == dataclasses.replace(before.config, label_size=LABEL_SIZE)
     np.testing.assert_allclose(after.embedding[...], before.embedding[...], atol=1e-6)
     assert "data.start was" in refusal(capsys, *command, *rates, "--resume", "--start", teachers[1])
-    assert "no checkpoint that ships" in refusal(capsys, *command, "--start", tmp_path / "nothing")
+    assert "expected the name of a model that ships" in refusal(capsys, *command, "--start", tmp_path / "nothing")
 
 
-def test_a_model_grows_and_goes_on(capsys, tmp_path, prepared, teachers, fits, monkeypatch):
+def test_a_model_is_expanded_and_trained(capsys, tmp_path, prepared, teachers, monkeypatch):
     larger = dataclasses.replace(PRESETS["tiny"], width=40, layers=3)
     monkeypatch.setitem(PRESETS, "larger", larger)
     command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run", "--start", teachers[0]]
-    code, _, errors = run(capsys, *command, "--grow", "larger")
+    code, _, errors = run(capsys, *command, "--expand-to", "larger")
     assert code == 0, errors
-    assert load_released(tmp_path / "run" / "model").config == dataclasses.replace(larger, view_size=VIEW_SIZE)
-    assert "cannot become" in refusal(capsys, *command, "--grow", "small")
-    assert "--grow must be one of small" in refusal(capsys, *command, "--grow", "none")
-    code, _, errors = run(capsys, *command[:-2], "--grow", "larger")
+    assert load_pretrained(tmp_path / "run" / "model").config == dataclasses.replace(larger, label_size=LABEL_SIZE)
+    assert "cannot expand the model" in refusal(capsys, *command, "--expand-to", "small")
+    assert "--expand-to must be one of small" in refusal(capsys, *command, "--expand-to", "none")
+    code, _, errors = run(capsys, *command[:-2], "--expand-to", "larger")
     assert code == 2
-    assert "--grow needs --start" in errors
+    assert "--expand-to needs --start" in errors
 
 
 def test_data_without_compositions_has_no_folds(capsys, tmp_path, prepared):
@@ -137,22 +139,28 @@ def test_data_without_compositions_has_no_folds(capsys, tmp_path, prepared):
     assert "Prepare the data again" in refusal(capsys, *command)
 
 
+def test_an_installation_without_the_extra_is_told_of_it(capsys, tmp_path, prepared, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run"]
+    assert "training needs grain: pip install 'music-ar[train]'" in refusal(capsys, *command)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--without-fold 1", "--folds and --without-fold go together"),
-        ("--folds 2", "--folds and --without-fold go together"),
-        ("--folds 2 --out-of-fold --teacher a b", "as many folds as teachers"),
+        ("--without-fold 1", "--folds and --without-fold must be given together"),
+        ("--folds 2", "--folds and --without-fold must be given together"),
+        ("--folds 2 --out-of-fold --teacher a b", "the number of folds is the number of teachers"),
         ("--folds 2 --without-fold 1 --out-of-fold --teacher a b", "either --without-fold"),
         ("--folds 1 --without-fold 1", "--folds must be at least 2; got 1"),
-        ("--folds 4 --without-fold 0", "--without-fold must lie in 1..4; got 0"),
-        ("--folds 4 --without-fold 5", "--without-fold must lie in 1..4; got 5"),
+        ("--folds 4 --without-fold 0", "--without-fold must be in 1..4; got 0"),
+        ("--folds 4 --without-fold 5", "--without-fold must be in 1..4; got 5"),
         ("--out-of-fold", "two or more --teacher models, each trained with --without-fold; got 0"),
         ("--out-of-fold --teacher a", "each trained with --without-fold; got 1"),
-        ("--out-of-fold --teacher a b c", "times their number, 3; got 4"),
-        ("--out-of-fold --teacher a b --accumulation 4", "times their number, 8; got 4"),
-        ("--variations -1", "--variations must be at least 0; got -1"),
-        ("--folds 9 --without-fold 1", "at most 8, one a composition; got 9"),
+        ("--out-of-fold --teacher a b c", "must be a multiple of 3, which is --micro-batches times"),
+        ("--out-of-fold --teacher a b --micro-batches 4", "number of teachers; got 4"),
+        ("--augmented-copies -1", "--augmented-copies must be at least 0; got -1"),
+        ("--folds 9 --without-fold 1", "expected 1 to 8 folds, the number of compositions; got 9"),
     ],
 )
 def test_folds_that_make_no_sense_are_refused(capsys, tmp_path, prepared, options, message):

@@ -1,141 +1,152 @@
-"""Calibration of logits by token type."""
+"""Calibration of a model's logits on held-out pieces (Guo et al., arXiv 1706.04599)."""
 
 import functools
 import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
-from music_ar.evaluation.likelihood import _KIND_OF, KINDS, _batches, _check, _windows
+from music_ar.evaluation.likelihood import TOKEN_TYPES, TYPE_OF_TOKEN
+from music_ar.evaluation.windows import batch_windows, check_pieces, cut_windows
 from music_ar.model.perceiver_ar import PerceiverAR
-from music_ar.training.losses import token_nats
+from music_ar.training.losses import token_nll
 
-# The fit of `calibrated` ends with the step that promises less than so many nats a token, at the latest after so many
-# passes over the pieces; two or three are usual.
-_CALIBRATION_GAIN, _CALIBRATION_PASSES = 1e-6, 32
+_TOLERANCE = 1e-6  # the fit ends with the step that promises a smaller gain, in nats per token
+_MAX_PASSES = 32  # over the pieces; two or three are usual
+_BATCH_SIZE = 32  # windows per forward pass
 
 
-def best_temperature(temperatures: Sequence[float], nats: Float[np.ndarray, " C"]) -> tuple[float, float]:
-    """The temperature of least nats, and those: the vertex of the parabola through the least figure and its neighbours.
+def best_temperature(temperatures: Sequence[float], nll: Float[np.ndarray, " C"]) -> tuple[float, float]:
+    """Return the temperature of least NLL, and that NLL, from a parabola through the least value and its neighbors.
 
-    1 is what a calibrated model has; above it, the model is too sure of itself (Guo et al., arXiv 1706.04599, 4.2).
+    A calibrated model has 1; above 1, the model is overconfident.
 
     Args:
-        temperatures: C >= 3 of them, rising.
-        nats: at each.
+        temperatures: C >= 3 temperatures, rising.
+        nll: negative log-likelihood at each.
     """
-    middle = int(np.clip(np.argmin(nats), 1, len(nats) - 2))
+    middle = int(np.clip(np.argmin(nll), 1, len(nll) - 2))
     near = np.asarray(temperatures[middle - 1 : middle + 2])
-    parabola = np.polynomial.Polynomial.fit(near, nats[middle - 1 : middle + 2], 2)
+    parabola = np.polynomial.Polynomial.fit(near, nll[middle - 1 : middle + 2], 2)
     candidates = np.clip([near[0], near[-1], *parabola.deriv().roots().real], near[0], near[-1])
     best = candidates[np.argmin(parabola(candidates))]
     return float(best), float(parabola(best))
 
 
-def calibrated(
+def calibrate(
     model: PerceiverAR, pieces: Sequence[Integer[np.ndarray, " _"]]
 ) -> tuple[PerceiverAR, dict[str, dict[str, float]]]:
-    """The model with a scale and an offset on the logits of each kind of event, by which it predicts `pieces` best.
+    """Fit a scale and an offset of the logits of each token type, so that the model predicts `pieces` best.
 
-    A model that has begun to learn its training pieces by heart is too sure of itself on others, of some kinds of event
-    more than of others; few numbers, found on held-out pieces, take most of that back (Guo et al., arXiv 1706.04599).
-    The head's weights take them up, so that decoding knows nothing of them.
+    A model that has begun to memorize its training pieces is overconfident on others, more so for some token types.
+    A few numbers, fitted to held-out pieces, correct most of that (vector scaling). They are folded into the weights of
+    the output head, so decoding needs no change.
 
     Args:
         model: the model; it is not changed.
-        pieces: token arrays that it was not trained on. Each pass over them takes as long as `score` with a stride of
-            the model's latents.
+        pieces: token arrays that it was not trained on. Each of a few passes over them takes as long as `score` with a
+            stride of the model's latents.
 
     Returns:
-        The better model, and the "scale" and the "offset" of each of `KINDS`; what one temperature would do is all
-        scales alike and no offsets.
+        The calibrated model, and the "scale" and "offset" of each of `TOKEN_TYPES`. Equal scales and offsets of 0 are
+        what one temperature would do.
 
     Raises:
-        ValueError: no pieces, or one that is shorter than its start and end.
+        ValueError: there are no pieces, or one is shorter than a start and an end.
     """
-    _check(pieces)
-    tokens = sum(len(piece) - 1 for piece in pieces)
-    fit_2xK = _least(
-        lambda fit_2xK: _calibration_nats(model, pieces, fit_2xK),
-        np.stack([np.ones(len(KINDS)), np.zeros(len(KINDS))]),
-        tolerance=_CALIBRATION_GAIN * tokens,
+    check_pieces(pieces)
+    targets = sum(len(piece) - 1 for piece in pieces)
+    fit_2xK = _newton_minimum(
+        lambda fit_2xK: _nll_derivatives(model, pieces, fit_2xK),
+        np.stack([np.ones(len(TOKEN_TYPES)), np.zeros(len(TOKEN_TYPES))]),
+        tolerance=_TOLERANCE * targets,
     )
-    scale_V, offset_V = jax.numpy.asarray(fit_2xK[:, _KIND_OF], np.float32)
-    better = nnx.clone(model)
-    kernel_DxV, bias_V = better.head.kernel, better.head.bias
-    assert bias_V is not None
-    kernel_DxV[...] = kernel_DxV[...] * scale_V[None]
-    bias_V[...] = bias_V[...] * scale_V + offset_V
     scales, offsets = fit_2xK.tolist()
-    return better, {
-        kind: {"scale": scale, "offset": offset} for kind, scale, offset in zip(KINDS, scales, offsets, strict=True)
+    return _with_calibrated_head(model, fit_2xK), {
+        name: {"scale": scale, "offset": offset}
+        for name, scale, offset in zip(TOKEN_TYPES, scales, offsets, strict=True)
     }
 
 
-def _calibration_nats(
-    model: PerceiverAR, pieces: Sequence[np.ndarray], fit_2xK: np.ndarray, batch_size: int = 32
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """Nats of all pieces, with a scale and an offset of each kind; their gradient and Hessian.
+def _with_calibrated_head(model: PerceiverAR, fit_2xK: np.ndarray) -> PerceiverAR:
+    """Return a copy of the model whose logits are scaled and offset."""
+    scale_V, offset_V = jnp.asarray(fit_2xK[:, TYPE_OF_TOKEN], np.float32)
+    calibrated = nnx.clone(model)
+    kernel_DxV, bias_V = calibrated.head.kernel, calibrated.head.bias
+    assert bias_V is not None
+    kernel_DxV[...] = kernel_DxV[...] * scale_V[None]
+    bias_V[...] = bias_V[...] * scale_V + offset_V
+    return calibrated
 
-    To them comes a Gaussian prior of variance 1 about scales of 1 and offsets of 0. It weighs less than a token, and
-    settles what the pieces leave open: a kind that none of them holds, and what all offsets have in common.
+
+def _nll_derivatives(
+    model: PerceiverAR, pieces: Sequence[np.ndarray], fit_2xK: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Return the NLL of all pieces with a scale and an offset per token type, its gradient and its Hessian.
+
+    A Gaussian prior of variance 1 about scales of 1 and offsets of 0 is added. It weighs less than a token, and
+    determines what the pieces leave open: a type that does not occur in them, and a constant added to all offsets.
     """
-    N = model.config.latents
-    windows = list(_windows(pieces, [len(piece) - 1 for piece in pieces], N))
-    batch_size = min(batch_size, len(windows))
+    latents = model.config.latents
+    windows = cut_windows(pieces, [len(piece) - 1 for piece in pieces], latents)
+    batch_size = min(_BATCH_SIZE, len(windows))
     graph, params = nnx.split(model)
     found: list[tuple[Array, Array, Array]] = []
-    for batch, tokens in _batches(pieces, windows, model.config.window, batch_size):
+    for batch, tokens in batch_windows(pieces, windows, model.config.window, batch_size):
         targets_B = np.array([window.targets for window in batch] + [0] * (batch_size - len(batch)))
-        found.append(_window_calibration(graph, params, tokens, targets_B, fit_2xK.astype(np.float32), N))
-    nats, gradient_2xK, hessian_2xKx2xK = (
+        found.append(_window_derivatives(graph, params, tokens, targets_B, fit_2xK.astype(np.float32), latents))
+    nll, gradient_2xK, hessian_2xKx2xK = (
         np.concatenate(part).sum(axis=0, dtype=np.float64) for part in zip(*found, strict=True)
     )
-    gradient_2xK[1] -= gradient_2xK[1].mean()  # which is 0, but for rounding
+    gradient_2xK[1] -= gradient_2xK[1].mean()  # which is 0 except for rounding
     away_2xK = fit_2xK - np.array([[1.0], [0.0]])
     return (
-        float(nats + (away_2xK**2).sum() / 2),
+        float(nll + (away_2xK**2).sum() / 2),
         gradient_2xK + away_2xK,
         hessian_2xKx2xK + np.eye(fit_2xK.size).reshape(hessian_2xKx2xK.shape),
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _window_calibration(
+def _window_derivatives(
     graph: nnx.GraphDef[PerceiverAR], params: nnx.State, tokens_BxM1: Array, targets_B: Array, fit_2xK: Array, N: int
 ) -> tuple[Float[Array, " B"], Float[Array, "B 2 K"], Float[Array, "B 2 K 2 K"]]:
-    """Nats of each window's last targets, their gradient and Hessian; windows one by one, as a Hessian takes memory."""
-    logits_BxNxV = nnx.merge(graph, params)(tokens_BxM1[:, :-1], latents=N)
-    counts_BxN = jax.numpy.arange(N)[None] >= N - targets_B[:, None]
+    """Return the NLL of each window's last targets, its gradient and its Hessian.
 
-    def nats(fit_2xK: Array, row: tuple[Array, Array, Array]) -> Array:
+    One window is processed at a time, since a Hessian takes memory.
+    """
+    logits_BxNxV = nnx.merge(graph, params)(tokens_BxM1[:, :-1], latents=N)
+    counts_BxN = jnp.arange(N)[None] >= N - targets_B[:, None]
+
+    def nll(fit_2xK: Array, row: tuple[Array, Array, Array]) -> Array:
         logits_NxV, targets_N, counts_N = row
-        scale_V, offset_V = fit_2xK[:, _KIND_OF]
+        scale_V, offset_V = fit_2xK[:, TYPE_OF_TOKEN]
         logits_NxV = logits_NxV * scale_V[None] + offset_V[None]
-        return (token_nats(logits_NxV[None], targets_N[None])[0] * counts_N).sum()
+        return (token_nll(logits_NxV[None], targets_N[None])[0] * counts_N).sum()
 
     return jax.lax.map(
-        lambda row: (nats(fit_2xK, row), jax.grad(nats)(fit_2xK, row), jax.hessian(nats)(fit_2xK, row)),
+        lambda row: (nll(fit_2xK, row), jax.grad(nll)(fit_2xK, row), jax.hessian(nll)(fit_2xK, row)),
         (logits_BxNxV, tokens_BxM1[:, -N:], counts_BxN),
     )
 
 
-def _least(
-    of: Callable[[np.ndarray], tuple[float, np.ndarray, np.ndarray]], start: np.ndarray, *, tolerance: float
+def _newton_minimum(
+    function: Callable[[np.ndarray], tuple[float, np.ndarray, np.ndarray]], start: np.ndarray, *, tolerance: float
 ) -> np.ndarray:
-    """Where a convex function is least, by Newton's method: a step that does not lead down is halved.
+    """Return the minimum of a convex function by Newton's method; a step that does not descend is halved.
 
     Args:
-        of: value, gradient and Hessian at a point.
+        function: value, gradient and Hessian at a point.
         start: the first point.
-        tolerance: a step that promises less is the last.
+        tolerance: a step that promises a smaller gain is the last.
     """
     point, least, step = start, math.inf, np.zeros_like(start)
-    for _ in range(_CALIBRATION_PASSES):
-        value, gradient, hessian = of(point + step)
+    for _ in range(_MAX_PASSES):
+        value, gradient, hessian = function(point + step)
         if not value <= least:
             step = step / 2
             continue

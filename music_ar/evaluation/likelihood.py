@@ -1,20 +1,31 @@
-"""How well a model predicts real music: negative log-likelihood a token, a note and a second."""
+"""How well a model predicts real music: negative log-likelihood (NLL) in nats per token, note and second."""
 
+import collections
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
-from music_ar.decoding import decoder as decoding
+from music_ar.decoding.decoder import Decoder
+from music_ar.decoding.windows import WindowMode
+from music_ar.evaluation.windows import Window, batch_windows, check_pieces, cut_windows
+from music_ar.model.config import ModelConfig
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.tokens import codec, vocabulary
-from music_ar.training.losses import token_nats
+from music_ar.training.losses import token_nll
+
+TOKEN_TYPES = ("note-on", "note-off", "time shift", "velocity", "end")
+TYPE_OF_TOKEN = np.searchsorted(vocabulary.TYPE_STARTS, np.arange(vocabulary.VOCABULARY_SIZE), side="right")
+"""Index into `TOKEN_TYPES` of each token of the vocabulary; "end" is all control tokens."""
+
+_FORCED_LENGTH = 256  # tokens per compiled call of `score_decoding`; pieces are padded to a multiple of it
+_BATCHES_AHEAD = 2  # batches that the device works on while earlier results are fetched
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,22 +33,22 @@ class Score:
     """Negative log-likelihood of pieces, each predicted by itself from its own start.
 
     Attributes:
-        nats: in all.
-        tokens: targets scored, each once: the events and the end of each piece.
-        notes: note-on events among them.
-        seconds: of music.
+        nll: total, in nats.
+        tokens: number of targets: the events and the end of each piece, each scored once.
+        notes: number of note-ons among them.
+        seconds: length of the music.
     """
 
-    nats: float
+    nll: float
     tokens: int
     notes: int
     seconds: float
 
     @classmethod
-    def of(cls, nats: float, pieces: Sequence[Integer[np.ndarray, " _"]]) -> "Score":
-        """The score of whole pieces, each from its first token on, that cost `nats` in all."""
+    def of(cls, nll: float, pieces: Sequence[Integer[np.ndarray, " _"]]) -> "Score":
+        """Return the score of whole pieces, each from its first token on, whose total NLL is `nll`."""
         return cls(
-            nats=nats,
+            nll=nll,
             tokens=sum(len(piece) - 1 for piece in pieces),
             notes=sum(int((piece < vocabulary.NOTE_OFF).sum()) for piece in pieces),
             seconds=sum(float(codec.event_steps(piece)[-1]) for piece in pieces) / vocabulary.STEPS_PER_SECOND,
@@ -45,181 +56,186 @@ class Score:
 
     @property
     def nats_per_token(self) -> float:
-        """The figure that papers quote; it depends on the vocabulary."""
-        return self.nats / self.tokens
+        """The number that papers quote; it depends on the vocabulary."""
+        return self.nll / self.tokens
 
-    def report(self) -> dict[str, float | int]:
-        """The figures that `metrics.json` holds."""
+    def metrics(self) -> dict[str, float | int]:
+        """Return the metrics of `metrics.json`."""
         return {
             "nats_per_token": self.nats_per_token,
-            "nats_per_note": self.nats / max(self.notes, 1),
-            "nats_per_second": self.nats / max(self.seconds, 1e-9),
+            "nats_per_note": self.nll / max(self.notes, 1),
+            "nats_per_second": self.nll / max(self.seconds, 1e-9),
             "tokens": self.tokens,
             "notes": self.notes,
             "seconds": self.seconds,
         }
 
 
-KINDS = ("note-on", "note-off", "time shift", "velocity", "end")
-_KIND_OF = np.searchsorted(
-    vocabulary.KIND_STARTS, np.arange(vocabulary.VOCABULARY_SIZE), side="right"
-)  # "end": control tokens
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """Sizes of the windows by which pieces are scored.
 
+    A window of `context` inputs ends every `stride` targets, and of its `latents` predictions the last `stride` are
+    scored. So each target has at least context - stride inputs (as far as the piece has them) and latents - stride
+    latents before it.
 
-# Tokens a call of the compiled loop of `score_decoding`; pieces are padded to a multiple of it.
-_FORCED_LENGTH = 256
+    Attributes:
+        context: inputs per window, M; default: `ModelConfig.window`. Any number that memory allows; a model with
+            retrieval attends to the last `ModelConfig.context` of them.
+        latents: latents per window, N; default: those that the model was trained with. At least `stride`.
+        stride: targets between the ends of windows; a smaller stride is slower and gives each target more context.
+        batch_size: windows per forward pass.
+    """
 
+    context: int | None = None
+    latents: int | None = None
+    stride: int = 512
+    batch_size: int = 32
 
-class _Window(NamedTuple):
-    piece: int
-    end: int  # index of the last target in its piece
-    targets: int  # how many targets before and including it are scored
+    def sizes(self, model: ModelConfig) -> tuple[int, int]:
+        """Return (M, N) for a model.
+
+        Raises:
+            ValueError: the sizes do not fit together.
+        """
+        context = model.window if self.context is None else self.context
+        attended = model.attended(context)
+        latents = min(model.latents, attended) if self.latents is None else self.latents
+        if not 1 <= self.stride <= latents <= attended:
+            raise ValueError(
+                "expected 1 <= stride <= latents <= inputs that attention reads, with a context of "
+                f"{context}; got {self.stride}, {latents}, {attended}"
+            )
+        return context, latents
 
 
 def score(
     model: PerceiverAR,
     pieces: Sequence[Integer[np.ndarray, " _"]],
+    config: ScoringConfig | None = None,
     *,
-    context: int | None = None,
-    latents: int | None = None,
-    stride: int = 512,
-    batch_size: int = 32,
     on_progress: Callable[[float], None] | None = None,
 ) -> Score:
-    """Scores every token of every piece once.
-
-    Args:
-        model, pieces, context, latents, stride, batch_size, on_progress: as in `score_tokens`.
-
-    Raises:
-        ValueError: as `score_tokens` does.
-    """
-    nats = score_tokens(
-        model,
-        pieces,
-        context=context,
-        latents=latents,
-        stride=stride,
-        batch_size=batch_size,
-        on_progress=on_progress,
-    )
-    return Score.of(math.fsum(float(each.sum(dtype=np.float64)) for each in nats), pieces)
+    """Score every token of every piece once; arguments and errors as in `score_tokens`."""
+    nll = score_tokens(model, pieces, config, on_progress=on_progress)
+    return Score.of(math.fsum(float(of_piece.sum(dtype=np.float64)) for of_piece in nll), pieces)
 
 
 def score_tokens(
     model: PerceiverAR,
     pieces: Sequence[Integer[np.ndarray, " _"]],
+    config: ScoringConfig | None = None,
     *,
-    context: int | None = None,
-    latents: int | None = None,
-    stride: int = 512,
-    batch_size: int = 32,
     last: Sequence[int] | None = None,
     temperatures: Sequence[float] = (1.0,),
     on_progress: Callable[[float], None] | None = None,
 ) -> list[Float[np.ndarray, "C _"]]:
-    """The nats that each token of each piece costs.
-
-    A window of `context` inputs ends every `stride` targets; of its `latents` predictions the last `stride`
-    count, so each is made with at least context - stride inputs (as far as the piece has them) and
-    latents - stride latents before it. Of the inputs a model that recalls attends to the last `ModelConfig.context`.
+    """Return the NLL of each token of each piece, in nats.
 
     Args:
         model: the model.
         pieces: token arrays, each from `vocabulary.START` to `vocabulary.END`.
-        context: M; default the model's `window`. Any number that memory allows.
-        latents: N; default the model's. At least `stride`.
-        stride: targets between windows.
-        batch_size: windows at once.
-        last: score only so many tokens of each piece, the last ones; default: all but its first.
-        temperatures: C numbers above 0 that the logits are divided by, each in turn.
-        on_progress: called with the share that is done.
+        config: sizes of the windows; default: `ScoringConfig()`.
+        last: for each piece, how many of its last tokens to score; default: all but the first.
+        temperatures: C numbers above 0; the logits are divided by each in turn.
+        on_progress: called with the fraction that is done.
 
     Returns:
-        For each piece a row a temperature, a column a scored token.
+        For each piece one row per temperature and one column per scored token.
 
     Raises:
-        ValueError: sizes that do not fit together, no pieces, or one that is shorter than its start and end.
+        ValueError: the sizes do not fit together, there are no pieces, or one is shorter than a start and an end.
     """
-    M = model.config.window if context is None else context
-    most = model.config.read(M)
-    N = min(model.config.latents, most) if latents is None else latents
-    if not 1 <= stride <= N <= most:
-        raise ValueError(
-            "expected 1 <= stride <= latents <= inputs that attention reads, of a context of "
-            f"{M}; got {stride}, {N}, {most}"
-        )
-    _check(pieces)
+    config = config or ScoringConfig()
+    context, latents = config.sizes(model.config)
+    check_pieces(pieces)
     counts = [len(piece) - 1 for piece in pieces] if last is None else last
-    nats = [np.zeros((len(temperatures), count), np.float32) for count in counts]
-    windows = list(_windows(pieces, counts, stride))
-    batch_size = min(batch_size, len(windows))
+    nll = [np.zeros((len(temperatures), count), np.float32) for count in counts]
+    windows = cut_windows(pieces, counts, config.stride)
+    batches = batch_windows(pieces, windows, context, min(config.batch_size, len(windows)))
     graph, params = nnx.split(model)
-    temperatures_C = np.asarray(temperatures, np.float32)
-    waiting: list[tuple[list[_Window], Array]] = []
-
-    def take() -> None:
-        batch, found_CxBxS = waiting.pop(0)
-        for column, window in enumerate(batch):
+    temperatures_C, done = np.asarray(temperatures, np.float32), 0
+    results = (
+        (batch, _window_nll(graph, params, tokens, temperatures_C, latents, config.stride)) for batch, tokens in batches
+    )
+    for batch, nll_CxBxS in _computed_ahead(results):
+        for number, window in enumerate(batch):
             stop = window.end - (len(pieces[window.piece]) - 1) + counts[window.piece]
-            nats[window.piece][:, stop - window.targets : stop] = found_CxBxS[:, column, stride - window.targets :]
-
-    for done, (batch, tokens) in enumerate(_batches(pieces, windows, M, batch_size)):
-        waiting.append((batch, _window_nats(graph, params, tokens, temperatures_C, N, stride)))
-        if len(waiting) > 2:  # the device works on the next while we wait for this one
-            take()
-            if on_progress is not None:
-                on_progress((done - 1) * batch_size / len(windows))
-    while waiting:
-        take()
-    if on_progress is not None:
-        on_progress(1.0)
-    return nats
+            found_CxS = nll_CxBxS[:, number, config.stride - window.targets :]
+            nll[window.piece][:, stop - window.targets : stop] = found_CxS
+        done += len(batch)
+        if on_progress is not None:
+            on_progress(done / len(windows))
+    return nll
 
 
-def score_kinds(
-    nats: Sequence[Float[np.ndarray, " _"]], pieces: Sequence[Integer[np.ndarray, " _"]]
+def _computed_ahead(
+    results: Iterator[tuple[Sequence[Window], Array]],
+) -> Iterator[tuple[Sequence[Window], Float[np.ndarray, "C B S"]]]:
+    """Fetch results from the device while it computes the next ones."""
+    waiting: collections.deque[tuple[Sequence[Window], Array]] = collections.deque()
+    for result in results:
+        waiting.append(result)
+        if len(waiting) > _BATCHES_AHEAD:
+            windows, nll = waiting.popleft()
+            yield windows, np.asarray(nll)
+    for windows, nll in waiting:
+        yield windows, np.asarray(nll)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _window_nll(
+    graph: nnx.GraphDef[PerceiverAR], params: nnx.State, tokens_BxM1: Array, temperatures_C: Array, N: int, S: int
+) -> Float[Array, "C B S"]:
+    """Return the NLL of the last S targets of each window, at each temperature."""
+    logits_BxSxV = nnx.merge(graph, params)(tokens_BxM1[:, :-1], latents=N)[:, -S:]
+    return jax.lax.map(
+        lambda temperature: token_nll(logits_BxSxV / temperature.reshape(1, 1, 1), tokens_BxM1[:, -S:]), temperatures_C
+    )
+
+
+def score_by_type(
+    nll: Sequence[Float[np.ndarray, " _"]], pieces: Sequence[Integer[np.ndarray, " _"]]
 ) -> dict[str, dict[str, float | int]]:
-    """What each kind of event that occurs costs: its tokens, nats a token and share of all nats.
+    """Return, for each token type that occurs, its number of tokens, NLL in nats per token, and share of the total NLL.
 
     Args:
-        nats: of every token of each piece but its first, as `score_tokens` gives them for one temperature.
+        nll: of every token of each piece but its first, as `score_tokens` returns it for one temperature.
         pieces: token arrays.
     """
-    targets = np.concatenate([piece[1:] for piece in pieces])
-    cost = np.concatenate(nats).astype(np.float64)
-    kind = _KIND_OF[targets]
+    type_of_target = TYPE_OF_TOKEN[np.concatenate([piece[1:] for piece in pieces])]
+    nats = np.concatenate(nll).astype(np.float64)
     return {
         name: {
-            "tokens": int(of_kind.sum()),
-            "nats_per_token": float(cost[of_kind].mean()),
-            "share": float(cost[of_kind].sum() / cost.sum()),
+            "tokens": int(chosen.sum()),
+            "nats_per_token": float(nats[chosen].mean()),
+            "share": float(nats[chosen].sum() / nats.sum()),
         }
-        for number, name in enumerate(KINDS)
-        if (of_kind := kind == number).any()
+        for number, name in enumerate(TOKEN_TYPES)
+        if (chosen := type_of_target == number).any()
     }
 
 
 def score_decoding(
-    decoder: decoding.Decoder,
+    decoder: Decoder,
     pieces: Sequence[Integer[np.ndarray, " _"]],
     *,
     latents: int,
-    mode: decoding.WindowMode = "exact",
+    mode: WindowMode = "sliding",
     batch_size: int = 8,
 ) -> Score:
-    """Scores pieces through the caches that generation uses, token by token from each piece's start.
+    """Score pieces through the caches that generation uses, token by token from each piece's start.
 
-    What `score` says of the model, this says of decoding it under a latent budget, with a context that rolls on.
+    It measures decoding with few latents and a rolling context as `score` measures the model.
 
     Args:
         decoder: the model, ready to decode.
         pieces: token arrays, each beginning with `vocabulary.START`; they may be cut short.
-        latents: the latent budget.
-        mode: how the windows of latents go on once they are full.
+        latents: number of latents.
+        mode: how decoding continues once the window of latents is full; see `Decoder.start`.
         batch_size: pieces at once.
     """
-    nats = 0.0
+    nll = 0.0
     for first in range(0, len(pieces), batch_size):
         batch = pieces[first : first + batch_size]
         longest = -(-max(len(piece) - 1 for piece in batch) // _FORCED_LENGTH) * _FORCED_LENGTH
@@ -229,51 +245,7 @@ def score_decoding(
         starts = [piece[:1].astype(np.int32) for piece in batch]
         state = decoder.start(starts, latents=latents, seeds=[0] * len(batch), limit_steps=2**30, mode=mode)
         for targets_BxF in np.split(targets_BxT, longest // _FORCED_LENGTH, axis=1):
-            state, logits_BxFxV = decoder.force(state, targets_BxF)
-            nats_BxF = np.asarray(token_nats(logits_BxFxV, jax.numpy.asarray(targets_BxF)))
-            nats += float(nats_BxF[targets_BxF != vocabulary.PAD].sum())
-    return Score.of(nats, pieces)
-
-
-def _check(pieces: Sequence[np.ndarray]) -> None:
-    if not pieces:
-        raise ValueError("there are no pieces to score")
-    if min(map(len, pieces)) < 2:
-        raise ValueError("expected pieces of at least a start and an end token")
-
-
-def _windows(pieces: Sequence[np.ndarray], counts: Sequence[int], stride: int) -> Iterator[_Window]:
-    for index, (piece, count) in enumerate(zip(pieces, counts, strict=True)):
-        last = len(piece) - 1
-        for done in range(last - count, last, stride):
-            end = min(done + stride, last)
-            yield _Window(index, end, end - done)
-
-
-def _batches(
-    pieces: Sequence[np.ndarray], windows: list[_Window], M: int, batch_size: int
-) -> Iterator[tuple[list[_Window], np.ndarray]]:
-    """Windows and their tokens [batch_size, M + 1]; rows that are left over in the last batch repeat its first."""
-    for first in range(0, len(windows), batch_size):
-        batch = windows[first : first + batch_size]
-        filled = batch + batch[:1] * (batch_size - len(batch))  # one shape, one compilation
-        yield batch, np.stack([_cut(pieces[window.piece], window.end, M) for window in filled])
-
-
-def _cut(piece: np.ndarray, end: int, M: int) -> np.ndarray:
-    """The M inputs before target `end` and the target, left-padded: [M + 1]."""
-    cut = np.full(M + 1, vocabulary.PAD, np.int32)
-    kept = piece[max(0, end - M) : end + 1]
-    cut[M + 1 - len(kept) :] = kept
-    return cut
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _window_nats(
-    graph: nnx.GraphDef[PerceiverAR], params: nnx.State, tokens_BxM1: Array, temperatures_C: Array, N: int, S: int
-) -> Float[Array, "C B S"]:
-    """Nats of the last S targets of each window, at each temperature."""
-    logits_BxSxV = nnx.merge(graph, params)(tokens_BxM1[:, :-1], latents=N)[:, -S:]
-    return jax.lax.map(
-        lambda temperature: token_nats(logits_BxSxV / temperature.reshape(1, 1, 1), tokens_BxM1[:, -S:]), temperatures_C
-    )
+            state, logits_BxFxV = decoder.teacher_force(state, targets_BxF)
+            nll_BxF = np.asarray(token_nll(logits_BxFxV, jnp.asarray(targets_BxF)))
+            nll += float(nll_BxF[targets_BxF != vocabulary.PAD].sum())
+    return Score.of(nll, pieces)

@@ -1,13 +1,13 @@
-"""Growing a trained model into a larger one that computes the same until it is trained on.
+"""Expansion of a trained model into a larger one that computes the same until it is trained further.
 
-"Net2Net" (Chen et al., ICLR 2016) does so by copying channels. Here what is new is silent instead: what writes into the
-residual stream has zeros there, as blocks have at the start of training, so new channels of the stream carry nothing
-yet, and new heads, hidden channels and blocks add nothing; what reads them is random, which gives them gradients.
+"Net2Net" (Chen et al., ICLR 2016) copies channels for this. Here the new parameters are silent instead. What writes
+into the residual stream is zero there, as in a new block, so new channels of the stream carry nothing, and new heads,
+hidden channels and blocks add nothing. What reads them is random, which gives them gradients.
 """
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,27 +18,54 @@ from music_ar.model.config import ModelConfig
 from music_ar.model.perceiver_ar import PerceiverAR
 
 _SIZES = ("width", "layers", "heads", "kv_heads", "time_heads", "hidden")
-_WRITERS = ("embedding", "conv", "keyboard", "recall", "view", "latent", "output", "contract")
-_AXES: dict[str, tuple[str | None, str | None]] = {  # of a leaf; None stays. Of all others only the last one grows
-    "latent": ("width", "width"),
-    "query": ("width", "heads"),
-    "key": ("width", "kv_heads"),
-    "value": ("width", "kv_heads"),
-    "output": ("heads", "width"),
-    "expand": ("width", "hidden"),
-    "contract": ("hidden", "width"),
-    "head": ("width", None),
+
+
+class _Growth(NamedTuple):
+    """How a parameter is expanded.
+
+    Attributes:
+        axes: for each axis, the size that it follows; None if it keeps its length.
+        new: values of the new entries. "norm": those of a new norm, and all entries are scaled for the larger width.
+    """
+
+    axes: tuple[str | None, ...]
+    new: Literal["zero", "random", "norm"]
+
+
+_WIDTH_NORM = _Growth(("width",), "norm")
+_GROWTH = {
+    "embedding": _Growth((None, "width"), "zero"),
+    "conv": _Growth((None, "width"), "zero"),
+    "keyboard.kernel": _Growth((None, "width"), "zero"),
+    "retrieval.kernel": _Growth((None, "width"), "zero"),
+    "label.kernel": _Growth((None, "width"), "zero"),
+    "context_norm.scale": _WIDTH_NORM,
+    "latent.kernel": _Growth(("width", "width"), "zero"),
+    # Of the cross block and of each self block:
+    "attention_norm.scale": _WIDTH_NORM,
+    "query.kernel": _Growth(("width", "heads"), "random"),
+    "query_norm.scale": _Growth((None,), "random"),
+    "key.kernel": _Growth(("width", "kv_heads"), "random"),
+    "key_norm.scale": _Growth((None,), "random"),
+    "value.kernel": _Growth(("width", "kv_heads"), "random"),
+    "output.kernel": _Growth(("heads", "width"), "zero"),
+    "feed_forward_norm.scale": _WIDTH_NORM,
+    "expand.kernel": _Growth(("width", "hidden"), "random"),
+    "contract.kernel": _Growth(("hidden", "width"), "zero"),
+    "final_norm.scale": _WIDTH_NORM,
+    "head.kernel": _Growth(("width", None), "random"),
+    "head.bias": _Growth((None,), "random"),
 }
 
 
-def grown(model: PerceiverAR, config: ModelConfig, *, rngs: nnx.Rngs) -> PerceiverAR:
-    """A model of `config` that computes what `model` does, but for rounding; `model` itself if that is its config.
+def expand(model: PerceiverAR, config: ModelConfig, *, rngs: nnx.Rngs) -> PerceiverAR:
+    """Return a model of a larger `config` that computes what `model` does, except for rounding.
 
     Args:
-        model: is left as it is.
-        config: as the model's, but that width, layers, heads, kv_heads, time_heads and hidden may be larger, with as
-            many query heads to a key/value head, and that there may be a view_size where there was none.
-        rngs: for what is random.
+        model: the trained model; not changed, and itself the result if it has this config already.
+        config: the model's, except that width, layers, heads, kv_heads, time_heads and hidden may be larger, with as
+            many query heads per key/value head, and that label_size may be set where it was 0.
+        rngs: for the random parameters.
 
     Raises:
         ValueError: `config` differs in another way.
@@ -46,54 +73,64 @@ def grown(model: PerceiverAR, config: ModelConfig, *, rngs: nnx.Rngs) -> Perceiv
     if config == model.config:
         return model
     _check(model.config, config)
-    larger = PerceiverAR(config, rngs=rngs, dtype=model.dtype)
-    places = _places(model.config, config)
-    trained = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    leaves = {
-        path: leaf.replace(_placed(path, trained[path][...], leaf[...], places)) if path in trained else leaf
-        for path, leaf in nnx.to_flat_state(nnx.state(larger, nnx.Param))
+    larger = PerceiverAR(config, rngs=rngs, compute=model.compute)
+    channels = _old_channels(model.config, config)
+    trained = {path: np.asarray(old[...]) for path, old in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    parameters = {
+        path: fresh.replace(_expanded(_GROWTH[_kind(path)], trained[path], np.asarray(fresh[...]), channels))
+        if path in trained
+        else fresh
+        for path, fresh in nnx.to_flat_state(nnx.state(larger, nnx.Param))
     }
-    nnx.update(larger, nnx.from_flat_state(leaves))
+    nnx.update(larger, nnx.from_flat_state(parameters))
     return larger
 
 
 def _check(old: ModelConfig, new: ModelConfig) -> None:
-    may_differ = (*_SIZES, "view_size") if old.view_size == 0 else _SIZES
-    same = dataclasses.replace(old, **{name: getattr(new, name) for name in may_differ}) == new
+    """Raise ValueError unless `old` can be expanded to `new`."""
+    differing = [
+        field.name for field in dataclasses.fields(old) if getattr(old, field.name) != getattr(new, field.name)
+    ]
+    allowed = {*_SIZES, "label_size"} if old.label_size == 0 else {*_SIZES}
     larger = all(getattr(new, name) >= getattr(old, name) for name in _SIZES)
     larger = larger and new.kv_heads - new.time_heads >= old.kv_heads - old.time_heads
-    if not (same and larger and new.heads // new.kv_heads == old.heads // old.kv_heads):
+    if not (larger and allowed.issuperset(differing) and new.heads // new.kv_heads == old.heads // old.kv_heads):
+        changes = ", ".join(f"{name} {getattr(old, name)} -> {getattr(new, name)}" for name in differing)
         raise ValueError(
-            f"a model can grow in {', '.join(_SIZES)}, if each key/value head serves as many query heads as before, "
-            f"and be told views if it was not; it is {old}, and cannot become {new}"
+            f"cannot expand the model: only {', '.join(_SIZES)} may increase, with the same number of query heads per "
+            f"key/value head, and label_size from 0; differing sizes: {changes}"
         )
 
 
-def _places(old: ModelConfig, new: ModelConfig) -> dict[str, np.ndarray]:
-    """Where the channels of the old model come to lie. The heads that count time stay the last ones."""
+def _old_channels(old: ModelConfig, new: ModelConfig) -> dict[str, np.ndarray]:
+    """Return where the channels of the old model are in the new one. The heads that count time stay the last ones."""
     by_token = old.kv_heads - old.time_heads
     groups = np.concatenate([np.arange(by_token), new.kv_heads - new.time_heads + np.arange(old.time_heads)])
 
-    def each(starts: np.ndarray, count: int) -> np.ndarray:
+    def subdivide(starts: np.ndarray, count: int) -> np.ndarray:
         return (starts[:, None] * count + np.arange(count)[None]).reshape(-1)
 
     return {
         "width": np.arange(old.width),
         "hidden": np.arange(old.hidden),
-        "heads": each(each(groups, old.heads // old.kv_heads), old.head_size),
-        "kv_heads": each(groups, old.head_size),
+        "heads": subdivide(subdivide(groups, old.heads // old.kv_heads), old.head_size),
+        "kv_heads": subdivide(groups, old.head_size),
     }
 
 
-def _placed(path: tuple[Any, ...], trained: Array, fresh: Array, places: dict[str, np.ndarray]) -> Array:
-    """A larger leaf with the trained values in their places."""
-    name = path[-2] if path[-1] in ("kernel", "scale") else path[-1]
-    if path[-1] == "bias" or name in ("query_norm", "key_norm"):
-        return trained
-    if path[-1] == "scale":
+def _kind(path: tuple[Any, ...]) -> str:
+    """Return a parameter's key in `_GROWTH`: its path, without the block that it belongs to."""
+    inside = {"cross": 1, "blocks": 2}.get(path[0], 0)
+    return ".".join(map(str, path[inside:]))
+
+
+def _expanded(growth: _Growth, trained: np.ndarray, fresh: np.ndarray, channels: dict[str, np.ndarray]) -> Array:
+    """Return a larger parameter with the trained values in their places."""
+    if growth.new == "norm":
         # The mean square is one of more channels now, and the new ones are zero.
         shrinking = math.sqrt(len(trained) / len(fresh))
-        return (fresh * shrinking).at[places["width"]].set(trained * shrinking)
-    sizes = zip(_AXES.get(name, (None, "width")), trained.shape, strict=True)
-    index = np.ix_(*(np.arange(size) if axis is None else places[axis] for axis, size in sizes))
-    return (jnp.zeros_like(fresh) if name in _WRITERS else fresh).at[index].set(trained)
+        trained, fresh = trained * shrinking, fresh * shrinking
+    sizes = zip(growth.axes, trained.shape, strict=True)
+    larger = np.zeros_like(fresh) if growth.new == "zero" else fresh.copy()
+    larger[np.ix_(*(np.arange(size) if axis is None else channels[axis] for axis, size in sizes))] = trained
+    return jnp.asarray(larger)

@@ -1,4 +1,4 @@
-"""Training checkpoints: the newest states of a run, to resume from."""
+"""Training checkpoints: the newest states of a run, to resume from, and the settings of the run."""
 
 import json
 from pathlib import Path
@@ -19,17 +19,16 @@ class TrainingCheckpoints:
 
     Args:
         folder: where they are kept.
-        settings: what the run is made with, JSON-like; saved, and compared when resuming.
-        resume: whether the run goes on from what `folder` holds.
+        settings: what the run is made with, JSON-like; saved in `settings.json` and compared when resuming.
+        resume: whether to continue the run that `folder` holds.
 
     Raises:
-        CheckpointError: `folder` holds a run and `resume` is false, or none and it is true, or a run with
-            other settings.
+        CheckpointError: `folder` holds a run and `resume` is false; or it is true, and `folder` holds none or a run
+            with other settings.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool):
         self._folder = folder = folder.absolute()
-        settings = json.loads(json.dumps(settings | {"fingerprint": vocabulary.FINGERPRINT}))
         folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             folder,
@@ -39,32 +38,22 @@ class TrainingCheckpoints:
         self._newest = self._manager.latest_step()
         try:
             if resume:
-                self._check_same(settings)
+                if self._newest is None:
+                    raise CheckpointError(f"nothing to resume: {folder} holds no complete training checkpoint")
+                check_settings(folder, settings)
             elif self._newest is not None:
                 raise CheckpointError(
-                    f"{folder} already holds a run (step {self._newest}): resume it or name another folder"
+                    f"{folder} already holds a run (step {self._newest}): resume it or choose another folder"
                 )
             else:
-                write_atomically(folder / SETTINGS, json.dumps(settings, indent=1).encode())
+                save_settings(folder, settings)
         except BaseException:
             self._manager.close()
             raise
 
-    def _check_same(self, settings: dict[str, Any]) -> None:
-        if self._newest is None:
-            raise CheckpointError(f"nothing to resume: {self._folder} holds no complete training checkpoint")
-        path = self._folder / SETTINGS
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read {path}, which says how the run was made: {error}") from error
-        changed = sorted(_differences(before, settings))
-        if changed:
-            raise CheckpointError(f"{self._folder} holds a run with other settings: {', '.join(changed)}")
-
     @property
     def newest(self) -> str | None:
-        """Where the newest checkpoint is, even if it is still being written."""
+        """Path of the newest checkpoint, even if it is still being written."""
         return None if self._newest is None else str(self._folder / str(self._newest))
 
     def __enter__(self) -> "TrainingCheckpoints":
@@ -74,7 +63,7 @@ class TrainingCheckpoints:
         self._manager.close()  # waits for what is being written
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
-        """Saves a pytree of arrays and a JSON-like position. Returns once the arrays may change again."""
+        """Save a pytree of arrays and a JSON-like position. Returns once the arrays may change again."""
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(_leaves(state)), position=ocp.args.JsonSave(position)),
@@ -82,7 +71,11 @@ class TrainingCheckpoints:
         self._newest = step
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest state, in the structure and on the devices of `like`, and its position."""
+        """Return the newest state, in the structure and on the devices of `like`, and its position.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _leaves(like))
         try:
             restored = self._manager.restore(
@@ -91,21 +84,47 @@ class TrainingCheckpoints:
             )
         except Exception as error:  # orbax, tensorstore and JSON each raise their own
             raise CheckpointError(f"cannot read the training checkpoint {self.newest}: {error}") from error
-        # The leaves of a dict come in the order of its keys, which is that of the numbers.
+        # The leaves of a dict come in the order of its keys, so in their own order.
         return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(restored["state"])), restored["position"]
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-    """A pytree's leaves by a sortable number: plain for orbax, whatever classes the tree is made of."""
+    """Return a pytree's leaves under sortable numbers: plain for orbax, whatever classes the tree consists of."""
     return {f"{index:05d}": leaf for index, leaf in enumerate(jax.tree.leaves(tree))}
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> set[str]:
+def save_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write `settings.json`: the settings of a run, and the fingerprint of the vocabulary."""
+    write_atomically(folder / SETTINGS, json.dumps(_with_fingerprint(settings), indent=1).encode())
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Compare settings with those that a run was started with.
+
+    Raises:
+        CheckpointError: they differ, or `settings.json` cannot be read.
+    """
+    path = folder / SETTINGS
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}, the settings of the run: {error}") from error
+    differences = sorted(_differences(saved, json.loads(json.dumps(_with_fingerprint(settings)))))
+    if differences:
+        raise CheckpointError(f"{folder} holds a run with other settings: {', '.join(differences)}")
+
+
+def _with_fingerprint(settings: dict[str, Any]) -> dict[str, Any]:
+    return settings | {"fingerprint": vocabulary.FINGERPRINT}
+
+
+def _differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> set[str]:
+    """Return a line for each setting that differs; nested settings are joined by dots."""
     found = set()
-    for name in before.keys() | now.keys():
-        a, b = before.get(name), now.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found |= _differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            found.add(f"{prefix}{name} was {a}, is {b}")
+    for name in saved.keys() | given.keys():
+        old, new = saved.get(name), given.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.add(f"{prefix}{name} was {old}, is {new}")
     return found

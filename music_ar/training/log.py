@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 from tensorboardX import SummaryWriter
 
 from music_ar.files import write_atomically
-from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.model.config import ModelConfig
 from music_ar.training.checkpointing import TrainingCheckpoints
 from music_ar.training.config import TrainingConfig, TrainingError
 
-# Dense bfloat16 operations a second by the makers' data sheets, to show utilisation (MFU).
+# Dense bfloat16 operations per second by the manufacturers' data sheets.
 PEAK_FLOPS = {
     "A100": 312e12,
     "H100": 989e12,
@@ -32,7 +32,18 @@ PEAK_FLOPS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a log line tells: the mean loss since the last one, speed, and how long the rest will take."""
+    """A log line.
+
+    Attributes:
+        step: steps done.
+        loss: mean cross-entropy since the last line, in nats per token.
+        gradient_norm: mean norm of the gradient since the last line.
+        tokens_per_s: targets trained on per second since the last line.
+        mfu: model FLOPs utilization, in 0..1; None if the peak of the device is unknown.
+        rate: learning rate as a fraction of its peak.
+        elapsed_s: seconds trained.
+        eta_s: seconds left.
+    """
 
     step: int
     loss: float
@@ -44,51 +55,54 @@ class Progress:
     eta_s: float
 
 
-class _StepLog(NamedTuple):
-    """A step's metrics, once the device has told them."""
+class _StepMetrics(NamedTuple):
+    """Metrics of a step, fetched from the device."""
 
     step: int
     loss: float
     gradient_norm: float
 
 
-class _Log:
-    """Gathers the steps' metrics without waiting for the device, and writes them every `log_every` steps.
+class TrainingLog:
+    """Collects the metrics of steps without waiting for the device, and writes their means every `log_every` steps.
 
     Args:
         output: folder of the run.
-        model: for its size.
-        config: how the run is trained.
-        checkpoints: to name the last in an error.
-        on_progress: called with each line.
-        step: steps done before; what a killed run logged after them is removed, to be logged again.
-        position: what `position` gave at that step, or the like for a new run.
+        model_config: the model, to count operations.
+        config: how it is trained.
+        mesh: the devices that it is trained on, to compute their utilization.
+        checkpoints: to name the last one in an error.
+        step: steps done before. What a killed run logged after them is removed, since it will be logged again.
+        position: what `position` returned at that step; None for a new run.
+        on_progress: called with each log line.
     """
 
     def __init__(
         self,
         output: Path,
-        model: PerceiverAR,
+        model_config: ModelConfig,
         config: TrainingConfig,
+        mesh: Mesh,
         checkpoints: TrainingCheckpoints,
-        on_progress: Callable[[Progress], None] | None,
         *,
-        step: int,
-        position: dict[str, Any],
+        step: int = 0,
+        position: dict[str, Any] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
     ):
-        self._model_config, self._config, self._on_progress = model.config, config, on_progress
-        self._checkpoints = checkpoints
+        position = position or {"elapsed_s": 0.0, "unlogged": []}
+        self._model_config, self._config, self._mesh = model_config, config, mesh
+        self._checkpoints, self._on_progress = checkpoints, on_progress
         self._elapsed_before_s = position["elapsed_s"]
-        self._began_s = self._flushed_s = time.monotonic()
-        self._waiting: list[tuple[int, dict[str, Array]]] = []
-        self._unlogged = [_StepLog(*values) for values in position["unlogged"]]
+        self._start_s = self._flushed_s = time.monotonic()
+        self._pending: list[tuple[int, dict[str, Array]]] = []  # metrics on the device
+        self._unlogged = [_StepMetrics(*values) for values in position["unlogged"]]
         self._steps_since_flush, self._rate, self._window = 0, 0.0, (1, 1)
         path = output / "log.jsonl"
         write_atomically(path, "".join(_lines_until(path, step)).encode())
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
-    def __enter__(self) -> "_Log":
+    def __enter__(self) -> "TrainingLog":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -97,70 +111,52 @@ class _Log:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds trained, those before resuming included."""
-        return self._elapsed_before_s + time.monotonic() - self._began_s
+        """Seconds trained, including those before the run was resumed."""
+        return self._elapsed_before_s + time.monotonic() - self._start_s
 
-    def share_done(self, step: int) -> float:
-        """How much of the run is done, from 0; 1 or more at its end."""
+    def progress(self, step: int) -> float:
+        """Return the fraction of the run that is done; 1 or more at its end."""
         if self._config.minutes is not None:
             return self.elapsed_s / (60 * self._config.minutes)
         assert self._config.steps is not None
         return step / self._config.steps
 
     def position(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the log.
+        """Return what a checkpoint keeps of the log.
 
         Raises:
             TrainingError: as `flush`.
         """
-        self._collect()
+        self._fetch()
         return {"elapsed_s": self.elapsed_s, "unlogged": [list(step) for step in self._unlogged]}
 
     def add(self, step: int, metrics: dict[str, Array], rate: float, batch: dict[str, np.ndarray]) -> None:
-        """Takes a step's metrics, still on the device; writes a line if one is due."""
-        self._waiting.append((step, metrics))
+        """Add the metrics of a step, still on the device; write a line if one is due."""
+        self._pending.append((step, metrics))
         self._steps_since_flush += 1
         self._rate, self._window = rate, (batch["tokens"].shape[1] - 1, batch["weights"].shape[1])
         if step % self._config.log_every == 0:
             self.flush()
 
-    def _collect(self) -> None:
-        """Waits for the steps gathered and checks them."""
-        for step, metrics in self._waiting:
-            loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
-            if not (np.isfinite(loss) and np.isfinite(norm)):
-                raise TrainingError(
-                    f"training broke at step {step}: loss {loss}, norm of the gradient {norm}. The last good "
-                    f"checkpoint: {self._checkpoints.newest or 'none yet'}. Resuming would end the same way; start in "
-                    "another folder with lower learning rates"
-                )
-            self._unlogged.append(_StepLog(step, loss, norm))
-        self._waiting.clear()
-
     def flush(self) -> None:
-        """Writes a line on the steps since the last one, if there are any.
+        """Write a line about the steps since the last one, if there are any.
 
         Raises:
             TrainingError: the loss or the gradient of one of them is not finite.
         """
-        self._collect()
+        self._fetch()
         if not self._unlogged:
             return
         steps, losses, norms = zip(*self._unlogged, strict=True)
         self._unlogged.clear()
-        now_s = time.monotonic()
-        M, N = self._window
-        tokens_per_s = self._config.batch_size * N * self._steps_since_flush / max(now_s - self._flushed_s, 1e-9)
-        self._flushed_s, self._steps_since_flush = now_s, 0
-        prefix = self._model_config.read(M) - N
-        flops = self._model_config.flops_per_target(round(prefix * self._config.prefix_keep))
-        done = max(self.share_done(steps[-1]), 1e-9)
+        tokens_per_s = self._tokens_per_s()
+        done, device = max(self.progress(steps[-1]), 1e-9), self._mesh.devices.flat[0]
         progress = Progress(
             step=steps[-1],
             loss=float(np.mean(losses)),
             gradient_norm=float(np.mean(norms)),
             tokens_per_s=tokens_per_s,
-            mfu=_utilisation(flops * tokens_per_s),
+            mfu=flops_utilization(self._flops_per_token() * tokens_per_s, device.device_kind, self._mesh.size),
             rate=self._rate,
             elapsed_s=self.elapsed_s,
             eta_s=self.elapsed_s * max(0.0, 1 - done) / done,
@@ -170,25 +166,51 @@ class _Log:
             self._on_progress(progress)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One line of JSON, and the same to TensorBoard. `record` has a "step"."""
+        """Write a line of JSON, and its numbers to TensorBoard. `record` has a "step"."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in record.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(name, value, record["step"])
 
+    def _fetch(self) -> None:
+        """Wait for the pending steps and check their metrics."""
+        for step, metrics in self._pending:
+            loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
+            if not (np.isfinite(loss) and np.isfinite(norm)):
+                raise TrainingError(
+                    f"training diverged at step {step}: loss {loss}, gradient norm {norm}. The last good checkpoint: "
+                    f"{self._checkpoints.newest or 'none yet'}. Resuming it would diverge again; start a new run with "
+                    "lower learning rates"
+                )
+            self._unlogged.append(_StepMetrics(step, loss, norm))
+        self._pending.clear()
+
+    def _tokens_per_s(self) -> float:
+        """Return the targets per second since the last call."""
+        now_s = time.monotonic()
+        targets = self._config.batch_size * self._window[1] * self._steps_since_flush
+        tokens_per_s = targets / max(now_s - self._flushed_s, 1e-9)
+        self._flushed_s, self._steps_since_flush = now_s, 0
+        return tokens_per_s
+
+    def _flops_per_token(self) -> float:
+        inputs, latents = self._window
+        prefix = self._model_config.attended(inputs) - latents
+        return self._model_config.flops_per_target(round(prefix * self._config.prefix_keep))
+
 
 def _lines_until(path: Path, step: int) -> Iterator[str]:
-    """The whole lines of a log that tell of `step` or earlier ones; of a new run, none."""
+    """Yield the whole lines of a log up to `step`; none of a new run."""
     if step == 0 or not path.exists():
         return
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut the last one
+        with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut the last line
             if json.loads(line)["step"] <= step and line.endswith("\n"):
                 yield line
 
 
-def _utilisation(flops_per_s: float) -> float | None:
-    kind = jax.devices()[0].device_kind
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
-    return None if peak is None else flops_per_s / (peak * jax.device_count())
+def flops_utilization(flops_per_s: float, device_kind: str, devices: int) -> float | None:
+    """Return the used fraction of the devices' peak, in 0..1, or None if it is unknown."""
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+    return None if peak is None else flops_per_s / (peak * devices)

@@ -1,8 +1,7 @@
 """One compiled training step."""
 
-import math
-from collections.abc import Callable, Sequence
-from operator import itemgetter
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +13,12 @@ from jaxtyping import Array, Int
 
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.training.config import TrainingConfig
+from music_ar.training.distillation import Params, Teachers, label_argument
 from music_ar.training.losses import token_loss
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes: one pytree, donated to each step."""
+    """What a step changes: one pytree, whose buffers each step reuses."""
 
     step: Int[Array, ""]
     params: nnx.State
@@ -26,137 +26,136 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+def initial_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Return the state before the first step, on all devices; `params` are copied."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params, ema = (jax.device_put(jax.tree.map(jnp.copy, params), everywhere) for _ in range(2))
+    return TrainState(
+        step=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
+        params=params,
+        ema=ema,
+        optimizer=jax.jit(optimizer.init, out_shardings=everywhere)(params),
+    )
+
+
 def make_train_step(
     graph: nnx.GraphDef[PerceiverAR],
     config: TrainingConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    teacher_graphs: Sequence[nnx.GraphDef[PerceiverAR]] = (),
-    *,
-    out_of_fold: bool = False,
-) -> Callable[[TrainState, dict[str, Array], Array, list[nnx.State]], tuple[TrainState, dict[str, Array]]]:
-    """The compiled training step: (state, batch, rate, teachers) -> (state, {"loss", "gradient_norm"}).
+    teachers: Teachers | None = None,
+) -> Callable[[TrainState, Batch, Array, Params], tuple[TrainState, Metrics]]:
+    """Compile the training step: (state, batch, rate, teacher parameters) -> (state, {"loss", "gradient_norm"}).
 
-    `state` is donated and replicated over `mesh`; the batch is split over its axis "data": each device computes the
-    gradient of its own windows, with dropout of its own, and they add them up. `rate` is a float32 scalar that scales
-    the peak learning rates; teachers are the parameters of `teacher_graphs`, which read the last of the same inputs, as
-    many as their own windows hold, without dropout, and of the prefix as many as the model does.
-    `out_of_fold`: each teacher teaches its own part of the batch alone, in order, in place of their mean for all. The
-    graphs are one graph then, and the parameters come as `stacked_teachers`.
+    `state` is replicated over `mesh`, and its buffers are reused. The batch is split over the axis "data": each device
+    computes the gradient of its own examples, with its own dropout, and the gradients are added up. `rate` is a float32
+    scalar that multiplies the peak learning rates. The teacher parameters are those of `Teachers.place`, or an empty
+    list.
     """
-
-    def seen(model: PerceiverAR, part: dict[str, Array]) -> dict[str, Array]:
-        """What a model is told of how the windows of a part were made."""
-        return {"view_BxC": part["view"]} if model.config.view_size else {}
-
-    def taught(teachers: list[nnx.State], part: dict[str, Array], **window: Any) -> Array | None:
-        """The mean of the teachers' predictions, or of each its own part."""
-        if not teacher_graphs:
-            return None
-        if out_of_fold:
-            (stacked,) = teachers
-            count = jax.tree.leaves(stacked)[0].shape[0]
-            models = [
-                nnx.merge(teacher_graphs[0], jax.tree.map(itemgetter(number), stacked)) for number in range(count)
-            ]
-        else:
-            models = [nnx.merge(*teacher) for teacher in zip(teacher_graphs, teachers, strict=True)]
-        count = len(models) if out_of_fold else 1
-        pieces = {name: jnp.split(array, count) for name, array in part.items()}
-        cut = [{name: of[number] for name, of in pieces.items()} for number in range(count)]
-        chances = [
-            jax.nn.softmax(model(own["tokens"][:, :-1][:, -model.config.window :], **seen(model, own), **window))
-            for model, own in zip(models, cut if out_of_fold else cut * len(models), strict=True)
-        ]
-        return jax.lax.stop_gradient(jnp.concatenate(chances) if out_of_fold else jnp.stack(chances).mean(axis=0))
-
-    def loss_of(
-        params: nnx.State, teachers: list[nnx.State], part: dict[str, Array], key: Array
-    ) -> tuple[Array, Array]:
-        model = nnx.merge(graph, params)
-        tokens, weights = part["tokens"], part["weights"]
-        N, M = weights.shape[1], model.config.read(tokens.shape[1] - 1)
-        window = {"latents": N, "kept_prefix": round((M - N) * config.prefix_keep), "key": key}
-        return token_loss(
-            model(
-                tokens[:, :-1],
-                dropout=config.dropout,
-                input_dropout=config.input_dropout,
-                **seen(model, part),
-                **window,
-            ),
-            tokens[:, -N:],
-            weights,
-            config.z_loss,
-            taught_BxNxV=taught(teachers, part, **window),
-            distillation=config.distillation,
-        )
-
-    def gradients(
-        params: nnx.State, teachers: list[nnx.State], batch: dict[str, Array], key: Array
-    ) -> tuple[Array, nnx.State]:
-        """On a device with its share of the batch and its teachers: the mean loss and gradient of the whole batch."""
-        key = jax.random.fold_in(key, jax.lax.axis_index("data"))
-        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-
-        def weighted(index: Array | int, part: dict[str, Array]) -> Any:
-            """The weight of a part, and its loss and gradient times that."""
-            (_, nats), grads = gradient_of(params, teachers, part, jax.random.fold_in(key, index))
-            return jax.tree.map(lambda x: x * part["weights"].sum(), (jnp.ones(()), nats, grads))
-
-        if config.accumulation == 1:
-            sums = weighted(0, batch)
-        else:
-            # Each part takes every so-many-th window, so that it holds as much of each teacher's as the others do.
-            parts = jax.tree.map(lambda x: x.reshape(-1, config.accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
-            indices = jnp.arange(config.accumulation)
-            zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-            sums, _ = jax.lax.scan(
-                lambda sums, part: (jax.tree.map(jnp.add, sums, weighted(*part)), None),
-                zeros,
-                (indices, parts),
-            )
-        total, nats, grads = jax.lax.psum(sums, "data")
-        return jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), (nats, grads))
-
     everywhere, split = PartitionSpec(), PartitionSpec("data")
-    teaching = split if out_of_fold else everywhere
-    shared_gradients = jax.shard_map(
-        gradients,
+    of_teachers = everywhere if teachers is None else teachers.sharding
+    loss = functools.partial(student_loss, graph, config, teachers)
+    gradients = jax.shard_map(
+        functools.partial(microbatch_gradients, loss, config.micro_batches),
         mesh=mesh,
-        in_specs=(everywhere, teaching, split, everywhere),
+        in_specs=(everywhere, of_teachers, split, everywhere),
         out_specs=everywhere,
-        check_vma=False,  # fused attention does not say over which axes its outcome varies
+        check_vma=False,  # fused attention does not say over which axes its result varies
     )
-
-    def step(
-        state: TrainState, batch: dict[str, Array], rate: Array, teachers: list[nnx.State]
-    ) -> tuple[TrainState, dict[str, Array]]:
-        # Counter-based hardware bits: threefry would take a tenth of the step for dropout alone.
-        key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), state.step)
-        nats, grads = shared_gradients(state.params, teachers, batch, key)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        params: Any = optax.apply_updates(state.params, jax.tree.map(lambda u: u * rate, updates))
-        # Early on the average follows closely, so that it forgets the initial weights.
-        decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-        metrics = {"loss": nats, "gradient_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, ema, optimizer_state), metrics
-
-    on_all = NamedSharding(mesh, everywhere)
+    shardings = (NamedSharding(mesh, spec) for spec in (everywhere, split, everywhere, of_teachers))
     return jax.jit(
-        step,
-        in_shardings=(on_all, NamedSharding(mesh, split), on_all, NamedSharding(mesh, teaching)),
-        out_shardings=(on_all, on_all),
+        functools.partial(train_step, gradients, optimizer, config),
+        in_shardings=tuple(shardings),
+        out_shardings=NamedSharding(mesh, everywhere),
         donate_argnums=0,
     )
 
 
-def stacked_teachers(teachers: Sequence[nnx.State], devices: int) -> list[nnx.State]:
-    """Teachers out of fold as one state, whose leaves have them along a new first axis, to be split over the devices.
+def student_loss(
+    graph: nnx.GraphDef[PerceiverAR],
+    config: TrainingConfig,
+    teachers: Teachers | None,
+    params: nnx.State,
+    teacher_params: Params,
+    batch: Batch,
+    key: Array,
+) -> tuple[Array, Array]:
+    """Return the loss and the cross-entropy of a batch; see `token_loss`.
 
-    There each device finds those that teach its part of the batch. Where the devices cannot share them out evenly, each
-    teacher comes several times, one after another, and teaches so many smaller parts.
+    The teachers see the same latents and the same part of the prefix as the student, without dropout.
     """
-    repeats = math.lcm(len(teachers), devices) // len(teachers)
-    return [jax.tree.map(lambda *leaves: jnp.repeat(jnp.stack(leaves), repeats, axis=0), *teachers)]
+    model = nnx.merge(graph, params)
+    tokens, weights = batch["tokens"], batch["weights"]
+    latents = weights.shape[1]
+    prefix = model.config.attended(tokens.shape[1] - 1) - latents
+    window = {"latents": latents, "kept_prefix": round(prefix * config.prefix_keep), "key": key}
+    teacher_BxNxV = None
+    if teachers is not None:
+        teacher_BxNxV = jax.lax.stop_gradient(teachers.predict(teacher_params, batch, **window))
+    return token_loss(
+        model(tokens[:, :-1], dropout=config.dropout, **label_argument(model, batch), **window),
+        tokens[:, -latents:],
+        weights,
+        z_loss=config.z_loss,
+        teacher_BxNxV=teacher_BxNxV,
+        distillation_weight=config.distillation_weight,
+    )
+
+
+def microbatch_gradients(
+    loss: Callable[[nnx.State, Params, Batch, Array], tuple[Array, Array]],
+    count: int,
+    params: nnx.State,
+    teacher_params: Params,
+    batch: Batch,
+    key: Array,
+) -> tuple[Array, nnx.State]:
+    """Return the cross-entropy and the gradient of the whole batch, given a device's share of it.
+
+    `count` micro-batches are processed one after another and weighted by the weights of their targets.
+    """
+    key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def weighted(number: Array | int, part: Batch) -> Any:
+        """Return the weight of a micro-batch, and its cross-entropy and gradient multiplied by it."""
+        (_, cross_entropy), grads = gradient(params, teacher_params, part, jax.random.fold_in(key, number))
+        return jax.tree.map(lambda x: x * part["weights"].sum(), (jnp.ones(()), cross_entropy, grads))
+
+    if count == 1:
+        sums = weighted(0, batch)
+    else:
+        # Micro-batch i takes every count-th example from the i-th on, so that it has equal parts for all teachers.
+        parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        sums, _ = jax.lax.scan(
+            lambda sums, part: (jax.tree.map(jnp.add, sums, weighted(*part)), None), zeros, (jnp.arange(count), parts)
+        )
+    total, cross_entropy, grads = jax.lax.psum(sums, "data")
+    return jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), (cross_entropy, grads))
+
+
+def train_step(
+    gradients: Callable[[nnx.State, Params, Batch, Array], tuple[Array, nnx.State]],
+    optimizer: optax.GradientTransformation,
+    config: TrainingConfig,
+    state: TrainState,
+    batch: Batch,
+    rate: Array,
+    teacher_params: Params,
+) -> tuple[TrainState, Metrics]:
+    """Return the state after one step, and its metrics; see `make_train_step`."""
+    # Counter-based hardware bits: with threefry, dropout alone would take a tenth of the step.
+    key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), state.step)
+    cross_entropy, grads = gradients(state.params, teacher_params, batch, key)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    params: Any = optax.apply_updates(state.params, jax.tree.map(lambda update: update * rate, updates))
+    # Early on the average follows closely, so that it forgets the initial weights.
+    decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+    ema = jax.tree.map(lambda average, param: decay * average + (1 - decay) * param, state.ema, params)
+    metrics = {"loss": cross_entropy, "gradient_norm": optax.tree.norm(grads)}
+    return TrainState(state.step + 1, params, ema, optimizer_state), metrics

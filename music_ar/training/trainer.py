@@ -1,22 +1,20 @@
-"""Training: the loss, the optimiser, one compiled step, and `fit`, which runs it for steps or for minutes.
+"""`Trainer`: runs the training step for a number of steps or minutes, with validation, logs and checkpoints.
 
-`fit` takes an iterator of arrays and knows nothing of where they come from. The batch is split over a mesh of
-all devices; parameters are replicated, and teachers out of fold are split as the batch is.
+It takes iterators of arrays and does not know where they come from. Each batch is split over all devices, on which the
+parameters are replicated.
 """
 
 import contextlib
 import dataclasses
-import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -24,37 +22,38 @@ from jaxtyping import Array
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.training.checkpointing import TrainingCheckpoints
 from music_ar.training.config import TrainingConfig, TrainingError
-from music_ar.training.log import Progress, _Log
+from music_ar.training.distillation import Teachers
+from music_ar.training.log import Progress, TrainingLog
 from music_ar.training.optimizer import build_optimizer
-from music_ar.training.step import TrainState, make_train_step, stacked_teachers
+from music_ar.training.step import initial_state, make_train_step
 
 
 @runtime_checkable
 class Batches(Protocol):
     """An iterator of batches whose position can be saved, such as grain's.
 
-    A batch is {"tokens": int32 [B, M + 1], "weights": float32 [B, N], "view": float32 [B, C]}: inputs are all tokens
-    but the last, targets the last N, weighted; tokens are left-padded; `view` tells a model how its windows were made,
-    if it has `ModelConfig.view_size`. B is this process's share of the batch.
+    A batch is {"tokens": int32 [B, M + 1], "weights": float32 [B, N], "labels": float32 [B, C]}. Inputs are all tokens
+    but the last, left-padded; targets are the last N, weighted. Labels say how each example was augmented, for models
+    with `ModelConfig.label_size`. B is this process's share of the batch.
     """
 
     def __next__(self) -> dict[str, np.ndarray]: ...
 
     def get_state(self) -> Any:
-        """The position, JSON-like."""
+        """Return the position, JSON-like."""
         ...
 
     def set_state(self, state: Any) -> None:
-        """Goes to a position that `get_state` gave."""
+        """Go to a position that `get_state` returned."""
         ...
 
 
 class Fitted(NamedTuple):
-    """The outcome of `fit`.
+    """The result of `Trainer.fit`.
 
     Attributes:
-        model: the averaged weights: of the step that validated best, or of the last one if none was validated.
-        model_step: the step that they are of.
+        model: the averaged weights of the step that validated best, or of the last one without validation.
+        model_step: that step.
         step: steps done.
         elapsed_s: seconds trained.
         finished: whether the run reached its end.
@@ -67,177 +66,201 @@ class Fitted(NamedTuple):
     finished: bool
 
 
-def fit(
-    model: PerceiverAR,
-    config: TrainingConfig,
-    batches: Batches,
-    *,
-    output: Path,
-    teachers: Sequence[PerceiverAR] = (),
-    out_of_fold: bool = False,
-    final_batches: Batches | None = None,
-    data: dict[str, Any] | None = None,
-    resume: bool = False,
-    validate: Callable[[PerceiverAR], float] | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> Fitted:
-    """Trains `model` and returns it with averaged weights.
-
-    Checkpoints go to `output`/training (asynchronously), logs to `output`/log.jsonl and `output`/tensorboard.
-    SIGTERM or Ctrl-C saves a checkpoint and returns early. However often a run is ended so, or killed, and resumed, its
-    log is that of one run.
-
-    Args:
-        model: where to start from (ignored when resuming); left as it is.
-        config: how to train.
-        batches: the training data.
-        output: folder of the run; made if it is missing.
-        teachers: models whose mean prediction the model learns beside the tokens; see `config.distillation`.
-        out_of_fold: with K teachers, each batch holds K equal parts, and the teachers, in order, teach one each.
-        final_batches: data for the last `config.final_fraction` of the run; default: `batches` to the end.
-        data: what the batches are made of, JSON-like; saved, and compared when resuming.
-        resume: go on from the newest checkpoint under `output`; exact to the bit for a run counted in steps.
-        validate: called with the averaged model every `config.validate_every` steps and at the end; its figure is
-            logged, and the model with the lowest is returned. The model is good until it returns.
-        on_progress: called with each log line.
-
-    Raises:
-        TrainingError: the loss or its gradient stopped being finite, or the devices or the teachers out of fold cannot
-            share the batch, or these are not of one design.
-        CheckpointError: `output` holds a run and `resume` is false; or it is true and there is no checkpoint, or
-            one of other settings.
-    """
-    if config.batch_size % (config.accumulation * jax.device_count()):
-        raise TrainingError(
-            f"batch_size must be a multiple of accumulation * devices, got {config.batch_size}, "
-            f"{config.accumulation} and {jax.device_count()}"
-        )
-    if out_of_fold:
-        _check_out_of_fold(config, teachers)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    graph, params = nnx.split(model, nnx.Param)
-    split_teachers = [nnx.split(teacher, nnx.Param) for teacher in teachers]
-    optimizer = build_optimizer(config, mesh)
-    train_step = make_train_step(
-        graph, config, optimizer, mesh, [teacher for teacher, _ in split_teachers], out_of_fold=out_of_fold
-    )
-    teacher_params = [taught for _, taught in split_teachers]
-    if out_of_fold:
-        teacher_params = stacked_teachers(teacher_params, mesh.size)
-    teaching = PartitionSpec("data") if out_of_fold else PartitionSpec()
-    teacher_params = jax.device_put(teacher_params, NamedSharding(mesh, teaching))
-    state = _initial_state(params, optimizer, mesh)
-    sources = [batches] if final_batches is None else [batches, final_batches]
-    settings = {
-        "model": dataclasses.asdict(model.config),
-        "training": dataclasses.asdict(config),
-        "data": data or {},
-        "final_batches": final_batches is not None,
-    }
-    with (
-        _until_terminated() as terminated,
-        TrainingCheckpoints(output / "training", settings, resume=resume) as checkpoints,
-    ):
-        position: dict[str, Any] = {"elapsed_s": 0.0, "unlogged": [], "best": None}
-        best = jax.tree.map(jnp.copy, state.ema)
-        if resume:
-            (state, best), position = checkpoints.restore((state, best))
-            for source, saved in zip(sources, position["batches"], strict=True):
-                source.set_state(saved)
-        step = int(state.step)
-        best_figure = None if position["best"] is None else _Figure(**position["best"])
-        with _Log(output, model, config, checkpoints, on_progress, step=step, position=position) as log:
-            next_save_s = log.elapsed_s + 60 * config.checkpoint_minutes
-
-            def save() -> None:
-                # Asking the log for its position raises before a broken state is saved.
-                figure = None if best_figure is None else best_figure._asdict()
-                reading = {"batches": [source.get_state() for source in sources], "best": figure}
-                checkpoints.save(step, (state, best), log.position() | reading)
-
-            def check() -> None:
-                nonlocal best, best_figure
-                assert validate is not None
-                figure = _Figure(step, validate(nnx.merge(graph, state.ema)))
-                log.write({"step": step, "validation": figure.value})
-                if best_figure is None or figure.value < best_figure.value:
-                    best, best_figure = jax.tree.map(jnp.copy, state.ema), figure
-
-            while (progress := log.share_done(step)) < 1 and not terminated():
-                batch = next(sources[-1] if progress >= 1 - config.final_fraction else sources[0])
-                rate = config.rate(step, progress)
-                state, metrics = train_step(state, _put_batch(batch, mesh), jnp.float32(rate), teacher_params)
-                step += 1
-                log.add(step, metrics, rate, batch)
-                validating = validate is not None and config.validate_every > 0
-                if validating and (step % config.validate_every == 0 or log.share_done(step) >= 1):
-                    check()
-                if log.elapsed_s >= next_save_s:
-                    save()
-                    next_save_s = log.elapsed_s + 60 * config.checkpoint_minutes
-            if progress >= 1:
-                log.flush()
-            save()
-            chosen, chosen_step = (state.ema, step) if best_figure is None else (best, best_figure.step)
-            return Fitted(nnx.merge(graph, chosen), chosen_step, step, log.elapsed_s, finished=progress >= 1)
-
-
-def _check_out_of_fold(config: TrainingConfig, teachers: Sequence[PerceiverAR]) -> None:
-    """Raises TrainingError unless the teachers are of one design and can share the batch, on these devices."""
-    parts = math.lcm(max(1, len(teachers)), jax.device_count())
-    if not teachers or config.batch_size % (config.accumulation * parts):
-        raise TrainingError(
-            "out of fold, batch_size must be a multiple of accumulation * the least common multiple of teachers and "
-            f"devices, got {config.batch_size}, {config.accumulation}, {len(teachers)} and {jax.device_count()}"
-        )
-    designs = {(teacher.config, teacher.dtype) for teacher in teachers}
-    if len(designs) > 1:
-        raise TrainingError(f"out of fold, teachers must be of one design, got {len(designs)}: {designs}")
-
-
-def _initial_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    # Copies, since a step's state is donated and the caller's model must outlive it.
-    params, ema = (jax.device_put(jax.tree.map(jnp.copy, params), everywhere) for _ in range(2))
-    return TrainState(
-        step=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
-        params=params,
-        ema=ema,
-        optimizer=jax.jit(optimizer.init, out_shardings=everywhere)(params),
-    )
-
-
-class _Figure(NamedTuple):
-    """What `validate` said of a step."""
+class Validation(NamedTuple):
+    """What `validate` returned at a step."""
 
     step: int
     value: float
 
 
-def _put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+class Trainer:
+    """A training run: `Trainer(...).fit()` trains a model and returns it with averaged weights.
+
+    Checkpoints are written to `output`/training in the background, logs to `output`/log.jsonl and `output`/tensorboard.
+    SIGTERM and Ctrl-C save a checkpoint and end `fit` early. However often a run is stopped or killed and resumed, its
+    log reads as that of one run.
+
+    Args:
+        model: the initial weights (ignored when resuming); not changed.
+        config: how to train.
+        batches: the training data.
+        output: folder of the run; created if it is missing.
+        teachers: models to distill into this one; see `distillation` and `config.distillation_weight`.
+        final_batches: data for the last `config.final_fraction` of the run; default: `batches` to the end.
+        data: what the batches are made of, JSON-like; saved, and compared when resuming.
+        resume: continue from the newest checkpoint under `output`. A run of so many steps continues bit for bit.
+        validate: called with the averaged model every `config.validate_every` steps and at the end. What it returns is
+            logged, and the model with the lowest value is the result. The model is valid until it returns.
+        on_progress: called with each log line.
+        mesh: devices to train on; default: `data_mesh()`, which is all.
+
+    Raises:
+        TrainingError: the devices and the teachers cannot share the batch.
+        CheckpointError: `output` holds a run and `resume` is false; or it is true, and there is no checkpoint, or one
+            of a run with other settings.
+    """
+
+    def __init__(
+        self,
+        model: PerceiverAR,
+        config: TrainingConfig,
+        batches: Batches,
+        *,
+        output: Path,
+        teachers: Teachers | None = None,
+        final_batches: Batches | None = None,
+        data: dict[str, Any] | None = None,
+        resume: bool = False,
+        validate: Callable[[PerceiverAR], float] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        mesh: Mesh | None = None,
+    ):
+        mesh = mesh or data_mesh()
+        _check_batch_size(config, mesh.size, teachers)
+        self._config, self._mesh, self._validate = config, mesh, validate
+        self._sources = [batches] if final_batches is None else [batches, final_batches]
+        self._graph, params = nnx.split(model, nnx.Param)
+        optimizer = build_optimizer(config, mesh)
+        self._train_step = make_train_step(self._graph, config, optimizer, mesh, teachers)
+        self._teacher_params = [] if teachers is None else teachers.place(mesh)
+        self._state = initial_state(params, optimizer, mesh)
+        self._best = jax.tree.map(jnp.copy, self._state.ema)
+        self._best_validation: Validation | None = None
+        settings = {
+            "model": dataclasses.asdict(model.config),
+            "training": dataclasses.asdict(config),
+            "data": data or {},
+            "final_batches": final_batches is not None,
+        }
+        with contextlib.ExitStack() as files:
+            self._checkpoints = files.enter_context(TrainingCheckpoints(output / "training", settings, resume=resume))
+            position = self._restore() if resume else None
+            self._step = int(self._state.step)
+            self._log = files.enter_context(
+                TrainingLog(
+                    output,
+                    model.config,
+                    config,
+                    mesh,
+                    self._checkpoints,
+                    step=self._step,
+                    position=position,
+                    on_progress=on_progress,
+                )
+            )
+            self._files = files.pop_all()
+
+    def fit(self) -> Fitted:
+        """Train until the end of the run, or until SIGTERM or Ctrl-C.
+
+        Raises:
+            TrainingError: the loss or its gradient is no longer finite.
+        """
+        checkpoint_s = 60 * self._config.checkpoint_minutes
+        with self._files, until_terminated() as terminated:
+            next_save_s = self._log.elapsed_s + checkpoint_s
+            while (progress := self._log.progress(self._step)) < 1 and not terminated():
+                self.step(progress)
+                if self._validation_is_due():
+                    self.validate()
+                if self._log.elapsed_s >= next_save_s:
+                    self.save()
+                    next_save_s = self._log.elapsed_s + checkpoint_s
+            if progress >= 1:
+                self._log.flush()
+            self.save()
+            weights, step = self._state.ema, self._step
+            if self._best_validation is not None:
+                weights, step = self._best, self._best_validation.step
+            model = nnx.merge(self._graph, weights)
+            return Fitted(model, step, self._step, self._log.elapsed_s, finished=progress >= 1)
+
+    def step(self, progress: float) -> None:
+        """Train on one batch, `progress` (0..1) into the run."""
+        batch = next(self._sources[-1 if progress >= 1 - self._config.final_fraction else 0])
+        rate = self._config.learning_rate_factor(self._step, progress)
+        self._state, metrics = self._train_step(
+            self._state, shard_batch(batch, self._mesh), jnp.float32(rate), self._teacher_params
+        )
+        self._step += 1
+        self._log.add(self._step, metrics, rate, batch)
+
+    def validate(self) -> None:
+        """Validate the averaged weights, and keep a copy if they are the best so far."""
+        assert self._validate is not None
+        found = Validation(self._step, self._validate(nnx.merge(self._graph, self._state.ema)))
+        self._log.write({"step": found.step, "validation": found.value})
+        if self._best_validation is None or found.value < self._best_validation.value:
+            self._best, self._best_validation = jax.tree.map(jnp.copy, self._state.ema), found
+
+    def save(self) -> None:
+        """Save a checkpoint.
+
+        Raises:
+            TrainingError: the loss or its gradient is no longer finite; nothing is saved then.
+        """
+        best = None if self._best_validation is None else self._best_validation._asdict()
+        batches = [source.get_state() for source in self._sources]
+        position = self._log.position() | {"batches": batches, "best": best}
+        self._checkpoints.save(self._step, (self._state, self._best), position)
+
+    def _validation_is_due(self) -> bool:
+        if self._validate is None or self._config.validate_every == 0:
+            return False
+        return self._step % self._config.validate_every == 0 or self._log.progress(self._step) >= 1
+
+    def _restore(self) -> dict[str, Any]:
+        """Go to the newest checkpoint, and return its position."""
+        (self._state, self._best), position = self._checkpoints.restore((self._state, self._best))
+        for source, saved in zip(self._sources, position["batches"], strict=True):
+            source.set_state(saved)
+        if position["best"] is not None:
+            self._best_validation = Validation(**position["best"])
+        return position
+
+
+def data_mesh(devices: int | None = None) -> Mesh:
+    """Return a mesh of the first so many devices, by default of all, along one axis "data"."""
+    chosen = jax.devices()[:devices]
+    return jax.make_mesh((len(chosen),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=chosen)
+
+
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """Split this process's share of a batch over its devices."""
     split = NamedSharding(mesh, PartitionSpec("data"))
     return {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
 
 
-@contextlib.contextmanager
-def _until_terminated() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGTERM or Ctrl-C has come; outside the main thread neither is noticed.
+def _check_batch_size(config: TrainingConfig, devices: int, teachers: Teachers | None) -> None:
+    """Raise TrainingError unless each micro-batch can be split among devices and teachers."""
+    parts = devices if teachers is None else teachers.batch_parts(devices)
+    if config.batch_size % (config.micro_batches * parts):
+        raise TrainingError(
+            f"batch_size must be a multiple of {config.micro_batches * parts}, which is micro_batches = "
+            f"{config.micro_batches} times {parts} equal parts for {devices} devices and their teachers; got "
+            f"{config.batch_size}"
+        )
 
-    A second Ctrl-C interrupts at once, as it would without us.
+
+@contextlib.contextmanager
+def until_terminated() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns whether SIGTERM or Ctrl-C came; outside the main thread neither is noticed.
+
+    A second Ctrl-C interrupts at once, as usual.
     """
-    came = threading.Event()
+    received = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
+        yield received.is_set
         return
 
-    def note(number: int, _: object) -> None:
-        if number == signal.SIGINT and came.is_set():
+    def handle(number: int, _: object) -> None:
+        if number == signal.SIGINT and received.is_set():
             raise KeyboardInterrupt
-        came.set()
+        received.set()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield came.is_set
+        yield received.is_set
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler or signal.SIG_DFL)

@@ -1,0 +1,123 @@
+"""Teachers for distillation (Hinton et al., arXiv 1503.02531): an ensemble, or cross-fitted models.
+
+Either kind is given to `Trainer`, which places the parameters on the devices; the training step asks for predictions.
+"""
+
+import math
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.training.config import TrainingError
+
+Params = list[nnx.State]
+
+
+class Ensemble:
+    """Teachers whose mean prediction is the target of every example.
+
+    Raises:
+        TrainingError: there are no teachers.
+    """
+
+    sharding = PartitionSpec()
+
+    def __init__(self, models: Sequence[PerceiverAR]):
+        if not models:
+            raise TrainingError("distillation needs at least one teacher")
+        split = [nnx.split(model, nnx.Param) for model in models]
+        self._graphs, self._params = [graph for graph, _ in split], [params for _, params in split]
+
+    def batch_parts(self, devices: int) -> int:
+        """Return the number of equal parts that a batch must have: one per device."""
+        return devices
+
+    def place(self, mesh: Mesh) -> Params:
+        """Return a copy of their parameters for each device of a mesh."""
+        return jax.device_put(self._params, NamedSharding(mesh, self.sharding))
+
+    def predict(self, params: Params, batch: dict[str, Array], **window: Any) -> Float[Array, "B N V"]:
+        """Return the mean of the teachers' probabilities of the targets.
+
+        Args:
+            params: as `place` returns them.
+            batch: as in `trainer.Batches`.
+            **window: latents, kept_prefix and key of `PerceiverAR.__call__`, the same that the student gets.
+        """
+        models = [nnx.merge(graph, state) for graph, state in zip(self._graphs, params, strict=True)]
+        return jnp.stack([_probabilities(model, batch, **window) for model in models]).mean(axis=0)
+
+
+class CrossFitted:
+    """Teachers that each predict only the part of the data that they were not trained on.
+
+    With K teachers, a batch consists of K equal parts, and teacher k predicts part k (out-of-fold predictions).
+
+    Raises:
+        TrainingError: there are no teachers, or they differ in their configuration.
+    """
+
+    sharding = PartitionSpec("data")
+
+    def __init__(self, models: Sequence[PerceiverAR]):
+        designs = {(model.config, model.compute) for model in models}
+        if len(designs) != 1:
+            raise TrainingError(
+                f"cross-fitted teachers must all have the same configuration, got {len(models)} teachers with "
+                f"{len(designs)} configurations: {designs}"
+            )
+        split = [nnx.split(model, nnx.Param) for model in models]
+        self._graph, self._params = split[0][0], [params for _, params in split]
+
+    def batch_parts(self, devices: int) -> int:
+        """Return the number of equal parts that a batch must have: each belongs to one teacher and one device."""
+        return math.lcm(len(self._params), devices)
+
+    def place(self, mesh: Mesh) -> Params:
+        """Return their parameters, stacked along a new first axis and split over the devices of a mesh.
+
+        Each device then has the teachers of its part of the batch. If the teachers cannot be split evenly, each is
+        repeated, and its copies predict smaller parts.
+        """
+        copies = self.batch_parts(mesh.size) // len(self._params)
+        stacked = jax.tree.map(lambda *arrays: jnp.repeat(jnp.stack(arrays), copies, axis=0), *self._params)
+        return jax.device_put([stacked], NamedSharding(mesh, self.sharding))
+
+    def predict(self, params: Params, batch: dict[str, Array], **window: Any) -> Float[Array, "B N V"]:
+        """Return each teacher's probabilities of the targets of its own part of the batch.
+
+        Args:
+            params: a device's share of what `place` returns.
+            batch: a device's share of a batch.
+            **window: as in `Ensemble.predict`.
+        """
+        (stacked,) = params
+        count = jax.tree.leaves(stacked)[0].shape[0]
+        parts = {name: jnp.split(array, count) for name, array in batch.items()}
+        predictions = []
+        for number in range(count):
+            model = nnx.merge(self._graph, jax.tree.map(itemgetter(number), stacked))
+            part = {name: arrays[number] for name, arrays in parts.items()}
+            predictions.append(_probabilities(model, part, **window))
+        return jnp.concatenate(predictions)
+
+
+Teachers = Ensemble | CrossFitted
+
+
+def _probabilities(model: PerceiverAR, batch: dict[str, Array], **window: Any) -> Array:
+    """Return a teacher's probabilities; of the student's inputs it reads as many as its own window holds."""
+    inputs = batch["tokens"][:, :-1][:, -model.config.window :]
+    return jax.nn.softmax(model(inputs, **label_argument(model, batch), **window))
+
+
+def label_argument(model: PerceiverAR, batch: dict[str, Array]) -> dict[str, Array]:
+    """Return the augmentation labels of a batch as an argument for a model; nothing if it takes none."""
+    return {"labels_BxC": batch["labels"]} if model.config.label_size else {}

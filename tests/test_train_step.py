@@ -1,0 +1,265 @@
+"""What a training step consists of, by hand: loss, gradients, teachers, averages, devices."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import noisy_model
+from flax import nnx
+from reference_model import reference
+from tiny_training import CONFIG, EXACT, TRAINING, B, CountingBatches, M, N, log_of, noisy, run
+
+from music_ar.model.config import Compute
+from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.tokens import vocabulary
+from music_ar.training.config import TrainingError
+from music_ar.training.distillation import CrossFitted, Ensemble
+from music_ar.training.losses import token_loss
+from music_ar.training.optimizer import build_optimizer
+from music_ar.training.step import TrainState, initial_state, make_train_step, student_loss
+from music_ar.training.trainer import data_mesh, shard_batch
+
+
+@functools.cache
+def fainter():
+    """The noisy model with smaller weights."""
+    graph, params = nnx.split(noisy())
+    return nnx.merge(graph, jax.tree.map(lambda leaf: 0.9 * leaf, params))
+
+
+@functools.cache
+def teachers_of(kind):
+    return kind([noisy(), fainter()])
+
+
+@pytest.fixture(scope="module")
+def take_step():
+    """Takes a step of a config from the noisy model: the state before it, after it, and its metrics.
+
+    The optimizer passes the gradient on as it is.
+    """
+    graph, params = nnx.split(noisy(), nnx.Param)
+    optimizer, mesh = optax.identity(), data_mesh(1)
+
+    @functools.cache
+    def compiled(config, teachers):
+        return make_train_step(graph, config, optimizer, mesh, teachers)
+
+    def take(config, *, rate=1.0, done=0, teachers=None, weighed=slice(None)):
+        before = TrainState(jnp.int32(done), params, jax.tree.map(jnp.zeros_like, params), optimizer.init(params))
+        batch = jax.tree.map(jnp.asarray, next(CountingBatches()))
+        batch["weights"] = jnp.zeros_like(batch["weights"]).at[weighed].set(batch["weights"][weighed])
+        placed = [] if teachers is None else teachers.place(mesh)
+        step = compiled(config, teachers)
+        return before, *step(jax.tree.map(jnp.copy, before), batch, jnp.float32(rate), placed)
+
+    return take
+
+
+def test_micro_batches_give_the_gradient_of_the_whole(take_step):
+    before, whole, metrics = take_step(EXACT)
+    _, parts, in_parts = take_step(dataclasses.replace(EXACT, micro_batches=2))
+    assert float(in_parts["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)
+    assert float(in_parts["gradient_norm"]) == pytest.approx(float(metrics["gradient_norm"]), rel=1e-4)
+    for old, one, part in zip(*map(jax.tree.leaves, (before.params, whole.params, parts.params)), strict=True):
+        np.testing.assert_allclose(part - old, one - old, rtol=2e-3, atol=1e-5)
+
+
+def test_the_loss_is_that_of_the_last_inputs_next_tokens(take_step):
+    """Weighted cross-entropy of `tokens[:, -N:]`, computed from the model's own logits."""
+    batch = next(CountingBatches())
+    logits = np.stack([reference(noisy(), tokens, N) for tokens in batch["tokens"][:, :-1]])
+    chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    found = np.take_along_axis(chances, batch["tokens"][:, -N:, None], axis=-1)[..., 0]
+    expected = -(np.log(found) * batch["weights"]).sum() / batch["weights"].sum()
+    assert float(take_step(EXACT)[2]["loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_rate_scales_the_step(take_step):
+    before, whole, _ = take_step(EXACT)
+    _, half, _ = take_step(EXACT, rate=0.5)
+    _, none, _ = take_step(EXACT, rate=0.0)
+    jax.tree.map(np.testing.assert_array_equal, none.params, before.params)
+    for old, one, part in zip(*map(jax.tree.leaves, (before.params, whole.params, half.params)), strict=True):
+        assert (old != one).any()
+        np.testing.assert_allclose(part - old, (one - old) / 2, atol=1e-6)
+
+
+def test_each_step_draws_its_own_dropout(take_step):
+    losses = [float(take_step(TRAINING, done=done)[2]["loss"]) for done in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(("done", "decay"), [(0, 0.1), (10, 11 / 20), (10**6, 0.9995)])
+def test_the_average_follows_the_weights(take_step, done, decay):
+    _, after, _ = take_step(EXACT, done=done)
+    assert int(after.step) == done + 1
+    for average, param in zip(jax.tree.leaves(after.ema), jax.tree.leaves(after.params), strict=True):
+        np.testing.assert_allclose(average, (1 - decay) * param, rtol=1e-3, atol=1e-7)  # it was zero before
+
+
+# The teachers' predictions are all that counts.
+DISTILLED = dataclasses.replace(EXACT, z_loss=0.0, distillation_weight=1.0)
+
+
+def cross_entropy_and_norm(student, teachers, config, batch):
+    """The cross-entropy of a student, and the norm of the gradient of its loss, on one device."""
+    graph, params = nnx.split(student, nnx.Param)
+    gradient = jax.jit(jax.grad(functools.partial(student_loss, graph, config, teachers), has_aux=True))
+    arrays = jax.tree.map(jnp.asarray, batch)
+    grads, cross_entropy = gradient(params, teachers.place(data_mesh(1)), arrays, jax.random.key(0))
+    return float(cross_entropy), float(optax.tree.norm(grads))
+
+
+def test_a_student_that_predicts_as_its_teachers_has_nothing_to_learn():
+    """The teachers read the same part of the prefix as the student."""
+    config, batch = dataclasses.replace(DISTILLED, prefix_keep=0.5), next(CountingBatches())
+    by_itself = cross_entropy_and_norm(noisy(), Ensemble([noisy(), noisy()]), config, batch)
+    by_both = cross_entropy_and_norm(noisy(), Ensemble([noisy(), fainter()]), config, batch)
+    assert by_itself[1] < 1e-3 * by_both[1]
+    assert by_itself[0] == pytest.approx(by_both[0])  # what is reported is the cross-entropy with the tokens
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_each_cross_fitted_teacher_predicts_its_own_part_of_the_batch(take_step, micro_batches):
+    config, half = dataclasses.replace(DISTILLED, micro_batches=micro_batches), B // 2
+
+    def learnt(weighed):
+        return float(take_step(config, teachers=teachers_of(CrossFitted), weighed=weighed)[2]["gradient_norm"])
+
+    assert learnt(slice(0, half)) < 1e-3 * learnt(slice(half, None))
+
+
+def test_a_teacher_reads_what_its_own_window_holds():
+    """A student with retrieval has a longer one; here it ignores what it retrieves, and so predicts the same."""
+    student = noisy_model(dataclasses.replace(CONFIG, retrieval_notes=12))
+    nnx.update(student, nnx.state(noisy(), nnx.Param))
+    student.retrieval.kernel[...] = jnp.zeros_like(student.retrieval.kernel[...])
+    size = (B, student.config.window + 1)
+    tokens = np.random.default_rng(0).integers(0, vocabulary.EVENT_CLASSES, size, np.int32)
+    batch = {"tokens": tokens, "weights": np.ones((B, N), np.float32)}
+    norms = [
+        cross_entropy_and_norm(student, Ensemble([teacher]), DISTILLED, batch)[1] for teacher in (noisy(), fainter())
+    ]
+    assert norms[0] < 1e-4 * norms[1]
+
+
+@pytest.mark.parametrize("conditioned", ["student", "teachers", "nobody"])
+@pytest.mark.parametrize("kind", [Ensemble, CrossFitted])
+def test_models_with_labels_get_them(conditioned, kind):
+    plain, labelled = noisy(), noisy_model(dataclasses.replace(CONFIG, label_size=3))
+    student, teacher = (labelled if conditioned == who else plain for who in ("student", "teachers"))
+    teachers, (graph, params) = kind([teacher, teacher]), nnx.split(student, nnx.Param)
+    loss = jax.jit(functools.partial(student_loss, graph, DISTILLED, teachers))
+    found = []
+    for labels in (np.zeros((B, 3)), np.eye(B, 3, k=-1)):  # the second: others for all examples but the first
+        batch = jax.tree.map(jnp.asarray, next(CountingBatches()) | {"labels": labels.astype(np.float32)})
+        found.append(float(loss(params, teachers.place(data_mesh(1)), batch, jax.random.key(0))[0]))
+    assert (abs(found[1] / found[0] - 1) > 1e-3) == (conditioned != "nobody")
+
+
+def test_the_loss_by_hand():
+    logits = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 1.0], [5.0, 5.0]]]))  # partitions 4, 2, 10
+    loss, cross_entropy = token_loss(logits, jnp.array([[0, 1, 1]]), jnp.array([[1.0, 0.5, 0.0]]), z_loss=0.1)
+    assert float(cross_entropy) == pytest.approx((np.log(4) + 0.5 * np.log(2)) / 1.5)
+    assert float(loss - cross_entropy) == pytest.approx(0.1 * (np.log(4) ** 2 + 0.5 * np.log(2) ** 2) / 1.5)
+
+
+def test_the_loss_with_a_teacher_by_hand():
+    logits, targets = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 1.0]]])), jnp.array([[0, 1]])
+    teacher = jnp.array([[[0.5, 0.5], [0.25, 0.75]]])
+    weights = jnp.array([[1.0, 1.0]])
+    loss, cross_entropy = token_loss(
+        logits, targets, weights, z_loss=0.0, teacher_BxNxV=teacher, distillation_weight=0.25
+    )
+    with_teacher = (0.5 * np.log(4) + 0.5 * np.log(4 / 3) + np.log(2)) / 2
+    assert float(cross_entropy) == pytest.approx((np.log(4) + np.log(2)) / 2)
+    assert float(loss) == pytest.approx(0.75 * float(cross_entropy) + 0.25 * with_teacher)
+
+
+def test_a_batch_without_weight_has_no_loss():
+    loss, cross_entropy = token_loss(jnp.ones((1, 2, 3)), jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2)), z_loss=0.1)
+    assert (float(loss), float(cross_entropy)) == (0, 0)
+
+
+def metrics_on_devices(output):
+    """Loss and gradient norm of a step, on two and on four devices of this process: more than there are teachers.
+
+    Also runs `Trainer`, with Muon, on all four, and checks how a batch is split.
+    """
+    batch, optimizer = next(CountingBatches()), optax.identity()
+    graph, params = nnx.split(noisy(), nnx.Param)
+    found = []
+    for devices, kind in ((2, CrossFitted), (4, CrossFitted), (4, Ensemble)):
+        mesh, rows, teachers = data_mesh(devices), B // devices, teachers_of(kind)
+        shards = shard_batch(batch, mesh)
+        assert [part.data.shape for part in shards["tokens"].addressable_shards] == [(rows, M + 1)] * devices
+        assert [part.data.shape for part in shards["weights"].addressable_shards] == [(rows, N)] * devices
+        step = make_train_step(graph, DISTILLED, optimizer, mesh, teachers)
+        _, metrics = step(initial_state(params, optimizer, mesh), shards, jnp.float32(1.0), teachers.place(mesh))
+        found.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
+    with pytest.raises(TrainingError, match=r"batch_size must be a multiple of 8, .* for 4 devices.*; got 4"):
+        run(output / "refused", dataclasses.replace(EXACT, micro_batches=2))
+    run(output / "on four", dataclasses.replace(EXACT, log_every=1))
+    return found
+
+
+IN_A_PROCESS = """
+import json, pathlib, sys
+sys.path.insert(0, {tests!r})
+import test_train_step
+print(json.dumps(test_train_step.metrics_on_devices(pathlib.Path({output!r}))))
+"""
+
+
+@pytest.mark.slow
+def test_devices_share_the_batch_and_its_teachers_and_give_the_losses_of_one(take_step, tmp_path):
+    here = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-c", IN_A_PROCESS.format(tests=str(here), output=str(tmp_path))],
+        cwd=here.parent,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    on_one = [take_step(DISTILLED, teachers=teachers_of(kind))[2] for kind in (CrossFitted, CrossFitted, Ensemble)]
+    expected = [[float(metrics["loss"]), float(metrics["gradient_norm"])] for metrics in on_one]
+    assert abs(expected[1][1] - expected[2][1]) > 1e-2  # what teaches makes a difference
+    np.testing.assert_allclose(json.loads(result.stdout.splitlines()[-1]), expected, rtol=1e-3)
+    run(tmp_path / "on one", dataclasses.replace(EXACT, log_every=1))
+    of_one, of_four = (np.array(log_of(tmp_path / name, "loss", "gradient_norm")) for name in ("on one", "on four"))
+    assert len(of_one) == 6
+    np.testing.assert_allclose(of_four[:, 0], of_one[:, 0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(of_four[:, 1], of_one[:, 1], rtol=1e-3)
+
+
+def shapes(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def test_the_training_step_lowers_for_tpu():
+    config = dataclasses.replace(TRAINING, micro_batches=2)
+    model = PerceiverAR(CONFIG, rngs=nnx.Rngs(0), compute=Compute(dtype="bfloat16"))
+    graph, params = nnx.split(model, nnx.Param)
+    optimizer, mesh = build_optimizer(config), data_mesh(1)
+    step: Any = make_train_step(graph, config, optimizer, mesh)  # what jax.jit returns
+    exported = jax.export.export(step, platforms=["tpu"])(
+        shapes(initial_state(params, optimizer, mesh)),
+        shapes(next(CountingBatches())),
+        jax.ShapeDtypeStruct((), jnp.float32),
+        [],
+    )
+    assert exported.platforms == ("tpu",)
+    assert "bf16" in exported.mlir_module()
