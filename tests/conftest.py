@@ -1,23 +1,45 @@
-"""What every test stands on: strict JAX on the CPU, hypothesis without deadlines, and small real inputs."""
+"""What every test relies on: strict JAX on the CPU, hypothesis without deadlines, and small real inputs."""
 
-import atexit
+import contextlib
+import hashlib
 import os
-import shutil
+import platform
 import signal
-import tempfile
+import time
+from pathlib import Path
+
+import platformdirs
 
 # Set before JAX is imported, and inherited by the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")  # the command line would make several; tests of several say so
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-# Tests are mostly compilation: what one of them, or a process that it starts, compiles, the others load. The folder is
-# a new one for each run of the tests, so that none depends on what you, or another version, compiled before.
-if not os.environ.keys() & {"PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"}:  # neither a worker nor started by a test
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="music-ar-compilations-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
+
+def compilation_cache() -> Path:
+    """Where compiled programs are kept between runs, since tests are mostly compilation.
+
+    JAX's keys hold the program, its options and the compiler's version, but not the instruction set of the CPU.
+    """
+    cpu = Path("/proc/cpuinfo")
+    flags = [line for line in cpu.read_text().splitlines() if line.startswith("flags")][:1] if cpu.exists() else []
+    machine = hashlib.sha256("".join([platform.machine(), platform.processor(), *flags]).encode()).hexdigest()[:12]
+    return Path(platformdirs.user_cache_dir("music-ar", appauthor=False)) / "tests" / machine
+
+
+def remove_unused(cache: Path, days: int = 14) -> None:
+    """Removes programs that no test has used for so long."""
+    for file in cache.glob("*"):
+        if time.time() - file.stat().st_mtime > days * 86_400:
+            file.unlink(missing_ok=True)
+
+
+if not os.environ.keys() & {"PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"}:  # neither a worker nor started by a test
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compilation_cache())
+    remove_unused(compilation_cache())
 
 import numpy as np
 import pytest
@@ -83,7 +105,7 @@ def prepared(midi_folder, tmp_path_factory):
     from data_pipeline.prepare import prepare_midi
 
     folder = tmp_path_factory.mktemp("prepared")
-    prepare_midi(midi_folder, folder, workers=1, progress=False)
+    prepare_midi(midi_folder, folder, workers=1)
     return folder
 
 
@@ -103,12 +125,34 @@ def noisy_model(config, seed=0):
     return nnx.merge(graph, jax.tree.map(noisy, params))
 
 
+@pytest.fixture
+def compilations():
+    """A context that collects the names of the programs that JAX compiles in it."""
+    import jax.monitoring
+
+    @contextlib.contextmanager
+    def collecting():
+        names: list[str] = []
+
+        def on_event(event, _duration_s, fun_name="", **_):
+            if event == "/jax/core/compile/backend_compile_duration":
+                names.append(fun_name)
+
+        jax.monitoring.register_event_duration_secs_listener(on_event)
+        try:
+            yield names
+        finally:
+            jax.monitoring.unregister_event_duration_listener(on_event)
+
+    return collecting
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A released model of the tiny preset with random weights everywhere."""
     from music_ar.model.config import PRESETS
-    from music_ar.model.pretrained import save_released
+    from music_ar.model.pretrained import save_pretrained
 
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    save_released(noisy_model(PRESETS["tiny"]), folder)
+    save_pretrained(noisy_model(PRESETS["tiny"]), folder)
     return folder

@@ -186,7 +186,7 @@ def test_inspect_finds_copies_from_the_training_split(capsys, midi_folder, prepa
 
 def test_plotting_without_matplotlib_is_rejected_with_one_line(capsys, monkeypatch, tmp_path, midi_file):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "music-ar[plot]" in refusal(capsys, "inspect", midi_file, "--plot", tmp_path / "roll.png")
+    assert ".[plot]" in refusal(capsys, "inspect", midi_file, "--plot", tmp_path / "roll.png")
 
 
 def test_inspect_prints_every_token_with_its_time(capsys, midi_file):

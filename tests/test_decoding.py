@@ -4,31 +4,36 @@ import dataclasses
 import os
 import subprocess
 import sys
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import noisy_model
+from event_tokens import SECOND, off, on, shift, tokens_of, velocity
 from flax import nnx
 
-from music_ar.decoding import decoder as decoding
 from music_ar.decoding import history_bias
+from music_ar.decoding.backend import Backend
 from music_ar.decoding.decoder import Decoder
+from music_ar.decoding.processors import option_arrays, shared_options
 from music_ar.decoding.sampling import SamplingOptions
+from music_ar.decoding.windows import NEVER, WINDOWS, window_starts
 from music_ar.model.config import PRESETS
 from music_ar.tokens import codec, grammar, vocabulary
+from music_ar.tokens.vocabulary import PAD, START
 
-CONTEXT, BUDGET = 48, 16
-CONFIG = dataclasses.replace(
-    PRESETS["tiny"], context=CONTEXT, latents=32, onsets=3, recall=24, time_heads=1, cross_depths=(1,)
-)
+CONTEXT, LATENTS = 48, 16
+CONFIG = dataclasses.replace(PRESETS["tiny"], context=CONTEXT, onsets=3, retrieval_notes=24, time_heads=1)
 FOREVER = 2**30
-FILTERS = SamplingOptions().filters()
-# It returns to its beginning, so that there is something to recall, within the context and from before it.
+OPTIONS = shared_options(SamplingOptions())
+CHUNK = 12  # tokens decoded at once; a number for all tests is a compilation for all
+# It returns to its beginning, so that there is something to retrieve, within the context and from before it.
 _PASSAGE = np.random.default_rng(0).integers(0, vocabulary.EVENT_CLASSES, 65)
-PIECE = np.concatenate([[vocabulary.START], _PASSAGE, _PASSAGE[:40], _PASSAGE[15:40]]).astype(np.int32)
+PIECE = np.concatenate([[START], _PASSAGE, _PASSAGE[:40], _PASSAGE[15:40]]).astype(np.int32)
+START_ONLY = tokens_of(START)
+
+in_both_modes = pytest.mark.parametrize("mode", list(WINDOWS))
 
 
 @pytest.fixture(scope="module")
@@ -38,60 +43,69 @@ def model():
 
 @pytest.fixture(scope="module")
 def decoder(model):
-    return Decoder(model, int8=False)
+    return Decoder(model, Backend())
 
 
-def start(decoder, prompts, *, seeds=None, latents=BUDGET, limit_steps=FOREVER, mode="exact"):
-    seeds = [0] * len(prompts) if seeds is None else seeds
+def start(decoder, prompts, *, seeds=None, latents=LATENTS, limit_steps=FOREVER, mode="sliding"):
+    seeds = range(len(prompts)) if seeds is None else seeds
     return decoder.start(prompts, latents=latents, seeds=seeds, limit_steps=limit_steps, mode=mode)
+
+
+def decoded(decoder, state, *, tokens, options=OPTIONS):
+    """The state after so many tokens, the tokens, and their NLL."""
+    assert tokens % CHUNK == 0
+    parts = []
+    for _ in range(tokens // CHUNK):
+        state, *found = decoder.decode_scored(state, options, length=CHUNK)
+        parts.append([np.asarray(part) for part in found])
+    return state, *(np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
 
 
 @pytest.fixture(scope="module")
 def stepped(decoder):
-    """Logits after each token of PIECE, token by token from nothing, by mode."""
+    """Logits after each token of PIECE, token by token from `START`, by mode."""
     return {
-        mode: np.asarray(decoder.force(start(decoder, [PIECE[:1]], mode=mode), PIECE[None, 1:])[1][0])
-        for mode in decoding.WINDOW_MODES
+        mode: np.asarray(decoder.teacher_force(start(decoder, [PIECE[:1]], mode=mode), PIECE[None, 1:])[1][0])
+        for mode in WINDOWS
     }
 
 
 def window_start(time):
-    """Where the window that predicts at `time` began, from its definition: staggered windows of BUDGET latents."""
-    half = BUDGET // 2
+    """Where the window that predicts at `time` began, by definition: staggered windows of LATENTS latents."""
+    half = LATENTS // 2
     return max(time // half - 1, 0) * half
 
 
 @pytest.fixture(scope="module")
 def uncached(model):
-    """Logits after the last of some tokens, by dense masked attention over the whole piece: no cache, no ring.
+    """Logits after the last of some tokens, by dense masked attention over the whole piece: without any cache.
 
-    Each latent sees the CONTEXT inputs up to its own. Latents before `first` do not exist; by default that is where the
-    predicting window starts. A latent sees no more than the `seen` latest latents.
+    Each latent reads the CONTEXT inputs up to its own. Latents before `first` do not exist; by default that is where
+    the predicting window starts. A latent reads at most the `seen` latest latents.
     """
     graph, params = nnx.split(model)
     ages = jnp.arange(len(PIECE))[None]
     behind = ages[0][:, None] - ages
-    off = nnx.Dropout(0.0, deterministic=True)
+    no_dropout = nnx.Dropout(0.0, deterministic=True)
 
     @jax.jit
     def logits(params, tokens, first, seen):
         model = nnx.merge(graph, params)
-        told = model.told(tokens[None], len(PIECE))
-        places = jnp.stack([ages, told.keyboard.step], axis=-1)
-        embedded = model.tell(model.embed(tokens[None]), told)
-        context = model.cross.keys_values(model.context_norm(embedded), places)
+        conditioning = model.conditioning(tokens[None], len(PIECE))
+        positions = jnp.stack([ages, conditioning.keyboard.time], axis=-1)
+        embedded = model.condition(model.embed(tokens[None]), conditioning)
 
         def attend(block, x, keys_values, mask):
-            return block.add(x, jax.nn.dot_product_attention(block.queries(x, places), *keys_values, mask=mask), off)
+            attended = jax.nn.dot_product_attention(block.queries(x, positions), *keys_values, mask=mask)
+            return block.add(x, attended, no_dropout)
 
         in_context = ((behind >= 0) & (behind < CONTEXT))[None, None]
         # A latent before the window sees itself, so that its softmax has a key; no latent in the window sees it.
         in_window = ((behind >= 0) & (behind < seen) & (ages >= first) | (behind == 0))[None, None]
+        context = model.cross.keys_values(model.context_norm(embedded), positions)
         x = attend(model.cross, model.latent(embedded), context, in_context)
-        for depth, block in enumerate(model.blocks):
-            if depth in CONFIG.cross_depths:
-                x = attend(model.further_crosses[CONFIG.cross_depths.index(depth)], x, context, in_context)
-            x = attend(block, x, block.keys_values(block.attention_norm(x), places), in_window)
+        for block in model.blocks:
+            x = attend(block, x, block.keys_values(block.attention_norm(x), positions), in_window)
         return model.logits(x)[0]
 
     def after_last(tokens, first=None, seen=FOREVER):
@@ -112,310 +126,185 @@ def test_cached_equals_uncached(uncached, stepped, time):
 
 
 @pytest.mark.parametrize("time", TIMES)
-def test_a_sliding_window_equals_a_band_of_attention(uncached, stepped, time):
-    expected = uncached(PIECE[: time + 1], first=0, seen=BUDGET)
+def test_a_sliding_window_is_a_band_of_attention(uncached, stepped, time):
+    expected = uncached(PIECE[: time + 1], first=0, seen=LATENTS)
     np.testing.assert_allclose(stepped["sliding"][time], expected, atol=2e-5)
-    if time < BUDGET // 2:  # nothing has slid or begun anew yet
+    if time < LATENTS // 2:  # nothing has slid or begun anew yet
         np.testing.assert_allclose(stepped["sliding"][time], stepped["exact"][time], atol=2e-5)
-    if time >= BUDGET:
+    if time >= LATENTS:
         assert np.abs(stepped["sliding"][time] - stepped["exact"][time]).max() > 1e-3
 
 
 @pytest.mark.parametrize("time", [15, 47])
 def test_cached_equals_the_model_as_trained(model, stepped, time):
-    expected = model(jnp.asarray(PIECE)[None, : time + 1], latents=time + 1 - window_start(time))[0, -1]
+    forward = nnx.jit(lambda model, tokens: model(tokens, latents=time + 1 - window_start(time)))
+    expected = forward(model, jnp.asarray(PIECE)[None, : time + 1])[0, -1]
     np.testing.assert_allclose(stepped["exact"][time], expected, atol=2e-5)
 
 
-def test_the_reference_is_not_blind(uncached):
-    """Context and window both matter at the sizes tested; otherwise the tests above could not fail."""
+def test_the_uncached_reference_forgets_what_left_the_context(uncached):
+    """And depends on what is in it; otherwise the tests above could not fail."""
 
     def with_third(token, length):
-        """Tokens that the keyboard takes no notice of, which would remember it for ever."""
+        """Of tokens that no feature keeps, as the keyboard would for ever."""
         return np.concatenate([PIECE[:3], [token], PIECE[4:length]]).astype(np.int32)
 
-    assert np.abs(uncached(with_third(vocabulary.END, 50)) - uncached(with_third(vocabulary.START, 50))).max() > 1e-3
-    np.testing.assert_array_equal(
-        uncached(with_third(vocabulary.END, 120)), uncached(with_third(vocabulary.START, 120))
-    )
+    near, far = ([uncached(with_third(token, length)) for token in (vocabulary.END, START)] for length in (50, 120))
+    assert np.abs(near[0] - near[1]).max() > 1e-3
+    np.testing.assert_array_equal(*far)
 
+
+# Prefill.
 
 PROMPT_LENGTHS = [2, 8, 9, 16, 17, 48, 49, 130]
 
 
 @pytest.mark.parametrize("length", PROMPT_LENGTHS)
 def test_prefill_equals_stepping(decoder, stepped, length):
-    after = PIECE[None, length : length + 11]  # and stays equal over the next hand-over
-    _, logits = decoder.force(start(decoder, [PIECE[:length]]), after)
+    after = PIECE[None, length : length + 11]  # and stays equal over the next handover
+    _, logits = decoder.teacher_force(start(decoder, [PIECE[:length]], mode="exact"), after)
     np.testing.assert_allclose(logits[0], stepped["exact"][length - 1 :][: after.shape[1]], atol=2e-5)
 
 
 @pytest.mark.parametrize("length", PROMPT_LENGTHS)
 def test_prefill_of_a_sliding_window_is_the_model_as_trained(decoder, uncached, length):
-    """The last n latents in a window that begins with them; from there it slides."""
-    first = max(length - 1 - BUDGET, 0)  # the last token is pending: it comes after them
+    """The last n latents are those of a window that begins with them; from there it slides."""
+    first = max(length - 1 - LATENTS, 0)  # the last token is pending: it comes after them
     after = PIECE[None, length : length + 11]
-    _, logits = decoder.force(start(decoder, [PIECE[:length]], mode="sliding"), after)
+    _, logits = decoder.teacher_force(start(decoder, [PIECE[:length]]), after)
     for ahead, row in enumerate(logits[0]):
-        np.testing.assert_allclose(row, uncached(PIECE[: length + ahead], first=first, seen=BUDGET), atol=2e-5)
+        np.testing.assert_allclose(row, uncached(PIECE[: length + ahead], first=first, seen=LATENTS), atol=2e-5)
 
 
-@pytest.mark.parametrize("mode", decoding.WINDOW_MODES)
+def test_equal_prompts_are_prefilled_once(decoder, compilations):
+    def prefilled(prompts):
+        with compilations() as programs:
+            state = start(decoder, prompts, latents=6)  # of a cache of another size than in the other tests
+        return state, sum("prefill" in name for name in programs)
+
+    alone, first = prefilled([PIECE[:35]])
+    several, again = prefilled([PIECE[:35]] * 5)
+    assert (first, again) == (1, 0)  # one row again, since five would have another shape
+    alone = alone._replace(rng_B=jax.random.key_data(alone.rng_B))
+    for row in range(5):
+        found = several.rows([row])._replace(rng_B=alone.rng_B)
+        jax.tree.map(np.testing.assert_array_equal, found, alone)
+
+
+# Batches.
+
+
+@in_both_modes
 def test_a_batch_of_different_lengths_equals_one_by_one(decoder, mode):
-    prompts = [PIECE[:1], PIECE[:5], PIECE[:100], PIECE[:5]]
-
-    def tokens(prompts, seeds):
-        return np.asarray(decoder.decode(start(decoder, prompts, seeds=seeds, mode=mode), FILTERS, length=24)[1])
-
-    seeds = [3, 1, 1, 4]
-    together = tokens(prompts, seeds)
+    prompts, seeds = [PIECE[:1], PIECE[:5], PIECE[:100], PIECE[:5]], [3, 1, 1, 4]
+    together = decoded(decoder, start(decoder, prompts, seeds=seeds, mode=mode), tokens=24)[1]
     for row, prompt, seed in zip(together, prompts, seeds, strict=True):
-        np.testing.assert_array_equal(tokens([prompt], [seed])[0], row)
+        alone = decoded(decoder, start(decoder, [prompt], seeds=[seed], mode=mode), tokens=24)[1]
+        np.testing.assert_array_equal(alone[0], row)
     assert not np.array_equal(together[1], together[2])  # one seed, two prompts
     assert not np.array_equal(together[1], together[3])  # one prompt, two seeds
 
 
-def test_equal_prompts_are_prefilled_once(decoder):
-    compiled: Any = decoding._prefill
-    start(decoder, [PIECE[:20]])
-    before = compiled._cache_size()
-    state = start(decoder, [PIECE[:20]] * 5, seeds=range(5))
-    assert compiled._cache_size() == before  # the shape of one prompt
-    assert state.ended_B.shape == (5,)
-
-
-def test_rows_of_a_model_that_is_not_told_of_the_keyboard():
-    decoder = Decoder(noisy_model(PRESETS["tiny"]), int8=False)
-    _, tokens = decoder.decode(start(decoder, [PIECE[:5]] * 2, seeds=[0, 1]), FILTERS, length=4)
+def test_rows_of_a_model_without_features():
+    decoder = Decoder(noisy_model(PRESETS["tiny"]), Backend())
+    _, tokens, _ = decoded(decoder, start(decoder, [PIECE[:5]] * 2), tokens=CHUNK)
     assert not np.array_equal(tokens[0], tokens[1])
 
 
-def test_rows_go_on_as_they_would_have(decoder):
-    state = start(decoder, [PIECE[:5], PIECE[:60], PIECE[:9]], seeds=[0, 1, 2])
-    state, _ = decoder.decode(state, FILTERS, length=24)
-    chosen = state.rows([2, 1, 2])
-    _, all_tokens = decoder.decode(state, FILTERS, length=24)
-    _, tokens = decoder.decode(chosen, FILTERS, length=24)
-    np.testing.assert_array_equal(tokens, np.asarray(all_tokens)[[2, 1, 2]])
+def test_chosen_rows_continue_as_they_would_have(decoder):
+    prompts = [PIECE[:5], PIECE[:60], PIECE[:9], PIECE[:12]]
+    state, *_ = decoded(decoder, start(decoder, prompts), tokens=24)
+    chosen = state.rows([2, 1, 2, 0])
+    _, all_tokens, _ = decoded(decoder, state, tokens=24)
+    _, tokens, _ = decoded(decoder, chosen, tokens=24)
+    np.testing.assert_array_equal(tokens, all_tokens[[2, 1, 2, 0]])
 
 
-@pytest.mark.parametrize("mode", decoding.WINDOW_MODES)
-@pytest.mark.parametrize("before", [1, 24, 71])
+@in_both_modes
+@pytest.mark.parametrize("before", [CHUNK, 6 * CHUNK])
 def test_a_piece_enters_a_running_batch(decoder, mode, before):
-    """It makes what it makes alone, and its batch-mates go on as if nothing had been, bit for bit."""
-    seeds, rows = [0, 1, 2, 3], [PIECE[:3], PIECE[:100], PIECE[:9], PIECE[:20]]
+    """It continues as it would alone, and the other rows as if nothing had happened, bit for bit."""
+    rows = [PIECE[:3], PIECE[:100], PIECE[:9], PIECE[:20]]
+
+    def running():
+        return decoded(decoder, start(decoder, rows, mode=mode), tokens=before)[0]
+
+    _, undisturbed, _ = decoded(decoder, running(), tokens=60)
     for newcomer in (PIECE[:1], PIECE[:12], PIECE[:70], PIECE):  # shorter and longer than the context
-
-        def running():
-            state = start(decoder, rows, seeds=seeds, mode=mode)
-            return decoder.decode(state, FILTERS, length=before)[0]
-
-        _, undisturbed, _ = decoder.decode_scored(running(), FILTERS, length=60)
         alone = start(decoder, [newcomer], seeds=[7], mode=mode)
         state = running().replaced(0, alone).replaced(2, alone)  # the newcomer's state can be used again
-        _, tokens, nats = decoder.decode_scored(state, FILTERS, length=60)
+        _, tokens, nats = decoded(decoder, state, tokens=60)
         np.testing.assert_array_equal(tokens[1::2], undisturbed[1::2])
-        np.testing.assert_array_equal(tokens[0], decoder.decode(alone, FILTERS, length=60)[1][0])
+        np.testing.assert_array_equal(tokens[0], decoded(decoder, alone, tokens=60)[1][0])
         np.testing.assert_array_equal(tokens[0], tokens[2])
         np.testing.assert_array_equal(nats[0], nats[2])  # to the last bit, in whichever row
 
 
-def test_rows_are_dealt_to_all_devices(decoder):
+def test_rows_are_sharded_over_all_devices(decoder):
     assert jax.device_count() == int(os.environ["JAX_NUM_CPU_DEVICES"])
-    state, tokens = decoder.decode(start(decoder, [PIECE[:9]] * 4, seeds=range(4)), FILTERS, length=24)
+    state, tokens, _ = decoded(decoder, start(decoder, [PIECE[:9]] * 4), tokens=24)
     assert len(state.caches.self_k[0].sharding.device_set) == min(4, jax.device_count())
-    np.testing.assert_array_equal(
-        tokens[3], decoder.decode(start(decoder, [PIECE[:9]], seeds=[3]), FILTERS, length=24)[1][0]
-    )
+    alone = decoded(decoder, start(decoder, [PIECE[:9]], seeds=[3]), tokens=24)[1]
+    np.testing.assert_array_equal(tokens[3], alone[0])
 
 
+@pytest.mark.slow
 def test_two_devices_decode_as_one_does():
-    """The tests of batches once more, where rows are dealt."""
-    chosen = "dealt or stops or (running_batch and 24-sliding)"
+    """Tests of batches once more, with rows sharded over two devices."""
+    chosen = f"sharded or stops or (running_batch and {CHUNK}-sliding) or forced_rows"
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n0", "-q", "-k", chosen, __file__],
+        [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__],
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stdout
-    assert " passed" in result.stdout
+    assert "4 passed" in result.stdout
 
 
-def test_each_row_has_its_own_options(decoder):
-    options = [
-        SamplingOptions(temperature=0.0),
-        SamplingOptions(),
-        SamplingOptions(top_k=2),
-        SamplingOptions(min_p=0.3),
-    ]
-    each = [option.filters() for option in options]
-    prompts, seeds = [PIECE[:9]] * 4, [1, 2, 3, 4]
-    by_row = jax.tree.map(lambda *rows: jnp.stack(rows), *each)
-    _, tokens = decoder.decode(start(decoder, prompts, seeds=seeds), by_row, length=40)
-    for row, filters in enumerate(each):
-        _, alike = decoder.decode(start(decoder, prompts, seeds=seeds), filters, length=40)
-        np.testing.assert_array_equal(tokens[row], alike[row])
-
-
-def test_the_surprise_of_each_token_is_the_model_s_own(decoder):
-    options = SamplingOptions(temperature=0.5, top_k=5).filters()
-    prompts = [PIECE[:9], PIECE[:60]]
-    _, tokens, nats = decoder.decode_scored(start(decoder, prompts), options, length=20)
-    _, logits = decoder.force(start(decoder, prompts), np.asarray(tokens))
-    expected = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(nats, expected, atol=1e-4)
-
-
-def test_chunks_do_not_matter(decoder):
-    def tokens(*lengths):
-        state = start(decoder, [PIECE[:9]], seeds=[5])
-        parts = []
-        for length in lengths:
-            state, part = decoder.decode(state, FILTERS, length=length)
-            parts.append(np.asarray(part[0]))
-        return np.concatenate(parts)
-
-    np.testing.assert_array_equal(tokens(24, 24), tokens(48))
-
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 3.0, "top_p": 1.0}, {"temperature": 0.0}])
-def test_every_sampled_token_obeys_the_grammar(decoder, options):
-    prompts = [np.array([vocabulary.START], np.int32)] * 3
-    state = start(decoder, prompts, seeds=[0, 1, 2], limit_steps=2000)
-    _, tokens = decoder.decode(state, SamplingOptions(**options).filters(), length=160)
-    for row in np.asarray(tokens):
-        grammar = grammar.grammar_after(prompts[0])
-        for token in row[row != vocabulary.PAD]:
-            assert grammar.playable_events(grammar)[token]
-            grammar = grammar.advance(grammar, token)
+def test_forced_rows_are_alone(decoder):
+    tokens = np.stack([PIECE[9:20], PIECE[60:71]])
+    _, together = decoder.teacher_force(start(decoder, [PIECE[:9], PIECE[:60]]), tokens)
+    for row, prompt in enumerate((PIECE[:9], PIECE[:60])):
+        _, alone = decoder.teacher_force(start(decoder, [prompt]), tokens[row : row + 1])
+        np.testing.assert_allclose(together[row], alone[0], atol=2e-5)
 
 
 def test_a_batch_stops_when_every_row_has_enough(decoder):
-    prompts = [np.array([vocabulary.START], np.int32)] * 2
+    prompts = [START_ONLY] * 4
 
     def made(*limits):
-        state = start(decoder, prompts, seeds=[0, 1])._replace(limit_B=jnp.array(limits, jnp.int32))
-        state, tokens = decoder.decode(state, FILTERS, length=96)
-        return state, np.asarray(tokens)
+        state = start(decoder, prompts)._replace(limit_B=jnp.array(limits, jnp.int32))
+        return decoded(decoder, state, tokens=96)[:2]
 
     def enough(row, limit):
-        """How many tokens it takes to make so much music."""
+        """How many tokens it takes to generate so much music."""
         return int(np.argmax(np.append(codec.event_steps(row)[1:], codec.length_steps(row)) >= limit)) + 1
 
-    _, free = made(FOREVER, FOREVER)
-    state, both = made(100, 200)
-    stops = np.array([enough(free[0], 100), enough(free[1], 200)])
+    _, free = made(*[FOREVER] * 4)
+    limits = (100, 50, 200, 150)
+    state, limited = made(*limits)
+    stops = np.array([enough(row, limit) for row, limit in zip(free, limits, strict=True)])
     assert stops.max() < 96
-    if jax.device_count() == 1:  # a row that has enough goes on with the others
-        stops[:] = stops.max()
+    # A row that has enough continues with the others on its device.
+    per_device = 4 // min(4, jax.device_count())
+    stops = np.repeat(stops.reshape(-1, per_device).max(axis=1), per_device)
     assert np.asarray(state.done_B).all()
-    # With a higher limit it goes on as if nothing had been.
-    _, more = decoder.decode(state.with_limit(FOREVER), FILTERS, length=24)
+    # With a higher limit it continues as if nothing had been.
+    _, more, _ = decoded(decoder, state.with_limit(FOREVER), tokens=CHUNK)
     for row, stop in enumerate(stops):
-        np.testing.assert_array_equal(both[row, :stop], free[row, :stop])
-        assert (both[row, stop:] == vocabulary.PAD).all()
-        np.testing.assert_array_equal(more[row], free[row, stop : stop + 24])
+        np.testing.assert_array_equal(limited[row, :stop], free[row, :stop])
+        assert (limited[row, stop:] == PAD).all()
+        np.testing.assert_array_equal(more[row], free[row, stop : stop + CHUNK])
 
 
 def test_a_piece_that_ended_is_followed_by_padding_and_leaves_the_others(decoder):
-    prompts = [PIECE[:9], PIECE[:5]]
-    state = start(decoder, prompts, seeds=[0, 1])
-    _, free = decoder.decode(start(decoder, prompts, seeds=[0, 1]), FILTERS, length=24)
-    _, tokens = decoder.decode(state._replace(ended_B=jnp.array([True, False])), FILTERS, length=24)
-    assert (np.asarray(tokens[0]) == vocabulary.PAD).all()
-    np.testing.assert_array_equal(tokens[1], free[1])
-
-
-def test_after_eight_seconds_the_pedal_is_released(decoder):
-    """Two keys are down since the beginning, a third nearly so long, and a fourth for almost two seconds: it stays."""
-    on, off, rest = vocabulary.NOTE_ON, vocabulary.NOTE_OFF, vocabulary.TIME_SHIFT + 99
-    prompt = [
-        vocabulary.START,
-        vocabulary.VELOCITY + 15,
-        on + 40,
-        on + 50,
-        vocabulary.TIME_SHIFT,
-        on + 60,
-        *[rest] * 6,
-        on + 70,
-    ]
-    before, after = (np.array([*prompt, rest, vocabulary.TIME_SHIFT + last], np.int32) for last in (97, 98))
-    state = start(decoder, [before, after], seeds=[0, 1])
-    np.testing.assert_array_equal(decoding.drawable(state)[0], grammar.playable_events(grammar.grammar_after(before)))
-    np.testing.assert_array_equal(np.flatnonzero(decoding.drawable(state)[1]), [off + 60])
-    _, tokens = decoder.decode(state, FILTERS, length=3)
-    released = np.asarray(tokens[1])
-    assert released[0] == off + 60
-    assert set(released[1:].tolist()) == {off + 40, off + 50}
-    state, _ = decoder.force(start(decoder, [after], seeds=[0]), released[None])
-    grammar = grammar.grammar_after(np.concatenate([after, released]))
-    np.testing.assert_array_equal(decoding.drawable(state)[0], grammar.playable_events(grammar))
-
-
-def test_releases_that_are_due_obey_the_grammar_and_reach_keys_that_were_struck_twice(decoder):
-    on, off, rest = vocabulary.NOTE_ON, vocabulary.NOTE_OFF, vocabulary.TIME_SHIFT + 99
-    held = [vocabulary.START, vocabulary.VELOCITY + 15, on + 40, on + 40, vocabulary.TIME_SHIFT, off + 40, *[rest] * 8]
-    twice, ends_with_a_note = np.array(held, np.int32), np.array([*held, on + 50], np.int32)
-    state = start(decoder, [twice, ends_with_a_note], seeds=[0, 1])
-    np.testing.assert_array_equal(np.flatnonzero(decoding.drawable(state)[0]), [off + 40])
-    grammar = grammar.grammar_after(ends_with_a_note)
-    np.testing.assert_array_equal(decoding.drawable(state)[1], grammar.playable_events(grammar))
-    state, _ = decoder.force(
-        start(decoder, [ends_with_a_note], seeds=[0]), np.array([[vocabulary.TIME_SHIFT]], np.int32)
-    )
-    np.testing.assert_array_equal(np.flatnonzero(decoding.drawable(state)[0]), [off + 40])
-
-
-def test_after_three_seconds_of_silence_time_goes_on_with_a_note_alone(decoder):
-    on, off, rest = vocabulary.NOTE_ON, vocabulary.NOTE_OFF, vocabulary.TIME_SHIFT + 99
-    played = [vocabulary.START, rest, vocabulary.VELOCITY + 15, on + 40, rest, off + 40]
-    before = np.array([*played, *[rest] * 2], np.int32)
-    after, held = np.array([*played, *[rest] * 3], np.int32), np.array([*played[:-1], *[rest] * 3], np.int32)
-    begins = np.array([vocabulary.START, *[rest] * 3], np.int32)
-    state = start(decoder, [before, after, held, begins], seeds=range(4))
-    for row, prompt, paused in zip(decoding.drawable(state), (before, after, held, begins), (0, 1, 0, 1), strict=True):
-        playable = grammar.playable_events(grammar.grammar_after(prompt))
-        assert playable[vocabulary.TIME_SHIFT : vocabulary.VELOCITY].all()
-        if paused:
-            playable[vocabulary.TIME_SHIFT : vocabulary.VELOCITY] = False
-        np.testing.assert_array_equal(row, playable)
-        assert row[vocabulary.VELOCITY]
-    _, tokens = decoder.decode(state, FILTERS, length=1)
-    assert not vocabulary.is_shift(np.asarray(tokens)[[1, 3]]).any()
-
-
-def test_what_was_heard_is_kept_and_a_piece_is_held_to_it(decoder):
-    """Of a prompt in C alone, and of what is made after it, which at a great steadiness is mostly C."""
-    a_note = [60, vocabulary.TIME_SHIFT + 20, vocabulary.NOTE_OFF + 60]
-    prompt = np.array([vocabulary.START, vocabulary.VELOCITY + 15, *a_note * 400], np.int32)
-    in_c = {}
-    for steadiness in (0.0, 1.0):
-        filters = SamplingOptions(top_p=1.0, steadiness=steadiness).filters()
-        state, tokens = decoder.decode(start(decoder, [prompt] * 4, seeds=range(4)), filters, length=64)
-        tokens = np.asarray(tokens)
-        for row in range(4):
-            whole = history_bias.after(np.concatenate([prompt, tokens[row]]))
-            jax.tree.map(lambda of, all, row=row: np.testing.assert_array_equal(of, all[row]), whole, state.heard)
-        notes = tokens[vocabulary.is_on(tokens)]
-        assert len(notes) > 20
-        in_c[steadiness] = np.mean(notes % 12 == 0)
-    assert in_c[1.0] > 2 * in_c[0.0]
-
-
-def test_another_budget_within_a_ring_compiles_nothing_anew(decoder):
-    compiled: Any = decoding._decode
-    counts = set()
-    for latents, options in (
-        (16, SamplingOptions()),
-        (14, SamplingOptions(top_k=3)),
-        (10, SamplingOptions(temperature=0.5, min_p=0.1)),
-    ):
-        state = start(decoder, [PIECE[:9]], latents=latents)
-        _, tokens = decoder.decode(state, options.filters(), length=24)
-        counts.add(compiled._cache_size())
-        np.testing.assert_array_equal(np.asarray(tokens).shape, (1, 24))
-    assert len(counts) == 1
+    prompts = [PIECE[:9], PIECE[:5]] * 2
+    _, free, _ = decoded(decoder, start(decoder, prompts), tokens=24)
+    ended = start(decoder, prompts)._replace(ended_B=jnp.array([True, False, False, False]))
+    _, tokens, _ = decoded(decoder, ended, tokens=24)
+    assert (tokens[0] == PAD).all()
+    np.testing.assert_array_equal(tokens[1:], free[1:])
 
 
 def test_a_seed_for_each_prompt(decoder):
@@ -423,13 +312,100 @@ def test_a_seed_for_each_prompt(decoder):
         start(decoder, [PIECE[:2], PIECE[:3]], seeds=[0])
 
 
+# Sampling.
+
+
+def test_each_row_has_its_own_options(decoder):
+    each = [
+        SamplingOptions(temperature=0.0),
+        SamplingOptions(),
+        SamplingOptions(top_k=2, steadiness=0.0),
+        SamplingOptions(min_p=0.3),
+    ]
+    prompts = [PIECE[:9]] * 4
+    _, tokens, _ = decoded(decoder, start(decoder, prompts), tokens=36, options=option_arrays(each))
+    for row, options in enumerate(each):
+        _, alike, _ = decoded(decoder, start(decoder, prompts), tokens=36, options=shared_options(options))
+        np.testing.assert_array_equal(tokens[row], alike[row])
+
+
+def test_the_nll_of_each_token_is_that_of_the_model(decoder):
+    options = shared_options(SamplingOptions(temperature=0.5, top_k=5))
+    prompts = [PIECE[:9], PIECE[:60], PIECE[:5], PIECE[:1]]
+    _, tokens, nats = decoded(decoder, start(decoder, prompts), tokens=24, options=options)
+    _, logits = decoder.teacher_force(start(decoder, prompts), tokens)
+    expected = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(nats, expected, atol=1e-4)
+
+
+def test_chunks_do_not_matter(decoder):
+    state = start(decoder, [PIECE[:9]])
+    at_once = decoder.decode(start(decoder, [PIECE[:9]]), OPTIONS, length=4 * CHUNK)[1]
+    np.testing.assert_array_equal(decoded(decoder, state, tokens=4 * CHUNK)[1], at_once)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 3.0, "top_p": 1.0}, {"temperature": 0.0}])
+def test_every_sampled_token_obeys_the_grammar(decoder, options):
+    state = start(decoder, [START_ONLY] * 4, limit_steps=2000)
+    _, tokens, _ = decoded(decoder, state, tokens=12 * CHUNK, options=shared_options(SamplingOptions(**options)))
+    for row in tokens:
+        state = grammar.scan(START_ONLY)
+        for token in row[row != PAD]:
+            assert grammar.playable_tokens(state)[token]
+            state = grammar.step(state, token)
+
+
+def test_stuck_notes_are_released_and_silence_ends(decoder):
+    """All processors are applied to the state as it is after a prompt and as it changes with each token."""
+    held = [START, velocity(16), on(40), on(50), shift(1), on(60), *[SECOND] * 6, on(70), SECOND, shift(99)]
+    silent = [START, SECOND, velocity(16), on(40), SECOND, off(40), *[SECOND] * 3]
+    prompts = [tokens_of(*prompt) for prompt in (held, silent, [START, *[SECOND] * 3], held)]
+    _, tokens, _ = decoded(decoder, start(decoder, prompts), tokens=CHUNK)
+    for released in (tokens[0], tokens[3]):
+        assert released[0] == off(60)
+        assert set(released[1:3].tolist()) == {off(40), off(50)}
+    assert not vocabulary.is_shift(tokens[1:3, 0]).any()
+
+
+def test_the_history_is_that_of_the_piece_and_biases_it(decoder):
+    """Of a prompt in C alone; what follows at a high steadiness is mostly C."""
+    prompt = np.concatenate([[START, velocity(16)], np.tile([on(60), shift(21), off(60)], 400)]).astype(np.int32)
+    in_c = {}
+    for steadiness in (0.0, 1.0):
+        options = shared_options(SamplingOptions(top_p=1.0, steadiness=steadiness))
+        state, tokens, _ = decoded(decoder, start(decoder, [prompt] * 4), tokens=60, options=options)
+        whole = [history_bias.scan(np.concatenate([prompt, row])) for row in tokens]
+        jax.tree.map(np.testing.assert_array_equal, state.history, jax.tree.map(lambda *rows: np.stack(rows), *whole))
+        notes = tokens[vocabulary.is_note_on(tokens)]
+        assert len(notes) > 20
+        in_c[steadiness] = np.mean(notes % 12 == 0)
+    assert in_c[1.0] > 2 * in_c[0.0]
+
+
+def test_other_latents_within_a_cache_and_other_options_compile_nothing_anew(decoder, compilations):
+    changes = [
+        (16, SamplingOptions()),
+        (14, SamplingOptions(top_k=3)),
+        (10, SamplingOptions(temperature=0.5, min_p=0.1)),
+    ]
+    programs, found = [], []
+    for latents, options in changes:
+        with compilations() as compiled:
+            state = start(decoder, [PIECE[:30]], latents=latents)
+            found.append(decoded(decoder, state, tokens=CHUNK, options=shared_options(options))[1])
+        programs.append(compiled)
+    assert programs[1:] == [[], []]
+    assert len({row.tobytes() for row in found}) == 3
+
+
+# Windows.
+
+
 def test_windows_by_hand():
-    ages = jnp.arange(10)
-    starts, active = decoding.window_starts(ages, jnp.full(10, 4), 2)
-    never = int(decoding._NEVER)
+    starts, active = window_starts(jnp.arange(10), jnp.full(10, 4), 2)
     np.testing.assert_array_equal(starts[:, 0], [0, 0, 0, 0, 4, 4, 4, 4, 8, 8])
-    np.testing.assert_array_equal(starts[:, 1], [never, never, 2, 2, 2, 2, 6, 6, 6, 6])
+    np.testing.assert_array_equal(starts[:, 1], [NEVER, NEVER, 2, 2, 2, 2, 6, 6, 6, 6])
     np.testing.assert_array_equal(active, [0, 0, 0, 0, 1, 1, 0, 0, 1, 1])
-    starts, active = decoding.window_starts(ages, jnp.full(10, 4), 1)
+    starts, active = window_starts(jnp.arange(10), jnp.full(10, 4), 1)
     np.testing.assert_array_equal(starts[:, 0], [0, 0, 0, 0, 1, 2, 3, 4, 5, 6])
     np.testing.assert_array_equal(active, 0)

@@ -316,7 +316,7 @@ def test_audio_without_its_extra_is_refused_before_the_work(capsys, monkeypatch,
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "soundfile", None)  # as if it were not installed
     said = refusal(capsys, "render", "--count", 1, "--audio", "mp3", *options)
-    assert "pip install 'music-ar[audio]'" in said
+    assert "pip install '.[audio]'" in said
     assert not output.exists()
 
 

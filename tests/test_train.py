@@ -142,7 +142,7 @@ def test_data_without_compositions_has_no_folds(capsys, tmp_path, prepared):
 def test_an_installation_without_the_extra_is_told_of_it(capsys, tmp_path, prepared, monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
     command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run"]
-    assert "training needs grain: pip install 'music-ar[train]'" in refusal(capsys, *command)
+    assert "training needs grain: pip install '.[train]'" in refusal(capsys, *command)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +18,10 @@ from flax import nnx
 from reference_model import reference
 from tiny_training import CONFIG, EXACT, TRAINING, B, CountingBatches, M, N, log_of, noisy, run
 
-from music_ar.model.config import Compute
-from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.tokens import vocabulary
 from music_ar.training.config import TrainingError
 from music_ar.training.distillation import CrossFitted, Ensemble
 from music_ar.training.losses import token_loss
-from music_ar.training.optimizer import build_optimizer
 from music_ar.training.step import TrainState, initial_state, make_train_step, student_loss
 from music_ar.training.trainer import data_mesh, shard_batch
 
@@ -243,23 +239,3 @@ def test_devices_share_the_batch_and_its_teachers_and_give_the_losses_of_one(tak
     assert len(of_one) == 6
     np.testing.assert_allclose(of_four[:, 0], of_one[:, 0], rtol=0, atol=1e-4)
     np.testing.assert_allclose(of_four[:, 1], of_one[:, 1], rtol=1e-3)
-
-
-def shapes(tree):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-
-
-def test_the_training_step_lowers_for_tpu():
-    config = dataclasses.replace(TRAINING, micro_batches=2)
-    model = PerceiverAR(CONFIG, rngs=nnx.Rngs(0), compute=Compute(dtype="bfloat16"))
-    graph, params = nnx.split(model, nnx.Param)
-    optimizer, mesh = build_optimizer(config), data_mesh(1)
-    step: Any = make_train_step(graph, config, optimizer, mesh)  # what jax.jit returns
-    exported = jax.export.export(step, platforms=["tpu"])(
-        shapes(initial_state(params, optimizer, mesh)),
-        shapes(next(CountingBatches())),
-        jax.ShapeDtypeStruct((), jnp.float32),
-        [],
-    )
-    assert exported.platforms == ("tpu",)
-    assert "bf16" in exported.mlir_module()

@@ -215,6 +215,6 @@ def _import_write_audio(audio: str) -> Callable[..., None]:
         from music_ar.audio import write_audio
     except ImportError as error:
         raise CommandError(
-            f"--audio {audio} needs the extra `audio` (pip install 'music-ar[audio]'); {error}"
+            f"--audio {audio} needs the extra `audio` (pip install '.[audio]'); {error}"
         ) from error
     return write_audio

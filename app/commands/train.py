@@ -124,7 +124,7 @@ class Train:
         """Train, and save the pretrained model if the run reached its end."""
         for package in ("grain", "tensorboardX"):
             if importlib.util.find_spec(package) is None:
-                raise CommandError(f"training needs {package}: pip install 'music-ar[train]'")
+                raise CommandError(f"training needs {package}: pip install '.[train]'")
         from data_pipeline.dataset import Pieces
         from music_ar.decoding import backend
 

@@ -54,7 +54,7 @@ class Web:
             from app.web.page import example_prompts
             from app.web.server import build_app, serve
         except ImportError as error:
-            raise CommandError(f"the page needs {error.name}: install it with pip install '.[web]'") from error
+            raise CommandError(f"the page needs {error.name}: pip install '.[web]'") from error
         from app.web.manager import SessionManager
         from app.web.warmup import Machine
         from music_ar import Generator

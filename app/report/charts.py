@@ -25,7 +25,7 @@ def new_figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib import figure  # not pyplot: that would look for a screen
     except ImportError as error:
-        raise CommandError(f"charts need Matplotlib ({error}): pip install 'music-ar[plot]'") from error
+        raise CommandError(f"charts need Matplotlib ({error}): pip install '.[plot]'") from error
     return figure.Figure(figsize=(width, height), layout="constrained")
 
 

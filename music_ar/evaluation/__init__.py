@@ -1,1 +1,5 @@
-"""How well a model predicts real music."""
+"""How well a model predicts real music. Names are loaded when they are first used."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

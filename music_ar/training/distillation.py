@@ -47,8 +47,8 @@ class Ensemble:
         """Return the mean of the teachers' probabilities of the targets.
 
         Args:
-            params: as `place` returns them.
-            batch: as in `trainer.Batches`.
+            params: a device's share of what `place` returns.
+            batch: a device's share of a batch; see `trainer.Batches`.
             **window: latents, kept_prefix and key of `PerceiverAR.__call__`, the same that the student gets.
         """
         models = [nnx.merge(graph, state) for graph, state in zip(self._graphs, params, strict=True)]
@@ -91,13 +91,7 @@ class CrossFitted:
         return jax.device_put([stacked], NamedSharding(mesh, self.sharding))
 
     def predict(self, params: Params, batch: dict[str, Array], **window: Any) -> Float[Array, "B N V"]:
-        """Return each teacher's probabilities of the targets of its own part of the batch.
-
-        Args:
-            params: a device's share of what `place` returns.
-            batch: a device's share of a batch.
-            **window: as in `Ensemble.predict`.
-        """
+        """Return each teacher's probabilities of its own part of a device's batch; arguments as in `Ensemble`."""
         (stacked,) = params
         count = jax.tree.leaves(stacked)[0].shape[0]
         parts = {name: jnp.split(array, count) for name, array in batch.items()}
