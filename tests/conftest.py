@@ -8,7 +8,13 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import platformdirs
+import pytest
+from hypothesis import settings
+
+from music_ar.midi.io import write_midi
+from music_ar.midi.performance import Performance
 
 # Set before JAX is imported, and inherited by the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -41,13 +47,6 @@ if not os.environ.keys() & {"PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"}:  # ne
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compilation_cache())
     remove_unused(compilation_cache())
 
-import numpy as np
-import pytest
-from hypothesis import settings
-
-from music_ar.midi.io import write_midi
-from music_ar.midi.performance import Performance
-
 # In the background of a shell Ctrl-C is ignored, and so would it be by the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -59,9 +58,9 @@ settings.load_profile("music-ar")
 # A file's tests stay on one worker, so that its fixtures and compilations are made once. These files take longest and
 # come first, the longest before the others; the short ones then fill the time until both workers are done.
 LONG_FILES = (
-    "test_decoding", "test_training", "test_decode_kernel", "test_system", "test_batch", "test_model", "test_web",
-    "test_cli", "test_generator", "test_train", "test_report", "test_evaluation", "test_style", "test_examples",
-    "test_benchmarks",
+    "test_decoding", "test_backend", "test_train_step", "test_training", "test_system", "test_rendering", "test_model",
+    "test_web", "test_cli", "test_generator", "test_generation_session", "test_train", "test_report",
+    "test_evaluation", "test_examples", "test_benchmarks",
 )  # fmt: skip
 
 
@@ -134,9 +133,10 @@ def compilations():
     def collecting():
         names: list[str] = []
 
-        def on_event(event, _duration_s, fun_name="", **_):
+        def on_event(event, duration_secs, **details):
+            del duration_secs
             if event == "/jax/core/compile/backend_compile_duration":
-                names.append(fun_name)
+                names.append(str(details.get("fun_name")))
 
         jax.monitoring.register_event_duration_secs_listener(on_event)
         try:

@@ -24,7 +24,7 @@ from music_ar.decoding.processors import (
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.state import Caches, DecodeState
 from music_ar.features import keyboard, notes
-from music_ar.tokens import grammar, vocabulary
+from music_ar.tokens import grammar
 from music_ar.tokens.vocabulary import NOTE_OFF, NOTE_ON, START, TIME_SHIFT, VELOCITY, VOCABULARY_SIZE
 
 NO_FILTERS = SamplingOptions(top_p=1.0, steadiness=0.0)
@@ -225,8 +225,8 @@ DRAWS = 8000
 
 @jax.jit
 def _draws(logits, state, options):
-    rows = jax.tree.map(lambda leaf: jnp.repeat(leaf, DRAWS, axis=0), (logits, state))
-    return processors.draw(jax.random.split(jax.random.key(1), DRAWS), *rows, options)
+    logits, state = jax.tree.map(lambda leaf: jnp.repeat(leaf, DRAWS, axis=0), (logits, state))
+    return processors.draw(jax.random.split(jax.random.key(1), DRAWS), logits, state, options)
 
 
 def drawn(logits, options: SamplingOptions, piece=STRIKING) -> np.ndarray:
@@ -237,7 +237,9 @@ def drawn(logits, options: SamplingOptions, piece=STRIKING) -> np.ndarray:
 def test_filters_apply_to_what_the_masks_leave():
     """The likeliest note-on is of a held pitch, so the next one is drawn."""
     piece = tokens_of(START, velocity(5), on(60))
-    logits = jnp.full((1, VOCABULARY_SIZE), -30.0).at[0, jnp.array([on(60), on(61), on(62)])].set(jnp.array([9.0, 8, 7]))
+    logits = (
+        jnp.full((1, VOCABULARY_SIZE), -30.0).at[0, jnp.array([on(60), on(61), on(62)])].set(jnp.array([9.0, 8, 7]))
+    )
     assert set(drawn(logits, SamplingOptions(top_k=1, steadiness=0.0), piece).tolist()) == {on(61)}
 
 
@@ -265,8 +267,10 @@ def test_draws_follow_the_probabilities():
 
 
 def test_what_is_ruled_out_is_never_drawn():
-    logits = jnp.full((1, VOCABULARY_SIZE), -jnp.inf).at[0, jnp.array([on(1), on(3), off(7)])].set(
-        jnp.array([0.0, -1.0, 50.0])
+    logits = (
+        jnp.full((1, VOCABULARY_SIZE), -jnp.inf)
+        .at[0, jnp.array([on(1), on(3), off(7)])]
+        .set(jnp.array([0.0, -1.0, 50.0]))
     )
     found = drawn(logits, SamplingOptions(top_p=1.0, temperature=2.0, steadiness=0.0))
     assert set(found.tolist()) == {on(1), on(3)}
@@ -289,7 +293,11 @@ def test_options_become_arrays_by_name():
 
 
 def test_other_options_compile_nothing_anew(compilations):
-    changes: list[dict[str, Any]] = [{"temperature": 0.3}, {"top_k": 5, "top_p": 0.5}, {"min_p": 0.1, "temperature": 0.0}]
+    changes: list[dict[str, Any]] = [
+        {"temperature": 0.3},
+        {"top_k": 5, "top_p": 0.5},
+        {"min_p": 0.1, "temperature": 0.0},
+    ]
     drawn(random_logits(), SamplingOptions())
     with compilations() as compiled:
         found = [drawn(random_logits(), SamplingOptions(**options)) for options in changes]
