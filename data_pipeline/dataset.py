@@ -21,7 +21,7 @@ class Pieces:
     """Pieces of one split, in memory or mapped from disk.
 
     Attributes:
-        tokens: one array a piece: START, events, END.
+        tokens: one array per piece: START, events, END.
         records: the manifest's record of each piece: name, notes, seconds, composition.
         augmentations: how each piece differs from the recorded performance.
     """
@@ -35,11 +35,11 @@ class Pieces:
         """Map a split of a prepared folder, after checking its shards against the manifest.
 
         Raises:
-            DatasetError: the split is unknown or empty, the manifest is of another vocabulary, or a shard is missing,
-                truncated or edited; names the file.
+            DatasetError: the split is unknown or empty, the manifest has a different vocabulary, or a shard is missing,
+                truncated or edited; the message names the file.
         """
         if split not in SPLITS:
-            raise DatasetError(f"expected a split of {', '.join(SPLITS)}; got {split!r}.")
+            raise DatasetError(f"expected one of the splits {', '.join(SPLITS)}; got {split!r}.")
         manifest = Manifest.load(folder)
         if manifest.fingerprint != FINGERPRINT:
             raise DatasetError(
@@ -71,7 +71,7 @@ class Pieces:
         return Pieces(tokens=tokens, records=self.records, augmentations=augmentations)
 
     def folds(self, count: int) -> list[Pieces]:
-        """Split the pieces into folds, each composition in one of them (`splits.assign_folds`).
+        """Divide the pieces into folds, each composition in one of them (`splits.assign_folds`).
 
         Raises:
             DatasetError: there are fewer compositions than folds, or the manifest does not name the compositions.

@@ -1,7 +1,7 @@
 """Training windows -> shuffled, resumable batches, on grain.
 
-What a window and an epoch are: `windows.py`. Every epoch is shuffled anew. Batches of several parts, such as folds,
-contain an equal share of each part, and each part has epochs of its own.
+`windows.py` defines windows and epochs. Every epoch is shuffled differently. Batches of several parts, such as folds,
+contain an equal share of each part, and each part has its own epochs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How to make batches.
+    """How batches are put together.
 
     Attributes:
         context: M, number of inputs of a window.
@@ -43,11 +43,11 @@ class LoaderConfig:
         seed: random seed in [0, 2**32).
         augmentation: what to draw for each window; None leaves windows as they are.
         process_index: number of this process among the `process_count` that share the epochs.
-        process_count: number of processes that share the epochs, each with batches of its own.
-        threads: threads that prepare batches ahead; 0 prepares a batch when it is asked for. One thread makes over a
-            million targets a second; more of them mostly wait for each other (`benchmarks/loader.py`).
-        workers: worker processes that prepare batches, with `threads` threads each; 0 uses this process. For contexts
-            so long that one core cannot keep up with the device. A program that sets it needs a guarded `__main__`.
+        process_count: number of processes that share the epochs, each with its own batches.
+        threads: threads that prepare batches ahead; 0 prepares a batch when it is requested. One thread delivers over a
+            million targets per second; more of them mostly wait for each other (`benchmarks/loader.py`).
+        workers: worker processes that prepare batches, with `threads` threads each; 0 uses this process. Needed for
+            contexts so long that one core cannot keep up with the device. The program must then guard its `__main__`.
     """
 
     context: int
@@ -82,7 +82,7 @@ def batches(*parts: Pieces, config: LoaderConfig) -> grain.DatasetIterator[Batch
     position as a small dict, for a checkpoint; `set_state` on an iterator with the same arguments continues there.
 
     Args:
-        parts: what to cut windows from. With several parts, the global batch (those of all processes, one after
+        parts: the pieces to cut windows from. With several parts, the global batch (those of all processes, one after
             another) contains an equal share of each part, in order.
         config: sizes, seed, augmentation and parallelism.
 
@@ -117,7 +117,7 @@ def _shuffled_windows(pieces: Pieces, number: int, config: LoaderConfig) -> grai
         augmentation=config.augmentation,
     )
     # Windows are cut before the shuffle, where an index is (epoch, block), so that a window does not depend on when or
-    # in which process it is asked for. Nothing is computed before that.
+    # in which process it is requested. Nothing is computed until then.
     dataset = grain.MapDataset.range(len(windows)).map_with_index(lambda index, _: windows.cut(index))
     return dataset.random_map(windows.augment, seed=seed).shuffle(seed).repeat()
 

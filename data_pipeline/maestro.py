@@ -190,7 +190,7 @@ def _parse_table(table: str, content: bytes) -> list[dict[str, str]]:
 
 
 def _name_some(what: str, names: Sequence[str], limit: int = 10) -> str:
-    """Such as "3 missing: a, b, c", with at most `limit` names; empty for no names."""
+    """List names, as in "3 missing: a, b, c", at most `limit` of them; empty without names."""
     if not names:
         return ""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -1,10 +1,10 @@
-"""`manifest.json`: what a prepared folder holds.
+"""`manifest.json`: the contents of a prepared folder.
 
 A prepared folder holds shards and one manifest. A shard is a flat `uint16` array (.npy, memory-mappable) of pieces of
 one split, each as START, events, END. The manifest says where each piece starts.
 
 A shard's name contains the start of its SHA-256, and the manifest is renamed into place last. So at any moment the
-folder is either the old data set or the new one, complete.
+folder is either the complete old data set or the complete new one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class PieceRecord:
         tokens: number of events, without START and END.
         notes: number of notes.
         seconds: length up to the end of the last note.
-        composition: what is played, by which folds are assigned; None in data prepared by versions without folds.
+        composition: the composition, by which folds are assigned; None in data prepared by versions without folds.
     """
 
     name: str
@@ -79,7 +79,7 @@ class ShardRecord:
         split: one of `SPLITS`.
         sha256: of the file, in hexadecimal.
         bytes: size of the file.
-        tokens: length of the array, START and END included.
+        tokens: length of the array, including START and END.
         pieces: its pieces, in order, without gaps.
     """
 
@@ -102,10 +102,10 @@ class ShardRecord:
             raise ValueError(f"{self.file}: its pieces end at {end} of {self.tokens} tokens")
 
     def verified_path(self, folder: str | os.PathLike[str]) -> Path:
-        """Path of the shard, after a check that the file is complete and unchanged.
+        """Path of the shard, once the file is checked to be complete and unchanged.
 
         Raises:
-            DatasetError: the file is missing, or its size or SHA-256 is not the manifest's.
+            DatasetError: the file is missing, or its size or SHA-256 does not match the manifest.
         """
         path = Path(folder) / self.file
         advice = "Prepare the data again."
@@ -124,7 +124,7 @@ class ShardRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a prepared folder holds.
+    """The contents of a prepared folder.
 
     Attributes:
         splits: totals of every split.
@@ -148,7 +148,7 @@ class Manifest:
         """Read and check the manifest of a prepared folder.
 
         Raises:
-            DatasetError: there is no manifest, it is damaged, or it has another format.
+            DatasetError: there is no manifest, it is damaged, or it has a different format.
         """
         path = Path(folder) / MANIFEST_NAME
         try:
@@ -172,7 +172,7 @@ class Manifest:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file of a prepared folder atomically; `remove_stale` finds what a killed run leaves of it.
+    """Write a file of a prepared folder atomically; `remove_stale` removes what a killed run leaves behind.
 
     Raises:
         DatasetError: the file cannot be written.

@@ -1,7 +1,7 @@
 """MIDI files -> token shards and `manifest.json`, on all cores.
 
-Preparing the same files again does nothing, once the shards on disk are found to be the manifest's. How a prepared
-folder is laid out and kept complete: `manifest.py`.
+Preparing the same files again does nothing if the shards on disk match the manifest. `manifest.py` describes how a
+prepared folder is laid out and kept complete.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from music_ar.system import usable_cores
 from music_ar.tokens.codec import encode
 from music_ar.tokens.vocabulary import END, FINGERPRINT, START, EventError
 
-SHARD_TOKENS = 8_000_000  # 16 MB a shard: MAESTRO's training split makes three
+SHARD_TOKENS = 8_000_000  # 16 MB per shard; MAESTRO's training split fills three
 _FILES_PER_TASK = 8  # few enough that all workers finish together, enough that messages cost little
 
 
@@ -46,8 +46,8 @@ class Prepared(NamedTuple):
     """Result of preparing a folder.
 
     Attributes:
-        manifest: what the folder holds now.
-        was_up_to_date: whether it held that already, so that nothing was written.
+        manifest: the current contents of the folder.
+        was_up_to_date: whether the folder had them already, so that nothing was written.
     """
 
     manifest: Manifest
@@ -70,7 +70,7 @@ def prepare_maestro(
         on_progress: called with the share of files tokenized, 0 to 1.
 
     Raises:
-        DatasetError: the archive disagrees with its table, or files in it are not usable MIDI; names them.
+        DatasetError: the archive disagrees with its table, or files in it are not usable MIDI; the message names them.
     """
     with MidiFiles(source) as files:
         pieces = read_table(files)
@@ -136,9 +136,9 @@ class _Task:
     Attributes:
         files: the zip or folder they are in.
         paths: name -> path in `files`.
-        compositions: name -> what is played.
+        compositions: name -> composition.
         assign_splits: names of the usable files -> their splits.
-        settings: everything the splits depend on, except the files themselves.
+        settings: everything that the splits depend on, except the files themselves.
         skip_unusable: whether to leave out files that are not usable MIDI; otherwise they are an error.
     """
 
@@ -150,7 +150,7 @@ class _Task:
     skip_unusable: bool
 
     def source(self) -> dict[str, str]:
-        """The manifest's `source`: with equal ones, shards are equal."""
+        """The manifest's `source`; equal sources give equal shards."""
         compositions = json.dumps(sorted(self.compositions.items()))
         contents = [f"{name}\n{self.files.checksum(path)}\n" for name, path in sorted(self.paths.items())]
         digests = {"compositions": text_digest(compositions), "sha256": text_digest("".join(contents))}
@@ -183,7 +183,7 @@ def _prepare(
     source = task.source()
     if (existing := _up_to_date(folder, source)) is not None:
         return Prepared(existing, was_up_to_date=True)
-    # All tokens are held in memory, 0.3 MB an hour of music: splits depend on which files are usable.
+    # All tokens are held in memory (0.3 MB per hour of music), since splits depend on which files are usable.
     results = list(_tokenize_all(task, workers, on_progress))
     skipped = {result.name: result.reason for result in results if isinstance(result, _Unusable)}
     pieces = [result for result in results if isinstance(result, _Tokenized)]
@@ -206,12 +206,12 @@ def _make_folder(output: str | os.PathLike[str]) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DatasetError(f"{folder}: cannot be made a folder for the shards ({error.strerror}).") from error
+        raise DatasetError(f"{folder}: cannot create this folder for the shards ({error.strerror}).") from error
     return folder
 
 
 def _up_to_date(folder: Path, source: Mapping[str, str]) -> Manifest | None:
-    """The manifest in `folder`, if it is of this source and vocabulary and every shard is complete."""
+    """The manifest in `folder`, if its source and vocabulary match and every shard is complete."""
     try:
         manifest = Manifest.load(folder)
         if (manifest.source, manifest.fingerprint) != (source, FINGERPRINT):
@@ -270,7 +270,7 @@ def _map_files(files: MidiFiles, paths: Mapping[str, str], workers: int | None) 
     if workers <= 1:
         yield from (_tokenize(files, name, path) for name, path in paths.items())
         return
-    # "spawn" exists on every platform, and "fork" is not safe beside JAX's threads.
+    # "spawn" exists on every platform, and "fork" is not safe with JAX's threads.
     with ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -298,7 +298,7 @@ def _write_shards(
 
 
 def _shard_pieces(pieces: Iterable[_Tokenized]) -> Iterator[list[_Tokenized]]:
-    """Pieces in shards, each ending with the piece that reaches `SHARD_TOKENS`."""
+    """Group pieces into shards, each ending with the piece that reaches `SHARD_TOKENS`."""
     shard: list[_Tokenized] = []
     size = 0
     for piece in pieces:

@@ -22,10 +22,10 @@ def check_shares(validation: float, test: float) -> None:
 
 
 def assign_splits(names: Sequence[str], *, validation: float, test: float, seed: int = 0) -> dict[str, str]:
-    """The split of each file, by a hash of `seed` and the file's name.
+    """Split of each file, by a hash of `seed` and the file's name.
 
     In order of the hash, the first files go to test, the next to validation, the rest to train. So the same names give
-    the same splits, in whatever order they come.
+    the same splits, whatever their order.
 
     Args:
         names: names of the files.
@@ -49,11 +49,11 @@ def assign_splits(names: Sequence[str], *, validation: float, test: float, seed:
 
 
 def assign_folds(records: Sequence[PieceRecord], count: int) -> list[int]:
-    """The fold of each piece, 0 to count - 1: folds of about equally many tokens, each composition in one of them.
+    """Fold of each piece, 0 to count - 1. Folds have about the same number of tokens, and each composition is in one.
 
     Compositions are assigned in order of size, the largest first, each to the fold that is smallest so far. So the same
-    pieces give the same folds. Titles that differ only in case, accents, spaces or punctuation are one composition. Any
-    other difference counts: a sonata and its first movement are two compositions.
+    pieces give the same folds. Titles that differ only in case, accents, spaces or punctuation count as one
+    composition. Any other difference counts: a sonata and its first movement are two compositions.
 
     Raises:
         DatasetError: there are fewer compositions than folds, or the manifest does not name the compositions.
@@ -72,10 +72,10 @@ def assign_folds(records: Sequence[PieceRecord], count: int) -> list[int]:
 
 
 def _composition_key(record: PieceRecord) -> str:
-    """A composition by its letters and digits alone: MAESTRO has "Images Book II" and "Images, Book II"."""
+    """Key of a composition, its letters and digits alone: MAESTRO has "Images Book II" and "Images, Book II"."""
     if record.composition is None:
         raise DatasetError(
-            f"{MANIFEST_NAME}: folds need the composition of each piece, and the version that prepared this data did "
+            f"{MANIFEST_NAME}: folds need the composition of each piece, but the version that prepared this data did "
             f"not record that of {record.name}. Prepare the data again, into the same folder."
         )
     plain = unicodedata.normalize("NFKD", record.composition.casefold())

@@ -1,17 +1,17 @@
 """Cut pieces into training windows, augment them and weight their targets.
 
-**Epochs.** A piece of K targets (every token but its START) is cut into ceil(K / N) blocks of N targets, N being the
-number of latents, at an offset drawn anew for every piece and epoch. Blocks that stick out at either end are moved
-inside the piece, so that no latent is wasted. Where blocks overlap because of that, a target's weight is 1 / the number
-of blocks that contain it. So in every epoch every target has a total weight of exactly 1, the first event and END
-included. Random crops would rarely reach the ends of a piece.
+**Epochs.** A piece of K targets (every token but its START) is cut into ceil(K / N) blocks of N targets, where N is the
+number of latents, at a random offset for every piece and epoch. Blocks that stick out at either end are moved inside
+the piece, so that no latent is wasted. Where blocks overlap as a result, a target's weight is 1 / the number of blocks
+that contain it. So in every epoch, every target has a total weight of exactly 1, including the first event and END.
+Random crops would rarely reach the ends of a piece.
 
 **Windows.** A window is a block and the M + 1 - N tokens before it, left-padded where the piece starts later than that.
 
 **Augmentation.** Transposition, time stretch and velocity shift are drawn for every window. A stretched block has a few
-time shifts more or less, so its N latents reach back a little less or further than the block did. Weights stay with
-their events, so a total of 1 per epoch holds on average. The first block of a piece keeps its first N targets rather
-than its last, so that beginnings are never lost.
+more or fewer time shifts, so its N latents reach back a little less or more than the block did. Weights stay with their
+events, so a total of 1 per epoch holds on average. The first block of a piece keeps its first N targets rather than its
+last, so that beginnings are never lost.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Cut:
     """A window before augmentation.
 
     Attributes:
-        tokens: tokens of the piece up to the block's last target, as many as any stretch may need.
+        tokens: tokens of the piece up to the block's last target, as many as any stretch can need.
         weights: weight of each of these tokens as a target; 0 before the block.
         is_first: whether the block is the first of its piece.
         augmentation: how the piece differs from the recorded performance.
@@ -66,10 +66,10 @@ class Windows:
     """All windows of all epochs, by index: `index // len` is the epoch, `index % len` the block.
 
     Attributes:
-        pieces: what to cut.
+        pieces: the pieces to cut.
         context: M, number of inputs of a window.
         latents: N, number of targets of a window.
-        seed: decides about the offsets of the blocks.
+        seed: random seed of the block offsets.
         augmentation: what to draw for each window; None leaves windows as they are.
     """
 
@@ -135,7 +135,7 @@ class Windows:
         return np.clip(np.arange(count) * self.latents - offset, 0, last)
 
     def _raw_length(self) -> int:
-        """M + 1 tokens, and as many more as the strongest compression of time may remove."""
+        """M + 1 tokens, plus as many as the strongest time compression can remove."""
         shortest = 1.0 if self.augmentation is None else self.augmentation.min_stretch
         return math.ceil((self.context + 1) / shortest)
 

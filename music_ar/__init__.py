@@ -1,7 +1,7 @@
 """Long-context generation of piano music with Perceiver AR.
 
-Names are loaded when they are first used (see `__init__.pyi`), so importing the package starts no device and
-`music-ar --help` does not wait for JAX.
+Names are loaded on first use (see `__init__.pyi`), so importing the package initializes no device and `music-ar --help`
+does not wait for JAX.
 """
 
 import lazy_loader

@@ -12,12 +12,12 @@ from typing import BinaryIO
 def replacing(path: Path, *, part: Path | None = None) -> Iterator[BinaryIO]:
     """Yield a binary file that replaces `path` when the block ends without an error.
 
-    A process that is killed inside the block leaves the partial file behind, and `path` as it was.
+    A process that is killed inside the block leaves the partial file behind and `path` unchanged.
 
     Args:
         path: the file to create or replace.
-        part: name of the partial file, in the same folder. Name one only where a single process writes `path`: it
-            overwrites what an earlier crash left. Default: a hidden name of its own for each writer.
+        part: name of the partial file, in the same folder. Set it only if a single process writes `path`, since it
+            overwrites what an earlier crash left. Default: a unique hidden name for each writer.
 
     Raises:
         OSError: the file cannot be written; its `filename` is `path`.

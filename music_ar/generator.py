@@ -1,4 +1,4 @@
-"""`Generator`: piano music in, piano music out. What people import."""
+"""`Generator`: piano music in, piano music out. The main entry point."""
 
 import dataclasses
 import math
@@ -22,15 +22,15 @@ from music_ar.tokens import vocabulary
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What became of a request of `Generator.generate_many`.
+    """The result of one request to `Generator.generate_many`.
 
     Attributes:
-        request: what was asked for.
-        performance: the piece as asked for; empty if it could not be generated.
+        request: the request.
+        performance: the piece as requested; empty if it could not be generated.
         continuation: the generated part alone, timed from the end of the prompt.
         tokens: event tokens generated.
-        nats_per_token: -log p of a generated token, on average, under the model itself: before any logit processor.
-        error: why it could not be generated, or None.
+        nats_per_token: mean -log p of the generated tokens under the model itself, before any logit processor.
+        error: why the piece could not be generated, or None.
     """
 
     request: Request
@@ -44,13 +44,13 @@ class Piece:
 class Generator:
     """Generates piano music with a trained model.
 
-    Options of its methods are given by keyword: they are the fields of `Request` (seconds, latents, speed, seed,
-    variations, prompt_seconds, continuation_only, tag) and of `SamplingOptions` (temperature, top_k, top_p, min_p,
-    steadiness). A whole `Request` may be given in place of a prompt.
+    The methods take options by keyword: the fields of `Request` (seconds, latents, speed, seed, variations,
+    prompt_seconds, continuation_only, tag) and of `SamplingOptions` (temperature, top_k, top_p, min_p, steadiness).
+    They also take a whole `Request` in place of a prompt.
 
     Args:
-        model: the model; see `from_pretrained` for the usual way.
-        backend: how to decode. Default: the fastest known on this machine.
+        model: the model; `from_pretrained` is the usual way to load one.
+        backend: how to decode. Default: the fastest known for this machine.
     """
 
     def __init__(self, model: PerceiverAR, backend: Backend | None = None):
@@ -60,21 +60,21 @@ class Generator:
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] | None = None) -> "Generator":
-        """Loads a pretrained model.
+        """Load a pretrained model.
 
         Args:
             source: the name of a shipped checkpoint, a folder, or a hub id ("owner/name"); default: the checkpoint that
                 ships with the project.
 
         Raises:
-            CheckpointError: it is not there, damaged, or of another vocabulary.
+            CheckpointError: the model is missing, damaged, or has a different vocabulary.
         """
         return cls(load_pretrained(source, compute=backends.select().compute))
 
     def generate(
         self, prompt: Prompt | Request | None = None, *, progress: Callable[[Chunk], None] | None = None, **options: Any
     ) -> Performance:
-        """Generates a piece and returns it.
+        """Generate a piece and return it.
 
         Args:
             prompt: a performance or a MIDI file to continue; None makes a new piece.
@@ -92,7 +92,7 @@ class Generator:
         return chunk.performance
 
     def stream(self, prompt: Prompt | Request | None = None, **options: Any) -> Iterator[Chunk]:
-        """Generates a piece, or several variations of one, chunk by chunk. Checks the request at once.
+        """Generate a piece, or several variations of one, chunk by chunk. The request is checked immediately.
 
         Closing the iterator, or dropping it, ends the work and frees the device memory.
 
@@ -101,8 +101,8 @@ class Generator:
             options: see the class.
 
         Raises:
-            GenerationError: an option unknown or out of range, or nothing to continue from in the prompt.
-            SamplingError: a sampling option out of range.
+            GenerationError: an option is unknown or out of range, or the prompt has nothing to continue from.
+            SamplingError: a sampling option is out of range.
             MidiError: the prompt is not a usable MIDI file.
         """
         request = Request.of(prompt, **options)
@@ -117,7 +117,7 @@ class Generator:
         return chunks()
 
     def session(self, prompt: Prompt | Request | None = None, **options: Any) -> Session:
-        """Reads the prompt into caches that `Session.extend` continues from, as often as it is called.
+        """Prefill the prompt into caches, from which `Session.extend` continues as often as it is called.
 
         Args:
             prompt: a performance or a MIDI file to continue; None makes a new piece.
@@ -136,22 +136,22 @@ class Generator:
         progress: Callable[[float], None] | None = None,
         **options: Any,
     ) -> Iterator[Piece]:
-        """Generates many pieces in a batch that is kept full, and yields each when it is finished.
+        """Generate many pieces in a batch that is kept full, and yield each when it is finished.
 
-        A piece depends on its own request and, in the last bit of its logits, on the size of the batch (see
-        `continuous_batching`): with one batch size it is always the same, whatever else is generated.
+        A piece depends on its own request and, in the last bit of its logits, on the batch size (see
+        `continuous_batching`). For a given batch size it is always the same, whatever else is generated.
 
         Args:
-            prompts: performances or MIDI files to continue, None for a piece from nothing, or whole `Request`s, which
-                keep their own settings. Taken one by one, as rows become free. Requests whose numbers of latents have
-                one power of two in common should follow each other: they share a batch.
-            batch_size: pieces at once; default: see `batch_size`.
+            prompts: performances or MIDI files to continue, None for a new piece, or whole `Request`s, which keep their
+                own settings. They are taken one by one, as rows become free. Put requests next to each other if their
+                numbers of latents round up to the same power of two: they share a batch.
+            batch_size: number of pieces generated at once; default: see `Generator.batch_size`.
             progress: called after each chunk with the seconds of music generated since the last call.
-            options: of prompts that are not `Request`s; see the class.
+            options: for prompts that are not `Request`s; see the class.
 
         Raises:
-            GenerationError, SamplingError: an option unknown or out of range. What is wrong with one prompt is in its
-                `Piece.error`.
+            GenerationError, SamplingError: an option is unknown or out of range. An error in a single prompt is
+                reported in its `Piece.error`.
         """
         if batch_size is not None and batch_size < 1:
             raise GenerationError(f"batch_size must be at least 1, got {batch_size}")
@@ -173,11 +173,11 @@ class Generator:
         return map(_piece, completions)
 
     def batch_size(self, latents: int | None = None) -> int:
-        """How many pieces `generate_many` generates at once by default, with so many latents."""
+        """Default number of pieces that `generate_many` generates at once, for a number of latents."""
         return continuous_batching.batch_size(self.decoder, self._checked_latents(latents))
 
     def _resolved(self, request: Request) -> Request:
-        """The request with a number of latents that the model can take."""
+        """The request with its number of latents resolved and checked."""
         if request.latents == "auto":
             speed = DEFAULT_SPEED if request.speed is None else request.speed
             latents = self.autotuner.latents(speed, request.prompt_tokens(), variations=request.variations)

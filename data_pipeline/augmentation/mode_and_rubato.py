@@ -1,9 +1,9 @@
-"""Augmented copies of whole pieces: parallel mode, dynamics and rubato; and the labels that tell a model of them.
+"""Augmented copies of whole pieces: parallel mode, dynamics and rubato; and labels to condition a model on them.
 
 A model that reads each piece a hundred times memorizes it. Transposition and stretching do not prevent that, because
 they keep every interval and every proportion. An augmented copy still sounds like piano music, but its continuation is
-not the one that was memorized. A model conditioned on the augmentation label does not take copies for real performances
-(Jun et al., "Distribution Augmentation for Generative Modeling", ICML 2020).
+not the one that was memorized. A model conditioned on the augmentation label does not mistake copies for real
+performances (Jun et al., "Distribution Augmentation for Generative Modeling", ICML 2020).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _MAX_KEY_WEIGHT_S = 2.0  # of one note: holding a note longer says no more about
 
 _MAX_LOG_CONTRAST, _MAX_RUBATO = 0.35, 0.15
 _KNOT_STEPS = 100  # the tempo is interpolated between knots at this distance
-_RUBATO_CORRELATION = 0.8  # of the tempo at neighbouring knots
+_RUBATO_CORRELATION = 0.8  # of the tempo at neighboring knots
 
 
 @dataclass(frozen=True, kw_only=True)
 class PieceAugmentation:
-    """How an augmented copy differs from the recorded performance; the default is not at all.
+    """How an augmented copy differs from the recorded performance; by default, not at all.
 
     Attributes:
         swap_thirds: swap the major and the minor third above the tonic.
@@ -58,7 +58,7 @@ class PieceAugmentation:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> PieceAugmentation:
-        """One of the three other modes, each with equal probability, and a uniform contrast and rubato."""
+        """Draw one of the three other modes, each with equal probability, and a uniform contrast and rubato."""
         mode = int(rng.integers(1, 3, endpoint=True))
         return cls(
             swap_thirds=bool(mode & 1),
@@ -85,7 +85,7 @@ LABEL_SIZE = 11 + 3 + len(fields(PieceAugmentation))
 def augmented_copy(
     tokens: Integer[np.ndarray, " T"], augmentation: PieceAugmentation, rng: np.random.Generator
 ) -> Integer[np.ndarray, " S"]:
-    """A copy of a piece with another mode, dynamics and rubato.
+    """Copy a piece, with a different mode, dynamics and rubato.
 
     Args:
         tokens: a canonically encoded piece: START, events, END.
@@ -93,7 +93,7 @@ def augmented_copy(
         rng: draws the tempo curve.
 
     Returns:
-        The tokens of the copy, of the input's type.
+        The tokens of the copy, in the input's type.
     """
     table = np.arange(VOCABULARY_SIZE)
     pitches = _pitches_in_mode(tonic(decode(tokens)), augmentation)
@@ -120,9 +120,9 @@ def augmentation_label(
 
 
 def tonic(performance: Performance) -> int:
-    """The pitch class of the tonic, 0 to 11.
+    """Pitch class of the tonic, 0 to 11.
 
-    Of the 24 keys, the one whose profile correlates best with how long each pitch class sounds.
+    The key, out of 24, is the one whose profile correlates best with how long each pitch class sounds.
     """
     weights = np.minimum(performance.offset_s - performance.onset_s, _MAX_KEY_WEIGHT_S)
     sounding = np.bincount(performance.pitch % 12, weights, minlength=12)
@@ -151,7 +151,7 @@ def _bins_with_contrast(bins: Int64[np.ndarray, " n"], factor: float) -> Int64[n
 
 
 def _is_repeated_velocity(tokens: Integer[np.ndarray, " T"]) -> Bool[np.ndarray, " T"]:
-    """Which tokens set the velocity that is in force already, because two velocities became one."""
+    """Mask of tokens that set the velocity already in force, because two velocities became one."""
     places = np.flatnonzero(is_velocity(tokens))
     repeats = np.zeros(len(tokens), bool)
     repeats[places[1:]] = np.diff(tokens[places]) == 0

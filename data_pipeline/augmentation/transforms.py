@@ -1,8 +1,8 @@
 """Transpose, stretch and change the velocity of event tokens: pure functions on pieces and on windows of them.
 
 Transposition and stretching are the augmentations of Oore et al. ("This Time with Feeling", 2018), applied to tokens.
-Transposition and velocity shifts cost a few additions, a stretch costs a sort. A stretch quantizes again: event times
-in steps are scaled and rounded, and the events are written as `music_ar.tokens.encode` would write them.
+Transposition and velocity shifts cost a few additions, a stretch costs a sort. A stretch requantizes: event times in
+steps are scaled and rounded, and the events are written as `music_ar.tokens.encode` would write them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Augmentation:
             raise ValueError(f"expected 0 <= velocity_bins < {VELOCITY_BINS}; got {self.velocity_bins}")
 
     def draw(self, rng: np.random.Generator) -> tuple[int, float, int]:
-        """A transposition in semitones, a stretch factor and a velocity shift in bins."""
+        """Draw a transposition in semitones, a stretch factor and a velocity shift in bins."""
         semitones = rng.integers(self.min_semitones, self.max_semitones, endpoint=True)
         factor = rng.uniform(self.min_stretch, self.max_stretch)
         bins = rng.integers(-self.velocity_bins, self.velocity_bins, endpoint=True) if self.velocity_bins else 0
@@ -153,19 +153,19 @@ def retime(
 ) -> tuple[Integer[np.ndarray, " S"], Int64[np.ndarray, " S"]]:
     """Move every event to the time that `clock` gives it.
 
-    Every note-on, note-off and velocity is kept; only time shifts appear and vanish. As in `encode`, a note lasts at
-    least one step, and within a step the note-offs come first, in the order of their notes' onsets, then the note-ons
-    with their velocities, in their old order. The result equals encoding the moved notes, up to the 10 ms to which the
-    input was rounded.
+    Every note-on, note-off and velocity is kept; only time shifts are added and removed. As in `encode`, a note lasts
+    at least one step, and within a step the note-offs come first, in the order of their notes' onsets, then the
+    note-ons with their velocities, in their old order. The result equals encoding the moved notes, up to the 10 ms to
+    which the input was rounded.
 
     Args:
         tokens: a canonically encoded piece, or any window of one. START, END and PAD are allowed at its ends and stay
             there. Time counts from the first token. A window that ends inside a silence of unknown length still does
-            so afterwards.
-        clock: maps times in steps to times in steps; must not decrease.
+            afterwards.
+        clock: maps times in steps to times in steps; must be non-decreasing.
 
     Returns:
-        The moved tokens, of the input's type, and the index of the input token that each comes from. A time shift comes
+        The moved tokens, in the input's type, and the index of the input token that each comes from. A time shift comes
         from the event that it leads to.
 
     Raises:
@@ -243,13 +243,14 @@ def _pair_notes(events: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _trailing_shifts(body: np.ndarray, end: int, steps: np.ndarray) -> np.ndarray:
-    """The time shifts from the last event to time `end`, of a window that ends before the event they lead to."""
+    """Time shifts from the last event to time `end`, for a window that ends before the event they lead to."""
     if len(body) == 0:
         return np.empty(0, np.int64)
     remaining = max(0, end - (int(steps[-1]) if len(steps) else 0))
-    full, rest = divmod(remaining, MAX_SHIFT_STEPS)
+    full, partial = divmod(remaining, MAX_SHIFT_STEPS)
     shifts = [TIME_SHIFT + MAX_SHIFT_STEPS - 1] * full
-    # After a full shift the silence may continue beyond the window; a rest would claim a length that is not known.
-    if rest and body[-1] != TIME_SHIFT + MAX_SHIFT_STEPS - 1:
-        shifts.append(TIME_SHIFT - 1 + rest)
+    # After a full shift, the silence may continue beyond the window; a partial shift would claim a length that is
+    # unknown.
+    if partial and body[-1] != TIME_SHIFT + MAX_SHIFT_STEPS - 1:
+        shifts.append(TIME_SHIFT - 1 + partial)
     return np.array(shifts, np.int64)

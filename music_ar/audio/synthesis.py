@@ -1,7 +1,7 @@
 """`Performance` -> sound: a sampled grand piano, written as WAV, FLAC or MP3.
 
 The samples in `samples/` are one velocity layer of the Salamander Grand Piano V3 by Alexander Holm (CC BY 3.0), every
-third key. The keys between play the nearest sample a semitone higher or lower; softer notes are quieter and duller.
+third key. The keys in between play the nearest sample a semitone higher or lower; softer notes are quieter and duller.
 """
 
 import functools
@@ -23,7 +23,7 @@ from music_ar.midi.performance import Performance
 
 SAMPLE_RATE = 48_000
 TAIL_S = 1.0
-"""Length of the sound after the last note: dampers take time, and the highest strings have none."""
+"""Length of the audio after the last note: dampers take time, and the highest strings have none."""
 ATTRIBUTION = "Piano: Salamander Grand Piano V3 by Alexander Holm, CC BY 3.0"
 AudioFormat = Literal["wav", "flac", "mp3"]
 
@@ -46,9 +46,9 @@ class AudioError(ValueError):
 
 
 def render(performance: Performance) -> Float32[np.ndarray, "frames 2"]:
-    """Synthesize a performance in stereo, from time zero to `TAIL_S` after the last note; samples lie in -1..1.
+    """Synthesize a performance in stereo, from time zero to `TAIL_S` after the last note; samples are in -1..1.
 
-    A note keeps sounding under the next note of its pitch. If the sum would clip, all of it is scaled down.
+    A note keeps sounding under the next note of its pitch. If the mix would clip, it is scaled down as a whole.
     """
     frames = round((performance.duration_s + TAIL_S) * SAMPLE_RATE)
     sound = np.zeros((frames, 2), np.float32)
@@ -83,20 +83,20 @@ def _note(key: _Key, fade: Float32[np.ndarray, "faded 1"], velocity: int, held: 
 
 @functools.cache
 def _release(free: bool) -> Float32[np.ndarray, "frames 1"]:
-    """The envelope of a released note, down to silence; `free` for a string without damper."""
+    """Envelope of a released note, down to silence; `free` for a string without a damper."""
     frames = round((TAIL_S if free else _DAMPING_S) * SAMPLE_RATE)
     time = np.linspace(0, 1, frames, dtype=np.float32)[:, None]
     return np.exp((-1.5 if free else -5) * time) * np.cos(np.pi / 2 * time)
 
 
 def _seconds_to_read(frames: int) -> int:
-    """How much of a sample to read for a note of this length: one of four lengths, so that the cache stays small."""
+    """Seconds of a recording to read for a note of this length: one of four lengths, so that the cache stays small."""
     return next((seconds for seconds in (1, 2, 4) if frames <= seconds * SAMPLE_RATE), _LONGEST_S)
 
 
 @functools.cache
 def _key(pitch: int, seconds: int) -> _Key:
-    """The sound of a held key, as recorded and low-pass filtered; 16 bits, to save memory."""
+    """Sound of a held key, as recorded and low-pass filtered; 16 bits, to save memory."""
     nearest = min(_SAMPLED_PITCHES, key=lambda sampled: abs(sampled - pitch))
     recording, recorded, rate = _recording(nearest, seconds)
     speed = 2 ** ((pitch - nearest) / 12) * rate / SAMPLE_RATE
@@ -118,7 +118,7 @@ def _key(pitch: int, seconds: int) -> _Key:
 
 @functools.lru_cache(maxsize=1)  # keys are rendered in order, and up to three share a recording
 def _recording(pitch: int, seconds: int) -> tuple[Float32[np.ndarray, "frames 2"], int, int]:
-    """Read a recording from 2 ms before its sound, enough for a key a semitone higher; also all its frames and rate."""
+    """Read a recording from 2 ms before its onset, enough to play a semitone higher; also its total frames and rate."""
     data = resources.files("music_ar.audio").joinpath(f"samples/{pitch}.ogg").read_bytes()
     with soundfile.SoundFile(io.BytesIO(data)) as file:
         sound = file.read(round((1.06 * seconds + _MAX_LEAD_S) * file.samplerate), dtype="float32")
@@ -144,12 +144,12 @@ def write_audio(
     Args:
         performance: the notes.
         target: a path, which is replaced atomically, or an open binary file.
-        format: "wav", "flac" or "mp3"; default: the ending of the path.
+        format: "wav", "flac" or "mp3"; default: the extension of the path.
         title: title tag.
         comment: comment tag, appended to the attribution of the piano samples.
 
     Raises:
-        AudioError: the format is not one of these.
+        AudioError: the format is not one of them.
         OSError: the target cannot be written.
     """
     if not isinstance(target, str | os.PathLike):

@@ -1,4 +1,4 @@
-"""Cached decoding: requests, sampling, caches, steps, batches. Names are loaded when they are first used."""
+"""Cached decoding: requests, sampling, caches, steps, batches. Names are loaded on first use."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Attention of one decoding step over rolling caches, as ordinary operations. `pallas_attention` is its counterpart."""
+"""Attention of one decoding step over rolling caches, as plain operations. `pallas_attention` is the kernel version."""
 
 from typing import Protocol, runtime_checkable
 
@@ -23,28 +23,28 @@ class StepAttention(Protocol):
         cache: KeysValues,
         since_B: Int[Array, " B"],
     ) -> tuple[Float[Array, "B 1 H K"], KeysValues]:
-        """What the cross block finds in the context, and the context's cache.
+        """Output of the cross block's attention to the context, and the context's updated cache.
 
         Args:
             block: the block.
             x_Bx1xD: the residual stream of the latent.
-            context_Bx1xD: the normalised input that is new in the context.
+            context_Bx1xD: the new input of the context, normalized.
             cache: of the context.
-            since_B: the time from which on inputs are visible.
+            since_B: time from which inputs are visible.
         """
         ...
 
     def within(
         self, block: SelfBlock, x_BWx1xD: Float[Array, "BW 1 D"], cache: KeysValues, since_BW: Int[Array, " BW"]
     ) -> tuple[Float[Array, "BW 1 H K"], KeysValues]:
-        """What a self block finds in each window, and the windows' cache.
+        """Output of a self block's attention within each window, and the windows' updated cache.
 
         Args:
             block: the block.
             x_BWx1xD: the residual stream.
             cache: of the windows.
-            since_BW: when each window began. One that has not begun sees itself, so that its softmax has a key; its
-                result is not used.
+            since_BW: start of each window. A window that has not begun sees only the new entry, so that its softmax has
+                a key; its result is not used.
         """
         ...
 
@@ -87,14 +87,14 @@ class PlainAttention:
 
 
 def _times(clock_B: Array, size: int) -> Int[Array, "B size"]:
-    """The time that each slot of a rolling cache holds, once the slot of `clock_B` is written."""
+    """Time that each slot of a rolling cache holds, once the slot of `clock_B` is written."""
     return clock_B[:, None] - (clock_B[:, None] - jnp.arange(size)[None]) % size
 
 
 def _write(
     k_cache_ExKxR: Array, v_cache_ExRxK: Array, k_Bx1xGxK: Array, v_Bx1xGxK: Array, clock_B: Array
 ) -> KeysValues:
-    """The caches with the key and value of the clock's time in its slot."""
+    """Write the new key and value into the clock's slot of the caches."""
     E, K, R = k_cache_ExKxR.shape
     slot_E = jnp.repeat(clock_B % R, E // len(clock_B))
     return (

@@ -1,4 +1,4 @@
-"""Latency autotuning: the largest number of latents with which this machine keeps a speed."""
+"""Latency autotuning: the largest number of latents with which this machine reaches a given speed."""
 
 import time
 
@@ -13,17 +13,17 @@ from music_ar.tokens import vocabulary
 from music_ar.tokens.codec import length_steps
 
 MAESTRO_TOKENS_PER_S = 40.0
-"""Event tokens in a second of real music, on average over MAESTRO's train split."""
+"""Event tokens per second of real music, on average over MAESTRO's train split."""
 # A prompt shorter than this says little about how many tokens its music needs.
 _LEAST_PROMPT_S = 10.0
-# What a measurement must promise above the wish, since machines are not steady.
+# Measured speed must exceed the requested one by this factor, since the load of a machine varies.
 _SPEED_MARGIN = 1.15
 _LEAST_LATENTS = 64
 _MEASURED_S = 1.0
 
 
 class Autotuner:
-    """Times decoding steps, each setting once in its life.
+    """Times decoding steps, once for each setting.
 
     Args:
         decoder: the model.
@@ -34,12 +34,12 @@ class Autotuner:
         self._seconds_per_token: dict[tuple[int, int], float] = {}
 
     def latents(self, speed: float, prompt: Int[np.ndarray, " P"] | None = None, *, variations: int = 1) -> int:
-        """The largest number of latents, a power of two, that keeps a speed; if none does, the smallest.
+        """The largest number of latents that reaches a speed, in powers of two; the smallest if none does.
 
         Args:
             speed: seconds of music to generate per second, in each variation.
-            prompt: tokens of the prompt; if it is long enough, its own tokens per second are what to keep up with,
-                otherwise MAESTRO's.
+            prompt: tokens of the prompt; if it is long enough, its own tokens per second set the pace, otherwise
+                MAESTRO's.
             variations: samples generated at once.
         """
         longest_s = 1 / (speed * _tokens_per_s(prompt) * _SPEED_MARGIN)
@@ -56,12 +56,12 @@ class Autotuner:
         return fast[-1] if fast else candidates[0]
 
     def seconds_per_token(self, latents: int, variations: int = 1, *, again: bool = False) -> float:
-        """Seconds per step on this machine: the median over the chunks of a second, three at least.
+        """Seconds per step on this machine: the median over one second of chunks, at least three.
 
         Args:
             latents: number of latents.
             variations: samples generated at once.
-            again: measure once more: a machine that was busy seems slow.
+            again: measure again, since a machine that was busy looks slow.
         """
         key = (cache_size(latents), variations)
         if again or key not in self._seconds_per_token:

@@ -1,8 +1,8 @@
-"""What decoding does differently on different devices, decided once.
+"""How decoding differs between devices, decided once.
 
 `select` looks at the device and the JAX version and returns a frozen `Backend`, which is handed down. Nothing else in
-the project asks which platform or JAX version there is, so every path can be tested on a CPU. Importing this module
-does not import JAX, since `cpu_devices` has to be called before that. Measurements: docs/results/decoding.md.
+the project checks the platform or the JAX version, so every path can be tested on a CPU. Importing this module does not
+import JAX, since `cpu_devices` must be called before that. Measurements: docs/results/decoding.md.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from music_ar.model.config import Compute, ModelConfig
 from music_ar.system import usable_cores
 
 _MAX_CPU_DEVICES = 16  # as many as a batch has rows
-_YNNPACK_VERSION = (0, 12)  # of JAX: from there on YNNPACK computes XLA's matrix products on CPUs
+_YNNPACK_VERSION = (0, 12)  # of JAX: from this version, YNNPACK computes XLA's matrix products on CPUs
 _CONCURRENT = (("xla_gpu_command_buffer_scheduling_mode", "CONCURRENT"),)
 _SEPARATE = (
     ("xla_gpu_dot_merger_threshold_mb", 0),
@@ -28,21 +28,23 @@ class Backend:
 
     Attributes:
         compute: how the model computes.
-        linear: form of the linear layers: "int8" matrices, which pay where a token waits for weights to arrive from
-            memory; "transposed" matrices with norms folded in, for GPUs; or "plain".
-        int8_layout: how int8 matrices are stored: in, out or out, in. YNNPACK is faster at the latter.
-        key_dtype: type of cached keys; None is that of the model.
+        linear: form of the linear layers: "int8" matrices, which pay off where decoding is limited by reading weights
+            from memory; "transposed" matrices with norms folded in, for GPUs; or "plain".
+        int8_layout: how int8 matrices are stored: [in, out] or [out, in]. YNNPACK is faster with the latter.
+        key_dtype: type of cached keys; None means the model's.
         attention: "plain" operations, or one "pallas" kernel per block; "interpreted" is that kernel run as ordinary
             operations, for tests.
         compiler_options: XLA options of the decoding loop.
-        micro_batch_rows: from so many rows on, a step takes them in two micro-batches that overlap; None never.
-        micro_batch_options: XLA options beside `compiler_options` that keep micro-batches apart.
-        max_chunk_tokens: most tokens per row between two chunks of a stream.
-        max_chunk_work: most tokens of all rows between two chunks, so that a stream can be stopped soon; None any.
-        batch_rows: rows of a continuous batch; None takes what half of the free memory holds.
-        batch_chunk_tokens: tokens per row between two looks at a continuous batch. Short ones waste less, since a
-            finished row waits for the end of the chunk: of 400 pieces of 6 s in 16 rows, 94 % of the tokens were used
-            with 16 at a time, 87 % with 64.
+        micro_batch_rows: from this number of rows, a step splits them into two overlapping micro-batches; None means
+            never.
+        micro_batch_options: XLA options, in addition to `compiler_options`, that keep micro-batches separate.
+        max_chunk_tokens: largest number of tokens per row in a chunk of a stream.
+        max_chunk_work: largest number of tokens over all rows in a chunk, so that a stream can be stopped soon; None
+            means no limit.
+        batch_rows: rows of a continuous batch; None means as many as fit in half of the free memory.
+        batch_chunk_tokens: tokens per row in a chunk of a continuous batch. Short chunks waste less, since a finished
+            row waits for the end of its chunk: for 400 pieces of 6 s in 16 rows, 94 % of the tokens were used with
+            chunks of 16 tokens, 87 % with chunks of 64.
     """
 
     compute: Compute = Compute()
@@ -59,13 +61,13 @@ class Backend:
     batch_chunk_tokens: int = 64
 
     def chunk_tokens(self, rows: int) -> int:
-        """Tokens per row between two chunks of a stream of so many rows."""
+        """Tokens per row in a chunk of a stream with this number of rows."""
         if self.max_chunk_work is None:
             return self.max_chunk_tokens
         return max(1, min(self.max_chunk_tokens, self.max_chunk_work // rows))
 
     def micro_batches(self, rows: int) -> int:
-        """Number of micro-batches of a step with so many rows on a device."""
+        """Number of micro-batches of a step, given the rows on a device."""
         split = self.micro_batch_rows is not None and rows >= self.micro_batch_rows and rows % 2 == 0
         return 2 if split else 1
 
@@ -74,7 +76,7 @@ class Backend:
         return self.compiler_options + (self.micro_batch_options if micro_batches > 1 else ())
 
     def suited_to(self, config: ModelConfig) -> "Backend":
-        """The same backend, without the attention kernel where a model's sizes do not suit it."""
+        """The same backend, without the attention kernel if it does not support the model's sizes."""
         if self.attention == "plain":
             return self
         from music_ar.decoding import pallas_attention
@@ -86,13 +88,13 @@ class Backend:
 
 @runtime_checkable
 class Device(Protocol):
-    """What is read from a JAX device: its platform and, of an NVIDIA GPU, `compute_capability`."""
+    """The attributes that are read from a JAX device: `platform` and, on NVIDIA GPUs, `compute_capability`."""
 
     platform: str
 
 
 def select(device: Device | None = None, jax_version: tuple[int, ...] | None = None) -> Backend:
-    """The fastest known backend of a device.
+    """The fastest known backend for a device.
 
     Args:
         device: default: JAX's first.
@@ -116,7 +118,7 @@ def _cpu(jax_version: tuple[int, ...]) -> Backend:
         key_dtype="bfloat16" if ynnpack else None,
         max_chunk_tokens=16,
         max_chunk_work=64,
-        batch_rows=16,  # more gain little: reading the caches then takes longer than reading the weights
+        batch_rows=16,  # more rows gain little: reading the caches then takes longer than reading the weights
         batch_chunk_tokens=16,
     )
 
@@ -135,7 +137,7 @@ def _gpu(compute_capability: str | None) -> Backend:
 
 
 def cpu_devices(*, many_rows: bool = False) -> int:
-    """How many devices JAX should make of the CPU for decoding; it must be told before it is imported.
+    """How many devices JAX should split the CPU into for decoding; to be set before JAX is imported.
 
     Rows of a batch are sharded over the devices. A step of few rows keeps about one core busy with JAX 0.10, and two
     with 0.12 (docs/results/decoding.md).

@@ -1,12 +1,12 @@
 """Continuous batching: many sequences in a batch that is kept full.
 
 When a sequence is finished, the next takes its row and the others continue. Sequences of one cache size share a batch
-(their prompts, numbers of latents, seeds, lengths and sampling options may differ); where the next one needs another
-size, the batch first runs dry.
+(their prompts, numbers of latents, seeds, lengths and sampling options may differ); if the next one needs a different
+size, the batch is drained first.
 
-A sequence depends on its own request and, in the last bit of its logits, on the size of the batch, because a matrix
-product of another shape adds in another order. It does not depend on its row, on the other rows, or on when it began:
-generating the rest of some requests later gives what generating all at once would have given.
+A sequence depends on its own request and, in the last bit of its logits, on the size of the batch, because matrix
+products of different shapes sum in different orders. It does not depend on its row, on the other rows, or on when it
+began: generating some of the requests later gives the same results as generating all of them at once.
 """
 
 import dataclasses
@@ -28,17 +28,17 @@ from music_ar.tokens import vocabulary
 from music_ar.tokens.vocabulary import EventError
 
 _MAX_ROWS = 256
-# Of an accelerator's free memory; the rest is for the prefill and for what XLA allocates on the way.
+# Of an accelerator's free memory; the rest is for the prefill and XLA's temporary buffers.
 _MEMORY_SHARE = 0.5
 
 
 class Completion(NamedTuple):
-    """What became of a request.
+    """The result of a request.
 
     Attributes:
-        request: what was asked for.
+        request: the request.
         sequence: the tokens, up to the one that reached the limit; None if there is an error.
-        error: why it could not be generated, or None.
+        error: why the sequence could not be generated, or None.
     """
 
     request: Request
@@ -47,9 +47,9 @@ class Completion(NamedTuple):
 
 
 def batch_size(decoder: Decoder, latents: int) -> int:
-    """How many rows to decode at once: the backend's number, or what half of the free memory holds, at most 256.
+    """Number of rows to decode at once: the backend's, or as many as fit in half of the free memory, at most 256.
 
-    It is a rule and not a measurement, so that it gives the same number, and so the same music, each time.
+    It is a rule rather than a measurement, so that it gives the same number, and thus the same music, each time.
     """
     if decoder.backend.batch_rows is not None:
         return decoder.backend.batch_rows
@@ -70,13 +70,14 @@ def complete(
     rows: int | None = None,
     on_chunk: Callable[[int], None] | None = None,
 ) -> Iterator[Completion]:
-    """Generates sequences, in the order in which they are finished. A request is taken only when it has a row.
+    """Generate sequences, and yield them in the order in which they finish. A request is taken only when a row is free.
 
     Args:
         decoder: the model.
-        requests: a random seed is drawn where there is none.
-        resolve: gives a request, whose prompt has been read, a number of latents. What it refuses costs only that one.
-        rows: how many at once, also when fewer are left; default: `batch_size`.
+        requests: the requests; those without a seed get a random one.
+        resolve: gives a request, whose prompt has been read, a number of latents. If it raises, only that request
+            fails.
+        rows: number of rows, even when fewer requests are left; default: `batch_size`.
         on_chunk: called after each chunk with the steps of music generated since the last call, over all rows.
     """
     failed: list[Completion] = []
@@ -95,7 +96,7 @@ def complete(
             yield from failed
             failed.clear()
             yield from finished
-        del batch  # its caches, before the next batch makes its own
+        del batch  # free its caches before the next batch allocates its own
     yield from failed
 
 
@@ -110,9 +111,8 @@ def _sequences(
         except (GenerationError, MidiError, EventError) as error:
             failed += [Completion(sample, None, str(error)) for sample in request.samples()]
         else:
-            asked = dataclasses.replace(
-                resolved, prompt=request.prompt
-            )  # a file's name takes less memory than its notes
+            # The file's name again, which takes less memory than its notes.
+            asked = dataclasses.replace(resolved, prompt=request.prompt)
             yield from ((sample, Sequence(prompt)) for sample in asked.samples())
 
 
@@ -163,7 +163,7 @@ class _Batch:
         return self._prefilled[1].with_limit(limit_steps)._replace(rng_B=jax.random.key(request.seed)[None])
 
     def decode_chunk(self) -> tuple[int, list[Completion]]:
-        """Decodes a chunk: the steps of music generated, and what is finished by it."""
+        """Decode a chunk; return the steps of music generated and the sequences that finished."""
         length = self._decoder.backend.batch_chunk_tokens
         self._state, *found = self._decoder.decode_scored(self._state, self._options, length=length)
         tokens_BxT, nats_BxT = map(np.asarray, found)
@@ -176,7 +176,7 @@ class _Batch:
             if done:
                 finished.append(Completion(request, sequence))
                 del self._running[row]
-        if finished:  # an idle row costs its share of a step, but waits for nobody and keeps nobody waiting
+        if finished:  # an idle row still costs its share of a step, but the loop need not wait for it
             idle = np.array([row not in self._running for row in range(self._rows)])
             self._state = self._state._replace(ended_B=jnp.asarray(idle))
         return steps, finished

@@ -1,11 +1,11 @@
 """Cached decoding, one token at a time, with a chosen number of latents.
 
-Keys and values of the cross-attention depend only on the token, its position, its near predecessors and its features:
-they are computed once and kept in a rolling cache of the last M. The latents' caches roll too (see `windows`); when a
-window begins anew nothing is moved, its older entries are masked.
+Keys and values of the cross-attention depend only on the token, its position, its immediate predecessors and its
+features. So they are computed once and kept in a rolling cache of the last M. The latents' caches roll too (see
+`windows`); when a window restarts, nothing is moved, and its older entries are masked.
 
-Rows are sharded over all devices, each of which runs its own loop. A CPU can be several devices
-(`backend.cpu_devices`): a step of few rows keeps two cores busy, with JAX 0.10 hardly more than one.
+Rows are sharded over all devices, each of which runs its own loop. A CPU can be split into several devices
+(`backend.cpu_devices`): a step with few rows keeps only two cores busy, or hardly more than one with JAX 0.10.
 """
 
 import functools
@@ -38,11 +38,11 @@ class Decoder:
 
     Args:
         model: the model; it is not changed.
-        backend: how to decode. Default: the fastest known on this machine that suits the model. Int8 matrices are exact
-            for a released model.
+        backend: how to decode. Default: the fastest known for this machine that suits the model. Int8 matrices are
+            exact for a pretrained model.
 
     Raises:
-        ValueError: the backend's attention kernel does not suit the model's sizes.
+        ValueError: the backend's attention kernel does not support the model's sizes.
     """
 
     def __init__(self, model: PerceiverAR, backend: Backend | None = None):
@@ -56,7 +56,7 @@ class Decoder:
         self.config, self.dtype = model.config, model.dtype
         graph, params = nnx.split(DecodingModel(model, _forms(self.backend)))
         self.graph = HashedGraph(graph)
-        # Matrix products run in this type anyway; in a loop XLA would convert the matrices anew for each token.
+        # Matrix products run in this type anyway; in a loop, XLA would convert the matrices again for each token.
         self.params = jax.tree.map(lambda leaf: _matrix_as(leaf, self.dtype), params)
         self._params_on: dict[Mesh | None, nnx.State] = {None: self.params}
 
@@ -69,12 +69,12 @@ class Decoder:
         limit_steps: int,
         mode: WindowMode = "sliding",
     ) -> DecodeState:
-        """A state that holds all of each prompt but its last token, which is pending.
+        """State after all but the last token of each prompt; the last one is pending.
 
         Args:
-            prompts: one token array a row, each beginning with `vocabulary.START`. Equal ones are prefilled once.
-            latents: the number of latents n; at least 2, and an odd one acts as n - 1 in exact mode.
-            seeds: one a row; a row's tokens depend on its own prompt, seed and options alone.
+            prompts: one token array per row, each beginning with `vocabulary.START`. Equal ones are prefilled once.
+            latents: the number of latents n, at least 2; in exact mode, an odd n acts as n - 1.
+            seeds: one per row; a row's tokens depend only on its own prompt, seed and options.
             limit_steps: a row is done when this much music (in steps of 10 ms) follows its prompt.
             mode: how the window of latents continues once it is full; see `windows`.
 
@@ -95,7 +95,7 @@ class Decoder:
         self, prompts: list[Integer[np.ndarray, " _P"]], latents: int, limit_steps: int, windows: int
     ) -> DecodeState:
         B, L, R = len(prompts), self.config.conv_width, self._cache_size(latents)
-        # What a latent still in a window can see, and the taps before that.
+        # Everything that a latent still in a window can see, and the convolution taps before that.
         ready = Prompts.of(prompts, self.config, self.config.context + R + L)
         now = jax.tree.map(lambda leaf: jnp.asarray(leaf[:, -1]), ready.conditioning_BxP.keyboard)
         state = DecodeState(
@@ -143,16 +143,16 @@ class Decoder:
     def decode(
         self, state: DecodeState, options: Options, *, length: int
     ) -> tuple[DecodeState, Int[Array, "B length"]]:
-        """Samples up to `length` tokens a row; a device stops sooner once all of its rows are done.
+        """Sample up to `length` tokens per row; a device stops sooner once all of its rows are done.
 
         Args:
             state: where to continue; donated.
-            options: how to sample, as `processors.option_arrays` gives it; scalars for all rows, or one entry a row.
-            length: tokens a row; it is compiled in.
+            options: how to sample, as `processors.option_arrays` gives it; scalars for all rows, or one entry per row.
+            length: tokens per row; a compile-time constant.
 
         Returns:
-            The state, whose pending tokens are the last sampled, and the tokens, `vocabulary.PAD` after a row has ended
-            or all on its device are done.
+            The state, whose pending tokens are the last ones sampled, and the tokens, `vocabulary.PAD` once a row has
+            ended or all rows on its device are done.
         """
         return self.decode_scored(state, options, length=length)[:2]
 
@@ -162,8 +162,8 @@ class Decoder:
         """Like `decode`, with the NLL of each token.
 
         Returns:
-            The state, the tokens, and for each token -log p in nats under the model itself: before any processor, as
-            `evaluation` scores.
+            The state, the tokens, and for each token -log p in nats under the model itself, before any processor, as in
+            `evaluation`.
         """
         state, mesh = self._sharded(state)
         micro_batches = self.backend.micro_batches(state.clock_B.shape[0] // (1 if mesh is None else mesh.size))
@@ -174,7 +174,7 @@ class Decoder:
     def teacher_force(
         self, state: DecodeState, tokens_BxT: Int[np.ndarray, "B T"]
     ) -> tuple[DecodeState, Float[Array, "B T V"]]:
-        """Takes given tokens in place of sampled ones, `vocabulary.PAD` after a row's end.
+        """Advance with the given tokens in place of sampled ones, `vocabulary.PAD` after a row's end.
 
         Args:
             state: where to continue; donated.
@@ -187,7 +187,7 @@ class Decoder:
         return _teacher_force((self.graph, self.backend, mesh), self._params_on[mesh], state, jnp.asarray(tokens_BxT))
 
     def _sharded(self, state: DecodeState) -> tuple[DecodeState, Mesh | None]:
-        """The state over as many devices as can share its rows evenly, and these; None is the first device."""
+        """Shard the state over as many devices as can share its rows evenly; also return their mesh, None for one."""
         devices = jax.local_devices()
         count = math.gcd(state.clock_B.shape[0], len(devices))
         if count == 1:

@@ -1,14 +1,15 @@
 """History bias: a bias on the logits towards the pitches and velocities that a piece has had so far.
 
-A model predicts real pieces well and drifts in its own: it reads a note drawn by chance as a modulation, and the next
-notes follow it. After a minute a generated piece shares less with its beginning than real ones do, and its dynamics and
-register have drifted anywhere (docs/results/evaluation.md). So likely events are reweighted by how much of them the
-piece has had, to the power of a strength: a note-on by the share of its pitch class and, less so, of the pitches around
-it; a velocity by the share of similar velocities. Prior counts stand for what is usual in piano music. Those of
-velocities are so many that a piece turns to its own dynamics only after a minute or two: real pieces that begin softly
-do not stay soft. The probability of a note-on or of a velocity as such does not change, before the grammar.
+A model predicts real pieces well, but drifts in its own: it takes a note drawn by chance for a modulation, and the next
+notes follow it. After a minute, a generated piece has less in common with its beginning than a real one does, and its
+dynamics and register have drifted (docs/results/evaluation.md). So events are reweighted by how common they have been
+in the piece, raised to the power of a strength. For a note-on, that is the share of its pitch class and, with less
+weight, of the pitches around it; for a velocity, the share of similar velocities. Prior counts represent what is usual
+in piano music. The velocity prior is so strong that a piece settles on its own dynamics only after a minute or two:
+real pieces that begin softly do not stay soft. The total probability of note-ons, and of velocities, does not change
+before the grammar applies.
 
-Dimension key, beside that of `sampling`: P pitches, L velocity bins.
+Dimension key, in addition to that of `music_ar.model.config`: P pitches, L velocity bins.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ _REGISTER_WEIGHT = 0.5
 
 
 class _Prior(NamedTuple):
-    """A bell curve of what is usual, counted as so many notes before the first."""
+    """A bell curve of what is usual, which counts as `notes` notes before the first."""
 
     notes: float
     mean: float
@@ -65,7 +66,7 @@ def step(state: NoteHistory, token: Int[Array, " B"], velocity: Int[Array, " B"]
     """The state after one more token, in JAX; only a note-on changes it.
 
     Args:
-        state: before it.
+        state: before the token.
         token: the token.
         velocity: the bin in force, 0 before the first.
     """
@@ -96,7 +97,7 @@ def biased(
     Args:
         logits_BxV: of the next token.
         history: of each row.
-        strength: 0 leaves the logits as they are; one for all rows, or one a row.
+        strength: 0 leaves the logits as they are; one for all rows, or one per row.
     """
     strength = strength.reshape(-1, 1)
     pitches_BxP, velocities_BxL = (counts.astype(jnp.float32) for counts in history)
@@ -124,7 +125,7 @@ def _same_pitch_class() -> Float[np.ndarray, "P P"]:
 
 
 def _smoothing(size: int, deviation: float) -> Float[np.ndarray, "size size"]:
-    """Weight of a note at each place for each other place; each row sums to 1."""
+    """Weight of a note at each place for every place; each row sums to 1."""
     places = np.arange(size)
     return _bell(places[None] - places[:, None], deviation)
 

@@ -1,8 +1,8 @@
 """Linear layers with int8 matrices, for decoding on a CPU.
 
-One-token decoding waits for weights to arrive from memory, so int8 weights pay. Activations are not rounded to int8
-with them: each is taken as 128 high + low, two int8 numbers that together hold 15 bits, and both rows go through one
-integer product. The result is that of the released weights to about 1e-4 of its size, behind a norm 1e-3.
+One-token decoding is limited by reading weights from memory, so int8 weights pay off. Activations are not rounded to
+int8: each is split into 128 * high + low, two int8 numbers that together hold 15 bits, and both rows go through one
+integer product. The result matches that of the pretrained weights to about 1e-4 of its size, or 1e-3 after a norm.
 """
 
 from typing import Literal
@@ -17,8 +17,8 @@ from music_ar.features.categorical import Categorical, hot_indices, one_hot
 from music_ar.model.perceiver_ar import FeatureProjection
 from music_ar.model.quantization import quantize
 
-_LARGEST = 127 * 128 + 63  # of 128 high + low with high in -127..127 and low in -64..63
-# With more rows than this, as in a prefill, arithmetic takes longer than the weights, and float32 is faster at it.
+_LARGEST = 127 * 128 + 63  # of 128 * high + low, with high in -127..127 and low in -64..63
+# With more rows than this, as in a prefill, arithmetic takes longer than reading weights, and float32 is faster.
 _MOST_ROWS = 64
 
 Layout = Literal["in_out", "out_in"]
@@ -28,8 +28,8 @@ class Int8Forms:
     """Linear layers with int8 matrices.
 
     Args:
-        layout: how matrices are stored. Out, in is what YNNPACK (JAX 0.12) multiplies with as it is, where it packs in,
-            out anew at each call; with JAX 0.10 it is slower (docs/results/decoding.md has figures).
+        layout: how matrices are stored. YNNPACK (JAX 0.12) multiplies with [out, in] as it is, but repacks [in, out] at
+            each call; with JAX 0.10, [out, in] is slower (measurements: docs/results/decoding.md).
     """
 
     def __init__(self, layout: Layout):
@@ -55,7 +55,7 @@ def _quantized(kernel_IxO: Array) -> tuple[Int8[np.ndarray, "I O"], Float32[np.n
 class Int8Linear(nnx.Module):
     """A linear layer with an int8 matrix. Not for training.
 
-    As out, in the matrix is in two parts, whose products run at the same time if there are two cores.
+    With [out, in], the matrix is in two parts, whose products run at the same time if there are two cores.
 
     Args:
         kernel_IxO: the matrix.
@@ -116,11 +116,11 @@ class Int8Linear(nnx.Module):
 
 
 class NormedInt8Linear(Int8Linear):
-    """RMSNorm and the linear layer behind it, with an int8 matrix. Not for training.
+    """RMSNorm and the linear layer after it, with an int8 matrix. Not for training.
 
-    Numbers of a normalised row are at most sqrt(I) times the norm's largest scale, so the largest need not be searched
-    before they are rounded: of some 640 small operations per step that saves 84 (docs/results/decoding.md). It costs
-    three or four of their 15 bits; of the worst row seen, five.
+    Numbers of a normalized row are at most sqrt(I) times the norm's largest scale, so their maximum need not be
+    computed before rounding: that saves 84 of about 640 small operations per step (docs/results/decoding.md). It costs
+    three or four of their 15 bits, and five in the worst row seen.
     """
 
     def __init__(self, norm: nnx.RMSNorm, linear: nnx.Linear, layout: Layout):
@@ -138,7 +138,7 @@ class NormedInt8Linear(Int8Linear):
         return super()._float_product(self._normed(x_TxI))
 
     def _normed(self, x_TxI: Array) -> Array:
-        """Normalised rows in steps, at most `_LARGEST` of them."""
+        """Normalized rows in quantization steps, at most `_LARGEST` in size."""
         factor_Tx1 = jax.lax.rsqrt(jnp.square(x_TxI).mean(axis=-1, keepdims=True) + self.epsilon)
         return x_TxI * factor_Tx1 * self.norm_I[...][None]
 
@@ -146,7 +146,7 @@ class NormedInt8Linear(Int8Linear):
 class Int8EmbeddingBag(nnx.Module):
     """A `FeatureProjection` with an int8 matrix, as a sum of the rows of its classes. Not for training.
 
-    Of the thousands of rows that belong to classes, a token needs a few dozen, and only these are read.
+    A token needs a few dozen of the thousands of rows that belong to classes, and only those are read.
     """
 
     def __init__(self, projection: FeatureProjection, layout: Layout):

@@ -1,7 +1,7 @@
-"""The model's blocks and linear layers in the forms that decoding is fast with.
+"""The model's blocks and linear layers, in forms that decode fast.
 
-`DecodingModel` has them in place of the model's own. Queries, keys and values of a self block come from one fused
-projection, since each operation costs time when decoding. Which form linear layers have is the backend's choice.
+`DecodingModel` uses them in place of the model's own. Queries, keys and values of a self block come from one fused
+projection, since each operation costs time when decoding. The backend chooses the form of the linear layers.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -25,7 +25,7 @@ class Forms(Protocol):
         ...
 
     def normed(self, norm: nnx.RMSNorm, layer: nnx.Linear) -> Any:
-        """RMSNorm and the linear layer behind it."""
+        """RMSNorm and the linear layer after it."""
         ...
 
     def features(self, layer: FeatureProjection) -> Any:
@@ -50,7 +50,7 @@ class PlainForms:
 
 
 class TransposedForms:
-    """Matrices held as [out, in], with norms folded into the matrices behind them; for GPUs."""
+    """Matrices held as [out, in], with norms folded into the matrices after them; for GPUs."""
 
     def linear(self, layer: nnx.Linear) -> "TransposedLinear":
         """A transposed layer."""
@@ -66,7 +66,7 @@ class TransposedForms:
 
 
 class NormThenLinear(nnx.Module):
-    """RMSNorm and the linear layer behind it."""
+    """RMSNorm and the linear layer after it."""
 
     def __init__(self, norm: nnx.RMSNorm, linear: nnx.Linear):
         self.norm, self.linear = norm, linear
@@ -79,8 +79,9 @@ class NormThenLinear(nnx.Module):
 class TransposedLinear(nnx.Module):
     """A linear layer whose matrix is held as [out, in]. Not for training.
 
-    XLA computes a product of one row as multiplications and a sum. On a GPU, with a matrix as [in, out], these are two
-    kernels, and the products pass through memory; as [out, in] they are one (docs/results/decoding.md has figures).
+    XLA computes a one-row product as a multiplication and a sum. On a GPU, with an [in, out] matrix, these are two
+    kernels, and the products pass through memory; with [out, in], they are one (measurements:
+    docs/results/decoding.md).
     """
 
     def __init__(self, linear: nnx.Linear):
@@ -110,10 +111,11 @@ class TransposedProjection(nnx.Module):
 
 
 class NormedLinear(nnx.Module):
-    """RMSNorm and the linear layer behind it in one transposed matrix. Not for training.
+    """RMSNorm and the linear layer after it, in one transposed matrix. Not for training.
 
-    The norm's scale is in the matrix, and its divisor, one number per row, divides the product: so the product does not
-    wait for it, and no normalised stream passes through memory (docs/results/decoding.md has figures).
+    The matrix includes the norm's scale. The norm's divisor, one number per row, is applied to the product. So the
+    product does not wait for it, and no normalized stream passes through memory (measurements:
+    docs/results/decoding.md).
     """
 
     def __init__(self, norm: nnx.RMSNorm, linear: nnx.Linear):
@@ -134,7 +136,7 @@ def _product(x: Array, kernel_OxI: Array, dtype: jax.typing.DTypeLike | None = N
 
 
 class Residual(nnx.Module):
-    """The second half of a block: adds what attention found, and the feed-forward, to the residual stream."""
+    """The second half of a block: adds the attention output, then the feed-forward, to the residual stream."""
 
     def __init__(self, block: Block, forms: Forms):
         self.output = forms.linear(block.output)
@@ -158,7 +160,7 @@ class CrossBlock(AttentionInputs):
 
 
 class SelfBlock(nnx.Module):
-    """A self block, ready to decode: one fused projection of queries, keys and values, one normalisation of q and k."""
+    """A self block, ready to decode: one fused projection of queries, keys and values, one normalization of q and k."""
 
     def __init__(self, block: Block, forms: Forms):
         self.config, self.dtype = block.config, block.query.dtype
@@ -172,7 +174,7 @@ class SelfBlock(nnx.Module):
         self.add = Residual(block, forms)
 
     def queries_keys_values(self, x_BxTxD: Array, positions_BxTxP: Array) -> tuple[Array, Array, Array]:
-        """Normalised, rotated queries and keys, and values, of the residual stream."""
+        """Normalized, rotated queries and keys, and values, of the residual stream."""
         H, G = self.config.heads, self.config.kv_heads
         qkv = split_heads(self.projection(x_BxTxD), H + 2 * G)
         qk, v = qkv[..., : H + G, :], qkv[..., H + G :, :]
@@ -201,10 +203,10 @@ class DecodingModel(nnx.Module):
 
     Args:
         model: the model; it is not changed.
-        forms: of its linear layers.
+        forms: constructors of its linear layers.
 
     Attributes:
-        outer: what comes before and after the blocks: embedding, conditioning, logits.
+        outer: the parts before and after the blocks: embedding, conditioning, logits.
         cross: the cross block.
         blocks: the self blocks.
     """
@@ -226,7 +228,7 @@ class DecodingModel(nnx.Module):
 
 
 class HashedGraph:
-    """A model's structure as a static argument, whose hash JAX asks for at each call, so it is computed once."""
+    """A model's structure as a static argument. JAX needs its hash at each call, so it is computed once."""
 
     def __init__(self, graph: nnx.GraphDef[DecodingModel]):
         self.graph, self._hash = graph, hash(graph)

@@ -1,6 +1,6 @@
-"""Attention of one decoding step by a kernel, one per block; `attention.PlainAttention` is the same as operations.
+"""Attention of one decoding step by a kernel, one call per block; `attention.PlainAttention` is the plain version.
 
-`backend` imports this module only where it runs, since JAX has deprecated the Triton backend of Pallas.
+It is imported only where it is used, since JAX has deprecated the Triton backend of Pallas.
 """
 
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from music_ar.decoding.layers import CrossBlock, SelfBlock
 from music_ar.decoding.pallas_kernel import LEAST_BLOCK, Heads, Tiling, attend, rotations
 from music_ar.model.config import ModelConfig
 
-_LARGEST_HEAD = 64  # larger ones may need more shared memory than there is
+_LARGEST_HEAD = 64  # larger ones may exceed the shared memory
 
 
 def suits(config: ModelConfig) -> bool:
@@ -29,8 +29,8 @@ class PallasAttention:
         clock_B: the time of the step, by row.
         positions_BxP: the position in the piece, counted in tokens and in time.
         windows: W.
-        first: the batch row of the caches that is the first of these.
-        overlapped: whether the attention of another micro-batch runs beside it.
+        first: batch row of the caches at which these rows begin.
+        overlapped: whether the attention of another micro-batch runs at the same time.
         interpreted: run as ordinary operations, for tests.
     """
 
@@ -48,7 +48,7 @@ class PallasAttention:
         self._config, self._clock_B, self._windows, self._first = config, clock_B, windows, first
         self._overlapped, self._interpreted = overlapped, interpreted
         self._rotations_BxPx2xK = rotations(config, positions_BxP)
-        # One after another the kernels use these and leave them as they were.
+        # The kernels use these one after another, and leave them as they were.
         self._counters_E = jnp.zeros(len(clock_B) * windows * config.kv_heads, jnp.int32)
 
     def cross(

@@ -1,18 +1,18 @@
 """The kernel of `pallas_attention`: attention of one decoding step, for NVIDIA GPUs (Pallas, Triton backend).
 
-On a GPU a step is many small operations of about 2 µs each, whatever they compute, and six of them per block are
-between the projection of queries, keys and values and what attention found. Here they are one: query-key normalisation,
+On a GPU, a step is many small operations of about 2 µs each, whatever they compute. Six of them per block come between
+the projection of queries, keys and values and the attention output. This kernel fuses the six: query-key normalization,
 rotary positions, the new entry of the rolling cache, and attention over the cache with an online softmax (Milakov and
 Gimelshein, arXiv 1805.02867).
 
-A program has one cache row: the rolling cache of one batch row, window and key head, keys and values both [R, K] so
-that they are read in order. If there are few rows, a cache is split among several programs. Each leaves its partial
-result, and the last to finish, which a counter tells, combines them (as in Flash-Decoding, Dao et al. 2023, but without
-a second kernel). The slot of the new entry is masked; the entry takes part from registers. So nobody waits until it is
-written, and the softmax always has a key.
+A program handles one cache row: the rolling cache of one batch row, window and key head, with keys and values both [R,
+K], so that they are read in order. If there are few rows, a cache is split among several programs. Each stores its
+partial result, and the last to finish, according to a counter, combines them (as in Flash-Decoding, Dao et al. 2023,
+but without a second kernel). The slot of the new entry is masked; the entry takes part from registers. So no program
+waits until it is written, and the softmax always has a key.
 
-Dimension key, beside those of `music_ar.model.config` and `state`: X caches (batch and window as one axis), E cache
-rows (X G), C heads of an array, Q queries of a cache row with padding, S splits of a cache, L a block of entries.
+Dimension key, in addition to those of `music_ar.model.config` and `state`: X caches (batch and window as one axis), E
+cache rows (X G), C heads of an array, Q queries of a cache row with padding, S splits of a cache, L a block of entries.
 """
 
 import dataclasses
@@ -29,20 +29,20 @@ from music_ar.model.attention import rotary_angles
 from music_ar.model.config import ModelConfig
 
 _EPSILON = 1e-6  # of nnx.RMSNorm
-_LOWEST = -1e30  # below any score, and finite: what is subtracted from it stays a number
+_LOWEST = -1e30  # below any score, and finite, so that differences are numbers
 _LOG2_E = 1.4426950408889634
 LEAST_BLOCK = 16
-"""The least that Triton multiplies matrices of, along each axis; caches have a multiple of this many entries."""
+"""Shortest matrix axis that Triton multiplies; the number of entries of a cache is a multiple of it."""
 _LARGEST_BLOCK, _BLOCK_OF_MANY, _PROGRAMS, _MOST_SPLITS = 128, 32, 256, 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How the work is cut; it affects results by rounding only.
+    """How the work is divided; it affects results by rounding only.
 
     Attributes:
         splits: programs that share a cache row; with more than one, they need `counters`.
-        block: entries of a cache at a time.
+        block: entries of a cache processed at a time.
         warps: of 32 threads, per program.
         stages: blocks in flight from memory.
     """
@@ -54,32 +54,32 @@ class Tiling:
 
     @classmethod
     def of(cls, cache_rows: int, size: int, *, overlapped: bool = False) -> "Tiling":
-        """Enough programs to keep some 132 multiprocessors busy, with 64 entries each at the least.
+        """Enough programs to keep about 132 multiprocessors busy, with at least 64 entries each.
 
         Args:
             cache_rows: rows that the kernel goes through.
             size: entries of each.
-            overlapped: whether another such kernel runs beside this one.
+            overlapped: whether another such kernel runs at the same time.
         """
         splits = 1
         most = min(_MOST_SPLITS, _PROGRAMS // cache_rows, size // 64)
         while 2 * splits <= most and size % (2 * splits * LEAST_BLOCK) == 0:
             splits *= 2
         span = size // splits
-        divisor = span & -span  # the power of two in a program's share
-        if splits == 1:  # what was fastest of the cuts that docs/results/decoding.md lists
+        divisor = span & -span  # largest power of two that divides a program's share
+        if splits == 1:  # the fastest of the tilings in docs/results/decoding.md
             return cls(splits=1, block=min(_BLOCK_OF_MANY, divisor), warps=1 if overlapped else 2, stages=4)
         return cls(splits=splits, block=min(_LARGEST_BLOCK, divisor))
 
 
 class Heads(NamedTuple):
-    """Some heads of a projection, neither normalised nor rotated yet.
+    """Some heads of a projection, not yet normalized or rotated.
 
     Attributes:
         array: the projection, [rows, C, K]; one array can hold queries, keys and values, which saves copies.
-        first: index in C of the first head meant.
-        scale: rows of scales of query-key normalisation; values have none.
-        scale_row: which of them.
+        first: index in C of the first of them.
+        scale: rows of scales of the query-key normalization; None for values.
+        scale_row: index of the row in `scale`.
     """
 
     array: Float[Array, "_rows C K"]
@@ -89,7 +89,7 @@ class Heads(NamedTuple):
 
     @property
     def place(self) -> "_Place":
-        """Where the kernel finds them in their arrays."""
+        """Where the kernel finds the heads in their arrays."""
         return _Place(self.first, self.scale_row)
 
 
@@ -100,7 +100,7 @@ class _Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """What the kernel is compiled for, beside the shapes of its arrays."""
+    """What the kernel is compiled for, in addition to the shapes of its arrays."""
 
     config: ModelConfig
     tiling: Tiling
@@ -131,7 +131,7 @@ def attend(
     tiling: Tiling | None = None,
     interpreted: bool = False,
 ) -> tuple[Float[Array, "X H K"], Array, Array, Int[Array, " _E"]]:
-    """Attention of one query per cache and head, once the new entry is written.
+    """Write the new entry, and attend to the cache with one query per cache and head.
 
     Args:
         q: queries, one row of the array per cache.
@@ -143,12 +143,12 @@ def attend(
         rotations_XxPx2xK: `rotations` of each cache.
         counters_E: zeros, at least one per cache row; they are zeros again in the result.
         config: of the model.
-        first_row: of the caches' rows; there may be others before and behind them.
-        tiling: how the work is cut.
+        first_row: of the caches' rows; there may be others before and after them.
+        tiling: how the work is divided; default: `Tiling.of`.
         interpreted: run as ordinary operations, for tests.
 
     Returns:
-        What each query found, the keys, the values, and the counters.
+        The attention output of each query, the keys, the values, and the counters.
     """
     _, R, K = k_ExRxK.shape
     X, E = slots_Xx2.shape[0], slots_Xx2.shape[0] * config.kv_heads
@@ -168,7 +168,7 @@ def attend(
         ],
         grid=(E, S),
         input_output_aliases={len(inputs) + index: 1 + index for index in range(3)},
-        # Triton's parameters choose the Triton backend.
+        # Triton's parameters select the Triton backend.
         compiler_params=triton.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         interpret=interpreted,
         name="decode_attention",
@@ -179,7 +179,7 @@ def attend(
 def rotations(config: ModelConfig, positions_XxP: Int[Array, "X P"]) -> Float[Array, "X _ 2 K"]:
     """Rotary factors of a head at each position, for each way to count it: a head becomes cos * head + sin * partner.
 
-    A channel's partner is the one it rotates with; where that has to be subtracted, the sine is negative. Channels that
+    A channel's partner is the one it rotates with; where the partner is subtracted, the sine is negative. Channels that
     do not rotate have cosine 1 and sine 0.
     """
     size, K = config.rotary_size, config.head_size
@@ -213,9 +213,9 @@ class _Program(NamedTuple):
     Attributes:
         row, split: its place in the grid.
         cache, head: the cache, and its key head.
-        slot, before: of the new entry, and how many entries before it are visible.
-        query_Q: number of each query head in its group. Those beyond the last, which fill up a block, are the last once
-            more: they find the same and are written to the same place.
+        slot, before: slot of the new entry, and how many entries before it are visible.
+        query_Q: number of each query head in its group. The padding that fills up a block repeats the last head: it
+            computes the same result and writes it to the same place.
     """
 
     row: Array
@@ -233,7 +233,7 @@ class _Program(NamedTuple):
 
 
 _Softmax = tuple[Array, Array, Array]
-"""Of an online softmax: the largest score [Q], the sum of weights [Q], the weighted sum of values [Q, K]."""
+"""State of an online softmax: the largest score [Q], the sum of weights [Q], the weighted sum of values [Q, K]."""
 
 
 def _kernel(*all_refs: Any, sizes: _Sizes) -> None:
@@ -275,7 +275,7 @@ def _rotated(
     rows_Qx1: Array,
     heads_Qx1: Array,
 ) -> Array:
-    """Normalised and rotated heads, float32 [Q, K]."""
+    """Normalized and rotated heads, float32 [Q, K]."""
     config, K = sizes.config, sizes.config.head_size
     channel_1xK, half = _numbers(K)[None], config.rotary_size // 2
     partner_1xK = jnp.where(
@@ -292,12 +292,12 @@ def _rotated(
 
 
 def _scale(config: ModelConfig) -> float:
-    """Of scores, in units of which 2 is the base: exp2 is what the hardware has."""
+    """Scale of the scores, in base 2, since the hardware has exp2."""
     return config.head_size**-0.5 * _LOG2_E
 
 
 def _new_entry(refs: _Refs, sizes: _Sizes, program: _Program, q_QxK: Array) -> _Softmax:
-    """Writes the new entry, and starts the softmax with it; the first split has it, wherever its slot is."""
+    """Write the new entry and start the softmax with it; the first split does so, wherever the slot is."""
     channel_1xK = _numbers(sizes.config.head_size)[None]
     cache_1x1, head_1x1 = jnp.full((1, 1), program.cache), jnp.full((1, 1), program.head)
     k_1xK = _rotated(refs, sizes, program, refs.k_new, refs.k_scale, sizes.k, cache_1x1, head_1x1)
@@ -322,7 +322,7 @@ def _new_entry(refs: _Refs, sizes: _Sizes, program: _Program, q_QxK: Array) -> _
 
 
 def _cached_entries(refs: _Refs, sizes: _Sizes, program: _Program, q_QxK: Array, softmax: _Softmax) -> _Softmax:
-    """The softmax with the cached entries of the program's split, block by block."""
+    """Add the cached entries of the program's split to the softmax, block by block."""
     R, S, L = refs.k.shape[1], sizes.tiling.splits, sizes.tiling.block
     cache_row = program.row + sizes.first_row
 
@@ -345,7 +345,7 @@ def _cached_entries(refs: _Refs, sizes: _Sizes, program: _Program, q_QxK: Array,
 
 
 def _combine(refs: _Refs, sizes: _Sizes, program: _Program, softmax: _Softmax) -> None:
-    """Leaves the split's partial result; the last split of the row to finish combines them all."""
+    """Store the split's partial result; the last split of the row to finish combines them all."""
     (top_Q, total_Q, sum_QxK), (sums_ref, scores_ref) = softmax, refs.partial
     row, S, F = program.row, sizes.tiling.splits, sizes.group
     channel_1xK = _numbers(sizes.config.head_size)[None]
@@ -362,7 +362,7 @@ def _combine(refs: _Refs, sizes: _Sizes, program: _Program, softmax: _Softmax) -
         split_Sx1 = _numbers(S)[:, None]
 
         def of_all(ref: Any, *place: Array) -> Array:
-            return triton.load(ref.at[(row, *place)], volatile=True)  # not from a cache of its own
+            return triton.load(ref.at[(row, *place)], volatile=True)  # not from the L1 cache
 
         top_SxQ = of_all(scores_ref, split_Sx1, jnp.zeros_like(split_Sx1), number_Q[None])
         total_SxQ = of_all(scores_ref, split_Sx1, jnp.ones_like(split_Sx1), number_Q[None])
@@ -377,7 +377,7 @@ def _combine(refs: _Refs, sizes: _Sizes, program: _Program, softmax: _Softmax) -
 
 
 def _power_of_two(count: int) -> int:
-    """The least that is not below `count`."""
+    """Smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()
 
 

@@ -1,4 +1,4 @@
-"""Prefill: the caches filled from prompts in one forward pass."""
+"""Prefill: fills the caches from prompts in one forward pass."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ class Prompts:
         tokens_BxPL: the last P + L tokens of each, left-padded; the last of them will be pending.
         conditioning_BxP: features after each of the last P + 1 tokens.
         birth_B: when each piece began, if the pending token has time P.
-        state: what follows from the prompts alone, as fields of `DecodeState`.
+        state: the fields of `DecodeState` that follow from the prompts alone.
     """
 
     tokens_BxPL: Int[np.ndarray, "B PL"]
@@ -51,7 +51,7 @@ class Prompts:
 
     @classmethod
     def of(cls, prompts: Sequence[Integer[np.ndarray, " _P"]], config: ModelConfig, most: int) -> "Prompts":
-        """Prepares prompts, of which at most the last `most` tokens can still be visible."""
+        """Prepare prompts, of which at most the last `most` tokens can still be visible."""
         L = config.conv_width
         longest = max(len(prompt) for prompt in prompts) - 1
         P = 0 if longest == 0 else min(most, max(_LEAST_PREFILL, 1 << (longest - 1).bit_length()))
@@ -67,7 +67,7 @@ class Prompts:
 def _features(
     prompt: Integer[np.ndarray, " _P"], config: ModelConfig, size: int
 ) -> tuple[Conditioning, dict[str, Any]]:
-    """Features after each of the last `size` tokens of a prompt, and the states after it; nothing before its start."""
+    """Features after each of the last `size` tokens of a prompt, and the states after it; empty before its start."""
     kept = min(size, len(prompt))
     padding = (size - kept,)
     keyboards = Keyboard(*_padded(keyboard.init(padding), keyboard.scan_each(prompt), kept))
@@ -88,12 +88,12 @@ def _features(
 
 
 def _padded(before: Sequence[np.ndarray], values: Sequence[np.ndarray], kept: int) -> list[np.ndarray]:
-    """The last `kept` of each array, behind its padding."""
+    """The last `kept` of each array, after its padding."""
     return [np.concatenate([padding, each[len(each) - kept :]]) for padding, each in zip(before, values, strict=True)]
 
 
 def _stack(rows: Sequence[Any]) -> Any:
-    """Pytrees of NumPy arrays as one, with a first axis for them."""
+    """Stack pytrees of NumPy arrays along a new first axis."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
@@ -106,9 +106,9 @@ def prefill(
     tokens_BxP: Array,
     conditioning_BxP: Conditioning,
 ) -> DecodeState:
-    """Fills the caches with P tokens at once.
+    """Fill the caches with P tokens at once.
 
-    With re-anchored windows they hold what P steps would have left there, but for rounding; with sliding ones, the last
+    With re-anchored windows, they hold what P steps would have left there, up to rounding; with sliding ones, the last
     n latents as the model was trained to compute them.
 
     Args:
@@ -128,8 +128,8 @@ def prefill(
     k_BxPxGxK, v_BxPxGxK = model.cross.keys_values(model.outer.context_norm(embedded_BxPxD), positions_BxPx2)
     context = _Context(embedded_BxPxD, positions_BxPx2, k_BxPxGxK, v_BxPxGxK)
 
-    # The latents from each window's start; those at or after P are in the future and are masked later. The one that
-    # predicts comes first; of two, the other holds at most half the latents.
+    # The latents from each window's start; those at or after P are in the future and are masked later. The window that
+    # predicts comes first; the other, if any, holds at most half the latents.
     starts_BxW, active_B = window_starts(P - 1 - state.birth_B, state.latents_B, W)
     by_age = []
     for turn in range(W):
@@ -171,7 +171,7 @@ class _Context:
 def _prefill_window(
     model: DecodingModel, backend: Backend, context: _Context, birth_B: Array, times_BxR: Array
 ) -> list[tuple[Array, Array]]:
-    """Keys and values [B, R, G, K], a pair a layer, of the latents at `times_BxR`."""
+    """Keys and values [B, R, G, K], one pair per layer, of the latents at `times_BxR`."""
     P, M = context.embedded_BxPxD.shape[1], model.config.context
     times_BxR = jnp.clip(times_BxR, 0, P - 1)
     positions_BxRx2 = jnp.take_along_axis(context.positions_BxPx2, times_BxR[..., None], axis=1)

@@ -1,9 +1,9 @@
-"""Logit processors: what happens to a model's logits before a token is drawn.
+"""Logit processors, applied to a model's logits before a token is drawn.
 
-`PROCESSORS` is the chain, in order. To add one, write a small class with `__call__(logits, state, options)`, put it
-into the chain, and test it by itself (tests/test_processors.py). Options are read from `SamplingOptions` by name.
+`PROCESSORS` is the chain, in order. To add one, write a small class with `__call__(logits, state, options)`, add it to
+the chain, and test it on its own (tests/test_processors.py). Options are read from `SamplingOptions` by name.
 
-Dimension key, beside that of `music_ar.model.config`: C token types, W the size of the largest.
+Dimension key, in addition to that of `music_ar.model.config`: C token types, W the size of the largest.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ from music_ar.features.keyboard import Keyboard
 from music_ar.tokens import grammar, vocabulary
 
 Options = dict[str, Array]
-"""`SamplingOptions` as traced arrays: scalars for all rows, or one entry a row. Changing them compiles nothing."""
+"""`SamplingOptions` as traced arrays: scalars for all rows, or one entry per row. Changing them recompiles nothing."""
 
 LONGEST_HOLD_STEPS = 800
-"""How long a generated note may sound: 8 s, as 99.84 % of the notes of MAESTRO's train split do."""
+"""Longest time that a generated note may sound: 8 s. 99.84 % of the notes of MAESTRO's train split are no longer."""
 LONGEST_SILENCE_STEPS = 300
-"""How long nothing may sound in generated music: 3 s. Of the pieces of MAESTRO's train split, 3.5 % are silent for
-longer in their first two minutes."""
-_FINGERS_STEPS = 200  # what fingers may still hold when the pedal is released
+"""Longest silence in generated music: 3 s. Of the pieces of MAESTRO's train split, 3.5 % have a longer one in their
+first two minutes."""
+_FINGERS_STEPS = 200  # keys struck within this time may still be held by the fingers when the pedal is released
 
 
 @runtime_checkable
@@ -38,12 +38,12 @@ class LogitProcessor(Protocol):
     """One link of the chain."""
 
     def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
-        """The logits of the token after the pending one; -inf for what must not be drawn."""
+        """The logits of the token after the pending one; -inf for tokens that must not be drawn."""
         ...
 
 
 class HistoryBias:
-    """Biases logits towards the notes that the piece has had, by the option `steadiness`."""
+    """Biases logits towards the notes that the piece has had, with the option `steadiness` as strength."""
 
     def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
         """See `history_bias.biased`."""
@@ -51,7 +51,7 @@ class HistoryBias:
 
 
 class Grammar:
-    """Rules out tokens that the event grammar, or a piano, cannot continue with."""
+    """Rules out tokens that the event grammar does not allow or a piano cannot play."""
 
     def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
         """See `grammar.playable_tokens`."""
@@ -60,10 +60,10 @@ class Grammar:
 
 
 class SilenceLimit:
-    """Rules out time shifts once nothing has sounded for `LONGEST_SILENCE_STEPS`, or since the beginning."""
+    """Rules out time shifts once nothing has sounded for `LONGEST_SILENCE_STEPS`; an opening silence counts too."""
 
     def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
-        """No shift in silent rows."""
+        """The logits, without time shifts in silent rows."""
         del options
         silent_Bx1 = is_silent(state.keyboard, state.held_Bx128)[:, None]
         is_shift_1xV = vocabulary.is_shift(jnp.arange(logits_BxV.shape[1]))[None]
@@ -78,20 +78,20 @@ class StuckNotes:
     """
 
     def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
-        """Only the releases that are due, where there are any that the grammar allows."""
+        """Only the releases that are due, in rows where the grammar allows any."""
         del options
         due_Bx128 = stuck_notes(state.keyboard, state.held_Bx128)
-        behind = logits_BxV.shape[1] - vocabulary.NOTE_OFF - vocabulary.PITCHES
-        due_BxV = jnp.pad(due_Bx128, ((0, 0), (vocabulary.NOTE_OFF, behind)))
-        # None may follow a note-on at the end of a prompt; they then follow the next shift.
+        after = logits_BxV.shape[1] - vocabulary.NOTE_OFF - vocabulary.PITCHES
+        due_BxV = jnp.pad(due_Bx128, ((0, 0), (vocabulary.NOTE_OFF, after)))
+        # No release may follow a note-on at the end of a prompt; the releases then come after the next time shift.
         due_BxV &= logits_BxV > -jnp.inf
         return jnp.where(due_BxV | ~due_BxV.any(axis=1, keepdims=True), logits_BxV, -jnp.inf)
 
 
 class TypeFilters:
-    """Temperature, then top-k, top-p and min-p on each token type by itself; a type's likeliest token always stays.
+    """Temperature, then top-k, top-p and min-p within each token type; a type's likeliest token always stays.
 
-    Cut together, rare types would vanish where one type is likely, and pieces would come out slow and sparse
+    Filtered together, rare types would vanish where another type is likely, and pieces would come out slow and sparse
     (docs/results/evaluation.md). Top-p is that of Holtzman et al. (arXiv 1904.09751), min-p that of Nguyen et al.
     (arXiv 2407.01082).
     """
@@ -114,7 +114,7 @@ class TypeFilters:
         in_top_k_BxCxW = jnp.arange(W)[None, None] < top_k
         mass_BxCxW = jnp.where(in_top_k_BxCxW, jnp.exp(falling_BxCxW - highest_BxCx1), 0)
         before_BxCxW = jnp.cumsum(mass_BxCxW, axis=-1) - mass_BxCxW
-        # Float sums may pass the whole a little early: at top_p = 1 nothing is cut.
+        # Rounding may make the running sum reach the total a little early: at top_p = 1, nothing is cut.
         in_top_p_BxCxW = (before_BxCxW < top_p * mass_BxCxW.sum(axis=-1, keepdims=True)) | (top_p >= 1)
         kept_BxCxW = in_top_k_BxCxW & in_top_p_BxCxW & (falling_BxCxW >= highest_BxCx1 + jnp.log(min_p))
         lowest_BxCx1 = jnp.min(jnp.where(kept_BxCxW, falling_BxCxW, jnp.inf), axis=-1, keepdims=True)
@@ -127,7 +127,7 @@ PROCESSORS: tuple[LogitProcessor, ...] = (HistoryBias(), Grammar(), SilenceLimit
 
 
 def option_arrays(rows: Sequence[SamplingOptions]) -> Options:
-    """Options of several rows, one entry a row. Each array is built in NumPy: one transfer, however many rows."""
+    """Options of several rows, one entry per row. Arrays are built in NumPy: one transfer each, however many rows."""
     return {
         field.name: jnp.asarray(
             np.array([getattr(row, field.name) for row in rows], np.int32 if field.type is int else np.float32)
@@ -142,22 +142,22 @@ def shared_options(options: SamplingOptions) -> Options:
 
 
 def draw(rng_B: Array, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Int[Array, " B"]:
-    """One token a row: the chain, then a draw with the row's own key."""
+    """Draw one token per row: apply the chain, then draw with the row's own key."""
     for process in PROCESSORS:
         logits_BxV = process(logits_BxV, state, options)
     return jax.vmap(jax.random.categorical)(rng_B, logits_BxV).astype(jnp.int32)
 
 
 def stuck_notes(state: Keyboard, held: Int[Array, "B 128"]) -> Bool[Array, "B 128"]:
-    """Keys that have to be released before anything else; none, unless one was held for `LONGEST_HOLD_STEPS`.
+    """Keys that must be released before anything else; none, unless one has been held for `LONGEST_HOLD_STEPS`.
 
-    What holds a key for so long is the pedal, and a pianist who releases it releases all notes but those the fingers
-    have just struck: all keys that have been down for `_FINGERS_STEPS`. Those held too long come last, so that until
-    then there is one. (Performances are written in the other order, by onset; that would need a memory.)
+    Only the pedal holds a key that long, and a pianist who lifts it releases all notes except those just struck. So all
+    keys that have been down for `_FINGERS_STEPS` are released. The keys held too long go last, since they are what
+    triggers the release. (Performances are encoded in the opposite order, by onset; that would need extra state.)
 
     Args:
         state: the keyboard.
-        held: how often each key can be released.
+        held: number of held notes of each key.
     """
     # The age of a key that was struck twice and released once counts from its release.
     age = jnp.where(held > 0, keyboard.steps_since_event(state), -1)
@@ -167,11 +167,11 @@ def stuck_notes(state: Keyboard, held: Int[Array, "B 128"]) -> Bool[Array, "B 12
 
 
 def is_silent(state: Keyboard, held: Int[Array, "B 128"]) -> Bool[Array, " B"]:
-    """Whether nothing has sounded for `LONGEST_SILENCE_STEPS`, or since the beginning.
+    """Whether nothing has sounded for `LONGEST_SILENCE_STEPS`; an opening silence counts too.
 
     Args:
         state: the keyboard.
-        held: how often each key can be released.
+        held: number of held notes of each key.
     """
     last_event = keyboard.last_event_steps(state).max(axis=-1)
     return (held.sum(axis=-1) == 0) & (state.time - last_event >= LONGEST_SILENCE_STEPS)

@@ -1,4 +1,4 @@
-"""`Request`: what to generate. The one type from the command line, a job file or the page down to the decoder.
+"""`Request`: what to generate. The same type goes from the command line, a job file or the page down to the decoder.
 
 This module does not import JAX.
 """
@@ -22,14 +22,14 @@ from music_ar.tokens.codec import encode, event_steps
 DEFAULT_LATENTS = 1024
 DEFAULT_SPEED = 1.5
 MAX_SEED = 2**31 - 1
-# A stuck model could play notes for ever without letting time pass; the densest second of MAESTRO has fewer tokens.
+# A stuck model could emit notes forever without advancing time; the densest second of MAESTRO has fewer tokens.
 _MAX_TOKENS_PER_S = 500
 
 Prompt = Performance | str | os.PathLike[str] | bytes | BinaryIO
 
 
 class GenerationError(ValueError):
-    """A request that cannot be met; the message says what was expected and what came."""
+    """A request that cannot be met; the message says what was expected and what was given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,23 +37,24 @@ class Request:
     """What to generate.
 
     Attributes:
-        prompt: a performance or a MIDI file to continue; None makes a new piece.
-        seconds: music to generate after the prompt; a piece may also end by itself before.
-        latents: number of latents, 2 to what the model was trained with; fewer is faster, more is more coherent.
-            Default: 1024, or what the model has. "auto" takes the most that keep `speed` on this machine.
+        prompt: a performance or a MIDI file to continue; None starts a new piece.
+        seconds: seconds of music to generate after the prompt; a piece may end sooner on its own.
+        latents: number of latents, from 2 to the number that the model was trained with; fewer is faster, more is more
+            coherent. Default: 1024, or the model's number if it is smaller. "auto" takes the most that reach `speed` on
+            this machine.
         speed: with "auto", seconds of music to generate per second; default 1.5.
         sampling: how tokens are drawn.
         seed: 0 to 2**31 - 1; the same seed and request give the same piece on the same kind of machine. Default: a
-            random one, which results carry.
+            random one, which the results include.
         variations: how many samples of the prompt to generate, with the seeds `seed`, `seed` + 1 and so on; each is the
-            piece that its seed gives alone.
+            same piece that its seed gives alone.
         prompt_seconds: use only the beginning of the prompt. Notes that sound at the cut are held, and the model
             decides when they end.
         continuation_only: leave the prompt out of the result, and count time from where it ended.
-        tag: anything; handed back with the result.
+        tag: any value; returned with the result.
 
     Raises:
-        GenerationError: a value out of its range.
+        GenerationError: a value is out of range.
     """
 
     prompt: Prompt | None = None
@@ -91,8 +92,8 @@ class Request:
             options: fields of `Request` and of `SamplingOptions`.
 
         Raises:
-            GenerationError: an unknown option, or a value out of its range.
-            SamplingError: a sampling option out of its range.
+            GenerationError: an option is unknown, or a value is out of range.
+            SamplingError: a sampling option is out of range.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = [name for name in options if name not in known and name not in OPTION_NAMES]
@@ -116,7 +117,7 @@ class Request:
         """The request with its prompt read, if that is a MIDI file.
 
         Raises:
-            MidiError: it is not a usable one.
+            MidiError: the file is not usable.
         """
         if self.prompt is None or isinstance(self.prompt, Performance):
             return self
@@ -151,11 +152,11 @@ class Request:
 
 
 def check_seconds(seconds: float) -> None:
-    """Raises `GenerationError` unless `seconds` is a length."""
+    """Raise `GenerationError` unless `seconds` is positive and finite."""
     if not 0 < seconds < math.inf:
         raise GenerationError(f"seconds must be more than 0, got {seconds}")
 
 
 def limits(seconds: float) -> tuple[int, int]:
-    """A length of music in steps of 10 ms, and the most tokens to spend on it."""
+    """A length of music in steps of 10 ms, and the most tokens to generate for it."""
     return max(1, round(seconds * vocabulary.STEPS_PER_SECOND)), round(seconds * _MAX_TOKENS_PER_S) + _MAX_TOKENS_PER_S

@@ -1,11 +1,11 @@
-"""`SamplingOptions`: how a token is drawn. `processors` applies them. This module does not import JAX."""
+"""`SamplingOptions`: how tokens are drawn. `processors` applies them. This module does not import JAX."""
 
 import dataclasses
 from typing import Any
 
 
 class SamplingError(ValueError):
-    """A sampling option out of its range."""
+    """A sampling option is out of range."""
 
 
 def _option(default: int | float, label: str, minimum: int | float, maximum: int | float, step: int | float) -> Any:
@@ -18,7 +18,7 @@ def _option(default: int | float, label: str, minimum: int | float, maximum: int
 # add an option, add a field, its description, and a logit processor that reads it.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How a token is drawn. Filters apply to each token type by itself.
+    """How tokens are drawn. Filters apply within each token type.
 
     Attributes:
         temperature: lower is safer and plainer, higher is wilder, with more wrong notes; 0 always takes the likeliest
@@ -26,11 +26,11 @@ class SamplingOptions:
         top_k: keep only the k likeliest events of each type; 0 keeps all.
         top_p: keep the likeliest events of each type whose probabilities add up to p; lower is safer, 1 keeps all.
         min_p: keep only events at least this likely relative to the likeliest of their type; 0 keeps all.
-        steadiness: higher keeps to the key, register and loudness heard so far, lower wanders; 0 turns it off. It is
+        steadiness: higher keeps to the key, register and dynamics heard so far, lower wanders; 0 turns it off. It is
             the strength of the history bias.
 
     Raises:
-        SamplingError: a value out of its range.
+        SamplingError: a value is out of range.
     """
 
     temperature: float = _option(1.0, "Temperature", 0.0, 2.0, 0.05)

@@ -1,4 +1,4 @@
-"""`Sequence`: the tokens of one piece as they are generated. Each token is looked at once, however long it gets."""
+"""`Sequence`: the tokens of one piece as they are generated. Each token is processed once, however many follow."""
 
 import dataclasses
 from typing import NamedTuple
@@ -29,13 +29,13 @@ class _Columns(NamedTuple):
 
 @dataclasses.dataclass
 class Sequence:
-    """A piece in the making: its prompt, the tokens generated so far, and their notes.
+    """A piece in progress: its prompt, the tokens generated so far, and their notes.
 
     Attributes:
-        prompt: tokens it continues, beginning with `vocabulary.START`.
+        prompt: tokens that it continues, beginning with `vocabulary.START`.
         time: of the last token, in steps of 10 ms from the start of the piece.
         count: tokens generated.
-        ended: whether it has ended by itself.
+        ended: whether it has ended on its own.
     """
 
     prompt: Int[np.ndarray, " P"]
@@ -58,13 +58,13 @@ class Sequence:
         limit_steps: int | None = None,
         max_tokens: int | None = None,
     ) -> bool:
-        """Takes tokens up to the one that reaches a limit, wherever chunks begin; `PAD` is left out.
+        """Append tokens up to the one that reaches a limit, wherever chunks begin; `PAD` is skipped.
 
         Args:
             tokens: the next tokens.
             nats: -log p of each.
-            limit_steps: music after the prompt, in steps.
-            max_tokens: generated tokens.
+            limit_steps: most music after the prompt, in steps.
+            max_tokens: most generated tokens.
 
         Returns:
             Whether a limit was reached or the piece ended.
@@ -122,7 +122,7 @@ class Sequence:
         return min([self.time, *self._held.onset.tolist()]) / vocabulary.STEPS_PER_SECOND
 
     def _read(self) -> None:
-        """Turns the tokens that were not read yet into notes; the held ones go before them as note-ons."""
+        """Turn the unread tokens into notes; held notes are put before them as note-ons."""
         new = np.concatenate(self._unread).astype(np.int64)
         self._unread = [np.zeros(0, np.int64)]
         if not len(new):

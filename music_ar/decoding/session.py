@@ -17,18 +17,18 @@ from music_ar.tokens import vocabulary
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Pieces as far as they have been generated.
+    """The pieces as generated so far.
 
     Attributes:
-        performances: one a variation: all notes so far; those still sounding end at the last event.
-        final_s: one a variation: notes that begin before this time are complete, and later chunks repeat them as they
-            are.
-        seeds: one a variation.
+        performances: one per variation: all notes so far; those still sounding end at the last event.
+        final_s: one per variation: notes that begin before this time are complete, and later chunks repeat them
+            unchanged.
+        seeds: one per variation.
         tokens: event tokens generated, over all variations.
-        tokens_per_s: speed of this call so far, over all variations, without the prefill of the prompt.
-        seconds_made: music after the prompt, of the variation that has least.
-        seconds_wanted: music asked for.
-        eta_s: estimated seconds to go.
+        tokens_per_s: speed of this call so far, over all variations, excluding the prefill of the prompt.
+        seconds_made: seconds of music after the prompt, in the shortest variation.
+        seconds_wanted: seconds of music requested.
+        eta_s: estimated seconds left.
         finished: whether this is the last chunk.
     """
 
@@ -58,8 +58,8 @@ class Session:
         request: what to generate, with a number of latents and a seed.
 
     Attributes:
-        seeds: one a variation.
-        latents: the number of latents.
+        seeds: one per variation.
+        latents: number of latents.
         prompt_s: where the prompt ends and generated music begins.
 
     Raises:
@@ -83,16 +83,16 @@ class Session:
 
     @property
     def ended(self) -> tuple[bool, ...]:
-        """Which variations ended by themselves, so that `extend` adds nothing to them."""
+        """Which variations ended on their own, so that `extend` adds nothing to them."""
         return tuple(sequence.ended for sequence in self._sequences)
 
     def extend(self, seconds: float) -> Iterator[Chunk]:
-        """Generates `seconds` more of each variation, chunk by chunk; a piece may also end by itself before.
+        """Generate `seconds` more of each variation, chunk by chunk; a piece may end sooner on its own.
 
         The iterator may be dropped at any chunk, and another call continues from there.
 
         Raises:
-            GenerationError: `seconds` is no length, or the session is closed.
+            GenerationError: `seconds` is not a valid length, or the session is closed.
         """
         check_seconds(seconds)
         if self._state is None:
@@ -101,7 +101,7 @@ class Session:
         return self._chunks()
 
     def keep(self, variations: Sequence[int]) -> None:
-        """Continues with some variations only, and frees the others.
+        """Continue with some of the variations only, and free the others.
 
         Args:
             variations: their numbers, from 0, in their new order.
@@ -118,13 +118,13 @@ class Session:
         self.seeds = tuple(self.seeds[number] for number in variations)
 
     def close(self) -> None:
-        """Frees the device memory. Results stay where they were handed out."""
+        """Free the device memory. Chunks that were already returned stay valid."""
         self._state = None
 
     def _made_s(self) -> float:
-        """Seconds of music after the prompt, up to what was wanted, of the variation that has least."""
-        going_on = [sequence for sequence in self._sequences if not sequence.ended] or self._sequences
-        least = min(sequence.time for sequence in going_on) / vocabulary.STEPS_PER_SECOND
+        """Seconds of music after the prompt, up to the requested length, in the shortest unfinished variation."""
+        unfinished = [sequence for sequence in self._sequences if not sequence.ended] or self._sequences
+        least = min(sequence.time for sequence in unfinished) / vocabulary.STEPS_PER_SECOND
         return min(least - self.prompt_s, self._wanted_s)
 
     def _count(self) -> int:

@@ -1,7 +1,7 @@
 """`DecodeState`: everything that decoding carries from token to token, for a batch of rows.
 
-Dimension key, beside that of `music_ar.model.config`: R latents in a rolling cache, W windows, L conv taps, E rows of a
-cache (batch, window and key head as one axis).
+Dimension key, in addition to that of `music_ar.model.config`: R latents in a rolling cache, W windows, L conv taps, E
+rows of a cache (batch, window and key head as one axis).
 """
 
 import functools
@@ -28,20 +28,20 @@ _LEAST_CACHE = 8
 
 
 def cache_size(latents: int) -> int:
-    """R for a number of latents: the next power of two, so that most numbers share a compilation."""
+    """R for a number of latents: the next power of two, so that many numbers share a compilation."""
     return max(_LEAST_CACHE, 1 << (latents - 1).bit_length())
 
 
 class Caches(NamedTuple):
     """Rotated keys and values in rolling caches, each laid out so that a step reads it in order.
 
-    Batch, window and key head are one axis, and not for brevity: XLA drops an axis of length 1 (a batch of one) by a
-    reshape, fuses the reshape with the write of the new entry, and then copies the whole cache at each token.
-    Keys are laid out as [.., K, R], except for the attention kernel.
+    Batch, window and key head share one axis for speed: XLA would drop an axis of length 1 (a batch of one) by a
+    reshape, fuse the reshape with the write of the new entry, and then copy the whole cache at each token. Keys are
+    laid out as [.., K, R], except for the attention kernel.
 
     Attributes:
         cross_k, cross_v: of the inputs, [B G, K, M] (kernel: [B G, M, K]) and [B G, M, K]; time t is in slot t mod M.
-        self_k, self_v: of the latents, one array a layer, [B W G, K, R] (kernel: [B W G, R, K]) and [B W G, R, K].
+        self_k, self_v: of the latents, one array per layer, [B W G, K, R] (kernel: [B W G, R, K]) and [B W G, R, K].
     """
 
     cross_k: Float[Array, "BG _ _"]
@@ -51,33 +51,33 @@ class Caches(NamedTuple):
 
     @property
     def windows(self) -> int:
-        """W."""
+        """W, the number of windows."""
         return self.self_v[0].shape[0] // self.cross_v.shape[0]
 
 
 class DecodeState(NamedTuple):
-    """All that decoding carries from token to token; one pytree, donated to each call.
+    """Everything that decoding carries from token to token; one pytree, donated to each call.
 
-    Each row has its own clock, which gives the slots of its rolling caches, and its own birth. What it computes depends
-    only on the time since then. So a row can be replaced at any time, and its sums run over the slots in one order
+    Each row has its own clock, which selects the slots of its rolling caches, and its own birth. Its results depend
+    only on the time since then, so a row can be replaced at any time. Its sums run over the slots in the same order
     whatever the other rows do: a piece is the same to the last bit in any row, started at any time.
 
     Attributes:
         clock_B: time of the pending token, in tokens.
-        birth_B: clock at which the row's piece began; negative if its start was before what was prefilled.
-        latents_B: the number of latents n.
+        birth_B: clock at which the row's piece began; negative if it began before the prefilled part.
+        latents_B: number of latents, n.
         recent_BxL: the last tokens, the pending one last: what the convolution reads.
         held_Bx128: how many notes of each pitch are held after the pending token.
         keyboard: after the pending token.
         notes: the last notes up to it.
         match: their n-gram match, for a model with retrieval.
-        history: which notes the piece has had.
+        history: histograms of the notes that the piece has had.
         caches: keys and values of all tokens before the pending one.
         prompt_end_B: time at which the prompt ends, in steps of 10 ms.
         limit_B: a row is done once it has this much music after its prompt, in steps. It continues as long as other
             rows on its device are not done.
         rng_B: each row's random key.
-        ended_B: whether the piece has ended by itself; from then on its tokens are `vocabulary.PAD`.
+        ended_B: whether the piece has ended on its own; from then on, its tokens are `vocabulary.PAD`.
     """
 
     clock_B: Int[Array, " B"]
@@ -107,7 +107,7 @@ class DecodeState(NamedTuple):
 
     @property
     def grammar(self) -> GrammarState:
-        """What may follow the pending token. It means nothing in rows that have ended."""
+        """Grammar state after the pending token; meaningless in rows that have ended."""
         return GrammarState(self.held_Bx128, self.keyboard.velocity, self.recent_BxL[:, -1])
 
     def conditioning(self, config: ModelConfig) -> Conditioning:
@@ -131,12 +131,12 @@ class DecodeState(NamedTuple):
         return jax.tree.map(of_rows, jax.device_put(self, jax.local_devices()[0]))
 
     def replaced(self, row: int, newcomer: "DecodeState") -> "DecodeState":
-        """The state with another piece in one row, as `Decoder.start` made it; the other rows continue as they were.
+        """The state with a new piece from `Decoder.start` in one row; the other rows continue as before.
 
         Args:
             row: the row to replace.
-            newcomer: a state of one row, with caches and windows of the same size; it can be used again. The replaced
-                state cannot: its buffers are taken over.
+            newcomer: a state of one row, with caches and windows of the same size; it can be used again. The state
+                itself cannot: its buffers are donated.
         """
         mesh = self._mesh()
         if mesh is not None:
@@ -177,5 +177,5 @@ def _replace_row(
 
 
 def on_each_device(function: Callable[..., Any], mesh: Mesh, in_specs: tuple[Any, ...]) -> Callable[..., Any]:
-    """The function on each device's rows. Nothing passes between devices, so nothing needs to be checked."""
+    """Run a function on each device's rows. Nothing passes between devices, so nothing needs to be checked."""
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=BY_ROWS, check_vma=False)

@@ -1,4 +1,4 @@
-"""One decoding step: the pending token through the model, and the state after a new one."""
+"""One decoding step: run the pending token through the model, then advance the state by a new token."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -14,7 +14,7 @@ from music_ar.tokens import grammar, vocabulary
 
 
 def advance(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
-    """The state with `token_B` pending, `vocabulary.PAD` in rows that have ended; caches and clock stay."""
+    """The state with `token_B` pending, `vocabulary.PAD` in rows that have ended; caches and clock do not change."""
     token_B = jnp.where(state.ended_B, vocabulary.PAD, token_B)
     after = keyboard.step(state.keyboard, token_B)
     last_notes = notes.step(state.notes, token_B, after.time, after.velocity)
@@ -32,17 +32,17 @@ def advance(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
 def step(
     model: DecodingModel, state: DecodeState, backend: Backend, micro_batches: int = 1
 ) -> tuple[Float[Array, "B V"], DecodeState]:
-    """Runs the pending token through the model.
+    """Run the pending token through the model.
 
     Args:
         model: the model.
-        state: what came before.
-        backend: how to compute attention; it fits the layout of the caches.
-        micro_batches: equal parts of the rows. They need nothing of each other but their turn at the caches, so they
-            can overlap; more than one only with the attention kernel.
+        state: the state with the pending token.
+        backend: how to compute attention; must fit the layout of the caches.
+        micro_batches: number of equal parts of the rows. They depend on each other only for their turn at the caches,
+            so they can overlap; more than one only with the attention kernel.
 
     Returns:
-        Logits of the token after the pending one, and the state one tick later.
+        Logits of the token after the pending one, and the state one token later.
     """
     caches, B, W = state.caches, state.clock_B.shape[0], state.caches.windows
     starts_BxW, active_B = window_starts(state.age_B, state.latents_B, W)
@@ -52,19 +52,19 @@ def step(
     embedded_Bx1xD = outer.condition(outer.embed_last(state.recent_BxL), state.conditioning(model.config))[:, None]
 
     rows = [slice(first, first + B // micro_batches) for first in range(0, B, B // micro_batches)]
-    attentions = [_attention(model, state, backend, of, W, micro_batches) for of in rows]
+    attentions = [_attention(model, state, backend, part, W, micro_batches) for part in rows]
     cross, streams = (caches.cross_k, caches.cross_v), []
-    contexts = [outer.context_norm(embedded_Bx1xD[of]) for of in rows]
-    latents = [outer.latent(embedded_Bx1xD[of]) for of in rows]
-    for of, attention, x_Bx1xD, context in zip(rows, attentions, latents, contexts, strict=True):
-        found, cross = attention.cross(model.cross, x_Bx1xD, context, cross, visible_since_B[of])
+    contexts = [outer.context_norm(embedded_Bx1xD[part]) for part in rows]
+    latents = [outer.latent(embedded_Bx1xD[part]) for part in rows]
+    for part, attention, x_Bx1xD, context in zip(rows, attentions, latents, contexts, strict=True):
+        found, cross = attention.cross(model.cross, x_Bx1xD, context, cross, visible_since_B[part])
         streams.append(model.cross.add(x_Bx1xD, found))
     streams = [jnp.repeat(x_Bx1xD, W, axis=0) for x_Bx1xD in streams]
     filled = []
     for block, *layer in zip(model.blocks, caches.self_k, caches.self_v, strict=True):
         cache, after = (layer[0], layer[1]), []
-        for of, attention, x_BWx1xD in zip(rows, attentions, streams, strict=True):
-            found, cache = attention.within(block, x_BWx1xD, cache, window_since_BxW[of].reshape(-1))
+        for part, attention, x_BWx1xD in zip(rows, attentions, streams, strict=True):
+            found, cache = attention.within(block, x_BWx1xD, cache, window_since_BxW[part].reshape(-1))
             after.append(block.add(x_BWx1xD, found))
         streams = after
         filled.append(cache)

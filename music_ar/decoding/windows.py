@@ -1,11 +1,11 @@
-"""Windows of latents: what happens once a piece has more tokens than there are latents.
+"""Windows of latents: how decoding continues once a piece has more tokens than there are latents.
 
-"sliding": a window that forgets its oldest latent. Training never did that (it computes the latent at time t in a
-window that begins at a fixed time s), but on real music it predicts as well or better, because it always has n latents
-behind it, and for half the work. It is what people use.
+"sliding", the default: a window that drops its oldest latent. Training never does that (it computes the latent at time
+t in a window that begins at a fixed time s). But on real music, sliding windows predict as well or better, because each
+prediction has n latents behind it, and they take half the work.
 
-"exact": re-anchored windows, which compute what training computes, without a stall; the oracle of the tests. Two
-windows run side by side, staggered by n / 2. Each begins anew every n tokens, so one of them always holds n / 2 to n
+"exact": re-anchored windows, which compute what training computes, without a stall; the tests use them as a reference.
+Two windows run side by side, staggered by n / 2. Each restarts every n tokens, so one of them always holds n / 2 to n
 latents, and that one makes the prediction:
 
     time      0      n/2      n      3n/2     2n
@@ -26,16 +26,16 @@ WindowMode = Literal["sliding", "exact"]
 WINDOWS: dict[WindowMode, int] = {"sliding": 1, "exact": 2}
 """W, the number of windows of each mode."""
 NEVER = np.int32(2**30)
-"""The start of a window that has not begun."""
+"""Start of a window that has not begun."""
 
 
 def window_starts(
     age_B: Int[Array, " B"], latents_B: Int[Array, " B"], windows: int
 ) -> tuple[Int[Array, "B W"], Int[Array, " B"]]:
-    """When the windows that hold the latent at this position began, and which of them predicts.
+    """Start of each window that holds the latent at this position, and number of the one that predicts.
 
-    A single one (sliding) begins n - 1 tokens ago. Of two (exact), window w begins at the multiples of n / 2 whose
-    number is even (w = 0) or odd (w = 1); before n / 2, window 1 has not begun.
+    A single window (sliding) began n - 1 tokens ago. Of two (exact), window 0 begins at even multiples of n / 2, and
+    window 1 at odd ones; before n / 2, window 1 has not begun.
 
     Args:
         age_B: position of the latent in its piece.

@@ -1,4 +1,4 @@
-"""How well a model predicts real music. Names are loaded when they are first used."""
+"""How well a model predicts real music. Names are loaded on first use."""
 
 import lazy_loader
 

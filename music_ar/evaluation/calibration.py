@@ -15,13 +15,13 @@ from music_ar.evaluation.windows import batch_windows, check_pieces, cut_windows
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.training.losses import token_nll
 
-_TOLERANCE = 1e-6  # the fit ends with the step that promises a smaller gain, in nats per token
+_TOLERANCE = 1e-6  # the fit ends with the step whose expected gain is smaller, in nats per token
 _MAX_PASSES = 32  # over the pieces; two or three are usual
 _BATCH_SIZE = 32  # windows per forward pass
 
 
 def best_temperature(temperatures: Sequence[float], nll: Float[np.ndarray, " C"]) -> tuple[float, float]:
-    """Return the temperature of least NLL, and that NLL, from a parabola through the least value and its neighbors.
+    """Return the temperature with the lowest NLL, and that NLL, from a parabola through the minimum and its neighbors.
 
     A calibrated model has 1; above 1, the model is overconfident.
 
@@ -40,7 +40,7 @@ def best_temperature(temperatures: Sequence[float], nll: Float[np.ndarray, " C"]
 def calibrate(
     model: PerceiverAR, pieces: Sequence[Integer[np.ndarray, " _"]]
 ) -> tuple[PerceiverAR, dict[str, dict[str, float]]]:
-    """Fit a scale and an offset of the logits of each token type, so that the model predicts `pieces` best.
+    """Fit a scale and an offset for the logits of each token type, so that the model predicts `pieces` best.
 
     A model that has begun to memorize its training pieces is overconfident on others, more so for some token types.
     A few numbers, fitted to held-out pieces, correct most of that (vector scaling). They are folded into the weights of
@@ -52,8 +52,8 @@ def calibrate(
             stride of the model's latents.
 
     Returns:
-        The calibrated model, and the "scale" and "offset" of each of `TOKEN_TYPES`. Equal scales and offsets of 0 are
-        what one temperature would do.
+        The calibrated model, and the "scale" and "offset" of each of `TOKEN_TYPES`. Equal scales with offsets of 0
+        would amount to a single temperature.
 
     Raises:
         ValueError: there are no pieces, or one is shorter than a start and an end.
@@ -88,8 +88,8 @@ def _nll_derivatives(
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """Return the NLL of all pieces with a scale and an offset per token type, its gradient and its Hessian.
 
-    A Gaussian prior of variance 1 about scales of 1 and offsets of 0 is added. It weighs less than a token, and
-    determines what the pieces leave open: a type that does not occur in them, and a constant added to all offsets.
+    A Gaussian prior of variance 1 about scales of 1 and offsets of 0 is added. It weighs less than a token, and settles
+    what the pieces leave undetermined: types that do not occur in them, and a constant added to all offsets.
     """
     latents = model.config.latents
     windows = cut_windows(pieces, [len(piece) - 1 for piece in pieces], latents)
@@ -102,7 +102,7 @@ def _nll_derivatives(
     nll, gradient_2xK, hessian_2xKx2xK = (
         np.concatenate(part).sum(axis=0, dtype=np.float64) for part in zip(*found, strict=True)
     )
-    gradient_2xK[1] -= gradient_2xK[1].mean()  # which is 0 except for rounding
+    gradient_2xK[1] -= gradient_2xK[1].mean()  # the mean is 0 except for rounding
     away_2xK = fit_2xK - np.array([[1.0], [0.0]])
     return (
         float(nll + (away_2xK**2).sum() / 2),
@@ -142,7 +142,7 @@ def _newton_minimum(
     Args:
         function: value, gradient and Hessian at a point.
         start: the first point.
-        tolerance: a step that promises a smaller gain is the last.
+        tolerance: a step with a smaller expected gain is the last.
     """
     point, least, step = start, math.inf, np.zeros_like(start)
     for _ in range(_MAX_PASSES):

@@ -30,7 +30,7 @@ _BATCHES_AHEAD = 2  # batches that the device works on while earlier results are
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """Negative log-likelihood of pieces, each predicted by itself from its own start.
+    """Negative log-likelihood of pieces, each predicted independently from its start.
 
     Attributes:
         nll: total, in nats.
@@ -46,7 +46,7 @@ class Score:
 
     @classmethod
     def of(cls, nll: float, pieces: Sequence[Integer[np.ndarray, " _"]]) -> "Score":
-        """Return the score of whole pieces, each from its first token on, whose total NLL is `nll`."""
+        """Return the score of whole pieces, each scored from its first token, whose total NLL is `nll`."""
         return cls(
             nll=nll,
             tokens=sum(len(piece) - 1 for piece in pieces),
@@ -56,7 +56,7 @@ class Score:
 
     @property
     def nats_per_token(self) -> float:
-        """The number that papers quote; it depends on the vocabulary."""
+        """The number that papers report; it depends on the vocabulary."""
         return self.nll / self.tokens
 
     def metrics(self) -> dict[str, float | int]:
@@ -73,15 +73,15 @@ class Score:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
-    """Sizes of the windows by which pieces are scored.
+    """Sizes of the windows in which pieces are scored.
 
     A window of `context` inputs ends every `stride` targets, and of its `latents` predictions the last `stride` are
-    scored. So each target has at least context - stride inputs (as far as the piece has them) and latents - stride
-    latents before it.
+    scored. So each target has at least context - stride inputs before it (as far as the piece has them), and latents -
+    stride latents.
 
     Attributes:
-        context: inputs per window, M; default: `ModelConfig.window`. Any number that memory allows; a model with
-            retrieval attends to the last `ModelConfig.context` of them.
+        context: inputs per window, M; default: `ModelConfig.window`. Memory is the only limit; a model with retrieval
+            attends to the last `ModelConfig.context` of them.
         latents: latents per window, N; default: those that the model was trained with. At least `stride`.
         stride: targets between the ends of windows; a smaller stride is slower and gives each target more context.
         batch_size: windows per forward pass.
@@ -226,11 +226,11 @@ def score_decoding(
 ) -> Score:
     """Score pieces through the caches that generation uses, token by token from each piece's start.
 
-    It measures decoding with few latents and a rolling context as `score` measures the model.
+    This measures decoding with few latents and a rolling context, as `score` measures the model.
 
     Args:
         decoder: the model, ready to decode.
-        pieces: token arrays, each beginning with `vocabulary.START`; they may be cut short.
+        pieces: token arrays, each beginning with `vocabulary.START`; they may be truncated.
         latents: number of latents.
         mode: how decoding continues once the window of latents is full; see `Decoder.start`.
         batch_size: pieces at once.

@@ -12,11 +12,11 @@ from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.tokens import codec, vocabulary
 
 MATCH_PITCHES = 6
-"""A note's context matches an earlier one if so many pitches before it are the same, in the same order."""
+"""A note's context matches an earlier one if this many pitches before it are the same, in the same order."""
 
 
 class Repeats(NamedTuple):
-    """The notes of a piece, and where the context of each occurred before.
+    """The notes of a piece, and where the context of each one occurred before.
 
     Attributes:
         token: index of each note-on in the piece.
@@ -30,7 +30,7 @@ class Repeats(NamedTuple):
 
 
 def find_repeats(piece: Integer[np.ndarray, " _"]) -> Repeats:
-    """Look up the last `MATCH_PITCHES` pitches before each note, in the order of the tokens, earlier in the piece."""
+    """Find the last earlier occurrence of the `MATCH_PITCHES` pitches before each note, in the order of the tokens."""
     token = np.flatnonzero(piece < vocabulary.NOTE_OFF)
     pitch = piece[token].astype(np.int64)
     distance, copies = np.zeros(len(token), np.int64), np.zeros(len(token), bool)
@@ -76,7 +76,7 @@ def natural_copying(
 ) -> list[NaturalCopying]:
     """Group the NLL of notes by how far back their context last occurred.
 
-    A longer context should gain most on notes whose context lies in it and not in a shorter one.
+    A longer context should gain most on notes whose earlier context is within it but not within a shorter one.
 
     Args:
         pieces: token arrays.
@@ -84,7 +84,7 @@ def natural_copying(
             temperature; with the same latents for all.
 
     Returns:
-        The notes whose context never occurred before, then a group between each context length and the next, nearest
+        The notes whose context never occurred before, then a group for each range between two context lengths, nearest
         first.
     """
     repeats = [find_repeats(piece) for piece in pieces]
@@ -157,7 +157,7 @@ def plant_motifs(
     """Yield `count` probes, with the same motifs and the same other music for every distance.
 
     The motif is cut from the middle of a piece, the other music from other pieces. Notes that a cut would leave
-    incomplete are dropped or ended, so lengths differ from those asked for by a few tokens.
+    incomplete are dropped or ended, so lengths differ from the requested ones by a few tokens.
 
     Raises:
         ValueError: no piece is as long as two motifs, or the other pieces hold too little music.
@@ -174,7 +174,7 @@ def plant_motifs(
         backwards = np.concatenate([np.zeros(0, np.int64), *(piece[::-1] for piece in other)])  # nearest first
         if len(backwards) < distance + motif_tokens:
             raise ValueError(
-                f"expected {distance + motif_tokens} tokens of music beside the motif's piece, got {len(backwards)}"
+                f"expected {distance + motif_tokens} tokens of music outside the motif's piece, got {len(backwards)}"
             )
         between, longer = (_complete(backwards[:size][::-1]) for size in (distance, distance + motif_tokens))
         start_token = np.array([vocabulary.START], np.int32)
@@ -228,7 +228,7 @@ def planted_copying(
 
 
 def _complete(tokens: Integer[np.ndarray, " _"]) -> Int[np.ndarray, " _"]:
-    """Return a passage without what a cut leaves: note-offs of earlier notes, unended notes, piece boundaries."""
+    """Return a passage without the loose ends of a cut: note-offs of earlier notes, unended notes, piece boundaries."""
     return codec.encode(codec.decode(tokens))
 
 

@@ -1,4 +1,4 @@
-"""Windows over pieces, by which each target is scored once."""
+"""Windows over pieces that score each target once."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

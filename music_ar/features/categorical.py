@@ -6,10 +6,10 @@ from jaxtyping import Float, Int
 
 
 class Categorical(NamedTuple):
-    """Some numbers, each in one of `size` classes.
+    """Class indices, each of one of `size` classes.
 
     Attributes:
-        index: the class of each, from 0; -1 where it is unknown.
+        index: each class, from 0; -1 if it is unknown.
         size: number of classes.
     """
 
@@ -18,7 +18,7 @@ class Categorical(NamedTuple):
 
 
 def one_hot(features: list[Categorical]) -> Float[Any, "*B _"]:
-    """Each index as `size` numbers, 1 at its class and 0 elsewhere, one after another; all 0 where it is unknown."""
+    """One-hot vectors of length `size`, one after another; all 0 where the class is unknown."""
     xp = features[0].index.__array_namespace__()
     parts = []
     for index, size in features:

@@ -1,9 +1,9 @@
 """The keyboard after each event: which keys are down, since when, and how hard they were struck.
 
-Event tokens describe changes only. A model that reads tokens has to add up in its layers, at every position, which keys
-are down and for how long. All of that follows from the tokens exactly, so `PerceiverAR` gets it as features.
+Event tokens describe changes only. From them alone, a model's layers have to work out at every position which keys are
+down, and for how long. All of that follows exactly from the tokens, so `PerceiverAR` gets it as features.
 
-Dimension key, beside that of `music_ar.model.config`: B any batch shape.
+Dimension key, in addition to that of `music_ar.model.config`: B any batch shape.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Integer
 from music_ar.tokens import vocabulary
 
 VELOCITY_SLOTS = 64
-"""A velocity bin is packed with a time or a pitch in one integer: `other * 64 + bin`."""
+"""A velocity bin is packed into one integer with a time or a pitch: `other * 64 + bin`."""
 _HELD_DECAYS_STEPS = (8.0, 32.0, 128.0, 512.0)
 _RELEASED_DECAYS_STEPS = (32.0, 256.0)
 CHANNELS = vocabulary.PITCHES * (2 + len(_HELD_DECAYS_STEPS) + len(_RELEASED_DECAYS_STEPS))
@@ -27,8 +27,8 @@ class Keyboard(NamedTuple):
     Attributes:
         time: in steps of 10 ms.
         velocity: the velocity bin in force, 0 before the first.
-        keys: the last event of each key as one number that grows with time: (2 time + 1) 64 + velocity bin where it was
-            struck, 2 time 64 where it was released, -1 where it was not touched yet.
+        keys: the last event of each key as one number that grows with time: (2 * time + 1) * 64 + velocity bin if it
+            was struck, 2 * time * 64 if it was released, -1 if it was not touched yet.
     """
 
     time: Int[Any, "*B"]
@@ -64,7 +64,7 @@ def scan(tokens: Integer[np.ndarray, " T"]) -> Keyboard:
 
 
 def scan_each(tokens: Integer[Any, "*B T"]) -> Keyboard:
-    """The state after each token of sequences, [*B, T]; what came before their first tokens is unknown."""
+    """The state after each token of sequences, [*B, T]; keys are taken as untouched before that."""
     xp = tokens.__array_namespace__()
     tokens = xp.asarray(tokens, dtype=xp.int32)
     time, velocity = times_and_velocities(tokens)
@@ -86,9 +86,9 @@ def times_and_velocities(tokens: Integer[Any, "*B T"]) -> tuple[Any, Any]:
 
 
 def channels(state: Keyboard) -> Float[Any, "*B _"]:
-    """Features of each key, from 0 to 1: is it down, how hard was it struck, how recently was it struck or released.
+    """Features of each key, from 0 to 1: whether it is down, how hard and how recently it was struck or released.
 
-    Recency is exponential, with several decay times. Times enter by their differences only.
+    Recency decays exponentially, with several time constants. Only time differences enter.
     """
     xp = state.keys.__array_namespace__()
     touched, down = state.keys >= 0, (state.keys // VELOCITY_SLOTS) % 2 == 1

@@ -1,6 +1,7 @@
 """The last notes: a rolling buffer of note-ons, and their features.
 
-Dimension key, beside that of `music_ar.model.config`: B any batch shape, C notes kept, L notes shown to the model.
+Dimension key, in addition to that of `music_ar.model.config`: B any batch shape, C notes kept, L notes shown to the
+model.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from music_ar.features.categorical import Categorical
 from music_ar.features.keyboard import VELOCITY_SLOTS, running_max, times_and_velocities
 from music_ar.tokens import vocabulary
 
-_INTERVAL_CLASSES = 48  # of the time between two events: exact for the shortest, up to 8 s
+_INTERVAL_CLASSES = 48  # of the time between two events, up to 8 s; the shortest times are exact
 _VELOCITY_CLASSES = vocabulary.VELOCITY_BINS + 1
 NOTE_FEATURES = vocabulary.PITCHES + _VELOCITY_CLASSES + _INTERVAL_CLASSES
 """Number of one-hot features of one note."""
@@ -23,7 +24,7 @@ class Notes(NamedTuple):
 
     Attributes:
         count: note-ons so far.
-        note: of each slot, pitch 64 + velocity bin.
+        note: of each slot, pitch * 64 + velocity bin.
         time: of each slot, in steps of 10 ms.
     """
 
@@ -36,8 +37,8 @@ class Onsets(NamedTuple):
     """The last L note-ons, newest first; any leading batch shape.
 
     Attributes:
-        time: in steps of 10 ms, 0 where there were fewer.
-        note: pitch 64 + velocity bin, -1 where there were fewer.
+        time: in steps of 10 ms; 0 if there were fewer notes.
+        note: pitch * 64 + velocity bin; -1 if there were fewer notes.
     """
 
     time: Int[Any, "*B L"]
@@ -59,7 +60,7 @@ def step(state: Notes, token: Any, time: Any, velocity: Any) -> Notes:
     """The state after one more token of each row of a batch [B], in JAX; only a note-on changes it.
 
     Args:
-        state: before it.
+        state: before the token.
         token: the token.
         time: its time in steps.
         velocity: the velocity bin in force.
@@ -132,7 +133,7 @@ def scan_each(tokens: Integer[Any, "*B T"], onsets: int) -> Onsets:
 
 
 def at(values: Any, number: Any) -> Any:
-    """Values of the notes of these numbers [*B, ...] in a rolling buffer [*B, C]."""
+    """Look up notes by number [*B, ...] in a rolling buffer [*B, C]."""
     xp = values.__array_namespace__()
     flat = number.reshape(*values.shape[:-1], -1) % values.shape[-1]
     return xp.take_along_axis(values, flat, axis=-1).reshape(number.shape)
@@ -143,12 +144,12 @@ def categories(onsets: Onsets, now: Int[Any, "*B"]) -> list[Categorical]:
 
     Args:
         onsets: the notes.
-        now: the time in steps.
+        now: the current time in steps.
     """
     xp = onsets.note.__array_namespace__()
     known = onsets.note >= 0
     since = now[..., None] - onsets.time
-    # The oldest of them has none before it.
+    # The oldest note has no predecessor.
     earlier = xp.concatenate([since[..., 1:], since[..., -1:]], axis=-1)
     both = known & xp.concatenate([known[..., 1:], xp.zeros_like(known[..., -1:])], axis=-1)
     newest = xp.where(known[..., :1], _interval_class(since[..., :1]), -1)
@@ -156,12 +157,12 @@ def categories(onsets: Onsets, now: Int[Any, "*B"]) -> list[Categorical]:
 
 
 def note_categories(note: Any, interval: Any, timed: Any) -> list[Categorical]:
-    """Pitches and velocities of notes, and the classes of the times before them.
+    """Pitches, velocities and classes of the times before notes.
 
     Args:
-        note: pitch 64 + velocity bin of each; -1 where there is none.
-        interval: steps between each and the note before it.
-        timed: whether that is known.
+        note: pitch * 64 + velocity bin of each; -1 if there is none.
+        interval: steps between each note and the one before it.
+        timed: whether the interval is known.
     """
     xp = note.__array_namespace__()
     return [
@@ -177,7 +178,7 @@ def feature_count(onsets: int) -> int:
 
 
 def _interval_class(steps: Any) -> Any:
-    """Class 0 for no time, one for each of the first steps, then classes that widen with the time."""
+    """Class 0 for no time, one class for each of the first few steps, then classes that widen with the time."""
     xp = steps.__array_namespace__()
-    rising = 6 * xp.log2(1 + steps.astype(xp.float32) / 3) + 1e-3  # so that whole numbers stay whole in float32
+    rising = 6 * xp.log2(1 + steps.astype(xp.float32) / 3) + 1e-3  # keeps whole numbers whole in float32
     return xp.clip(xp.floor(rising), 0, _INTERVAL_CLASSES - 1).astype(xp.int32)

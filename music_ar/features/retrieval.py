@@ -1,15 +1,16 @@
-"""n-gram retrieval: which notes followed the most recent passage like the present one.
+"""n-gram retrieval: which notes followed the most recent passage that matches the current one.
 
-Pieces return to their themes after thousands of tokens. To use that, attention has to find, among all it may read, the
-place whose last notes were the present ones. Minutes of training do not teach it that (docs/results/training-log.md),
-and the few notes it would help hardly show in the loss. But the place follows from the notes exactly, so it is looked
-up: at each position `PerceiverAR` gets the notes that followed there, as from an attention head that matches n-grams
-(Akyürek et al., arXiv 2401.12973). The look-up compares integers, so it reaches much further back than attention.
+Pieces return to their themes after thousands of tokens. To use that, attention has to find, in everything it can read,
+the place where the last few notes were the same. Minutes of training do not teach it to (docs/results/training-log.md),
+and the few notes that would benefit hardly show in the loss. But the notes determine that place exactly, so it is
+looked up: at each position, `PerceiverAR` gets the notes that followed there, as from an n-gram attention head (Akyürek
+et al., arXiv 2401.12973). The look-up compares integers, so it reaches much further back than attention.
 
-The last notes are compared in several ways (`LEVELS`), since a theme may return with its chords in another order, or
-in another key. Each level finds the nearest match or none; the first level that finds one counts.
+The last notes are compared in several ways (`LEVELS`), since a theme may return with the notes of its chords in a
+different order, or in a different key. Each level finds the nearest match or none; the first level with a match wins.
 
-Dimension key, beside that of `notes`: W levels, A notes retrieved, O notes of a sequence (padded to its T tokens).
+Dimension key, in addition to that of `notes`: W levels, A notes retrieved, O notes of a sequence (padded to its T
+tokens).
 """
 
 from typing import Any, Literal, NamedTuple
@@ -39,20 +40,21 @@ LEVELS = (Level("order", 12), Level("order", 6), Level("set", 12), Level("interv
 RETRIEVED_NOTES = 4
 """A: number of notes retrieved."""
 LEAST_CAPACITY = max(level.notes for level in LEVELS)
-"""Least number of notes to keep: those that are compared."""
-_DISTANCE_CLASSES = 16  # of how many notes ago the match is, each twice as wide as the one before
+"""Smallest number of notes to keep: those that are compared."""
+_DISTANCE_CLASSES = 16  # of the distance to the match in notes; each is twice as wide as the one before
 _HASH_BASE = 0x9E3779B1
 
 
 class Retrieved(NamedTuple):
-    """What followed at the match; any leading batch shape.
+    """The match and the notes that followed it; any leading batch shape.
 
     Attributes:
-        level: index in `LEVELS` of the match; -1 where there is none.
-        distance: how many notes ago it was; -1 where there is none.
-        note: the A notes that followed, pitch 64 + velocity bin, moved to the present key; -1 where there is no match,
-            or where the moved pitch is none of 128. Where fewer than A have followed yet they repeat, as in a trill.
-        interval: steps between each of them and the note before it; -1 where `note` is.
+        level: index in `LEVELS` of the match; -1 if there is none.
+        distance: how many notes ago it was; -1 if there is none.
+        note: the A notes that followed, pitch * 64 + velocity bin, transposed to the current key; -1 if there is no
+            match or the transposed pitch is outside 0..127. If fewer than A notes have followed yet, they repeat, as in
+            a trill.
+        interval: steps between each of them and the note before it; -1 where `note` is -1.
     """
 
     level: Int[Any, "*B"]
@@ -62,12 +64,12 @@ class Retrieved(NamedTuple):
 
 
 class Match(NamedTuple):
-    """The state beside `Notes`, whose slots it shares.
+    """The state of retrieval in addition to `Notes`, whose slots it shares.
 
     Attributes:
         keys: hash of the last notes up to each slot's note, by level: equal for passages that match.
-        level: index in `LEVELS` of the match of the newest note, -1 where there is none.
-        number: number of the earlier note that matches the newest, -1 where there is none.
+        level: index in `LEVELS` of the match of the newest note, -1 if there is none.
+        number: number of the earlier note that matches the newest, -1 if there is none.
     """
 
     keys: UInt32[Any, "*B W C"]
@@ -90,8 +92,8 @@ def step(state: Match, notes: Notes, token: Int[Any, " B"]) -> Match:
     """The state after one more token of each row, in JAX; only a note-on changes it.
 
     Args:
-        state: before it.
-        notes: after it.
+        state: before the token.
+        notes: after the token.
         token: the token.
     """
     xp = token.__array_namespace__()
@@ -116,12 +118,12 @@ def scan(tokens: Integer[np.ndarray, " T"], capacity: int) -> Match:
 
 
 def scan_each(tokens: Integer[Any, "*B T"], capacity: int, last: int | None = None) -> Retrieved:
-    """What is retrieved after each of the `last` tokens of sequences; by default after each token.
+    """What is retrieved after each of the last tokens of sequences.
 
     Args:
-        tokens: of each sequence, from its beginning or from anywhere.
-        capacity: C; matches are among so many notes, the newest included.
-        last: number of tokens.
+        tokens: the sequences, from their beginnings or from any later point.
+        capacity: C; matches are sought among this many notes, including the newest.
+        last: number of tokens; default: all.
     """
     return Index.of(tokens, capacity).retrieved(last)
 
@@ -132,7 +134,7 @@ def retrieved(notes: Notes, state: Match) -> Retrieved:
 
 
 class Index(NamedTuple):
-    """All notes of sequences, each with its match: what `scan` and `scan_each` share.
+    """All notes of sequences, each with its match: the part that `scan` and `scan_each` share.
 
     Attributes:
         count_BxT: note-ons up to each token.
@@ -150,12 +152,12 @@ class Index(NamedTuple):
 
     @classmethod
     def of(cls, tokens: Integer[Any, "*B T"], capacity: int) -> "Index":
-        """The index of sequences, whose matches are among the last `capacity` notes."""
+        """Index sequences; matches are sought among the last `capacity` notes."""
         xp = tokens.__array_namespace__()
         tokens = xp.asarray(tokens, dtype=xp.int32)
         is_on = vocabulary.is_note_on(tokens)
         time, velocity = times_and_velocities(tokens)
-        places = xp.argsort(~is_on, axis=-1, stable=True)  # those of the note-ons first, in order
+        places = xp.argsort(~is_on, axis=-1, stable=True)  # note-ons first, in order
         pitch = xp.where(is_on, tokens, 0)
         pitch, time, velocity = (xp.take_along_axis(values, places, axis=-1) for values in (pitch, time, velocity))
         earlier = [pitch]
@@ -191,7 +193,7 @@ def feature_count() -> int:
 def categories(retrieved: Retrieved) -> list[Categorical]:
     """Features: the level, the class of the distance, and each note that followed."""
     xp = retrieved.level.__array_namespace__()
-    # The summand puts 4,094 and 4,095 into the class of 4,096; released models were trained so.
+    # The epsilon puts 4,094 and 4,095 into the class of 4,096; the pretrained models were trained that way.
     halvings = xp.floor(xp.log2(xp.maximum(retrieved.distance, 1).astype(xp.float32)) + 1e-3).astype(xp.int32)
     distance = xp.where(retrieved.level >= 0, xp.minimum(halvings, _DISTANCE_CLASSES - 1), -1)
     return [
@@ -209,9 +211,9 @@ def nothing(batch_shape: tuple[int, ...]) -> Retrieved:
 
 
 def _nearest_with_same_key(keys: Any) -> Any:
-    """Of each note, the nearest earlier one with the same key, -1 if there is none; both [*B, W, O]."""
+    """Nearest earlier note with the same key as each note, -1 if there is none; both [*B, W, O]."""
     xp = keys.__array_namespace__()
-    # It is the one before it in the stable order of the keys.
+    # It comes right before the note in a stable sort by key.
     order = xp.argsort(keys, axis=-1, stable=True).astype(xp.int32)
     ordered = xp.take_along_axis(keys, order, axis=-1)
     before = xp.where(ordered[..., 1:] == ordered[..., :-1], order[..., :-1], -1)
@@ -220,7 +222,7 @@ def _nearest_with_same_key(keys: Any) -> Any:
 
 
 def _hash(pitches: Int[Any, "*B N"]) -> UInt32[Any, "*B W"]:
-    """A number for each level that is equal where the last notes match; otherwise equal by chance once in 2**32.
+    """Hash for each level: equal where the last notes match, otherwise equal by chance once in 2**32.
 
     Args:
         pitches: of the last `LEAST_CAPACITY` notes, newest first.
@@ -248,8 +250,9 @@ def _hash(pitches: Int[Any, "*B N"]) -> UInt32[Any, "*B W"]:
 def _usable(number: Any, newest: Any, capacity: int) -> Any:
     """Whether `number` [*B, W, _], the nearest note with the same key, counts as a match of the `newest`.
 
-    There must be enough notes up to it, and it must be kept. Sets must not overlap: in a repeated figure the set of the
-    last notes is the same at every note. Where the nearest does not count, those further back are not searched.
+    There must be enough notes up to it, and it must still be in the buffer. Sets must not overlap, since in a repeated
+    figure the set of the last notes is the same at every note. If the nearest one does not count, none further back is
+    tried.
     """
     column = (1,) * (number.ndim - 2) + (len(LEVELS), 1)
     needed = np.array([level.notes for level in LEVELS], np.int32).reshape(column)
@@ -259,7 +262,7 @@ def _usable(number: Any, newest: Any, capacity: int) -> Any:
 
 
 def _best(nearest: Int[Any, "*B W"]) -> tuple[Any, Any]:
-    """The first level with a match, and the match; -1 where there is none."""
+    """The first level with a match, and the match; -1 if there is none."""
     xp = nearest.__array_namespace__()
     found = nearest >= 0
     level = xp.argmax(found, axis=-1).astype(xp.int32)
@@ -268,7 +271,7 @@ def _best(nearest: Int[Any, "*B W"]) -> tuple[Any, Any]:
 
 
 def _following(note: Any, time: Any, level: Any, match: Any, newest: Any) -> Retrieved:
-    """What followed `match`, the note that matches the `newest`."""
+    """The notes that followed `match`, the note that matches the `newest`."""
     xp = level.__array_namespace__()
     distance = newest - match
     found = (level >= 0)[..., None]

@@ -1,4 +1,4 @@
-"""What music is like in numbers, and how close two sets of pieces are. Names are loaded when they are first used."""
+"""Statistics of performances, and distances between sets of them. Names are loaded on first use."""
 
 import lazy_loader
 

@@ -25,7 +25,7 @@ FEATURES = {
     "longest silence": "s",
     **{f"self-similarity, {lag} s": "cosine" for lag in LAGS_S},
 }
-"""Each feature, with the unit of its distances."""
+"""The features, each with the unit of its distances."""
 
 _BLOCK_S = 5.0  # of density and self-similarity
 _HOP_S = 1.0
@@ -33,18 +33,18 @@ _POLYPHONY_STEP_S = 0.1
 
 
 def features(performance: Performance) -> dict[str, Float[np.ndarray, " _"]]:
-    """Measure all `FEATURES` of one performance; each gives any number of samples.
+    """Measure all `FEATURES` of one performance; each yields any number of samples.
 
     - pitch class (0..11), duration, velocity: one sample per note;
-    - melodic interval: from each note to the next, the notes of a chord in rising order;
+    - melodic interval: from each note to the next, the notes of a chord from low to high;
     - inter-onset: between successive notes that do not begin together;
     - density: per block of 5 s;
     - polyphony: notes sounding (the pedal counts), every 0.1 s;
     - longest silence: one sample, within the piece;
-    - self-similarity: cosine between how often each pitch begins in 5 s and in the 5 s that begin a lag later, every
+    - self-similarity: cosine between the pitch counts (note-ons) of 5 s and of the 5 s that begin one lag later, every
       second, where both have notes.
 
-    A feature has no samples where the performance is too short for it.
+    A feature has no samples if the performance is too short for it.
     """
     onset_s, offset_s, pitch = performance.onset_s, performance.offset_s, performance.pitch
     if not len(performance):
@@ -92,7 +92,7 @@ def _self_similarity(onset_s: np.ndarray, pitch: np.ndarray, end_s: float) -> di
 def distance(name: str, first: Float[np.ndarray, " a"], second: Float[np.ndarray, " b"]) -> float:
     """Compute the 1-Wasserstein distance between two samples of a feature, in the feature's unit.
 
-    It needs no bins. Pitch classes have no order: any two count as 1 apart, which gives the total variation distance.
+    It needs no bins. Pitch classes are unordered: any two are 1 apart, which gives the total variation distance.
     """
     if name == "pitch class":
         shares = [np.bincount(sample.astype(int), minlength=12) / len(sample) for sample in (first, second)]
@@ -105,9 +105,9 @@ class Comparison:
     """Distance between generated and real music in one feature.
 
     Attributes:
-        distance: from generated pieces to real ones.
-        baseline: from as many real pieces to the same other real ones.
-        baseline_max: the largest baseline of all draws.
+        distance: from generated to real pieces.
+        baseline: from the same number of real pieces to the same other real pieces.
+        baseline_max: the largest baseline over all draws.
         unit: of all three.
     """
 
@@ -118,7 +118,7 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """Distance over baseline: 1 if generated pieces are as close to real ones as other real ones are.
+        """Distance over baseline: 1 if generated pieces are as close to real ones as real ones are to each other.
 
         Infinite if the baseline is 0 and the distance is not.
         """
@@ -130,11 +130,11 @@ class Comparison:
 def compare(
     generated: Sequence[Performance], real: Sequence[Performance], *, draws: int = 50, seed: int = 0
 ) -> dict[str, Comparison]:
-    """Compare generated with real pieces, feature by feature; the samples of all pieces of a side are pooled.
+    """Compare generated with real pieces, feature by feature; samples are pooled over the pieces of a side.
 
-    Each draw splits the real pieces at random into two sides. The baseline is the distance between the two sides; the
-    distance is that from as many generated pieces as the first side has to the second side. Both are averaged over the
-    draws. A small sample is so held to a baseline of equally few pieces.
+    Each draw splits the real pieces at random into two sides. The baseline is the distance from the first side to the
+    second. The distance is measured to the second side too, from as many generated pieces as the first side has. Both
+    are averaged over the draws. A small sample is thus compared with a baseline of equally few pieces.
 
     Args:
         generated: at least one piece.
@@ -143,7 +143,7 @@ def compare(
         seed: random seed of the draws.
 
     Returns:
-        The comparison of each feature that both sides have samples of.
+        The comparison of each feature for which both sides have samples.
 
     Raises:
         ValueError: there are too few pieces.

@@ -21,7 +21,7 @@ class SharedRun:
     """Consecutive notes that two pieces share up to transposition, whatever their rhythm.
 
     Attributes:
-        notes: number of notes, of those compared; 0 if a piece has fewer than two notes or nothing is shared.
+        notes: number of shared notes, among those compared; 0 if a piece has fewer than two notes or nothing is shared.
         start: index of the first note in the piece, in the order of `melody`.
         source: index of the corpus piece.
         source_start: index of the first note in the corpus piece.
@@ -34,7 +34,7 @@ class SharedRun:
 
 
 def melody(performance: Performance) -> Int[np.ndarray, " n"]:
-    """List the pitches in order of onset, the notes of a chord in rising order."""
+    """List the pitches in order of onset, the notes of a chord from low to high."""
     chord = np.cumsum(np.diff(performance.onset_s, prepend=0.0) > CHORD_S + 1e-6)
     return performance.pitch[np.lexsort((performance.pitch, chord))]
 
@@ -42,9 +42,9 @@ def melody(performance: Performance) -> Int[np.ndarray, " n"]:
 def repeats_pattern(intervals: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
     """Mark the intervals that continue a repeated pattern: trills, tremolos, scales, accompaniment figures.
 
-    An interval is marked if the last p intervals up to it, and at least four, equal those p places earlier, for a
-    period p of 1 to 8. Unmarked remain the first occurrence of the pattern and one repetition (of at least four
-    intervals), so the length of a trill makes no difference.
+    An interval is marked if, for some period p of 1 to 8, the last p intervals up to it, and at least the last four,
+    equal those p places earlier. The first occurrence of the pattern and one repetition (of at least four intervals)
+    stay unmarked, so the length of a trill makes no difference.
     """
     found = np.zeros(len(intervals), bool)
     for period in range(1, _LONGEST_PATTERN + 1):
@@ -61,14 +61,14 @@ def longest_shared_runs(
     """Find the longest run of notes that each piece shares with any piece of the corpus, in any key.
 
     Runs are compared by 64-bit polynomial hashes of their intervals: the hash of any run is a difference of two running
-    sums. Only places that share k - 1 intervals are searched for k. MAESTRO's 5.7 million notes take seconds.
+    sums. Only places that share k - 1 intervals are searched for k, so MAESTRO's 5.7 million notes take seconds.
 
     Args:
         pieces: the pieces to search for.
         corpus: the pieces to search in.
         repeated_patterns: count notes that only continue a repeated pattern (`repeats_pattern`). If False, they are
-            left out on both sides and the notes around them count as adjacent. A run may then extend over patterns of
-            different length, so it can be longer than with them, and change key.
+            left out on both sides and the notes around them count as adjacent. A run may then span patterns of
+            different lengths, so it can be longer than with them, and can change key.
 
     Returns:
         One run per piece.
@@ -170,7 +170,7 @@ def _powers(base: np.uint64, count: int) -> UInt64[np.ndarray, " {count}"]:
 
 
 def _is_in(values: UInt64[np.ndarray, " a"], rising: UInt64[np.ndarray, " b"]) -> Bool[np.ndarray, " a"]:
-    """Mark the values that occur among sorted ones; np.isin would sort the millions of values too."""
+    """Mark the values that occur in a sorted array; np.isin would also sort the millions of values."""
     place = np.searchsorted(rising, values)
     place[place == len(rising)] = 0
     return rising[place] == values if len(rising) else np.zeros(len(values), bool)

@@ -87,13 +87,13 @@ def plausibility(performance: Performance, nats_per_token: float) -> float:
 
     The score is minus the sum of the squares of five deviations:
 
-    - notes per second, mean polyphony and median velocity: the distance from MAESTRO's median on a logarithmic scale on
-      which MAESTRO's minimum and maximum are 1 away;
+    - notes per second, mean polyphony and median velocity: the distance from MAESTRO's median on a logarithmic scale,
+      on which MAESTRO's minimum and maximum are 1 away;
     - longest silence: by how much it exceeds MAESTRO's longest, relative to it;
     - `nats_per_token`, the model's negative log-likelihood of the piece: its distance from `USUAL_NATS_PER_TOKEN`, in
       units of 0.5 nats. Far below, music repeats itself; far above, it is incoherent.
 
-    A performance without notes has a score of minus infinity.
+    A performance without notes scores minus infinity.
     """
     if not len(performance):
         return -math.inf

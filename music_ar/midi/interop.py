@@ -1,4 +1,4 @@
-"""Conversion to and from pretty_midi and note-seq objects; both packages come with the extra `interop`."""
+"""Conversion to and from pretty_midi and note-seq objects; the extra `interop` installs both packages."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def to_pretty_midi(performance: Performance) -> "pretty_midi.PrettyMIDI":
 
 
 def from_pretty_midi(midi: "pretty_midi.PrettyMIDI") -> Performance:
-    """Convert a pretty_midi object as `read_midi` would read its file: without drums, pedals folded into the notes.
+    """Convert a pretty_midi object to what `read_midi` would read from its file: no drums, pedal folded into the notes.
 
     Raises:
         MidiError: a note's pitch, velocity or time is impossible.
@@ -56,7 +56,7 @@ def to_note_sequence(performance: Performance) -> Any:
 
 
 def from_note_sequence(sequence: Any) -> Performance:
-    """Convert a `note_seq.NoteSequence` as `read_midi` would read its file: no drums, pedals folded into the notes.
+    """Convert a `note_seq.NoteSequence` in the same way as `from_pretty_midi`.
 
     Raises:
         MidiError: a note's pitch, velocity or time is impossible.
@@ -78,7 +78,7 @@ def _rows(performance: Performance) -> Iterator[tuple[float, float, int, int]]:
 
 def _instrument(notes: list[tuple[float, float, int, int]], pedal: list[tuple[float, int]]) -> Instrument:
     notes_nx4 = np.array(notes, np.float64).reshape(-1, 4)
-    notes_nx4 = notes_nx4[notes_nx4[:, 1] != notes_nx4[:, 0]]  # notes without length are dropped, as in a MIDI file
+    notes_nx4 = notes_nx4[notes_nx4[:, 1] != notes_nx4[:, 0]]  # zero-length notes are dropped, as in `read_midi`
     pedal_px2 = np.array(pedal, np.float64).reshape(-1, 2)
     return Instrument(
         onset_s=notes_nx4[:, 0],

@@ -1,8 +1,8 @@
 """MIDI bytes <-> `Performance`.
 
-symusic parses the files, but its clock is not used: ticks become seconds by the same float64 operations as in
-pretty_midi 0.2. note-seq reads through pretty_midi, and a difference in the last bit of a time can move an event by one
-10 ms step.
+symusic parses the files, but its clock is not used: ticks are converted to seconds by the same float64 operations as in
+pretty_midi 0.2, through which note-seq reads. A difference in the last bit of a time can move an event by one 10 ms
+step.
 """
 
 import io
@@ -28,9 +28,9 @@ MAX_NOTES = 1_000_000
 MAX_SECONDS = 6 * 3600.0
 
 MICROSECONDS_PER_QUARTER = 500_000
-"""The tempo of written files, and of a file that sets none: 120 quarter notes per minute."""
+"""Tempo of written files, and of files that set none: 120 quarter notes per minute."""
 TICKS_PER_QUARTER = 1000
-"""Of written files: a tick is 0.5 ms, so the 10 ms grid of the event tokens falls exactly on ticks."""
+"""Resolution of written files: a tick is 0.5 ms, so the 10 ms grid of the event tokens falls exactly on ticks."""
 TICKS_PER_SECOND = TICKS_PER_QUARTER * 1_000_000 // MICROSECONDS_PER_QUARTER
 ACOUSTIC_GRAND_PIANO = 0
 
@@ -47,13 +47,13 @@ def read_midi(
     """Read the piano performance in a MIDI file.
 
     Accepts formats 0 and 1, any number of tracks, tempo changes and SMPTE time. Drums (channel 10) are dropped; all
-    other instruments are played by the piano. As in note-seq, the sustain pedal acts on the notes of its own track,
-    channel and program, and a note without a note-off is dropped, since its length is unknown.
+    other instruments become piano. As in note-seq, the sustain pedal acts on the notes of its own track, channel and
+    program, and a note without a note-off is dropped, since its length is unknown.
 
     Args:
         source: a path, the bytes themselves, or an open binary file.
-        max_bytes: largest accepted file.
-        max_notes: largest accepted number of notes, drums not counted.
+        max_bytes: size of the largest accepted file.
+        max_notes: largest accepted number of notes, not counting drums.
         max_seconds: latest accepted end of a note.
 
     Raises:
@@ -67,7 +67,7 @@ def read_midi(
     note_count = sum(len(track.notes) for track in score.tracks if not track.is_drum)
     if note_count > max_notes:
         raise MidiError(
-            f"at most {max_notes} notes are accepted, the file has {note_count}; raise max_notes or cut the file"
+            f"at most {max_notes} notes are accepted, but the file has {note_count}; raise max_notes or cut the file"
         )
     clock = _Clock.of_tempos(score) if fixed_tick_s is None else _Clock.constant(fixed_tick_s)
     performance = merge([_read_instrument(track, clock) for track in score.tracks])
@@ -75,7 +75,7 @@ def read_midi(
         raise MidiError("the MIDI file has no notes for a piano (drums do not count)")
     if performance.duration_s > max_seconds:
         raise MidiError(
-            f"at most {max_seconds:g} s are accepted, the last note ends at {performance.duration_s:.1f} s; "
+            f"at most {max_seconds:g} s are accepted, but the last note ends at {performance.duration_s:.1f} s; "
             "raise max_seconds or cut the file"
         )
     return performance
@@ -101,13 +101,13 @@ def _read_bytes(source: str | os.PathLike[str] | bytes | BinaryFile, max_bytes: 
     if not data:
         raise MidiError("the file is empty")
     if len(data) > max_bytes:
-        raise MidiError(f"at most {max_bytes} bytes are accepted, the file is larger; raise max_bytes if it is music")
+        raise MidiError(f"expected at most {max_bytes} bytes, but the file has more; raise max_bytes if it is music")
     return data
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Clock:
-    """Ticks -> seconds. From `tick[k]` on, at `start_s[k]`, a tick lasts `tick_s[k]` seconds."""
+    """Ticks -> seconds. From `tick[k]`, which is at `start_s[k]`, each tick lasts `tick_s[k]` seconds."""
 
     tick: Int64[np.ndarray, " k"]
     start_s: Float64[np.ndarray, " k"]
@@ -119,10 +119,10 @@ class _Clock:
 
     @classmethod
     def of_tempos(cls, score: ScoreTick) -> "_Clock":
-        """Build the clock of pretty_midi: the same products and sums in the same order, so the same last bits."""
+        """Build pretty_midi's clock: the same products and sums in the same order, so equal to the last bit."""
         tempos = score.tempos.numpy()
         tick, tempo = tempos["time"].astype(np.int64), tempos["mspq"].astype(np.float64)
-        usable = (tempo > 0) & (tick >= 0)  # ignore quarter notes of no length
+        usable = (tempo > 0) & (tick >= 0)  # ignore zero-length quarter notes
         tick, tempo = tick[usable], tempo[usable]
         first = tempo[tick == 0][-1:] if (tick == 0).any() else [float(MICROSECONDS_PER_QUARTER)]
         tick = np.concatenate([[0], tick[tick > 0]])
@@ -146,7 +146,7 @@ def _read_instrument(track: TrackTick, clock: _Clock) -> Instrument:
     ticks = np.concatenate([onset, controls_tick])
     if (ticks < 0).any() or (ticks >= NEVER_TICK).any() or (offset < onset).any():
         raise MidiError(f"at most {NEVER_TICK} ticks are accepted; the delta times of this file are damaged")
-    # Like note-seq: no notes without length and no drums, but the drummer's pedal counts.
+    # As in note-seq, zero-length notes and drums are dropped, but a drum track's pedal counts.
     audible = np.flatnonzero((offset > onset) & (not track.is_drum))
     offset = _first_note_off(onset[audible], offset[audible], notes["pitch"][audible])
     released = offset < NEVER_TICK
@@ -165,7 +165,7 @@ def _read_instrument(track: TrackTick, clock: _Clock) -> Instrument:
 def _first_note_off(
     onset: Int64[np.ndarray, " n"], offset: Int64[np.ndarray, " n"], pitch: Int8[np.ndarray, " n"]
 ) -> Int64[np.ndarray, " n"]:
-    """Offsets as pretty_midi pairs them: a note-off ends all notes of its pitch, not only the oldest."""
+    """Offsets by pretty_midi's pairing: a note-off ends all notes of its pitch, not only the oldest."""
     lane = pitch * np.int64(2**32)  # lane + tick sorts by pitch, then by tick
     note_offs = np.sort(lane + offset)
     return note_offs[np.searchsorted(note_offs, lane + onset, side="right")] - lane
@@ -174,12 +174,11 @@ def _first_note_off(
 def write_midi(performance: Performance, target: str | os.PathLike[str] | BinaryFile) -> None:
     """Write a format 1 file of one piano at 120 quarter notes per minute, 0.5 ms per tick, without pedal events.
 
-    Overlapping notes of one pitch go to further tracks and channels, since within a channel a note-off could not say
-    which of them it ends. So `read_midi` returns the same notes, within half a tick, or one tick long where they were
-    shorter.
+    Overlapping notes of one pitch go to separate tracks and channels, since a note-off cannot say which note in its
+    channel it ends. So `read_midi` returns the same notes to within half a tick; shorter notes become one tick long.
 
     Args:
-        performance: at least one note; an empty file could not be read back.
+        performance: the notes; at least one, since an empty file could not be read back.
         target: a path, which is replaced atomically, or an open binary file.
 
     Raises:
@@ -220,7 +219,7 @@ def _midi_bytes(performance: Performance) -> bytes:
 def _voices(
     onset: Int32[np.ndarray, " n"], offset: Int32[np.ndarray, " n"], pitch: Int32[np.ndarray, " n"]
 ) -> Int64[np.ndarray, " n"]:
-    """The lowest voice that is free at each note's pitch and time; all zero where no notes of a pitch overlap."""
+    """Lowest voice that is free at each note's pitch and time; always 0 unless notes of one pitch overlap."""
     voice = np.zeros(len(pitch), np.int64)
     free_from: dict[int, list[int]] = {}
     for note, (start, end, key) in enumerate(zip(onset.tolist(), offset.tolist(), pitch.tolist(), strict=True)):

@@ -7,14 +7,14 @@ from jaxtyping import Bool, Float, Float64, Int, Int32, Int64
 
 
 class MidiError(ValueError):
-    """The input is not a usable MIDI file, or a note is impossible."""
+    """The input is not a usable MIDI file, or a note is invalid."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Performance:
     """Piano notes, sorted by (onset, pitch), as four read-only columns of equal length n.
 
-    The constructor copies the columns into the types below, checks them and sorts the notes (stably).
+    The constructor copies the columns, converts them to the types below, checks them, and sorts the notes (stably).
 
     Attributes:
         onset_s: `float64 [n]`, when each note begins, in seconds, >= 0.
@@ -103,7 +103,7 @@ class Performance:
 
 
 def _note_order(onset_s: Float64[np.ndarray, " n"], pitch: Int32[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-    """Sort by (onset, pitch) like `lexsort`, several times faster for onsets that are nearly sorted, as most are."""
+    """Return the order by (onset, pitch), as `lexsort` does, but several times faster on nearly sorted onsets."""
     by_time = np.argsort(onset_s, kind="stable")
     moment = np.cumsum(np.diff(onset_s[by_time], prepend=0.0) > 0)
     return by_time[np.argsort(moment * 128 + pitch[by_time], kind="stable")]

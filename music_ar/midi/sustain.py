@@ -1,4 +1,4 @@
-"""Sustain pedal -> longer notes, exactly as `apply_sustain_control_changes` of note-seq 0.0.5, as array operations."""
+"""Sustain pedal -> longer notes: `apply_sustain_control_changes` of note-seq 0.0.5, exactly, in array operations."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from music_ar.midi.performance import Performance
 
 SUSTAIN_CONTROLLER = 64
 PEDAL_DOWN_VALUE = 64
-"""From this value of the sustain controller (0..127) on, the pedal is down."""
+"""The pedal is down at this value of the sustain controller (0..127) and above."""
 
 
 class Instrument(NamedTuple):
@@ -28,7 +28,7 @@ def merge(instruments: Sequence[Instrument]) -> Performance:
     """Merge all instruments into one piano performance, each instrument's pedal applied to its own notes.
 
     Raises:
-        MidiError: a note is impossible.
+        MidiError: a note is invalid.
     """
     ends_s = [time_s for each in instruments for time_s in (each.offset_s, each.pedal_s)]
     last_event_s = max((float(time_s.max(initial=0.0)) for time_s in ends_s), default=0.0)
@@ -42,16 +42,16 @@ def merge(instruments: Sequence[Instrument]) -> Performance:
 def _sustain(instrument: Instrument, last_event_s: float) -> tuple[np.ndarray, ...]:
     """Extend the notes that end while the pedal is down.
 
-    Simultaneous events are taken in the order pedal down, pedal up, note-on, note-off. A note that ends while the
-    pedal is down sounds until the pedal is next released, or until the file's last event. While the pedal is down, a
-    note-on ends every sounding note of its pitch; of two simultaneous ones the second stays.
+    Simultaneous events are processed in the order pedal down, pedal up, note-on, note-off. A note that ends while the
+    pedal is down sounds until the pedal is next released or the file's last event. While the pedal is down, a note-on
+    ends every sounding note of its pitch; of two simultaneous ones, the second remains.
 
     Args:
         instrument: one instrument.
         last_event_s: time of the last note or pedal event of all instruments.
 
     Returns:
-        The columns of `Performance`, without the notes that have no length left.
+        The columns of `Performance`, without notes cut to zero length.
     """
     pedal_order = np.lexsort((~instrument.pedal_down, instrument.pedal_s))
     pedal_s, pedal_down = instrument.pedal_s[pedal_order], instrument.pedal_down[pedal_order]
@@ -75,7 +75,7 @@ def _sustain(instrument: Instrument, last_event_s: float) -> tuple[np.ndarray, .
 def _next_cut(
     onset_s: Float64[np.ndarray, " n"], pitch: Int32[np.ndarray, " n"], cuts: Bool[np.ndarray, " n"]
 ) -> Float64[np.ndarray, " n"]:
-    """For notes sorted by (pitch, onset): the onset of the next note of the pitch that cuts, infinity if none does."""
+    """Onset of the next cutting note of the same pitch, infinity if there is none; sorted by (pitch, onset)."""
     n = len(pitch)
     # Index of the first cutting note after each note: a running minimum from the right.
     cutting = np.append(np.where(cuts, np.arange(n), n), n)

@@ -1,4 +1,4 @@
-"""Perceiver AR: sizes, layers, presets, and pretrained weights. Names are loaded when they are first used."""
+"""Perceiver AR: sizes, layers, presets, and pretrained weights. Names are loaded on first use."""
 
 import lazy_loader
 

@@ -29,7 +29,7 @@ def rotate(
     Args:
         x_BxTxHxK: queries or keys.
         positions_BxTxP: position of each, counted in P ways.
-        heads: lengths of runs of neighbouring heads; the runs use the P ways in turn.
+        heads: lengths of runs of adjacent heads; the runs use the P ways in turn.
         size: channels that rotate.
         wavelength: the longest, in units of the position.
     """
@@ -52,7 +52,7 @@ def rotate(
 
 
 def rotary_angles(positions: Int[Array, "*B P"], *, size: int, wavelength: float) -> Float[Array, "*B P R"]:
-    """Rotation angle of each of R = `size` / 2 pairs of channels; see `rotate`."""
+    """Rotation angles of R = `size` / 2 channel pairs; see `rotate`."""
     rate_R = wavelength ** -jnp.linspace(0.0, 1.0, size // 2, dtype=jnp.float32)
     return positions[..., None].astype(jnp.float32) * rate_R.reshape((1,) * positions.ndim + (-1,))
 
@@ -65,13 +65,13 @@ def rotate_heads(config: ModelConfig, x_BxTxHxK: Array, positions_BxTxP: Array, 
 
 
 def head_runs(config: ModelConfig, heads: int) -> tuple[int, int]:
-    """How many of `heads` heads count their positions in tokens, and how many in time."""
+    """Number of heads, out of `heads`, that count positions in tokens, and number that count them in time."""
     by_time = heads // config.kv_heads * config.time_heads
     return (heads - by_time, by_time)
 
 
 def split_heads(x_BxTxC: Array, heads: int) -> Array:
-    """Channels as heads: [B, T, H, K]."""
+    """Split channels into heads: [B, T, H, K]."""
     return x_BxTxC.reshape(*x_BxTxC.shape[:-1], heads, -1)
 
 
@@ -83,7 +83,7 @@ def causal_attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, compu
 
 
 class AttentionInputs(nnx.Module):
-    """Queries, keys and values of a block; abstract, its layers come from the block."""
+    """Queries, keys and values of a block. Abstract: subclasses provide the layers."""
 
     config: ModelConfig
     attention_norm: Any
@@ -94,13 +94,13 @@ class AttentionInputs(nnx.Module):
     value: Any
 
     def queries(self, x_BxTxD: Array, positions_BxTxP: Array) -> Float[Array, "B T H K"]:
-        """Normalised, rotated queries of the residual stream."""
+        """Normalized, rotated queries of the residual stream."""
         heads = self.config.heads
         q = self.query_norm(split_heads(self.query(self.attention_norm(x_BxTxD)), heads))
         return rotate_heads(self.config, q, positions_BxTxP, head_runs(self.config, heads))
 
     def keys_values(self, normed_BxTxD: Array, positions_BxTxP: Array) -> tuple[Array, Array]:
-        """Normalised, rotated keys, and values, both [B, T, G, K], of a normalised input."""
+        """Normalized, rotated keys, and values, both [B, T, G, K], of a normalized input."""
         G = self.config.kv_heads
         k = self.key_norm(split_heads(self.key(normed_BxTxD), G))
         k = rotate_heads(self.config, k, positions_BxTxP, head_runs(self.config, G))
@@ -110,8 +110,8 @@ class AttentionInputs(nnx.Module):
 class Block(AttentionInputs):
     """Attention and feed-forward, pre-norm, each added to the residual stream.
 
-    Queries come from the stream. Where keys and values come from is the caller's choice: the stream itself in a self
-    block, the context in a cross block. RMSNorm before each, query-key normalisation, squared ReLU, no biases. The
+    Queries come from the stream. The caller chooses where keys and values come from: the stream itself in a self block,
+    the context in a cross block. RMSNorm before both parts, query-key normalization, squared ReLU, no biases. The
     projections back into the stream start at zero, so a new block is the identity.
     """
 
@@ -139,13 +139,13 @@ class Block(AttentionInputs):
         self.contract = project(config.hidden, config.width, zeros)
 
     def add(self, x_BxTxD: Array, attended_BxTxHxK: Array, dropout: nnx.Dropout) -> Float[Array, "B T D"]:
-        """Adds what attention found, then the feed-forward of the sum, to the stream."""
+        """Add the attention output, then the feed-forward of the sum, to the stream."""
         x_BxTxD = x_BxTxD + dropout(self.output(attended_BxTxHxK.reshape(*x_BxTxD.shape[:-1], -1)))
         hidden_BxTxF = jnp.square(jax.nn.relu(self.expand(self.feed_forward_norm(x_BxTxD))))
         return x_BxTxD + dropout(self.contract(hidden_BxTxF))
 
     def attend_self(self, x_BxTxD: Array, positions_BxTxP: Array, dropout: nnx.Dropout) -> Float[Array, "B T D"]:
-        """The whole block as causal self-attention."""
+        """Apply the whole block, with causal self-attention."""
         k, v = self.keys_values(self.attention_norm(x_BxTxD), positions_BxTxP)
         q = self.queries(x_BxTxD, positions_BxTxP)
         return self.add(x_BxTxD, causal_attention(q, k, v, self.compute), dropout)

@@ -18,28 +18,28 @@ _MAY_BE_ZERO = ("onsets", "retrieval_notes", "time_heads", "label_size")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes of a Perceiver AR. Saved as JSON beside the weights.
+    """Sizes of a Perceiver AR. Saved as JSON next to the weights.
 
     Attributes:
-        context: M, the number of input tokens that attention reads.
-        latents: N, the largest number of latents in training; N = M makes it a decoder-only Transformer.
+        context: M, number of input tokens that attention reads.
+        latents: N, largest number of latents in training; N = M makes it a decoder-only Transformer.
         width: D, channels of the residual stream.
         layers: self-attention blocks after the cross-attention.
         heads: H, query heads of every attention.
         kv_heads: G, key/value heads; each serves H / G query heads (grouped-query attention).
         head_size: K, channels of a head.
         hidden: F, channels inside the feed-forward blocks.
-        conv_width: taps of the causal depthwise convolution over the embeddings; 1 means none. A note is about four
-            tokens, so a key that carries its neighbours is a better key than a bare token.
-        onsets: how many of the last note-ons are features at each position, beside the keyboard (see
+        conv_width: taps of the causal depthwise convolution over the embeddings; 1 means none. A note takes about four
+            tokens, so a key that includes its neighbors is better than that of a bare token.
+        onsets: number of last note-ons given as features at each position, along with the keyboard (see
             `features.keyboard`); 0 turns both off.
-        retrieval_notes: among how many of the last notes n-gram retrieval searches (see `features.retrieval`); 0 turns
-            it off. It may be far more than the context holds.
-        time_heads: key/value heads (of G, the last ones) whose rotary positions count time instead of tokens.
-        label_size: numbers that describe how a training window was augmented; see `PerceiverAR.__call__`.
+        retrieval_notes: number of last notes that n-gram retrieval searches (see `features.retrieval`); 0 turns it off.
+            It may far exceed what the context holds.
+        time_heads: number of key/value heads (the last of the G) whose rotary positions count time instead of tokens.
+        label_size: length of the label that describes how a training window was augmented; see `PerceiverAR.__call__`.
         rotary_fraction: share of each head's channels that is rotated by position.
         rotary_wavelength: longest wavelength of the rotary positions, in tokens.
-        vocabulary_size: V, with padding and the two piece boundaries.
+        vocabulary_size: V, including padding and the two piece boundaries.
 
     Raises:
         ValueError: a size out of range, or sizes that do not fit together.
@@ -107,7 +107,7 @@ class ModelConfig:
         return max(self.onsets, self.retrieval_notes)
 
     def attended(self, inputs: int) -> int:
-        """How many of so many inputs attention reads: with retrieval the last M, without it all."""
+        """Number of `inputs` that attention reads: the last M with retrieval, all of them without."""
         return min(inputs, self.context) if self.retrieval_notes else inputs
 
     @property
@@ -119,8 +119,8 @@ class ModelConfig:
     def flops_per_target(self, kept_prefix: int) -> float:
         """Floating-point operations of one training step per target token (forward and backward).
 
-        Counts two operations per multiply-add, three passes, causal attention at half of its square, and only the work
-        that the architecture asks for: what an implementation does on top of it is not credited.
+        Counts two operations per multiply-add, three passes, causal attention at half its square, and only the work
+        that the architecture requires: extra work of an implementation is not credited.
 
         Args:
             kept_prefix: prefix positions kept after the prefix dropout.
@@ -143,7 +143,7 @@ class Compute:
     """How a model computes; `music_ar.decoding.backend.select` chooses it for a device.
 
     Attributes:
-        dtype: of matrix products. Parameters and logits are float32 in any case.
+        dtype: of matrix products. Parameters and logits are always float32.
         attention: implementation of causal attention; "cudnn" needs an NVIDIA GPU and bfloat16.
 
     Raises:
@@ -168,7 +168,7 @@ PRESETS: dict[str, ModelConfig] = {
     "medium": dataclasses.replace(_SMALL, width=768, layers=10, heads=12, kv_heads=3, hidden=2048),
     # The control: a decoder-only Transformer of the same size as `small`.
     "small-decoder": dataclasses.replace(_SMALL, context=2048, latents=2048),
-    # For tests and first tries on a CPU.
+    # For tests and first experiments on a CPU.
     "tiny": ModelConfig(
         context=64, latents=32, width=32, layers=2, heads=4, kv_heads=2, head_size=8, hidden=64, conv_width=4
     ),

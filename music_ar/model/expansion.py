@@ -1,8 +1,8 @@
-"""Expansion of a trained model into a larger one that computes the same until it is trained further.
+"""Expansion of a trained model into a larger one that computes the same function until it is trained further.
 
-"Net2Net" (Chen et al., ICLR 2016) copies channels for this. Here the new parameters are silent instead. What writes
-into the residual stream is zero there, as in a new block, so new channels of the stream carry nothing, and new heads,
-hidden channels and blocks add nothing. What reads them is random, which gives them gradients.
+"Net2Net" (Chen et al., ICLR 2016) copies channels for this. Here the new parameters have no effect at first. New
+weights that write to the residual stream are zero, as in a new block, so new channels of the stream carry nothing, and
+new heads, hidden channels and blocks add nothing. New weights that read are random, which gives the others gradients.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from music_ar.model.perceiver_ar import PerceiverAR
 _SIZES = ("width", "layers", "heads", "kv_heads", "time_heads", "hidden")
 
 
-class _Growth(NamedTuple):
+class _Rule(NamedTuple):
     """How a parameter is expanded.
 
     Attributes:
-        axes: for each axis, the size that it follows; None if it keeps its length.
+        axes: for each axis, the `ModelConfig` size that it grows with; None if it keeps its length.
         new: values of the new entries. "norm": those of a new norm, and all entries are scaled for the larger width.
     """
 
@@ -32,29 +32,29 @@ class _Growth(NamedTuple):
     new: Literal["zero", "random", "norm"]
 
 
-_WIDTH_NORM = _Growth(("width",), "norm")
-_GROWTH = {
-    "embedding": _Growth((None, "width"), "zero"),
-    "conv": _Growth((None, "width"), "zero"),
-    "keyboard.kernel": _Growth((None, "width"), "zero"),
-    "retrieval.kernel": _Growth((None, "width"), "zero"),
-    "label.kernel": _Growth((None, "width"), "zero"),
+_WIDTH_NORM = _Rule(("width",), "norm")
+_RULES = {
+    "embedding": _Rule((None, "width"), "zero"),
+    "conv": _Rule((None, "width"), "zero"),
+    "keyboard.kernel": _Rule((None, "width"), "zero"),
+    "retrieval.kernel": _Rule((None, "width"), "zero"),
+    "label.kernel": _Rule((None, "width"), "zero"),
     "context_norm.scale": _WIDTH_NORM,
-    "latent.kernel": _Growth(("width", "width"), "zero"),
+    "latent.kernel": _Rule(("width", "width"), "zero"),
     # Of the cross block and of each self block:
     "attention_norm.scale": _WIDTH_NORM,
-    "query.kernel": _Growth(("width", "heads"), "random"),
-    "query_norm.scale": _Growth((None,), "random"),
-    "key.kernel": _Growth(("width", "kv_heads"), "random"),
-    "key_norm.scale": _Growth((None,), "random"),
-    "value.kernel": _Growth(("width", "kv_heads"), "random"),
-    "output.kernel": _Growth(("heads", "width"), "zero"),
+    "query.kernel": _Rule(("width", "heads"), "random"),
+    "query_norm.scale": _Rule((None,), "random"),
+    "key.kernel": _Rule(("width", "kv_heads"), "random"),
+    "key_norm.scale": _Rule((None,), "random"),
+    "value.kernel": _Rule(("width", "kv_heads"), "random"),
+    "output.kernel": _Rule(("heads", "width"), "zero"),
     "feed_forward_norm.scale": _WIDTH_NORM,
-    "expand.kernel": _Growth(("width", "hidden"), "random"),
-    "contract.kernel": _Growth(("hidden", "width"), "zero"),
+    "expand.kernel": _Rule(("width", "hidden"), "random"),
+    "contract.kernel": _Rule(("hidden", "width"), "zero"),
     "final_norm.scale": _WIDTH_NORM,
-    "head.kernel": _Growth(("width", None), "random"),
-    "head.bias": _Growth((None,), "random"),
+    "head.kernel": _Rule(("width", None), "random"),
+    "head.bias": _Rule((None,), "random"),
 }
 
 
@@ -62,9 +62,9 @@ def expand(model: PerceiverAR, config: ModelConfig, *, rngs: nnx.Rngs) -> Percei
     """Return a model of a larger `config` that computes what `model` does, except for rounding.
 
     Args:
-        model: the trained model; not changed, and itself the result if it has this config already.
-        config: the model's, except that width, layers, heads, kv_heads, time_heads and hidden may be larger, with as
-            many query heads per key/value head, and that label_size may be set where it was 0.
+        model: the trained model; it is not changed, and is returned itself if it already has this config.
+        config: the model's, except that width, layers, heads, kv_heads, time_heads and hidden may be larger, with the
+            same number of query heads per key/value head, and label_size may be set if it was 0.
         rngs: for the random parameters.
 
     Raises:
@@ -77,7 +77,7 @@ def expand(model: PerceiverAR, config: ModelConfig, *, rngs: nnx.Rngs) -> Percei
     channels = _old_channels(model.config, config)
     trained = {path: np.asarray(old[...]) for path, old in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     parameters = {
-        path: fresh.replace(_expanded(_GROWTH[_kind(path)], trained[path], np.asarray(fresh[...]), channels))
+        path: fresh.replace(_expanded(_RULES[_rule_name(path)], trained[path], np.asarray(fresh[...]), channels))
         if path in trained
         else fresh
         for path, fresh in nnx.to_flat_state(nnx.state(larger, nnx.Param))
@@ -103,7 +103,7 @@ def _check(old: ModelConfig, new: ModelConfig) -> None:
 
 
 def _old_channels(old: ModelConfig, new: ModelConfig) -> dict[str, np.ndarray]:
-    """Return where the channels of the old model are in the new one. The heads that count time stay the last ones."""
+    """Return the places of the old model's channels in the new one. The heads that count time stay last."""
     by_token = old.kv_heads - old.time_heads
     groups = np.concatenate([np.arange(by_token), new.kv_heads - new.time_heads + np.arange(old.time_heads)])
 
@@ -118,19 +118,19 @@ def _old_channels(old: ModelConfig, new: ModelConfig) -> dict[str, np.ndarray]:
     }
 
 
-def _kind(path: tuple[Any, ...]) -> str:
-    """Return a parameter's key in `_GROWTH`: its path, without the block that it belongs to."""
+def _rule_name(path: tuple[Any, ...]) -> str:
+    """Return a parameter's key in `_RULES`: its path, without the block that it belongs to."""
     inside = {"cross": 1, "blocks": 2}.get(path[0], 0)
     return ".".join(map(str, path[inside:]))
 
 
-def _expanded(growth: _Growth, trained: np.ndarray, fresh: np.ndarray, channels: dict[str, np.ndarray]) -> Array:
+def _expanded(rule: _Rule, trained: np.ndarray, fresh: np.ndarray, channels: dict[str, np.ndarray]) -> Array:
     """Return a larger parameter with the trained values in their places."""
-    if growth.new == "norm":
-        # The mean square is one of more channels now, and the new ones are zero.
+    if rule.new == "norm":
+        # The mean square is now taken over more channels, and the new ones are zero.
         shrinking = math.sqrt(len(trained) / len(fresh))
         trained, fresh = trained * shrinking, fresh * shrinking
-    sizes = zip(growth.axes, trained.shape, strict=True)
-    larger = np.zeros_like(fresh) if growth.new == "zero" else fresh.copy()
+    sizes = zip(rule.axes, trained.shape, strict=True)
+    larger = np.zeros_like(fresh) if rule.new == "zero" else fresh.copy()
     larger[np.ix_(*(np.arange(size) if axis is None else channels[axis] for axis, size in sizes))] = trained
     return jnp.asarray(larger)

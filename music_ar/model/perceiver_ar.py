@@ -41,8 +41,8 @@ class FeatureProjection(nnx.Module):
     """A linear map of features into the residual stream, without bias; zero in a new model.
 
     Args:
-        numbers: how many numeric features.
-        classes: how many one-hot features behind them.
+        numbers: number of numeric features.
+        classes: number of one-hot features after them.
         width: D.
         dtype: of the product.
         rngs: unused by zeros, but part of every initializer.
@@ -58,7 +58,7 @@ class FeatureProjection(nnx.Module):
 
     @staticmethod
     def features(numbers: Array | None, categories: list[Categorical]) -> Float[Array, "*B _"]:
-        """The numbers and, behind them, the one-hot encoding of the categories."""
+        """The numbers, followed by the one-hot encoding of the categories."""
         hot = categorical.one_hot(categories)
         return hot if numbers is None else jnp.concatenate([numbers, hot], axis=-1)
 
@@ -110,13 +110,13 @@ class PerceiverAR(nnx.Module):
             tokens_BxT: inputs, left-padded with `vocabulary.PAD`; any T up to what memory allows. Attention reads the
                 last M = `config.attended(T)` of them; retrieval searches all.
             latents: N, at most M; default `config.latents`.
-            kept_prefix: training only: how many of the M - N prefix positions to keep, drawn anew for each row
+            kept_prefix: training only: number of the M - N prefix positions to keep, drawn independently for each row
                 (cross-attend dropout by gather: dropped positions cost nothing). Default: all. Needs `key`.
             dropout: rate of the residual dropout. Needs `key`.
-            labels_BxC: training only: how each window was augmented, C = `config.label_size` numbers, all 0 for not at
-                all, as where None is given. Scoring and generation are unaugmented. (Conditioning on the augmentation
-                keeps its distribution apart: Jun et al., "Distribution augmentation for generative modeling", 2020.)
-            key: randomness for prefix and dropout.
+            labels_BxC: training only: how each window was augmented, C = `config.label_size` numbers; all 0, like None,
+                means no augmentation. Scoring and generation use none. (Conditioning on the augmentation keeps its
+                distribution separate: Jun et al., "Distribution augmentation for generative modeling", 2020.)
+            key: random key for the prefix and dropout.
 
         Returns:
             float32 logits [B, N, V]; row k belongs to input position T - N + k. Rows at padding are meaningless.
@@ -168,8 +168,8 @@ class PerceiverAR(nnx.Module):
     def embed(self, tokens_BxT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings with the causal depthwise convolution over them; padding is zero.
 
-        The look-up is a product with one-hot rows: exact, and its gradient is a product too, where a gather's would be
-        a scatter into 391 crowded rows.
+        The look-up is a product with one-hot rows: it is exact, and its gradient is a product too, whereas a gather's
+        would be a scatter into 391 heavily contended rows.
         """
         one_hot_BxTxV = jax.nn.one_hot(tokens_BxT, self.config.vocabulary_size, dtype=self.dtype)
         table_VxD = self.embedding[...].at[vocabulary.PAD].set(0.0).astype(self.dtype)
@@ -186,7 +186,7 @@ class PerceiverAR(nnx.Module):
         return x_BxTxD + sum(shifted)
 
     def embed_last(self, tokens_BxW: Int[Array, "B W"]) -> Float[Array, "B D"]:
-        """What `embed` gives for the last of each row's latest W = conv_width tokens, by look-up."""
+        """`embed` of each row's last token, by look-up, given its latest W = conv_width tokens."""
         rows_BxWxD = self.embedding[...][tokens_BxW].astype(self.dtype) * (tokens_BxW != vocabulary.PAD)[..., None]
         if self.config.conv_width == 1:
             return rows_BxWxD[:, -1]
@@ -226,7 +226,7 @@ def _lay_out(tokens_BxM: Array, N: int, kept_prefix: int | None, key: Array | No
         chance_BxP = jax.random.uniform(key, (B, prefix))
         chosen_BxP = jnp.sort(jnp.argsort(chance_BxP, axis=1)[:, :kept], axis=1)
         positions_BxS = jnp.concatenate([chosen_BxP, positions_BxS[:, prefix:]], axis=1)
-    padding_Bx1 = jnp.sum(tokens_BxM == vocabulary.PAD, axis=1, keepdims=True)  # leading, so positions below it
+    padding_Bx1 = jnp.sum(tokens_BxM == vocabulary.PAD, axis=1, keepdims=True)  # it leads, so it is the positions below
     padded_Bx1 = jnp.sum(positions_BxS < padding_Bx1, axis=1, keepdims=True)
     first_latent_Bx1 = jnp.maximum(kept - padded_Bx1, 0)
     missing_latents_Bx1 = jnp.maximum(padded_Bx1 - kept, 0)
@@ -239,13 +239,13 @@ def _lay_out(tokens_BxM: Array, N: int, kept_prefix: int | None, key: Array | No
 
 
 def _take(x_BxTx: Array, index_BxR: Array) -> Array:
-    """Rows of each batch entry, none twice, which makes the gradient a plain write instead of an atomic sum."""
+    """Take rows of each batch entry, none twice, which makes the gradient a plain write instead of an atomic sum."""
     rows = jax.vmap(lambda x, index: x.at[index].get(unique_indices=True, mode="promise_in_bounds"))
     return rows(x_BxTx, index_BxR)
 
 
 def _put(x_BxNx: Array, index_BxN: Array, size: int) -> Array:
-    """The inverse of `_take`: rows into zeros [B, size, ...]."""
+    """The inverse of `_take`: put rows into zeros [B, size, ...]."""
     zeros = jnp.zeros((x_BxNx.shape[0], size, *x_BxNx.shape[2:]), x_BxNx.dtype)
     rows = jax.vmap(lambda z, index, x: z.at[index].set(x, unique_indices=True, mode="promise_in_bounds"))
     return rows(zeros, index_BxN, x_BxNx)
@@ -254,7 +254,7 @@ def _put(x_BxNx: Array, index_BxN: Array, size: int) -> Array:
 def _attend_context(
     block: Block, x_BxNxD: Array, positions_BxNxP: Array, rows: _Rows, k: Array, v: Array, dropout: nnx.Dropout
 ) -> Array:
-    """The cross block: the latents' queries are put among the S rows, so that attention is square and causal."""
+    """Apply the cross block; the latents' queries go to their S rows, so that attention is square and causal."""
     q_BxSxHxK = _put(block.queries(x_BxNxD, positions_BxNxP), rows.latent_BxN, k.shape[1])
     attended_BxSxHxK = causal_attention(q_BxSxHxK, k, v, block.compute)
     return block.add(x_BxNxD, _take(attended_BxSxHxK, rows.latent_BxN), dropout)

@@ -28,7 +28,7 @@ from music_ar.tokens import vocabulary
 FORMAT = "music-ar 2"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 COMPANIONS = ("MODEL_CARD.md", "curve.json", "metrics.json")
-"""Files that may be beside a model; they are fetched from the hub with it."""
+"""Files that may accompany a model; they are fetched from the hub with it."""
 DEFAULT_MODEL = "maestro-small"
 _HERE = Path(__file__).resolve().parents[1]
 SHIPPED_FOLDERS = (_HERE.parent / "checkpoints", _HERE / "checkpoints")
@@ -46,11 +46,11 @@ _OLD_NAMES = {  # of sizes and of tensors in the old format
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or of another model or vocabulary; the message names the file."""
+    """A checkpoint is missing, damaged, or for a different model or vocabulary; the message names the file."""
 
 
 def save_pretrained(model: PerceiverAR, folder: Path, *, int8: bool = True) -> None:
-    """Write a model to a folder, in the format that the module describes.
+    """Write a model to a folder, in the format that this module describes.
 
     Args:
         model: the model.
@@ -84,7 +84,7 @@ def load_pretrained(source: str | os.PathLike[str] | None = None, *, compute: Co
         compute: how the model computes.
 
     Raises:
-        CheckpointError: there is no such model, a file is missing or damaged, or the model has another format or
+        CheckpointError: there is no such model, a file is missing or damaged, or the model has a different format or
             vocabulary.
     """
     folder = _folder_of(source)
@@ -126,7 +126,7 @@ def read_companion(source: str | os.PathLike[str] | None, name: str) -> str:
 
 
 def _read_tensors(path: Path, sha256: str | None) -> dict[str, np.ndarray]:
-    """Return the tensors of a file by their present names."""
+    """Return the tensors of a file by their current names."""
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
@@ -137,7 +137,7 @@ def _read_tensors(path: Path, sha256: str | None) -> dict[str, np.ndarray]:
         tensors = safetensors.numpy.load(data)
     except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a type that NumPy does not have
         raise CheckpointError(f"{path} is damaged: {error}. Fetch it again") from error
-    return _with_present_names(tensors)
+    return _with_current_names(tensors)
 
 
 def _take_tensor(tensors: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:
@@ -184,10 +184,10 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
             raise CheckpointError(f'{path}: expected format "{FORMAT}", got "{record["format"]}"')
         if record["fingerprint"] != vocabulary.FINGERPRINT:
             raise CheckpointError(
-                f"{path}: the model has another event vocabulary (fingerprint {record['fingerprint'][:12]}…, expected "
-                f"{vocabulary.FINGERPRINT[:12]}…)"
+                f"{path}: the model has a different event vocabulary (fingerprint {record['fingerprint'][:12]}…, "
+                f"expected {vocabulary.FINGERPRINT[:12]}…)"
             )
-        sizes = _with_present_names(record["model"])
+        sizes = _with_current_names(record["model"])
         if sizes.pop("cross_depths", []):
             raise CheckpointError(f"{path}: models with cross_depths are not supported since version 0.2.0")
         return ModelConfig(**sizes), record.get("weights_sha256")
@@ -199,7 +199,7 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
         raise CheckpointError(f"{path} is not a model configuration: {error!r}") from error
 
 
-def _with_present_names(named: dict[str, Any]) -> dict[str, Any]:
+def _with_current_names(named: dict[str, Any]) -> dict[str, Any]:
     return {_OLD_NAMES.get(name, name): value for name, value in named.items()}
 
 

@@ -1,9 +1,9 @@
 """`Performance` <-> event tokens.
 
 Encoding and order are those of note-seq 0.0.5's `Performance` (see `vocabulary`). All 1276 files of MAESTRO v3.0.0 were
-read and encoded here and by note-seq: times agree to the last bit, tokens one for one. No time rounds the other way,
-because `music_ar.midi` computes seconds as pretty_midi does. One order differs from note-seq's: that of two notes of
-one pitch that different instruments strike at the very same time.
+read and encoded with both: times agree to the last bit, and tokens match one for one. No time rounds differently,
+because `music_ar.midi` computes seconds as pretty_midi does. The order differs from note-seq's in one case: two notes
+of one pitch that different instruments strike at exactly the same time.
 """
 
 from typing import NamedTuple
@@ -33,15 +33,15 @@ from music_ar.tokens.vocabulary import (
 
 
 def quantize(seconds: np.ndarray) -> Int64[np.ndarray, " n"]:
-    """Seconds >= 0 to the nearest step, halves up, by the same float64 operations as note-seq."""
+    """Round seconds >= 0 to the nearest step, halves up, by the same float64 operations as note-seq."""
     return (seconds * STEPS_PER_SECOND + 0.5).astype(np.int64)
 
 
 def encode(performance: Performance) -> Int32[np.ndarray, " T"]:
-    """The event tokens of a performance, all below `EVENT_CLASSES`: no `START`, no `END`.
+    """Event tokens of a performance, all below `EVENT_CLASSES`: without `START` and `END`.
 
-    Within a step the note-offs come first, then the note-ons, each in the order of (onset, pitch) of their notes.
-    A note shorter than a step lasts one step. A velocity token is written where the velocity bin changes.
+    Within a step, note-offs come before note-ons, both ordered by the (onset, pitch) of their notes. A note shorter
+    than a step lasts one step. A velocity token is written where the velocity bin changes.
 
     Raises:
       EventError: the performance lasts more than 2**31 steps (248 days).
@@ -51,8 +51,9 @@ def encode(performance: Performance) -> Int32[np.ndarray, " T"]:
     n = len(performance)
     on_step = quantize(performance.onset_s)
     off_step = np.maximum(quantize(performance.offset_s), on_step + 1)
-    # Notes are sorted, so their index breaks ties. A note that ends in a step began in an earlier one and has a lower
-    # index than any note that begins in it: note-offs come before note-ons. A stable sort is fast on sorted runs.
+    # Notes are sorted, so their index breaks ties. A note that ends in a step began in an earlier one, so its index is
+    # lower than that of any note that begins in the step: note-offs come before note-ons. A stable sort is fast on
+    # sorted runs.
     order = np.argsort(np.concatenate([off_step, on_step]) * n + np.tile(np.arange(n), 2), kind="stable")
     # A note-on with a new velocity appears twice, and the first of the two becomes the velocity.
     bins = (performance.velocity - 1) // VELOCITY_BIN_SIZE
@@ -67,11 +68,11 @@ def encode(performance: Performance) -> Int32[np.ndarray, " T"]:
 def with_time_shifts(
     events: Integer[np.ndarray, " E"], steps: Int64[np.ndarray, " E"]
 ) -> tuple[Integer[np.ndarray, " T"], Int64[np.ndarray, " E"]]:
-    """Events with the time shifts between them, of the events' type, and the number of shifts before each event.
+    """Insert time shifts between events; return the tokens, of the events' type, and the number of shifts before each.
 
     Args:
       events: note-ons, note-offs and velocities.
-      steps: the time of each event in steps, not decreasing.
+      steps: time of each event in steps, non-decreasing.
     """
     waits = np.diff(steps, prepend=0)
     shift_counts = -(-waits // MAX_SHIFT_STEPS)
@@ -84,7 +85,7 @@ def with_time_shifts(
 
 
 def event_steps(tokens: Integer[np.ndarray, " T"]) -> Int64[np.ndarray, " T"]:
-    """Time of each token in steps: the sum of the shifts before it."""
+    """Time of each token, in steps: the sum of the shifts before it."""
     tokens = flat_integers(tokens)
     shift = np.where(is_shift(tokens), tokens - (TIME_SHIFT - 1), 0)
     return np.cumsum(shift) - shift
@@ -105,16 +106,16 @@ class DecodeReport(NamedTuple):
 
 
 def decode(tokens: Shaped[np.ndarray, "..."]) -> Performance:
-    """The performance that event tokens describe; any integer array describes one. See `decode_report`."""
+    """Decode event tokens into a performance; any integer array is accepted. See `decode_report`."""
     return decode_report(tokens)[0]
 
 
 def decode_report(tokens: Shaped[np.ndarray, "..."]) -> tuple[Performance, DecodeReport]:
-    """The performance that event tokens describe, and what had to be repaired.
+    """Decode event tokens into a performance, and report what had to be repaired.
 
-    A note-off ends the oldest held note of its pitch, as in note-seq. `PAD`, `START`, `END` and whatever is outside
-    the vocabulary are skipped, stray note-offs too; notes left without a note-off end with the last event. Every
-    note lasts at least one step. A velocity bin becomes its lowest velocity, 1, 5, … 125.
+    A note-off ends the oldest held note of its pitch, as in note-seq. `PAD`, `START`, `END`, stray note-offs and
+    anything outside the vocabulary are skipped. Notes left without a note-off end with the last event. Every note lasts
+    at least one step. A velocity bin becomes its lowest velocity: 1, 5, … 125.
 
     Raises:
       EventError: `tokens` is not a flat integer array.
@@ -134,7 +135,7 @@ def decode_report(tokens: Shaped[np.ndarray, "..."]) -> tuple[Performance, Decod
 
 
 class NotePairs(NamedTuple):
-    """The notes of a token sequence, by pitch and then by position.
+    """The notes of a token sequence, sorted by pitch and then by position.
 
     Attributes:
       on: `int64 [n]`, index of each note-on.
@@ -148,7 +149,7 @@ class NotePairs(NamedTuple):
 
 
 def pair_notes(tokens: Int64[np.ndarray, " T"]) -> NotePairs:
-    """Pairs note-ons with note-offs: a note-off ends the oldest held note of its pitch."""
+    """Pair note-ons with note-offs: a note-off ends the oldest held note of its pitch."""
     position = np.flatnonzero(is_note(tokens))
     position = position[by_pitch(tokens[position])]
     pitch, note_on = tokens[position] % PITCHES, tokens[position] < NOTE_OFF
@@ -168,12 +169,12 @@ def lowest_velocity(bins: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
 
 
 def length_steps(tokens: Integer[np.ndarray, " T"]) -> int:
-    """Time after the last token in steps: the sum of all shifts."""
+    """Time after the last token, in steps: the sum of all shifts."""
     tokens = flat_integers(tokens)
     return int((tokens[is_shift(tokens)] - (TIME_SHIFT - 1)).sum())
 
 
 def velocity_bins(tokens: Int64[np.ndarray, " T"], before: int = DEFAULT_VELOCITY_BIN) -> Int64[np.ndarray, " T"]:
-    """The velocity bin in force at each token; `before` is the one in force before the first."""
+    """Velocity bin in force at each token; `before` is the bin in force before the first token."""
     last = np.maximum.accumulate(np.where(is_velocity(tokens), np.arange(len(tokens)), -1))
     return np.where(last >= 0, tokens[last] - (VELOCITY - 1), before)

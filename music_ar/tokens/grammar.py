@@ -1,7 +1,7 @@
 """The event grammar: which token may follow which.
 
-Like every recurrence along the tokens, the grammar has `init`, the state before the first token; `step`, the state
-after one more; and `scan`, the state after a whole sequence. The functions take NumPy or JAX arrays.
+Like every recurrence over tokens, the grammar has `init`, the state before the first token; `step`, the state after one
+more; and `scan`, the state after a whole sequence. The functions take NumPy or JAX arrays.
 """
 
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ class GrammarState(NamedTuple):
     """What the next token depends on; any leading batch shape.
 
     Attributes:
-      held: `int32 [..., 128]`, how many notes of each pitch are held.
+      held: `int32 [..., 128]`, number of held notes of each pitch.
       velocity: `int32 [...]`, the velocity bin in force, 0 before the first.
       previous: `int32 [...]`, the last token that was not `PAD`, -1 before the first.
     """
@@ -51,7 +51,7 @@ def init(batch_shape: tuple[int, ...] = ()) -> GrammarState:
 
 
 def step(state: GrammarState, token: Integer[Any, "*batch"]) -> GrammarState:
-    """The state after `token`, allowed or not. `PAD` changes nothing, so neither does padding on either side."""
+    """The state after `token`, allowed or not. `PAD` changes nothing, so sequences may be padded on either side."""
     xp = state.held.__array_namespace__()
     held, velocity, previous = state
     event: Any = xp.asarray(token, dtype=xp.int32)
@@ -83,12 +83,12 @@ def scan(tokens: Integer[np.ndarray, " T"]) -> GrammarState:
 
 
 def allowed_tokens(state: GrammarState) -> Bool[Any, "*batch 391"]:
-    """Mask of the tokens that may come next: exactly what `START`, `encode` of some performance and `END` can hold.
+    """Mask of the tokens that may come next in a sequence of `START`, the `encode` of some performance, and `END`.
 
-    - The first token is `START`, and only the first; after `END` nothing but `PAD`, and `PAD` nowhere else.
-    - A note-on needs a velocity in force. A velocity differs from the one in force, and a note-on follows it.
-    - A note-off needs a held note of its pitch, and within a step no note-off comes after a note-on.
-    - A shift follows a shift only if that one has the full length.
+    - `START` is the first token and comes nowhere else; `END` is followed only by `PAD`, which comes nowhere else.
+    - A note-on needs a velocity in force. A velocity token must change it, and must be followed by a note-on.
+    - A note-off needs a held note of its pitch. Within a step, no note-off comes after a note-on.
+    - A time shift may follow another only if the first one has full length.
     - `END` comes after the note-off that ends the last held note.
     """
     xp = state.held.__array_namespace__()
@@ -119,10 +119,11 @@ def allowed_tokens(state: GrammarState) -> Bool[Any, "*batch 391"]:
 
 
 def playable_tokens(state: GrammarState) -> Bool[Any, "*batch 391"]:
-    """Mask of the tokens that may be sampled next: those allowed, except note-ons of pitches that are held.
+    """Mask of the tokens that may be sampled next: the allowed ones, except note-ons of held pitches.
 
-    On a piano, striking a key again ends the note that the pedal held, so MAESTRO's performances hold no pitch twice (6
-    of 7,040,164 note-ons do). A model that does it once does it again, and leaves notes sounding for ever.
+    On a piano, striking a key again ends the note that the pedal held, so MAESTRO's performances almost never hold a
+    pitch twice (6 of 7,040,164 note-ons do). A model that does it once tends to do it again, which leaves notes
+    sounding forever.
     """
     xp = state.held.__array_namespace__()
     rest = xp.zeros((*state.velocity.shape, VOCABULARY_SIZE - PITCHES), dtype=bool)
@@ -130,7 +131,7 @@ def playable_tokens(state: GrammarState) -> Bool[Any, "*batch 391"]:
 
 
 def by_pitch(note_tokens: Int64[np.ndarray, " e"]) -> Int64[np.ndarray, " e"]:
-    """The order of note-ons and note-offs by pitch, then by position."""
+    """Order of note-ons and note-offs by pitch, then by position."""
     return np.argsort((note_tokens % PITCHES).astype(np.int8), kind="stable")  # int8: a radix sort
 
 
@@ -138,7 +139,7 @@ def stray_note_offs(pitch: Int64[np.ndarray, " e"], note_on: Bool[np.ndarray, " 
     """Mask of note-offs without a held note, for note events sorted by pitch and then by time.
 
     Let S count a pitch's note-ons minus its note-offs. A note-off is stray exactly where S falls below zero and below
-    everything before it. One cumulative sum does this for all pitches: each pitch's walk starts far below the last.
+    everything before it. One cumulative sum covers all pitches: each pitch's walk starts far below the previous one.
     """
     walk = np.cumsum(np.where(note_on, 1, -1))
     first = np.searchsorted(pitch, pitch)  # index of the pitch's first event

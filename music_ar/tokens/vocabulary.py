@@ -1,7 +1,7 @@
 """The event vocabulary: token types, their ranges, and the fingerprint that identifies them.
 
 The 388 event classes and their order are those of note-seq 0.0.5's `PerformanceOneHotEncoding(num_velocity_bins=32,
-max_shift_steps=100)` at 100 steps a second, as in Music Transformer and Perceiver AR (Hawthorne et al. 2022, section
+max_shift_steps=100)` at 100 steps per second, as in Music Transformer and Perceiver AR (Hawthorne et al. 2022, section
 5.2). Three control tokens follow them. Time is counted in steps of 10 ms.
 """
 
@@ -32,7 +32,7 @@ TYPE_STARTS = (NOTE_OFF, TIME_SHIFT, VELOCITY, EVENT_CLASSES)
 """Where each token type after note-ons begins; the last type is the control tokens."""
 
 DEFAULT_VELOCITY_BIN = 16
-"""The bin of a note-on that no velocity token precedes, as in a window cut from the middle of a piece."""
+"""Bin of a note-on with no velocity token before it, as in a window cut from the middle of a piece."""
 
 
 class EventError(ValueError):

@@ -1,4 +1,4 @@
-"""Training: losses, optimizer, step, trainer. Names are loaded when they are first used."""
+"""Training: losses, optimizer, step, trainer. Names are loaded on first use."""
 
 import lazy_loader
 

@@ -19,12 +19,12 @@ class TrainingCheckpoints:
 
     Args:
         folder: where they are kept.
-        settings: what the run is made with, JSON-like; saved in `settings.json` and compared when resuming.
+        settings: settings of the run, JSON-like; saved in `settings.json` and compared when resuming.
         resume: whether to continue the run that `folder` holds.
 
     Raises:
         CheckpointError: `folder` holds a run and `resume` is false; or it is true, and `folder` holds none or a run
-            with other settings.
+            with different settings.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool):
@@ -60,10 +60,10 @@ class TrainingCheckpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()  # waits for what is being written
+        self._manager.close()  # waits for pending writes
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
-        """Save a pytree of arrays and a JSON-like position. Returns once the arrays may change again."""
+        """Save a pytree of arrays and a JSON-like position. Returns as soon as the arrays may be changed."""
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(_leaves(state)), position=ocp.args.JsonSave(position)),
@@ -82,14 +82,14 @@ class TrainingCheckpoints:
                 self._newest,
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()),
             )
-        except Exception as error:  # orbax, tensorstore and JSON each raise their own
+        except Exception as error:  # orbax, tensorstore and JSON each raise errors of their own
             raise CheckpointError(f"cannot read the training checkpoint {self.newest}: {error}") from error
-        # The leaves of a dict come in the order of its keys, so in their own order.
+        # The leaves of a dict come in the order of its keys, which is their original order.
         return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(restored["state"])), restored["position"]
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-    """Return a pytree's leaves under sortable numbers: plain for orbax, whatever classes the tree consists of."""
+    """Return a pytree's leaves under sortable numbers: a plain dict for orbax, whatever classes the tree has."""
     return {f"{index:05d}": leaf for index, leaf in enumerate(jax.tree.leaves(tree))}
 
 
@@ -99,7 +99,7 @@ def save_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Compare settings with those that a run was started with.
+    """Compare settings with those of the run in a folder.
 
     Raises:
         CheckpointError: they differ, or `settings.json` cannot be read.
@@ -111,7 +111,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise CheckpointError(f"cannot read {path}, the settings of the run: {error}") from error
     differences = sorted(_differences(saved, json.loads(json.dumps(_with_fingerprint(settings)))))
     if differences:
-        raise CheckpointError(f"{folder} holds a run with other settings: {', '.join(differences)}")
+        raise CheckpointError(f"{folder} holds a run with different settings: {', '.join(differences)}")
 
 
 def _with_fingerprint(settings: dict[str, Any]) -> dict[str, Any]:

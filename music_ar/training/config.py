@@ -30,8 +30,8 @@ class TrainingConfig:
         z_loss: weight of the squared log-partition function in the loss, which keeps logits from drifting (PaLM, arXiv
             2204.02311).
         dropout: dropout rate of each block's output. Raise it against overfitting.
-        distillation_weight: with teachers, weight of their predictions in the loss; the weight of the data is the rest
-            (Hinton et al., arXiv 1503.02531).
+        distillation_weight: with teachers, weight of their predictions in the loss; the data gets the rest (Hinton et
+            al., arXiv 1503.02531).
         prefix_keep: fraction of the prefix (the context before the latents) that each example keeps, drawn at random
             (the cross-attend dropout of Perceiver AR). Less is faster and regularizes more.
         seed: random seed of initialization, dropout and the order of the data.

@@ -1,6 +1,6 @@
 """Teachers for distillation (Hinton et al., arXiv 1503.02531): an ensemble, or cross-fitted models.
 
-Either kind is given to `Trainer`, which places the parameters on the devices; the training step asks for predictions.
+Pass either to `Trainer`, which places the parameters on the devices; the training step calls `predict`.
 """
 
 import math
@@ -40,7 +40,7 @@ class Ensemble:
         return devices
 
     def place(self, mesh: Mesh) -> Params:
-        """Return a copy of their parameters for each device of a mesh."""
+        """Copy the parameters to each device of a mesh."""
         return jax.device_put(self._params, NamedSharding(mesh, self.sharding))
 
     def predict(self, params: Params, batch: dict[str, Array], **window: Any) -> Float[Array, "B N V"]:
@@ -49,7 +49,7 @@ class Ensemble:
         Args:
             params: a device's share of what `place` returns.
             batch: a device's share of a batch; see `trainer.Batches`.
-            **window: latents, kept_prefix and key of `PerceiverAR.__call__`, the same that the student gets.
+            **window: latents, kept_prefix and key of `PerceiverAR.__call__`, the same as for the student.
         """
         models = [nnx.merge(graph, state) for graph, state in zip(self._graphs, params, strict=True)]
         return jnp.stack([_probabilities(model, batch, **window) for model in models]).mean(axis=0)
@@ -81,9 +81,9 @@ class CrossFitted:
         return math.lcm(len(self._params), devices)
 
     def place(self, mesh: Mesh) -> Params:
-        """Return their parameters, stacked along a new first axis and split over the devices of a mesh.
+        """Stack the parameters along a new first axis and split them over the devices of a mesh.
 
-        Each device then has the teachers of its part of the batch. If the teachers cannot be split evenly, each is
+        Each device then has the teachers for its part of the batch. If the teachers cannot be split evenly, each is
         repeated, and its copies predict smaller parts.
         """
         copies = self.batch_parts(mesh.size) // len(self._params)
@@ -91,7 +91,7 @@ class CrossFitted:
         return jax.device_put([stacked], NamedSharding(mesh, self.sharding))
 
     def predict(self, params: Params, batch: dict[str, Array], **window: Any) -> Float[Array, "B N V"]:
-        """Return each teacher's probabilities of its own part of a device's batch; arguments as in `Ensemble`."""
+        """Return each teacher's probabilities for its own part of a device's batch; arguments as in `Ensemble`."""
         (stacked,) = params
         count = jax.tree.leaves(stacked)[0].shape[0]
         parts = {name: jnp.split(array, count) for name, array in batch.items()}
@@ -107,11 +107,11 @@ Teachers = Ensemble | CrossFitted
 
 
 def _probabilities(model: PerceiverAR, batch: dict[str, Array], **window: Any) -> Array:
-    """Return a teacher's probabilities; of the student's inputs it reads as many as its own window holds."""
+    """Return a teacher's probabilities; it reads only the last of the student's inputs if its own window is shorter."""
     inputs = batch["tokens"][:, :-1][:, -model.config.window :]
     return jax.nn.softmax(model(inputs, **label_argument(model, batch), **window))
 
 
 def label_argument(model: PerceiverAR, batch: dict[str, Array]) -> dict[str, Array]:
-    """Return the augmentation labels of a batch as an argument for a model; nothing if it takes none."""
+    """Return the augmentation labels of a batch as a keyword argument for a model; empty if it takes none."""
     return {"labels_BxC": batch["labels"]} if model.config.label_size else {}

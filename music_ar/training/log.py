@@ -18,7 +18,7 @@ from music_ar.model.config import ModelConfig
 from music_ar.training.checkpointing import TrainingCheckpoints
 from music_ar.training.config import TrainingConfig, TrainingError
 
-# Dense bfloat16 operations per second by the manufacturers' data sheets.
+# Dense bfloat16 operations per second, from the manufacturers' data sheets.
 PEAK_FLOPS = {
     "A100": 312e12,
     "H100": 989e12,
@@ -69,10 +69,10 @@ class TrainingLog:
     Args:
         output: folder of the run.
         model_config: the model, to count operations.
-        config: how it is trained.
-        mesh: the devices that it is trained on, to compute their utilization.
+        config: the training options.
+        mesh: the training devices, to compute their utilization.
         checkpoints: to name the last one in an error.
-        step: steps done before. What a killed run logged after them is removed, since it will be logged again.
+        step: steps done before. Lines that a killed run logged after them are removed, since they will be logged again.
         position: what `position` returned at that step; None for a new run.
         on_progress: called with each log line.
     """
@@ -122,7 +122,7 @@ class TrainingLog:
         return step / self._config.steps
 
     def position(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the log.
+        """Return the part of the log that a checkpoint keeps.
 
         Raises:
             TrainingError: as `flush`.
@@ -201,16 +201,16 @@ class TrainingLog:
 
 
 def _lines_until(path: Path, step: int) -> Iterator[str]:
-    """Yield the whole lines of a log up to `step`; none of a new run."""
+    """Yield the complete lines of a log up to `step`; none for a new run."""
     if step == 0 or not path.exists():
         return
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut the last line
+        with contextlib.suppress(json.JSONDecodeError):  # a kill may have truncated the last line
             if json.loads(line)["step"] <= step and line.endswith("\n"):
                 yield line
 
 
 def flops_utilization(flops_per_s: float, device_kind: str, devices: int) -> float | None:
-    """Return the used fraction of the devices' peak, in 0..1, or None if it is unknown."""
+    """Return the fraction of the devices' peak that is used, in 0..1, or None if the peak is unknown."""
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
     return None if peak is None else flops_per_s / (peak * devices)

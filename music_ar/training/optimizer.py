@@ -17,7 +17,7 @@ from music_ar.training.config import TrainingConfig
 def build_optimizer(config: TrainingConfig, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """Return gradient clipping, then Muon for each `Matrix` and AdamW for the rest, at peak learning rates.
 
-    The optimizer takes states of `nnx.Variable`, whose type decides. Optax gives the AdamW beside Muon Nesterov
+    The optimizer takes states of `nnx.Variable`s, and chooses by their type. Optax's Muon gives its AdamW part Nesterov
     momentum too. The devices of a mesh share the work of Muon.
     """
     rule = contrib.muon(

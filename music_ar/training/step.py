@@ -18,7 +18,7 @@ from music_ar.training.losses import token_loss
 
 
 class TrainState(NamedTuple):
-    """What a step changes: one pytree, whose buffers each step reuses."""
+    """Everything that a step changes: one pytree, whose buffers each step reuses."""
 
     step: Int[Array, ""]
     params: nnx.State
@@ -52,7 +52,7 @@ def make_train_step(
     """Compile the training step: (state, batch, rate, teacher parameters) -> (state, {"loss", "gradient_norm"}).
 
     `state` is replicated over `mesh`, and its buffers are reused. The batch is split over the axis "data": each device
-    computes the gradient of its own examples, with its own dropout, and the gradients are added up. `rate` is a float32
+    computes the gradient of its own examples, with its own dropout, and the gradients are summed. `rate` is a float32
     scalar that multiplies the peak learning rates. The teacher parameters are those of `Teachers.place`, or an empty
     list.
     """
@@ -154,7 +154,7 @@ def train_step(
     cross_entropy, grads = gradients(state.params, teacher_params, batch, key)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, jax.tree.map(lambda update: update * rate, updates))
-    # Early on the average follows closely, so that it forgets the initial weights.
+    # Early on, the average tracks the weights closely, so that it forgets the initial ones.
     decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda average, param: decay * average + (1 - decay) * param, state.ema, params)
     metrics = {"loss": cross_entropy, "gradient_norm": optax.tree.norm(grads)}

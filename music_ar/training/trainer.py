@@ -44,7 +44,7 @@ class Batches(Protocol):
         ...
 
     def set_state(self, state: Any) -> None:
-        """Go to a position that `get_state` returned."""
+        """Move to a position that `get_state` returned."""
         ...
 
 
@@ -52,7 +52,7 @@ class Fitted(NamedTuple):
     """The result of `Trainer.fit`.
 
     Attributes:
-        model: the averaged weights of the step that validated best, or of the last one without validation.
+        model: the averaged weights of the step that validated best, or of the last step without validation.
         model_step: that step.
         step: steps done.
         elapsed_s: seconds trained.
@@ -78,7 +78,7 @@ class Trainer:
 
     Checkpoints are written to `output`/training in the background, logs to `output`/log.jsonl and `output`/tensorboard.
     SIGTERM and Ctrl-C save a checkpoint and end `fit` early. However often a run is stopped or killed and resumed, its
-    log reads as that of one run.
+    log reads like that of a single run.
 
     Args:
         model: the initial weights (ignored when resuming); not changed.
@@ -87,17 +87,18 @@ class Trainer:
         output: folder of the run; created if it is missing.
         teachers: models to distill into this one; see `distillation` and `config.distillation_weight`.
         final_batches: data for the last `config.final_fraction` of the run; default: `batches` to the end.
-        data: what the batches are made of, JSON-like; saved, and compared when resuming.
-        resume: continue from the newest checkpoint under `output`. A run of so many steps continues bit for bit.
-        validate: called with the averaged model every `config.validate_every` steps and at the end. What it returns is
-            logged, and the model with the lowest value is the result. The model is valid until it returns.
+        data: description of the training data, JSON-like; saved, and compared when resuming.
+        resume: continue from the newest checkpoint under `output`. A run whose length is in steps continues bit for
+            bit.
+        validate: called with the averaged model every `config.validate_every` steps and at the end. Its value is
+            logged, and the model with the lowest value is the result. The model is valid only during the call.
         on_progress: called with each log line.
-        mesh: devices to train on; default: `data_mesh()`, which is all.
+        mesh: devices to train on; default: `data_mesh()`, all of them.
 
     Raises:
         TrainingError: the devices and the teachers cannot share the batch.
         CheckpointError: `output` holds a run and `resume` is false; or it is true, and there is no checkpoint, or one
-            of a run with other settings.
+            of a run with different settings.
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class Trainer:
         return self._step % self._config.validate_every == 0 or self._log.progress(self._step) >= 1
 
     def _restore(self) -> dict[str, Any]:
-        """Go to the newest checkpoint, and return its position."""
+        """Load the newest checkpoint, and return its position."""
         (self._state, self._best), position = self._checkpoints.restore((self._state, self._best))
         for source, saved in zip(self._sources, position["batches"], strict=True):
             source.set_state(saved)
@@ -220,7 +221,7 @@ class Trainer:
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
-    """Return a mesh of the first so many devices, by default of all, along one axis "data"."""
+    """Return a mesh of the first `devices` devices, default all, along one axis "data"."""
     chosen = jax.devices()[:devices]
     return jax.make_mesh((len(chosen),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=chosen)
 
@@ -244,7 +245,7 @@ def _check_batch_size(config: TrainingConfig, devices: int, teachers: Teachers |
 
 @contextlib.contextmanager
 def until_terminated() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether SIGTERM or Ctrl-C came; outside the main thread neither is noticed.
+    """Yield a function that returns whether SIGTERM or Ctrl-C was received; only the main thread receives them.
 
     A second Ctrl-C interrupts at once, as usual.
     """
