@@ -1,7 +1,7 @@
 """The command `music-ar`: prepare | train | evaluate | generate | render | inspect | web | bench.
 
-A command is a frozen dataclass: its fields are the options, its `run` does the work. Only the command that is called
-gets imported, and it imports JAX in `run` only, so `--help` is quick.
+A command is a frozen dataclass: its fields are the options, its `run` does the work. Only the requested command is
+imported, and it imports JAX only in `run`, so `--help` is quick.
 
 Exit codes: 0 done; 2 wrong usage or bad input (one line on standard error, no traceback); 3 some of many pieces failed;
 1 a bug.
@@ -35,8 +35,8 @@ COMMANDS = {
 class Command(Protocol):
     """A command: options in its fields, work in `run`.
 
-    A command that decodes also has an attribute `many_rows`: whether it fills large batches, which decides into how
-    many JAX devices a CPU is split.
+    A command that decodes also has an attribute `many_rows`: whether it fills large batches. It decides how many JAX
+    devices a CPU is split into.
     """
 
     def run(self) -> int | None:
@@ -45,7 +45,7 @@ class Command(Protocol):
 
 
 class _ShowVersion(argparse.Action):
-    """Looks up the version only to print it: an uninstalled copy of the code has none."""
+    """Looks up the version only when asked: a copy of the code that is not installed has none."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(metadata.version("music-ar"))
@@ -53,10 +53,10 @@ class _ShowVersion(argparse.Action):
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Build the command that the arguments call; imports only that one.
+    """Build the command that the arguments name; import only that one.
 
     Raises:
-        SystemExit: with 0 after `--help` or `--version`; with 2 after printing what is wrong.
+        SystemExit: with code 0 after `--help` or `--version`; with code 2 after printing what is wrong.
     """
     parser = argparse.ArgumentParser(
         prog="music-ar",
@@ -76,10 +76,10 @@ def parse(arguments: Sequence[str]) -> Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors that are bugs propagate."""
-    # JAX reads both variables when it is imported, which is later: where it keeps compiled programs, and how many
-    # devices a CPU is split into, over which the rows of a batch are spread.
+    # JAX reads these two variables when it is imported, which happens later. They say where it keeps compiled programs
+    # and how many devices it splits a CPU into; the rows of a batch are sharded across those.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", platformdirs.user_cache_dir("music-ar", appauthor=False))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be Unicode; standard error escapes them anyway
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may not be Unicode; standard error escapes them anyway
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(backend.cpu_devices(many_rows=many_rows)))
         return command.run() or 0
-    except BrokenPipeError:  # the reader of our output, `head` for example, has seen enough
+    except BrokenPipeError:  # whatever reads our output, `head` for example, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("music-ar: interrupted", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the commands share: types of options, progress on standard error, tables on standard output, checks of files."""
+"""What the commands share: option types, progress on standard error, tables on standard output, file checks."""
 
 import os
 import sys
@@ -22,14 +22,14 @@ T = TypeVar("T")
 Sampling = tyro.conf.OmitArgPrefixes[SamplingOptions]
 """Type of a command's field `sampling: Sampling = SamplingOptions()`.
 
-Every field of `SamplingOptions` then is an option of the command (`--temperature`, `--top-k`, ...), in a group of its
-own in `--help`, with name, default and help text from that class. Leave the field out of the command's docstring.
+Every field of `SamplingOptions` becomes an option of the command (`--temperature`, `--top-k`, ...). `--help` shows them
+as a group, with names, defaults and help texts from that class. Leave the field out of the command's docstring.
 """
 
 Unset = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 """`prompt: Unset[Path] = None`: an option that may be left out, without "(default: None)" in `--help`.
 
-The help text has to say what happens then.
+The help text must say what happens if it is.
 """
 
 
@@ -38,11 +38,11 @@ class CommandError(ValueError):
 
 
 class ProgressLine:
-    """A progress bar with text; where standard error is not a terminal, only the text, printed now and then.
+    """A progress bar with text. If standard error is not a terminal, only the text, printed every few seconds.
 
     Args:
-        title: what is shown before the first report.
-        seconds_between_lines: shortest time between two lines where standard error is not a terminal.
+        title: text to show before the first report.
+        seconds_between_lines: minimum time between two lines if standard error is not a terminal.
     """
 
     def __init__(self, title: str, *, seconds_between_lines: float = 5.0):
@@ -78,7 +78,7 @@ class ProgressLine:
             self._next_line_s = now_s + self._seconds_between_lines
 
     def timed(self, text: str) -> Callable[[float], None]:
-        """Start a task now. The function returned reports its finished share, with `text` and the time left."""
+        """Start a task. The returned function reports its finished share, with `text` and the time left."""
         began_s = time.monotonic()
 
         def report(share: float) -> None:
@@ -90,7 +90,7 @@ class ProgressLine:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns to standard output: the first aligned left, the others right."""
+    """Print columns to standard output: the first left-aligned, the others right-aligned."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
@@ -100,31 +100,31 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def clock(seconds: float) -> str:
-    """Format seconds as m:ss, or as h:mm:ss from one hour on."""
+    """Format seconds as m:ss, or as h:mm:ss from one hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def check_writable(path: Path) -> None:
-    """Check that a file can be written, before the work rather than after it.
+    """Check that a file can be written, before the work instead of after it.
 
     Raises:
-        CommandError: `path` is a folder, or is in one that is missing or read-only.
+        CommandError: `path` is a folder, or its folder is missing or read-only.
     """
     if path.is_dir():
-        raise CommandError(f"{path} is a folder; name a file in it")
+        raise CommandError(f"cannot write {path}: it is a folder; name a file in it")
     if not path.parent.is_dir():
-        raise CommandError(f"cannot write {path}: there is no folder {path.parent}")
+        raise CommandError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
     if not os.access(path.parent, os.W_OK):
-        raise CommandError(f"cannot write {path}: the folder {path.parent} is read-only")
+        raise CommandError(f"cannot write {path}: the folder {path.parent} is read-only; choose another")
 
 
 def read_performance(path: Path) -> "Performance":
     """Read a MIDI file; errors name the file.
 
     Raises:
-        CommandError: there is no such file, or it is not usable MIDI.
+        CommandError: the file does not exist or is not usable MIDI.
     """
     from music_ar.midi.io import read_midi
     from music_ar.midi.performance import MidiError

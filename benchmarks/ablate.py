@@ -8,9 +8,9 @@
       "augmentation": {"velocity_bins": 3}, "teachers": ["runs/a/model"], "workers": 3, "latents": [1024, 512],
       "test": false}]
 
-A run that fails prints its error, and the next one begins. OUTPUT/NAME/model is the pretrained model of a finished run
-(the weights that validated best, calibrated), OUTPUT/NAME/log.jsonl its log, and OUTPUT/results.jsonl has the scores of
-all. The command can be repeated: it skips runs that are in results.jsonl, and resumes one that was interrupted.
+If a run fails, its error is printed and the next one begins. OUTPUT/NAME/model is the model of a finished run (the
+weights that validated best, calibrated), OUTPUT/NAME/log.jsonl its log, and OUTPUT/results.jsonl has the scores of all.
+The command can be repeated: it skips runs that are in results.jsonl, and resumes one that was interrupted.
 """
 
 import argparse
@@ -39,10 +39,10 @@ from music_ar.training.trainer import Fitted, Trainer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder that `music-ar prepare` wrote")
+    parser.add_argument("data", type=Path, help="dataset written by `music-ar prepare`")
     parser.add_argument("output", type=Path, help="folder of the runs and of results.jsonl")
     parser.add_argument("runs", type=Path, help="JSON list of runs")
-    parser.add_argument("--max-pieces", type=int, help="score only so many pieces, to try the runs out")
+    parser.add_argument("--max-pieces", type=int, help="score only this many pieces, to try out the runs")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = arguments.output / "results.jsonl"

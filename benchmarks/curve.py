@@ -1,9 +1,9 @@
-"""Draw the trade-off of the latent budget: tokens per second against NLL, a point per number of latents.
+"""Plot what the latent budget trades: tokens per second against NLL, with a point per number of latents.
 
     music-ar bench decode --data data/maestro --latents 64 256 512 1024 2048 --tokens 1024 --output curve.json
     python benchmarks/curve.py curve.json --picture docs/images/curve.png
 
-Takes any number of such files, from different machines for example: each device has its own axes, with a line per
+Takes any number of such files, for example from different machines. Each device has its own axes, with a line per
 batch size.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def draw(axis: Axes, rows: list[dict], label: str) -> None:
-    """Draw one line, with a point per number of latents."""
+    """Plot one line, with a point per number of latents."""
     rows = sorted(rows, key=lambda row: row["latents"])
     speeds, nats = [row["tokens_per_s"] for row in rows], [row["nats_per_token"] for row in rows]
     axis.plot(speeds, nats, marker="o", label=label)

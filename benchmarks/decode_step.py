@@ -1,4 +1,4 @@
-"""Time one step of decoding without and with the attention kernel for GPUs, in turns in one process.
+"""Time one decoding step without and with the GPU attention kernel, interleaved in one process.
 
     python benchmarks/decode_step.py [--preset small] [--batch 1 256] [--latents 1024] [--context 4096]
         [--attention plain pallas] [--kernels 20] [--tilings 1,128,4,3 16,64,4,3]
@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from train_step import longest_kernels, timed
 
-from music_ar.decoding import backend
+from music_ar.decoding import backend as backends
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.decoder import Decoder
 from music_ar.decoding.pallas_kernel import Heads, Tiling, attend
-from music_ar.decoding.processors import option_arrays
+from music_ar.decoding.processors import shared_options
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.state import cache_size
 from music_ar.model.config import PRESETS, ModelConfig
@@ -81,7 +81,7 @@ def main() -> None:
 
 def random_model(config: ModelConfig) -> PerceiverAR:
     """A model with random weights everywhere, whose pieces do not end."""
-    model = PerceiverAR(config, rngs=nnx.Rngs(0), compute=backend.select().compute)
+    model = PerceiverAR(config, rngs=nnx.Rngs(0), compute=backends.select().compute)
     params = nnx.state(model, nnx.Param)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -97,14 +97,14 @@ def random_model(config: ModelConfig) -> PerceiverAR:
 
 def backend_with(attention: str) -> Backend:
     """This device's backend, with this attention."""
-    chosen = backend.select()
+    chosen = backends.select()
     if attention == "plain":  # micro-batches pay with the kernel only
         return dataclasses.replace(chosen, attention="plain", micro_batch_rows=None)
     return dataclasses.replace(chosen, attention="pallas")
 
 
 def compare_ways(model: PerceiverAR, batch: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A result for each way of attention, timed in turns; a way that fails has its error as the result."""
+    """A result for each way of attention, timed interleaved. If a way fails, its result is the error."""
     runs: dict[str, Callable[[], None]] = {}
     results: dict[str, dict[str, Any]] = {}
     logits: dict[str, np.ndarray] = {}
@@ -147,7 +147,7 @@ def runner(
     given = np.tile(prompt[-8:], (batch, 1))
     _, logits_BxTxV = decoder.teacher_force(start([prompt] * batch, seeds=range(batch)), given)
     state = start([prompt] * batch, seeds=range(batch))
-    options = option_arrays([SamplingOptions()] * batch)
+    options = shared_options(SamplingOptions())
 
     def run() -> None:
         nonlocal state

@@ -26,7 +26,7 @@ GOAL = 1_000_000  # target tokens per second
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder written by `music-ar prepare`")
+    parser.add_argument("data", type=Path, help="dataset written by `music-ar prepare`")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--latents", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=32)

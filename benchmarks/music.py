@@ -2,8 +2,9 @@
 
     python benchmarks/music.py maestro-v3.0.0-midi.zip [--pieces 8] [--picture docs/images/piano-roll.png]
 
-Pieces are generated without prompts, with seeds 0, 1, ...; real ones are the beginnings, of the same length, of all
-pieces of the test split, since generated pieces start at a beginning too. Prints a table and, last, one line of JSON.
+Pieces are generated from scratch with seeds 0, 1, ... The real ones are the beginnings, of the same length, of all
+pieces of the test split, since generated pieces also start at the beginning. Prints a table and, last, a
+line of JSON.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Compare decoding speed with models that one might use instead, of the same size: in turns in one run, on the CPU.
+"""Compare decoding speed with alternative models of the same size, interleaved in one run on the CPU.
 
     pip install -c requirements.lock . && pip install torch transformers einops fairscale
     pip install --no-deps --ignore-requires-python perceiver-io==0.11.0
@@ -8,8 +8,8 @@
 - perceiver-io 0.11 (Krasser and Stumpf; PyTorch): a Perceiver AR with its key/value cache, same widths and latents.
 - GPT-2 of Hugging Face's transformers (PyTorch): its cache, same width and depth, 2,048 past tokens.
 
-The weights of the others are random, since time does not depend on them, and they sample from the plain softmax. The
-tools take turns, so that a noisy machine slows all of them alike.
+The other models have random weights, which do not affect the time, and sample from the plain softmax. The models take
+turns, so that noise slows all of them alike.
 """
 
 import argparse

@@ -23,7 +23,7 @@ from data_pipeline.prepare import prepare_maestro
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("maestro", type=Path, help="the official zip, or the folder it unpacks to")
-    parser.add_argument("--workers", type=int, help="number of processes; by default one per core")
+    parser.add_argument("--workers", type=int, help="number of processes; default: one per core")
     parser.add_argument("--sample", type=int, default=8, help="number of files for note-seq")
     arguments = parser.parse_args()
 

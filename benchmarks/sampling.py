@@ -1,11 +1,11 @@
-"""Which sampling settings give music closest to real music: temperature, top-p, steadiness; with or without prompts.
+"""Find the sampling settings (temperature, top-p, steadiness) whose music is closest to real music.
 
     python benchmarks/sampling.py data/maestro [--temperatures 0.9 1] [--top-ps 0.95 0.97] [--steadiness 0 0.25]
 
-All settings use the same seeds. For each: the distances to the validation split relative to those between real pieces
-(`music_ar.metrics.distributions`), as a geometric mean and the largest; and the longest run of notes, without repeated
-patterns, that also occurs in the training split, beside that of real excerpts of the same length. Prints a table and,
-last, one line of JSON.
+All settings use the same seeds. For each, it reports the distances to the validation split relative to those between
+real pieces (`music_ar.metrics.distributions`): their geometric mean and the largest. It also reports the longest run of
+notes, without repeated patterns, that occurs in the training split, and that of real excerpts of the same length.
+Prints a table and, last, one line of JSON.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def generate(prompts: Sequence[Performance | None], arguments: argparse.Namespace) -> dict[Setting, list[Piece]]:
-    """The pieces of each setting, as they are finished."""
+    """The pieces of each setting, in the order they are finished."""
     settings = list(itertools.product(arguments.temperatures, arguments.top_ps, arguments.steadiness))
     requests = [
         Request(

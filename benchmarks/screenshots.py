@@ -1,4 +1,4 @@
-"""Take pictures of the web page with the shipped model: `python benchmarks/screenshots.py FOLDER`."""
+"""Take screenshots of the web page with the shipped model: `python benchmarks/screenshots.py FOLDER`."""
 
 import sys
 from pathlib import Path

@@ -5,7 +5,7 @@
 
 Takes MAESTRO's zip or folder, or a dataset written by `music-ar prepare`. FOLDER gets `prompts`: excerpts of the test
 split, six of them damaged in different ways; `whole`: the output of one run of `music-ar render`; and `resumed`: the
-output of the same command, killed (kill -9) half-way and called again. It checks the exit codes, that both folders are
+output of the same command, killed (kill -9) half-way and run again. It checks the exit codes, that both folders are
 identical to the byte, that the manifest has each prompt, and that the resident memory of the uninterrupted run, taken
 at each finished piece, rises by no more than a tenth from the 10th piece to the last. Exit code 1 if a check fails.
 """
@@ -33,7 +33,7 @@ SOME_FAILED = 3
 DAMAGES = ("empty", "truncated", "text", "no notes", "random bytes", "dead link")
 _NO_NOTES = bytes.fromhex("4d546864000000060000000103e84d54726b0000000400ff2f00")
 _LEVEL_FROM = 10
-# Most by which the median of the last quarter of the samples may exceed that of the first, relative to it. Not 0: each
+# By what fraction the median of the last quarter of the samples may exceed that of the first. It is not 0, because each
 # power of two of prompt tokens is compiled when it first occurs, and freed memory returns to the system late.
 _MAX_RISE = 0.1
 
@@ -140,7 +140,7 @@ def write_prompts(data: Path, folder: Path, *, count: int, seconds: float) -> di
 
 
 def test_pieces(data: Path) -> list[tuple[str, Performance]]:
-    """The pieces of the test split, with their names without the ending."""
+    """The pieces of the test split, with their names without extension."""
     if (data / "manifest.json").exists():
         pieces = Pieces.open(data, "test")
         named = zip(pieces.records, pieces.tokens, strict=True)
@@ -169,7 +169,7 @@ def damage(path: Path, how: str) -> None:
 
 
 def render(options: list[str], output: Path, *, kill_after: int | None = None) -> Run:
-    """Run `music-ar render`; with `kill_after`, kill it after so many pieces."""
+    """Run `music-ar render`; with `kill_after`, kill it after that many pieces."""
     began_s, memory_mb, event = time.monotonic(), [], {}
     command = [sys.executable, "-m", "app.cli", "render", *options, "--output", str(output)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -1,8 +1,8 @@
-"""Many clients at once: `python benchmarks/web_load.py [CLIENTS] [ROUNDS]`.
+"""Load the page with many clients at once: `python benchmarks/web_load.py [CLIENTS] [ROUNDS]`.
 
-Serves the shipped model. In each round as many new clients each ask for a piece with their own seed at the same time.
-Counts those that got the piece that their seed gives when nobody else asks, and measures how long they waited and how
-much memory the server uses before the first round and after each.
+Serves the shipped model. In each round, CLIENTS new clients ask for a piece at the same time, each with its own seed.
+Counts the clients that get the same piece as when nobody else asks. Measures how long they wait, and the memory of the
+server before the first round and after each.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""How soon the page plays after Generate is pressed, and whether playback has to wait.
+"""Measure how soon the page plays after Generate is pressed, and whether playback has to wait.
 
 `python benchmarks/web_sound.py [--runs N] [--seconds S] [--variations V]` serves the shipped model, opens the page in
 Chromium, presses Generate at the "auto" budget and listens until the piece is finished. Measured in the page: the time

@@ -1,7 +1,7 @@
-"""How soon Stop stops eight variations at the largest latent budget: `python benchmarks/web_stop.py [RUNS]`.
+"""Measure how soon Stop stops eight variations at the largest latent budget: `python benchmarks/web_stop.py [RUNS]`.
 
 Serves the shipped model and presses Stop in Chromium while another client waits in the queue. Measured from the press:
-when the page says that it stopped, and when the other client has its first notes, which takes a free device and one
+when the page says that it has stopped, and when the other client has its first notes, which takes a free device and one
 chunk.
 """
 

@@ -2,7 +2,7 @@
 
     python examples/album.py album/
 
-Sound and the cover sheet need two extras: pip install 'music-ar[audio,plot]'.
+Sound and the cover sheet need two extras: pip install '.[audio,plot]'.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
         [None], variations=arguments.pieces, seconds=arguments.seconds, seed=arguments.seed
     )
     rolls: dict[int, tuple[str, Performance]] = {}
-    for piece in pieces:  # in the order in which they are finished
+    for piece in pieces:  # in the order they are finished
         seed, performance = piece.request.seed, piece.performance
         if not len(performance):
             print(f"seed {seed} ended before its first note")

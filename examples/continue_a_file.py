@@ -1,4 +1,4 @@
-"""Continue a MIDI file in three ways, and keep the one that is closest to real music.
+"""Continue a MIDI file in three ways and keep the continuation closest to real music.
 
 python examples/continue_a_file.py mine.mid longer.mid
 """
@@ -24,7 +24,7 @@ def main() -> None:
     )
     scored = [(plausibility(piece.continuation, piece.nats_per_token), piece) for piece in pieces if not piece.error]
     if not scored:
-        raise SystemExit(f"{arguments.prompt} is not a MIDI file that can be continued")
+        raise SystemExit(f"cannot continue {arguments.prompt}: expected a MIDI file with piano notes")
     for score, piece in scored:
         print(f"seed {piece.request.seed}: {piece.nats_per_token:.2f} nats per token, plausibility {score:.2f}")
     _, best = max(scored, key=lambda pair: pair[0])

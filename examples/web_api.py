@@ -3,7 +3,7 @@
     music-ar web &
     python examples/web_api.py http://127.0.0.1:7860 piece.mid
 
-Needs gradio_client, which is installed with Gradio.
+Needs gradio_client, which the extra `web` installs with Gradio.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main() -> None:
 
     client = Client(arguments.address)
     print(json.dumps(client.predict(api_name="/info"), indent=2))
-    # While it is generated, a job yields its progress. To continue a MIDI file, add prompt=handle_file("mine.mid").
+    # A job yields its progress while it runs. To continue a MIDI file, add prompt=handle_file("mine.mid").
     job = client.submit(seconds=arguments.seconds, seed=7, api_name="/generate")
     for progress, _ in job:
         print(progress["status"])

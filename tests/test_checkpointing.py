@@ -43,7 +43,7 @@ def test_more_leaves_than_digits_sort(tmp_path):
     ("settings", "resume", "message"),
     [
         ({"rate": 1}, False, r"already holds a run \(step 3\)"),
-        ({"rate": 2}, True, "other settings: rate was 1, is 2"),
+        ({"rate": 2}, True, "different settings: rate was 1, is 2"),
         ({"rate": 1, "model": {"width": 3}}, True, "model was None, is"),
     ],
 )

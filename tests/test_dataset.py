@@ -95,7 +95,7 @@ def test_damaged_data_is_refused_by_name(folder, damage, message):
 def test_only_the_opened_split_is_checked(folder):
     truncate(folder)
     assert len(Pieces.open(folder, "test")) == 1
-    with pytest.raises(DatasetError, match="expected a split of train, validation, test; got 'dev'"):
+    with pytest.raises(DatasetError, match="expected one of the splits train, validation, test; got 'dev'"):
         Pieces.open(folder, "dev")
 
 

@@ -54,11 +54,12 @@ def start(decoder, prompts, *, seeds=None, latents=LATENTS, limit_steps=FOREVER,
 def decoded(decoder, state, *, tokens, options=OPTIONS):
     """The state after so many tokens, the tokens, and their NLL."""
     assert tokens % CHUNK == 0
-    parts = []
+    drawn, nats = [], []
     for _ in range(tokens // CHUNK):
-        state, *found = decoder.decode_scored(state, options, length=CHUNK)
-        parts.append([np.asarray(part) for part in found])
-    return state, *(np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        state, tokens_BxT, nats_BxT = decoder.decode_scored(state, options, length=CHUNK)
+        drawn.append(np.asarray(tokens_BxT))
+        nats.append(np.asarray(nats_BxT))
+    return state, np.concatenate(drawn, axis=1), np.concatenate(nats, axis=1)
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,8 @@ def test_a_random_seed_is_in_the_result(generator):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.05}, {"min_p": 0.9}, {"steadiness": 1.0}, {"latents": 4}]
+    "changed",
+    [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.05}, {"min_p": 0.9}, {"steadiness": 1.0}, {"latents": 4}],
 )
 def test_options_change_the_piece(generator, changed):
     """The same by keyword and in a request. A random model is too sure of itself at lower temperatures."""
@@ -144,7 +145,9 @@ def test_many_pieces_are_what_generate_gives(generator):
 def test_a_whole_request_keeps_its_own_options(generator, prompt):
     request = Request(prompt=prompt, seconds=1.0, seed=9, continuation_only=True)
     prompts = [prompt, request]
-    pieces = {piece.request.seed: piece for piece in generator.generate_many(prompts, seconds=2.0, seed=3, batch_size=2)}
+    pieces = {
+        piece.request.seed: piece for piece in generator.generate_many(prompts, seconds=2.0, seed=3, batch_size=2)
+    }
     assert pieces[9].performance == pieces[9].continuation
     assert pieces[3].performance.duration_s > prompt.duration_s
     assert (pieces[9].request.seconds, pieces[3].request.seconds) == (1.0, 2.0)
@@ -166,7 +169,9 @@ def test_requests_are_taken_as_rows_become_free(generator):
 
 def test_progress_adds_up_to_the_music(generator):
     spent_s: list[float] = []
-    pieces = list(generator.generate_many([None], variations=3, seconds=2.0, seed=5, batch_size=3, progress=spent_s.append))
+    pieces = list(
+        generator.generate_many([None], variations=3, seconds=2.0, seed=5, batch_size=3, progress=spent_s.append)
+    )
     assert sum(spent_s) == pytest.approx(2.0 * len(pieces), abs=0.01)
     assert min(spent_s) >= 0
 

@@ -49,7 +49,9 @@ def test_channels_by_hand():
     np.testing.assert_array_equal(np.flatnonzero(channels[3, 0]), [60, 62])  # is it down
     np.testing.assert_array_equal(np.flatnonzero(channels[5, 0]), [62])
     np.testing.assert_allclose(channels[3, 1, 60], 0.5)  # velocity: half of the loudest
-    np.testing.assert_allclose(channels[2, 2:6, 60], np.exp([-4, -1, -1 / 4, -1 / 16]), rtol=1e-6)  # since it was struck
+    np.testing.assert_allclose(
+        channels[2, 2:6, 60], np.exp([-4, -1, -1 / 4, -1 / 16]), rtol=1e-6
+    )  # since it was struck
     np.testing.assert_allclose(channels[5, 6:, 60], np.exp([-1, -1 / 8]), rtol=1e-6)  # since it was released
     assert not channels[5, :6, 60].any()
     assert not channels[5, 6:, 62].any()

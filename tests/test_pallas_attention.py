@@ -34,9 +34,10 @@ SLOTS = np.array([[41, 7], [95, 95], [2, 40], [10, -1]], np.int32)
 POSITIONS = np.array([[41, 500], [95, 3000], [98, 77], [10, 0]], np.int32)  # in tokens and in time
 
 
-def expected(config, q_XxHxK, k_XxGxK, v_XxGxK, scales, k_XxGxRxK, v_XxGxRxK):
+def expected(config, arrays, k_XxGxRxK, v_XxGxRxK):
     """What each query finds, and the caches with the new entries, in float64 but for rotation."""
     heads, kv_heads = config.heads, config.kv_heads
+    q_XxHxK, k_XxGxK, v_XxGxK, scales = arrays
 
     def rotated(x, scale, count):
         x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * scale
@@ -65,11 +66,13 @@ def interpreted(config, arrays, k_ExRxK, v_ExRxK, *, fused, tiling):
     q, k, v, scale_2xK = arrays
     if fused:
         array, scale = jnp.concatenate([q, k, v], axis=1), scale_2xK[np.repeat([0, 1], [H, G])]
-        heads = Heads(array, scale=scale), Heads(array, first=H, scale=scale, scale_row=H), Heads(array, first=H + G)
+        q, k, v = Heads(array, scale=scale), Heads(array, H, scale, H), Heads(array, H + G)
     else:
-        heads = Heads(q, scale=scale_2xK[:1]), Heads(k, scale=scale_2xK[1:]), Heads(v)
+        q, k, v = Heads(q, scale=scale_2xK[:1]), Heads(k, scale=scale_2xK[1:]), Heads(v)
     return attend(
-        *heads,
+        q,
+        k,
+        v,
         k_ExRxK,
         v_ExRxK,
         jnp.asarray(SLOTS),
@@ -100,7 +103,7 @@ def test_the_kernel_equals_plain_attention(heads, fused, tiling):
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(CACHES, count, K)) for count in (H, G, G)] + [rng.normal(size=(2, K))]
     k, v = rng.normal(size=(2, CACHES, G, R, K))
-    found, keys, values = expected(config, *arrays, k, v)
+    found, keys, values = expected(config, arrays, k, v)
     beside = np.ones((G, R, K))  # rows of another micro-batch, before and behind these
 
     def cache_rows(array):
@@ -150,9 +153,7 @@ def test_triton_accepts_the_kernel(rows, mode):
     model = PerceiverAR(config, rngs=nnx.Rngs(0), compute=Compute(dtype="bfloat16"))
     decoder = Decoder(model, Backend(compute=model.compute, attention="pallas", micro_batch_rows=256))
     prompts = [np.array([vocabulary.START], np.int32)] * rows
-    state = jax.eval_shape(
-        lambda: decoder.start(prompts, latents=1024, seeds=range(rows), limit_steps=100, mode=mode)
-    )
+    state = jax.eval_shape(lambda: decoder.start(prompts, latents=1024, seeds=range(rows), limit_steps=100, mode=mode))
     decode = jax.jit(lambda state: decoder.decode_scored(state, shared_options(SamplingOptions()), length=2))
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
         text = decode.trace(state).lower(lowering_platforms=("cuda",)).as_text()

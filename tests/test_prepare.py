@@ -295,7 +295,7 @@ def test_folders_that_cannot_be_prepared(tmp_path, own_midi, output):
     for folder, shares, message in cases:
         with pytest.raises(DatasetError, match=message):
             own(folder, output, **shares)
-    with pytest.raises(DatasetError, match=r"file: cannot be made a folder"):
+    with pytest.raises(DatasetError, match=r"file: cannot create this folder"):
         own(own_midi, tmp_path / "file")
 
 

@@ -263,7 +263,7 @@ def test_new_weights_beside_an_old_configuration_are_refused(folder, monkeypatch
         ("\udcff", "not a model configuration"),
         ('{"format": "music-ar 0"}', 'expected format "music-ar 2", got "music-ar 0"'),
         ('{"format": "music-ar 1"}', "fingerprint"),
-        ('{"format": "music-ar 1", "fingerprint": "0123456789abcdef"}', "another event vocabulary.*0123456789ab"),
+        ('{"format": "music-ar 1", "fingerprint": "0123456789abcdef"}', "different event vocabulary.*0123456789ab"),
         ('{"format": "music-ar 1", "fingerprint": 5}', "not a model configuration"),
         (f'{{"format": "music-ar 1", "fingerprint": "{vocabulary.FINGERPRINT}"}}', "model"),
         (

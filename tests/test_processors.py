@@ -249,6 +249,7 @@ def test_stuck_notes_wait_for_the_grammar():
     assert set(drawn(logits, NO_FILTERS, tokens_of(*stuck)).tolist()) == {off(40)}
     after_a_note = drawn(logits, NO_FILTERS, tokens_of(*stuck, on(50)))
     assert not ((after_a_note >= NOTE_OFF) & (after_a_note < TIME_SHIFT)).any()
+    assert len(set(after_a_note.tolist())) > 100  # anything else
 
 
 def test_filters_apply_to_biased_logits():

@@ -18,9 +18,7 @@ PROMPT = performance_of([(0.0, 1.0, 60, 65), (0.5, 2.0, 64, 65), (3.0, 4.0, 67, 
 
 def test_options_are_fields_of_the_request_and_of_its_sampling():
     request = Request.of(PROMPT, seconds=5.0, seed=3, temperature=0.5, top_k=4)
-    assert request == Request(
-        prompt=PROMPT, seconds=5.0, seed=3, sampling=SamplingOptions(temperature=0.5, top_k=4)
-    )
+    assert request == Request(prompt=PROMPT, seconds=5.0, seed=3, sampling=SamplingOptions(temperature=0.5, top_k=4))
     assert Request.of() == Request()
 
 
@@ -34,7 +32,7 @@ def test_a_request_is_changed_by_the_options_that_are_given():
 
 
 def test_an_unknown_option_is_refused_with_the_known_ones():
-    with pytest.raises(GenerationError, match="unknown option mode; expected any of prompt, .*seconds.*temperature"):
+    with pytest.raises(GenerationError, match=r"unknown option mode; expected any of prompt, .*seconds.*temperature"):
         Request.of(None, mode="exact", seconds=3.0)
 
 

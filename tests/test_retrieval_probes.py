@@ -98,7 +98,7 @@ def test_distances_share_their_motifs(pieces):
 
 
 @pytest.mark.parametrize(
-    ("distance", "motif", "message"), [(10_000, 40, "beside the motif"), (100, 5000, "10000 tokens")]
+    ("distance", "motif", "message"), [(10_000, 40, "outside the motif"), (100, 5000, "10000 tokens")]
 )
 def test_too_little_music_is_refused(pieces, distance, motif, message):
     with pytest.raises(ValueError, match=message):

@@ -46,4 +46,4 @@ def test_each_option_describes_its_control(field):
 def test_each_option_has_a_help_text():
     described = re.findall(r"^    (\w+): \S", inspect.getdoc(SamplingOptions) or "", re.MULTILINE)
     assert [name for name in described if name in OPTION_NAMES] == [field.name for field in FIELDS]
-    assert OPTION_NAMES == tuple(field.name for field in FIELDS)
+    assert tuple(field.name for field in FIELDS) == OPTION_NAMES

@@ -34,6 +34,7 @@ def test_the_performance_is_that_of_all_tokens_however_they_are_chunked(chunked)
     tokens, prompt, sizes = chunked
     tokens = tokens[tokens != END]
     sequence, taken = Sequence(np.append(np.int32(START), prompt)), 0
+    all_tokens = sequence.prompt
     for size in [*sizes, len(tokens)]:
         assert not sequence.add(tokens[taken : taken + size])
         taken = min(taken + size, len(tokens))

@@ -203,7 +203,7 @@ def test_more_variations_are_measured_while_nobody_generates(tiny_checkpoint, mo
     session.stop()
     measuring.join(timeout=60)
     assert machine.warm
-    assert "in each of 2 variations" in machine.cost(8, 2)
+    assert "for each of 2 variations" in machine.cost(8, 2)
     assert dropped
 
 
@@ -219,9 +219,9 @@ def test_measuring_ends_with_the_server(tiny_checkpoint):
 def test_the_cost_of_a_latent_budget_is_given_in_words(tiny_checkpoint):
     curve = [{"latents": 8, "nats_per_token": 2.0}, {"latents": 32, "nats_per_token": 1.75}]
     machine = Machine(Generator.from_pretrained(tiny_checkpoint), curve)
-    assert "0.25 nats per token short of the best quality" in machine.cost(8)
+    assert "0.25 nats per token worse than the best quality" in machine.cost(8)
     assert "best quality" in machine.cost(32)
-    assert "short of" not in machine.cost(32)
+    assert "worse than" not in machine.cost(32)
     assert machine.cost(0).startswith("**Auto** chooses 32 latents: about ")
 
 

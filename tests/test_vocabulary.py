@@ -15,8 +15,8 @@ def test_the_vocabulary_is_that_of_note_seq_and_three_control_tokens():
 
 def test_fingerprint():
     assert vocabulary.FINGERPRINT == "343f09a5a086dbda934ad744c83af7e9f0ebbb57bfe49534912b252764d8ce44", (
-        "the vocabulary or the encoding rules have changed, so no prepared data set and no checkpoint made before can be "
-        "used any more; if that is what you want, put the new fingerprint here"
+        "the vocabulary or the encoding rules have changed, so prepared data sets and checkpoints made before cannot "
+        "be used any more; if that is what you want, put the new fingerprint here"
     )
 
 

@@ -1,4 +1,4 @@
-"""The command `music-ar bench`: decoding speed on this machine, and what each number of latents costs in NLL."""
+"""The command `music-ar bench`: measure decoding speed here, and what each number of latents costs in NLL."""
 
 import dataclasses
 import json
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Decode:
-    """Times the decoding of tokens after a full prompt, and with --data also scores each number of latents.
+    """Time the decoding of tokens after a full prompt; with --data, also score each number of latents.
 
-    A step must read every weight and every cache once, so its limit is the memory bandwidth, which is measured in the
-    same run: by a large matrix-vector product and a sum.
+    A step must read every weight and every cache once, so memory bandwidth limits its speed. The bandwidth is measured
+    in the same run, by a large matrix-vector product and a sum.
 
     Attributes:
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name); default: the shipped model.
         latents: numbers of latents to compare.
         context: context lengths to compare, in tokens; default: the model's own. Retrieval still uses all tokens.
         batch: numbers of pieces decoded at once.
-        tokens: tokens to time per piece, after the first chunk. More are more certain.
-        data: dataset written by `music-ar prepare`, to score on; default: no scores.
-        pieces: number of validation pieces to score.
-        piece_tokens: tokens to score of each piece, from its start.
+        tokens: tokens to time per piece, after the first chunk. Raise it on a noisy machine.
+        data: dataset written by `music-ar prepare`; score its validation split. Default: no scores.
+        pieces: number of validation pieces to score (with --data).
+        piece_tokens: tokens to score of each piece, from its start (with --data).
         output: JSON file to write the result to.
     """
 
@@ -46,7 +46,8 @@ class Decode:
     output: Unset[Path] = None
 
     def __post_init__(self) -> None:
-        _check_at_least_one(self.tokens, self.pieces, self.piece_tokens, self.latents, self.context or (1,), self.batch)
+        _check_at_least_one(self, "tokens", "pieces", "piece_tokens", "latents", "batch")
+        _check_at_least_one(self, *(["context"] if self.context else []))
 
     def measure(self, model: "PerceiverAR") -> "tuple[list[DecodeRow], dict[str, float]]":
         """The rows of the table, and what is the same for all of them."""
@@ -65,16 +66,16 @@ class Decode:
 
 @dataclass(frozen=True, kw_only=True)
 class Render:
-    """Times `Generator.generate_many`, which `music-ar render` uses, beside a loop over `Generator.stream`.
+    """Time `Generator.generate_many`, which `music-ar render` uses, against a loop over `Generator.stream`.
 
-    Both are warmed up, and both use the seeds 0, 1, 2 and so on.
+    Both are warmed up first, and both use the seeds 0, 1, 2 and so on.
 
     Attributes:
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name); default: the shipped model.
         latents: numbers of latents to compare.
         batch: numbers of pieces generated at once; default: what `music-ar render` uses.
         pieces: number of pieces to generate.
-        loop_pieces: how many of them the loop generates; fewer save time.
+        loop_pieces: number of pieces that the loop generates; lower it to save time.
         seconds: length of each piece.
         output: JSON file to write the result to.
     """
@@ -88,7 +89,7 @@ class Render:
     output: Unset[Path] = None
 
     def __post_init__(self) -> None:
-        _check_at_least_one(self.latents, self.batch or (1,))
+        _check_at_least_one(self, "latents", *(["batch"] if self.batch else []))
         if not 1 <= self.loop_pieces <= self.pieces:
             raise CommandError(f"expected 1 <= --loop-pieces <= --pieces, got {self.loop_pieces} and {self.pieces}")
         if not 0 < self.seconds < math.inf:
@@ -104,7 +105,7 @@ class Render:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measures decoding speed on this machine. Prints a table and, as the last line, the result as JSON.
+    """Measure decoding speed on this machine; print a table and, as the last line, the result as JSON.
 
     For the options, see `music-ar bench decode --help` and `music-ar bench render --help`.
 
@@ -145,10 +146,13 @@ class Bench:
         print(json.dumps(result))
 
 
-def _check_at_least_one(*numbers: int | tuple[int, ...]) -> None:
-    for number in numbers:
-        if min(number if isinstance(number, tuple) else (number,), default=0) < 1:
-            raise CommandError(f"every number must be at least 1, got {number}")
+def _check_at_least_one(benchmark: Decode | Render, *options: str) -> None:
+    for option in options:
+        value = getattr(benchmark, option)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if min(numbers, default=0) < 1:
+            got = " ".join(map(str, numbers)) or "nothing"
+            raise CommandError(f"--{option.replace('_', '-')} must be at least 1, got {got}")
 
 
 def _cell(value: Any) -> str:

@@ -23,24 +23,24 @@ Scores = dict[str, dict[str, float | int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Scores how well a model predicts real music: the negative log-likelihood (NLL) of each token, note and second.
+    """Score how well a model predicts real music: the negative log-likelihood (NLL) of each token, note and second.
 
-    With --report, it also generates pieces and writes a folder with these pieces, a report (report.md) with charts,
-    and all metrics (report.json): NLL by token type, number of latents and context length; long-range retrieval;
+    With --report, also generate pieces and write a folder with the pieces, a report with charts (report.md) and all
+    metrics (report.json). It covers the NLL by token type, number of latents and context length; long-range retrieval;
     distances between generated and real music; and the longest runs of notes shared with the training split.
 
     Example: music-ar evaluate --data data/maestro --report out --max-pieces 2 --pieces 8 --seconds 60
 
     Attributes:
         data: dataset written by `music-ar prepare`.
-        split: splits to score. Of several, the other sections of the report use the first.
+        split: splits to score. If there are several, the other sections of the report use the first.
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name); default: the shipped model.
-        context: number of past tokens the model may use; default: the model's own.
-        latents: number of latents; default: the model's maximum. Fewer are faster, and what they cost in likelihood is
-            what this shows.
+        context: number of past tokens the model may use; default: the model's own. Lower it to see what a
+            long context is worth.
+        latents: number of latents; default: the model's maximum. Lower it to see what fewer latents cost in likelihood.
         stride: tokens scored per window. A smaller stride is slower but gives each token more context.
-        batch_size: windows per batch. Lower it if memory runs out.
-        max_pieces: score only the first pieces of each split; default: all.
+        batch_size: windows scored at once. Lower it if memory runs out.
+        max_pieces: score only this many pieces of each split, for a quick look; default: all.
         output: JSON file to write the scores to.
         report: folder to write a report to; needs the extra `plot`.
     """
@@ -61,10 +61,11 @@ class Evaluate:
     sampling: Sampling = SamplingOptions()
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or (self.max_pieces is not None and self.max_pieces < 1):
-            raise CommandError("--batch-size and --max-pieces must be at least 1")
+        for option, value in (("batch-size", self.batch_size), ("max-pieces", self.max_pieces)):
+            if value is not None and value < 1:
+                raise CommandError(f"--{option} must be at least 1, got {value}")
         if not self.split or len(set(self.split)) < len(self.split):
-            raise CommandError("--split takes one or more different splits")
+            raise CommandError(f"--split must be one or more different splits, got {' '.join(self.split) or 'none'}")
 
     def run(self) -> None:
         """Print the scores, and write them and the report where the options say."""
@@ -88,7 +89,7 @@ class Evaluate:
             write_atomically(self.output, json.dumps({**scores, **sizes}, indent=2).encode() + b"\n")
 
     def _scoring(self, config: "ModelConfig") -> "ScoringConfig":
-        """How to score with this model, with the defaults filled in."""
+        """The scoring config for this model, with the defaults filled in."""
         from music_ar.evaluation.likelihood import ScoringConfig
 
         scoring = ScoringConfig(

@@ -1,4 +1,4 @@
-"""The command `music-ar generate`: one piece, or several variations of it, as MIDI."""
+"""The command `music-ar generate`: generate one piece, or several variations of it, as MIDI."""
 
 import time
 from dataclasses import dataclass
@@ -15,21 +15,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Generates piano pieces, from nothing or continuing a prompt, and writes them as MIDI.
+    """Generate piano pieces, from scratch or continuing a prompt, and write them as MIDI.
 
     Example: music-ar generate --output longer.mid --prompt mine.mid --prompt-seconds 20 --seconds 120 --latents auto
 
     Attributes:
-        output: MIDI file to write. Several variations get numbers: piece-1.mid, piece-2.mid and so on.
-        prompt: MIDI file to continue; default: none, the piece is new.
-        prompt_seconds: use only so many seconds of the prompt, from its beginning; default: all.
-        continuation_only: leave the prompt out of the file written.
+        output: MIDI file to write. Several variations are numbered: piece-1.mid, piece-2.mid and so on.
+        prompt: MIDI file to continue; default: none, for a piece from scratch.
+        prompt_seconds: use only this many seconds of the prompt, from its beginning; default: all.
+        continuation_only: write only the new music, without the prompt.
         seconds: length of the music to generate; a piece may end earlier.
         variations: number of pieces to generate at once; variation i uses seed + i.
-        latents: number of latents. Fewer are faster, more are more coherent. "auto" takes the most that keep up with
-            --speed on this machine; default: 1024, or the model's maximum if it has fewer.
-        speed: with --latents auto, seconds of music to generate per second; default: 1.5.
-        seed: random seed; the same seed and options give the same piece. Default: random, and printed.
+        latents: number of latents. Fewer is faster, more is more coherent. "auto" times this machine for a moment and
+            takes the most that keep up with --speed. Default: 1024, or the model's maximum if it has fewer.
+        speed: with --latents auto, seconds of music to generate per second. Raise it to leave room for other work;
+            default: 1.5.
+        seed: random seed; the same seed and options give the same piece. Default: a random one, which is printed.
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name); default: the shipped model.
     """
 
@@ -63,7 +64,7 @@ class Generate:
             for chunk in session.extend(self.seconds):
                 first_s = time.monotonic() - began_s if first_s is None else first_s
                 line.report(chunk.seconds_made / chunk.seconds_wanted, _progress(chunk))
-        assert chunk is not None  # there is at least one chunk
+        assert chunk is not None  # a session yields at least one chunk
         elapsed_s = time.monotonic() - began_s
         for number, (seed, piece) in enumerate(zip(chunk.seeds, chunk.performances, strict=True), start=1):
             path = self.output if len(chunk.seeds) == 1 else self.output.with_stem(f"{self.output.stem}-{number}")

@@ -1,4 +1,4 @@
-"""The command `music-ar inspect`: summarize MIDI files beside real piano music."""
+"""The command `music-ar inspect`: summarize MIDI files next to real piano music."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 
-# Rows of the summary that were measured on MAESTRO too: the fields of `Statistics` that they show.
+# Rows of the summary that were also measured on MAESTRO, and the fields of `Statistics` that they show.
 _MAESTRO_FIELDS = {
     "notes per second": "notes_per_s",
     "mean polyphony": "mean_polyphony",
@@ -29,7 +29,7 @@ _MAESTRO_FIELDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Prints statistics of a MIDI file beside those of MAESTRO. The sustain pedal is folded into the note durations.
+    """Print statistics of a MIDI file next to those of MAESTRO. The sustain pedal is folded into the note durations.
 
     Example: music-ar inspect mine.mid longer.mid --plot rolls.png
 
@@ -37,8 +37,8 @@ class Inspect:
         file: MIDI file.
         other: a second MIDI file to compare with the first.
         tokens: print the event tokens instead, one per line: time in seconds, id, meaning.
-        plot: write a picture of the piano rolls to this PNG, SVG or PDF file; needs the extra `plot`.
-        data: dataset written by `music-ar prepare`. Finds the longest run of notes that each file shares with its
+        plot: draw the piano rolls to this PNG, SVG or PDF file; needs the extra `plot`.
+        data: dataset written by `music-ar prepare`. Also print the longest run of notes that each file shares with its
             training split, in any key and rhythm: a check for memorization.
     """
 
@@ -50,7 +50,7 @@ class Inspect:
 
     def __post_init__(self) -> None:
         if self.tokens and self.other is not None:
-            raise CommandError("--tokens takes one file, got two")
+            raise CommandError("--tokens takes one file, got two; inspect them one at a time")
 
     def run(self) -> None:
         """Print the summary or the tokens, and draw the piano rolls."""
@@ -80,7 +80,7 @@ class Inspect:
 
 
 def summary(performance: "Performance") -> dict[str, str]:
-    """What `music-ar inspect` prints about a performance: name -> value."""
+    """What `music-ar inspect` prints about a performance, as name -> value."""
     from music_ar.metrics.statistics import Statistics
     from music_ar.tokens.codec import encode
 
@@ -124,7 +124,7 @@ def common_notes(first: "Performance", second: "Performance") -> str:
 def shared_runs(performances: "Sequence[Performance]", data: Path) -> Iterator[str]:
     """Describe each performance's longest run of notes shared with the training split, in any key and rhythm.
 
-    Counted over all notes, and without repeated patterns, such as trills and scales, which much music shares.
+    Counted over all notes, and again without repeated patterns such as trills and scales, which much music shares.
     """
     from data_pipeline.dataset import Pieces
     from music_ar.metrics.memorization import longest_shared_runs

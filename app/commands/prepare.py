@@ -14,18 +14,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
-    """Prepares MIDI files for `music-ar train`: token shards and a manifest. Unchanged files are not prepared again.
+    """Prepare MIDI files for `music-ar train`: token shards and a manifest. If nothing has changed, it does nothing.
 
     Example: music-ar prepare --maestro maestro-v3.0.0-midi.zip --output data/maestro
 
     Attributes:
-        output: folder to write; created if missing.
+        output: dataset folder to write; created if missing.
         maestro: the official MAESTRO zip, or the folder it unpacks to. Its official splits are kept.
-        midi: a folder or zip of your own MIDI files, split by a hash of their names. Unusable files are skipped.
-        validation: share of the files for the validation split (with --midi).
-        test: share of the files for the test split (with --midi).
-        seed: random seed of the split assignment (with --midi).
-        workers: number of processes; by default one per core.
+        midi: a folder or zip of your own MIDI files. They are split by a hash of their names; unusable ones are
+            skipped.
+        validation: fraction of the files that go to the validation split (with --midi). Raise it for a small
+            collection, which otherwise keeps too few to detect overfitting.
+        test: fraction of the files that go to the test split (with --midi).
+        seed: random seed of the split assignment (with --midi). Change it for another split of the same files.
+        workers: number of processes; default: one per core.
     """
 
     output: Path
@@ -38,7 +40,8 @@ class Prepare:
 
     def __post_init__(self) -> None:
         if (self.maestro is None) == (self.midi is None):
-            raise CommandError("give either --maestro or --midi")
+            got = "neither" if self.midi is None else "both"
+            raise CommandError(f"expected either --maestro or --midi, got {got}")
 
     def run(self) -> None:
         """Write the shards and print a table of the splits."""

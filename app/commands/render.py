@@ -1,4 +1,4 @@
-"""The command `music-ar render`: many pieces, unattended and resumable."""
+"""The command `music-ar render`: generate many pieces, unattended and resumable."""
 
 import dataclasses
 import sys
@@ -20,37 +20,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Render:
-    """Generates many pieces unattended: a folder of MIDI files, and a manifest with one line per piece.
+    """Generate many pieces unattended: a folder of MIDI files, and a manifest with one line per piece.
 
-    If it is stopped or killed, the same command continues, and the result is the same to the last byte. Several
-    processes may share an output folder. Exit code 0: all pieces are complete, 3: some failed, 2: wrong usage.
+    If it is stopped or killed, the same command resumes, and the files come out the same to the last byte. Several
+    processes may share an output folder. Exit code 0: all pieces are complete; 3: some failed; 2: wrong usage.
 
     Example: music-ar render prompts/ --output out --variations 4 --seconds 120 --keep-best 2
 
     Attributes:
-        prompts: MIDI files to continue: folders (searched recursively), files, globs, or text files (.txt, .list) with
+        prompts: MIDI files to continue: files, folders (searched recursively), globs, or text files (.txt, .list) with
             one file name per line. "-" reads a MIDI file from standard input.
         output: folder to write. "-" writes a single piece to standard output and nothing else.
-        count: also generate so many pieces without a prompt; piece i uses seed + i.
-        jobs: JSONL file; each line is an object with the options of some pieces: prompt, name, and any of the options
-            here that change the music (variations, seed, seconds, latents, temperature and so on). What it leaves out
-            comes from this command.
+        count: also generate this many pieces without a prompt; piece i uses seed + i.
+        jobs: JSONL file with one object per line: prompt, name, and any of the options here that change the music
+            (variations, seed, seconds, latents, temperature and so on). Use it if pieces need different options;
+            whatever a line leaves out is taken from this command.
         variations: number of pieces per prompt; variation i uses seed + i.
-        keep_best: keep only so many variations of each prompt, those closest to real music in note density, polyphony,
-            loudness, silences and likelihood under the model; default: all.
+        keep_best: keep only this many variations of each prompt: those closest to real music in note density,
+            polyphony, loudness, silences and likelihood under the model. Default: all.
         seconds: length of the music to generate after the prompt; a piece may end earlier.
-        prompt_seconds: use only so many seconds of each prompt, from its beginning; default: all.
-        continuation_only: leave the prompt out of the files written.
-        latents: number of latents. Fewer are faster, more are more coherent; default: 1024, or the model's maximum if
-            it has fewer.
-        seed: random seed of each prompt's first variation.
-        audio: also write each piece as sound, tagged with title, seed and model; needs the extra `audio`.
-        batch_size: pieces generated at once; default: 16 on a CPU, elsewhere what fits into memory. The music depends
-            on it.
-        overwrite: replace pieces that exist with other settings; otherwise they are refused.
-        fail_fast: stop at the first piece that cannot be generated.
-        dry_run: only print what would be generated, and how long it would take.
-        log: text for people, or json for programs: one object per line on standard output.
+        prompt_seconds: use only this many seconds of each prompt, from its beginning; default: all.
+        continuation_only: write only the new music, without the prompt.
+        latents: number of latents. Fewer is faster, more is more coherent. Default: 1024, or the model's maximum if it
+            has fewer.
+        seed: random seed of each prompt's first variation. Change it for other pieces.
+        audio: also write each piece as an audio file, tagged with title, seed and model; needs the extra `audio`.
+        batch_size: pieces generated at once; default: 16 on a CPU, elsewhere as many as fit in memory. The music
+            depends on it, so set it if you need the same bytes on another device.
+        overwrite: replace pieces that were generated with other settings. Without it, such pieces are an error.
+        fail_fast: stop at the first piece that fails instead of recording the error and continuing.
+        dry_run: print what would be generated and about how long it would take, and generate nothing.
+        log: "text" for people, or "json" for programs: one object per line on standard output.
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name); default: the shipped model.
     """
 
@@ -88,11 +88,12 @@ class Render:
                 raise CommandError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
         if self.output == "-" and (self.audio or self.keep_best or self.log == "json" or self.dry_run):
             raise CommandError(
-                "--output - writes a single MIDI file: it excludes --audio, --keep-best, --log json and --dry-run"
+                "--output - writes a single MIDI file to standard output; it does not go with --audio, --keep-best, "
+                "--log json or --dry-run"
             )
 
     def run(self) -> int:
-        """Generate what is missing. Returns the exit code."""
+        """Generate what is missing; return the exit code."""
         from app.rendering.leases import Leases
         from app.rendering.log import JsonLog, TextLog
         from app.rendering.manifest import Manifest
@@ -127,7 +128,7 @@ class Render:
                 return run.run(TextLog(bar))
 
     def _plan(self, model: dict[str, Any]) -> "Plan":
-        """Plan all pieces, in the order in which they were asked for."""
+        """Plan all pieces, in the order they were asked for."""
         from app.rendering.plan import OPTION_TYPES, STDIN, Plan, find_prompts, job_name, read_jobs
         from music_ar import Generator
 
@@ -181,7 +182,8 @@ class Render:
         with ProgressLine("generating a piece") as line:
             plan = self._plan({})
             if len(plan.requests) != 1:
-                raise CommandError(f"--output - writes a single piece, these options ask for {len(plan.requests)}")
+                asked = len(plan.requests)
+                raise CommandError(f"--output - writes a single piece, these options ask for {asked}; name a folder")
             [request], music_s = plan.requests, 0.0
 
             def progress(seconds: float) -> None:
@@ -199,7 +201,7 @@ class Render:
 
 
 def _estimate_s(generator: "Generator", requests: "Sequence[Request]") -> float:
-    """How long the requests will take, from the measured time of a few chunks and the density of real music."""
+    """Estimate how long the requests will take, from the timing of a few chunks and the density of real music."""
     from music_ar.decoding.autotune import MAESTRO_TOKENS_PER_S
 
     estimate_s = 0.0
@@ -214,7 +216,5 @@ def _import_write_audio(audio: str) -> Callable[..., None]:
     try:
         from music_ar.audio import write_audio
     except ImportError as error:
-        raise CommandError(
-            f"--audio {audio} needs the extra `audio` (pip install '.[audio]'); {error}"
-        ) from error
+        raise CommandError(f"--audio {audio} needs the extra `audio` (pip install '.[audio]'); {error}") from error
     return write_audio

@@ -23,7 +23,7 @@ from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.tokens import vocabulary
 
 _BANDWIDTH_BYTES = 2**28
-_ACCELERATOR_BANDWIDTH_BYTES = 2**32  # so that reading takes a large one longer than starting to read
+_ACCELERATOR_BANDWIDTH_BYTES = 2**32  # an accelerator then spends longer reading than launching the read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,10 @@ class DecodeRow:
 
     Attributes:
         tokens_per_s: over all pieces.
-        first_note_s: time to read the prompt and decode the first chunk, compiled before.
+        first_note_s: time to read the prompt and decode the first chunk, without compilation.
         times_real_time: seconds of average MAESTRO music per second, in each piece.
         nats_per_token: NLL of real music through the decoder; None if not scored.
-        share_of_limit: speed as a share of what the memory bandwidth allows.
+        share_of_limit: speed as a fraction of what the memory bandwidth allows.
     """
 
     context: int
@@ -76,7 +76,7 @@ def decode_rows(
     scored: Sequence[np.ndarray],
     bytes_per_s: float,
 ) -> list[DecodeRow]:
-    """Time decoding with every context, number of latents and batch; score `scored` through the decoder, if any."""
+    """Time decoding for every context, number of latents and batch; score `scored`, if any, through the decoder."""
     rows = []
     with ProgressLine(f"memory bandwidth {bytes_per_s / 1e9:.1f} GB/s") as line:
         for context in contexts:
@@ -96,7 +96,7 @@ def decode_rows(
 def _interleaved(
     decoder: Decoder, batch: int, tokens: int, nats: dict[int, float | None], bytes_per_s: float
 ) -> list[DecodeRow]:
-    """A row per number of latents. They take turns, chunk by chunk, so that a noisy machine slows all of them alike."""
+    """Return a row per number of latents. They alternate chunk by chunk, so that noise slows all of them alike."""
     runs = {latents: _Run(decoder, latents, batch) for latents in nats}
     for _ in range(-(-tokens // decoder.backend.chunk_tokens(batch))):
         for run in runs.values():
@@ -120,8 +120,8 @@ class _Run:
     """Decoding with one number of latents, after a full prompt, one chunk at a time.
 
     Attributes:
-        first_note_s: seconds for prefill and the first chunk, compiled before.
-        bytes_read: bytes that a step must read, counting all of the embedding tables (3 %), of which it reads rows.
+        first_note_s: seconds for prefill and the first chunk, without compilation.
+        bytes_read: bytes that a step must read. It counts the whole embedding tables (3 %), of which a step reads rows.
     """
 
     def __init__(self, decoder: Decoder, latents: int, batch: int):
@@ -143,7 +143,7 @@ class _Run:
         self.bytes_read = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
 
     def next_chunk(self) -> None:
-        """Decode a chunk of the length that a stream has."""
+        """Decode a chunk as long as those of a stream."""
         began = time.perf_counter()
         self._state, tokens = self._decoder.decode(self._state, self._options, length=self._length)
         tokens.block_until_ready()
@@ -163,7 +163,7 @@ def render_rows(
     loop_pieces: int,
     seconds: float,
 ) -> list[RenderRow]:
-    """Time a loop over `generate` and then `generate_many`, with every number of latents and batch."""
+    """Time a loop over `stream` and then `generate_many`, for every number of latents and batch."""
     generator, rows = Generator(model), []
     with ProgressLine("rendering") as line:
         for number in latents:
@@ -177,10 +177,10 @@ def render_rows(
 
 
 def _render_row(generator: Generator, latents: int, batch: int | None, pieces: int, seconds: float) -> RenderRow:
-    """Time one way: with a batch `generate_many`, otherwise the loop."""
+    """Time one way: `generate_many` if there is a batch, otherwise the loop."""
 
     def run(seconds: float) -> Iterator[tuple[int, float]]:
-        """Tokens and seconds of each piece."""
+        """Yield the tokens and seconds of each piece."""
         if batch is None:
             for seed in range(pieces):
                 *_, last = generator.stream(seconds=seconds, latents=latents, seed=seed)
@@ -208,7 +208,7 @@ def _render_row(generator: Generator, latents: int, batch: int | None, pieces: i
 
 
 def read_bandwidth() -> float:
-    """Bytes per second that the default device reads: the best of ten matrix-vector products and ten sums."""
+    """Return the memory bandwidth of the default device in bytes per second: the best of ten products and ten sums."""
     memory = jax.devices()[0].memory_stats()  # None on a CPU
     size = _BANDWIDTH_BYTES
     if memory is not None:
@@ -226,7 +226,7 @@ def read_bandwidth() -> float:
 
 
 def _with_context(model: PerceiverAR, context: int) -> PerceiverAR:
-    """The same weights, with attention to another number of inputs."""
+    """Return the same weights with another context length."""
     if context == model.config.context:
         return model
     model = nnx.clone(model)
@@ -235,7 +235,7 @@ def _with_context(model: PerceiverAR, context: int) -> PerceiverAR:
 
 
 def _prompt(length: int) -> np.ndarray:
-    """Repeated notes: the content of a prompt does not change the time."""
+    """Return repeated notes; the content of a prompt does not change the timing."""
     note = [vocabulary.NOTE_ON + 60, vocabulary.TIME_SHIFT + 19, vocabulary.NOTE_OFF + 60, vocabulary.TIME_SHIFT + 9]
     tokens = np.resize(note, length)
     tokens[:2] = vocabulary.START, vocabulary.VELOCITY + 15

@@ -1,7 +1,7 @@
-"""`music-ar train`: trains a model on prepared data.
+"""The command `music-ar train`: train a model on prepared data.
 
-It joins the data pipeline, a model and `training.Trainer`, which does not know where batches come from. What needs JAX
-is imported when it runs, so `music-ar train --help` does not wait for it.
+It connects the data pipeline and a model to `training.Trainer`, which does not know where batches come from. Anything
+that needs JAX is imported in `run`, so `music-ar train --help` does not wait for it.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import numpy as np
 import tyro
 
-from app.console import CommandError, ProgressLine, clock
+from app.console import CommandError, ProgressLine, Unset, clock
 from data_pipeline.augmentation.transforms import Augmentation
 from data_pipeline.manifest import Manifest
 from music_ar.training.config import TrainingConfig
@@ -31,52 +31,56 @@ if TYPE_CHECKING:
 class Train:
     """Train a model on prepared data, for a number of steps or minutes.
 
-    The run's folder gets training/ (checkpoints to resume from), log.jsonl, tensorboard/ and, at the end, model/: the
-    pretrained model, with the weights that validated best and logits calibrated on the validation split. SIGTERM and
-    Ctrl-C save a checkpoint and end with exit code 0; `--resume` and the same options continue the run.
+    The folder of the run holds training/ (checkpoints to resume from), log.jsonl and tensorboard/. A finished run adds
+    model/: the weights that validated best, with logits calibrated on the validation split. Ctrl-C and SIGTERM save a
+    checkpoint and exit with code 0; repeat the command with --resume to continue.
 
     Example: music-ar train --data data/maestro --output runs/small --minutes 30
 
     Attributes:
-        data: folder that `music-ar prepare` wrote.
-        output: folder of the run.
-        preset: size of the model: small, medium, small-decoder or tiny.
-        start: fine-tune this model instead of random weights of the preset: the name of a model that ships with
-            music-ar, or a folder such as the model/ of another run. Lower learning rates, such as --muon-learning-rate
-            0.012 --adamw-learning-rate 0.0008, keep more of what it knows.
-        expand_to: first expand the --start model to this larger preset (small or medium); it computes the same until it
-            is trained.
-        teacher: models to distill: the trained model also learns their mean prediction. Names of models that ship with
-            music-ar, or folders such as the model/ of other runs.
-        out_of_fold: cross-fitted distillation: each teacher teaches only the fold of the data that it was not trained
-            on. Train teacher k with --without-fold k, and give the teachers in this order.
-        folds: number of folds of about equal size to split the data into; each composition is in one of them.
-        without_fold: number of the fold to leave out, from 1: trains a teacher for --out-of-fold.
+        data: dataset written by `music-ar prepare`.
+        output: folder of the run; created if missing.
+        preset: size of the model: small (the shipped one), medium, small-decoder (a decoder-only baseline) or tiny (for
+            tests).
+        start: model to fine-tune: the name of a shipped model, or a folder such as the model/ of another run. Lower
+            learning rates, such as --muon-learning-rate 0.012 --adamw-learning-rate 0.0008, keep more of what it knows.
+            Default: random weights of the preset.
+        expand_to: expand the --start model to this larger preset (small or medium) before training. It computes the
+            same function until it is trained. Default: keep its size.
+        teacher: models to distill: the trained model also learns their mean prediction. Names of shipped models, or
+            folders such as the model/ of other runs.
+        out_of_fold: cross-fitted distillation: each teacher teaches only the fold that it was not trained on. Train
+            teacher k with --without-fold k, and list the teachers in that order.
+        folds: number of folds of about equal size to split the data into; no composition is in two of them. Needed with
+            --without-fold only.
+        without_fold: train on all folds but this one, counted from 1. Use it to train a teacher for --out-of-fold.
+            Default: train on all data.
         augmented_copies: number of augmented copies of each piece (other mode, dynamics and rubato) to train on;
             originals are oversampled to match. Use it against overfitting.
-        workers: processes that prepare batches. Raise it if the device waits for data, as it may with a long context.
-        resume: continue from the newest checkpoint in the run's folder.
+        workers: number of processes that prepare batches; 0 prepares them in the training process. Raise it if the
+            device waits for data, as it may with a long context.
+        resume: continue from the newest checkpoint in the folder of the run.
         augment: whether to transpose and stretch the pieces, except in the --final-fraction of the run.
-        training: how to train.
-        augmentation: how far to transpose and stretch.
+        training: length of the run, optimizer, regularization and logging.
+        augmentation: ranges of the augmentation of training windows.
     """
 
     data: Path
     output: Path
     preset: str = "small"
-    start: str | None = None
-    expand_to: str | None = None
+    start: Unset[str] = None
+    expand_to: Unset[str] = None
     teacher: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = ()
     out_of_fold: bool = False
-    folds: int | None = None
-    without_fold: int | None = None
+    folds: Unset[int] = None
+    without_fold: Unset[int] = None
     augmented_copies: int = 0
     workers: int = 0
     resume: bool = False
     augment: Annotated[
         bool,
         tyro.conf.arg(
-            help="train on the pieces as they are, neither transposed nor stretched.",
+            help="train on the pieces as they are, neither transposed nor stretched. Use it if keys or tempi matter.",
             help_behavior_hint="(default: augmented, except in the --final-fraction of the run)",
         ),
     ] = True
@@ -87,7 +91,7 @@ class Train:
         if self.expand_to is not None and self.start is None:
             raise CommandError("--expand-to needs --start, the model to expand")
         if self.augmented_copies < 0:
-            raise CommandError(f"--augmented-copies must be at least 0; got {self.augmented_copies}")
+            raise CommandError(f"--augmented-copies must be at least 0, got {self.augmented_copies}")
         self._check_folds()
         if self.out_of_fold:
             self._check_cross_fitting()
@@ -103,25 +107,25 @@ class Train:
         if self.out_of_fold:
             raise CommandError("give either --without-fold, to train a teacher, or --out-of-fold, to train its student")
         if self.folds < 2:
-            raise CommandError(f"--folds must be at least 2; got {self.folds}")
+            raise CommandError(f"--folds must be at least 2, got {self.folds}")
         if not 1 <= self.without_fold <= self.folds:
-            raise CommandError(f"--without-fold must be in 1..{self.folds}; got {self.without_fold}")
+            raise CommandError(f"--without-fold must be in 1..{self.folds}, got {self.without_fold}")
 
     def _check_cross_fitting(self) -> None:
         if len(self.teacher) < 2:
             raise CommandError(
-                "--out-of-fold needs two or more --teacher models, each trained with --without-fold; got "
+                "--out-of-fold needs two or more --teacher models, each trained with --without-fold, got "
                 f"{len(self.teacher)}"
             )
         parts = self.training.micro_batches * len(self.teacher)
         if self.training.batch_size % parts:
             raise CommandError(
                 f"--out-of-fold: --batch-size must be a multiple of {parts}, which is --micro-batches times the number "
-                f"of teachers; got {self.training.batch_size}"
+                f"of teachers, got {self.training.batch_size}"
             )
 
     def run(self) -> None:
-        """Train, and save the pretrained model if the run reached its end."""
+        """Train; save the pretrained model if the run has reached its end."""
         for package in ("grain", "tensorboardX"):
             if importlib.util.find_spec(package) is None:
                 raise CommandError(f"training needs {package}: pip install '.[train]'")
@@ -131,7 +135,7 @@ class Train:
         compute = backend.select().compute
         manifest = Manifest.load(self.data)
         parts = self._parts(Pieces.open(self.data, "train"))
-        # Data of one's own may have no validation split.
+        # A user's own data may have no validation split.
         held_out = Pieces.open(self.data, "validation").tokens if manifest.splits["validation"].pieces else ()
         fitted = self._fit(self._initial_model(compute), manifest, parts, held_out, self._teachers(compute))
         if fitted.finished:
@@ -140,7 +144,7 @@ class Train:
             print(f"stopped at step {fitted.step}; the same command with --resume continues the run")
 
     def _parts(self, pieces: "Pieces") -> "list[Pieces]":
-        """Return what a batch consists of in equal parts: all pieces, those of other folds, or each teacher's fold."""
+        """Return the groups that a batch draws from equally: all pieces, all folds but one, or one fold per teacher."""
         if self.out_of_fold:
             return pieces.folds(len(self.teacher))
         if self.folds is None:
@@ -160,7 +164,7 @@ class Train:
 
         for option, preset in (("preset", self.preset), ("expand-to", self.expand_to)):
             if preset is not None and preset not in PRESETS:
-                raise CommandError(f"--{option} must be one of {', '.join(PRESETS)}; got {preset}")
+                raise CommandError(f"--{option} must be one of {', '.join(PRESETS)}, got {preset}")
         rngs = nnx.Rngs(self.training.seed)
         if self.start is None:
             return PerceiverAR(replace(PRESETS[self.preset], label_size=LABEL_SIZE), rngs=rngs, compute=compute)
@@ -213,7 +217,7 @@ class Train:
             ).fit()
 
     def _save(self, fitted: "Fitted", held_out: "Sequence[np.ndarray]") -> None:
-        """Calibrate the model, if there is data for it, and save it."""
+        """Calibrate the model, if there is a validation split, and save it."""
         from music_ar.evaluation.calibration import calibrate
         from music_ar.model.pretrained import save_pretrained
 
@@ -226,7 +230,7 @@ class Train:
         print(f"{fitted.step} steps in {clock(fitted.elapsed_s)}; the model is in {folder}")
 
     def _with_copies(self, parts: "list[Pieces]") -> "list[Pieces]":
-        """Return each part with its augmented copies, and with its pieces as often as there are copies."""
+        """Return each part with its augmented copies, and its originals repeated once per copy."""
         rng = np.random.default_rng(self.training.seed)
         seeds = rng.integers(2**32, size=(len(parts), self.augmented_copies)).tolist()
         return [
@@ -235,12 +239,12 @@ class Train:
         ]
 
     def _description(self, manifest: Manifest, parts: "list[Pieces]") -> dict[str, Any]:
-        """Return what the model learns from, so that a run is not resumed with other data, folds or teachers."""
+        """Return what the model learns from; a run is not resumed with other data, folds or teachers."""
         from music_ar.model.pretrained import identity
 
         folds = None
         if self.out_of_fold or self.folds is not None:
-            # Folds depend on the compositions, which the shards do not contain; their sizes reveal other folds.
+            # Folds depend on the compositions, which the shards do not contain; their sizes give other folds away.
             targets = [part.targets for part in parts]
             folds = {"without": self.without_fold, "of": self.folds or len(self.teacher), "targets": targets}
         return {
@@ -269,14 +273,14 @@ class Train:
             process_count=jax.process_count(),
             workers=self.workers,
         )
-        return cast("Batches", batches(*parts, config=loader))  # its batches are a TypedDict, so dicts of arrays
+        return cast("Batches", batches(*parts, config=loader))  # its batches are TypedDicts, so dicts of arrays
 
 
 def _validation_nll(model: "PerceiverAR", pieces: "Sequence[np.ndarray]") -> float:
-    """Return a quick NLL in nats per token, to watch a run by.
+    """Return a quick NLL in nats per token, to monitor a run.
 
     Every token counts once, but windows do not overlap, so some tokens have few latents before them: `music-ar
-    evaluate` finds less.
+    evaluate` reports a lower NLL.
     """
     from music_ar.evaluation.likelihood import ScoringConfig, score
 

@@ -6,7 +6,9 @@ import signal
 import tempfile
 import threading
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+import tyro
 
 from app.console import CommandError, ProgressLine, Unset
 from app.web.memory import share_arenas
@@ -14,20 +16,19 @@ from app.web.memory import share_arenas
 
 @dataclass(frozen=True, kw_only=True)
 class Web:
-    """Open the web page: give it a few bars of piano, and hear it continue.
+    """Open the web page: give it a few bars of piano and hear it continue.
 
     Example: music-ar web --host 0.0.0.0 --auth anna:secret --open
 
     Attributes:
-        checkpoint: name of a shipped model, a folder, or a hub id (owner/name); by default the shipped model.
-        host: address to listen on; by default only this machine can reach it, 0.0.0.0 lets your network in.
-        port: port to listen on; by default the first free one from 7860 on.
-        share: create a temporary public address through Gradio's servers.
-        auth: user:password to ask visitors for; by default none.
-        queue_size: number of requests that may wait for their turn.
-        open: open the page in the browser.
-        measure: measure how fast several variations are on this machine, in the first minutes while nobody generates
-            music; --no-measure puts it off until somebody asks for them.
+        checkpoint: name of a shipped model, a folder, or a hub id (owner/name); default: the shipped model.
+        host: address to listen on. The default can only be reached from this machine; 0.0.0.0 opens it to your network.
+        port: port to listen on; default: the first free one from 7860.
+        share: also create a temporary public address through Gradio's servers.
+        auth: user:password that visitors must enter; default: none. Set it if others can reach the page.
+        queue_size: number of requests that may wait for their turn; further ones are turned away.
+        open: open the page in the default browser.
+        measure: whether to time each number of variations while the page is idle after start-up.
     """
 
     many_rows: ClassVar[bool] = False  # see app.cli.Command
@@ -39,7 +40,13 @@ class Web:
     auth: Unset[str] = None
     queue_size: int = 20
     open: bool = False
-    measure: bool = True
+    measure: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="time a number of variations only when someone asks for it. Use it if the machine has other work.",
+            help_behavior_hint="(default: each is timed while the page is idle after start-up)",
+        ),
+    ] = True
 
     def __post_init__(self) -> None:
         if self.auth is not None and ":" not in self.auth:
@@ -60,14 +67,14 @@ class Web:
         from music_ar import Generator
         from music_ar.model.pretrained import read_companion
 
-        with ProgressLine("loading the model and measuring this machine, at most a minute") as line:
+        with ProgressLine("loading the model and timing this machine (up to a minute)") as line:
             generator = Generator.from_pretrained(self.checkpoint)
             machine = Machine(generator, json.loads(read_companion(self.checkpoint, "curve.json") or "{}").get("rows"))
             machine.warm_up(example_prompts())
             line.report(1.0, "ready")
         manager = SessionManager(machine)
         with tempfile.TemporaryDirectory(prefix="music-ar-") as folder:
-            os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and downloads are deleted with the server, if not sooner
+            os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and downloads are deleted with the server at the latest
             app = build_app(manager, about=read_companion(self.checkpoint, "MODEL_CARD.md"))
             user = None if self.auth is None else tuple(self.auth.split(":", 1))
             launch = {"server_name": self.host, "server_port": self.port, "share": self.share, "auth": user}

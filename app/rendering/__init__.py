@@ -1,1 +1,1 @@
-"""Batch rendering behind `music-ar render`: the plan, the run, the manifest of its folder, and leases of pieces."""
+"""Batch rendering behind `music-ar render`: the plan, the run, the manifest of the folder, and leases on pieces."""

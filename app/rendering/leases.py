@@ -1,8 +1,8 @@
 """Leases: which process generates which piece of a folder.
 
-Any number of processes may render into one folder, also from several machines on a network file system. A lease is a
-locked file, which the operating system unlocks when its process ends, however it ends: a crash leaves nothing to clean
-up. The lease files are hidden in the folder and empty.
+Any number of processes may render into one folder, even from several machines on a network file system. A lease is a
+locked file. The operating system unlocks it when its process ends, however it ends, so a crash leaves nothing to clean
+up. Lease files are empty, in a hidden folder.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ LEASES = ".leases"
 
 
 class Leases:
-    """The leases that this process holds in one folder. A context manager that gives all of them back.
+    """The leases that this process holds in one folder. As a context manager, releases all of them on exit.
 
     Args:
         folder: the output folder; created if it is missing.
 
     Raises:
-        CommandError: the folder cannot be written.
+        CommandError: the folder is not writable.
     """
 
     def __init__(self, folder: Path):
@@ -38,7 +38,7 @@ class Leases:
             ) from error
 
     def acquire(self, piece: str) -> bool:
-        """Lease a piece until `release`, or the end of this process; False if someone else holds its lease."""
+        """Lease a piece until `release` or the end of this process. Return False if another process holds it."""
         lock = FileLock(self._folder / hashlib.sha256(piece.encode()).hexdigest())
         try:
             lock.acquire(blocking=False)
@@ -48,9 +48,9 @@ class Leases:
         return True
 
     def release(self, piece: str) -> None:
-        """Give a lease back."""
+        """Release a lease."""
         lock = self._held.pop(piece)
-        with contextlib.suppress(OSError):  # Windows deletes no open file; an empty file stays there
+        with contextlib.suppress(OSError):  # Windows cannot delete an open file; there an empty one is left
             Path(lock.lock_file).unlink()
         lock.release()
 

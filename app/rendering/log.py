@@ -63,14 +63,14 @@ class TextLog:
         self._bar.report(min(tally.music_s / max(tally.wanted_s, 1e-9), 1.0), text)
 
     def summary(self, tally: Tally) -> None:
-        """Print what became of the pieces."""
+        """Print how many pieces were generated, were complete, failed, or were left to another process."""
         print(
             f"{tally.folder}: {tally.generated} pieces generated ({clock(tally.music_s)} of music in "
             f"{clock(tally.spent_s)}, {tally.speed:.1f} times real time), {tally.complete} already complete, "
             f"{tally.failed} failed"
         )
         if tally.elsewhere:
-            print(f"another process is generating {tally.elsewhere} more")
+            print(f"{tally.elsewhere} more are left to another process")
         if tally.failed:
             print(f"the errors are in {tally.folder / MANIFEST}; run the command again to retry")
 

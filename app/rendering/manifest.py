@@ -1,6 +1,7 @@
 """The manifest of a rendered folder: `manifest.jsonl`, one line per piece.
 
-A piece is written under a temporary name, renamed, and then added to the manifest: what has a line is complete.
+A piece is written under a temporary name, renamed, and only then added to the manifest. So every piece with a line is
+complete.
 """
 
 import contextlib
@@ -26,15 +27,15 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """The planned piece of a request, which has this as its tag.
+    """The planned piece of a request: the request's tag.
 
     Attributes:
         file: MIDI file to write, relative to the output folder.
-        prompt: the prompt as it was given; None generates a piece from nothing.
+        prompt: the prompt as given; None generates a piece from scratch.
         prompt_sha256: hash of the prompt's bytes; None if it cannot be read, which makes the request fail later.
-        settings: everything else that the music depends on, seed and model aside.
+        settings: everything the music depends on apart from prompt, seed and model.
         model: the model's identity.
-        group: name of the variations among which the best are kept.
+        group: name shared by the variations of which --keep-best keeps the best.
     """
 
     file: str
@@ -46,13 +47,13 @@ class Output:
 
 
 class Manifest:
-    """The lines of a folder, shared with other processes.
+    """The lines of a folder's manifest, shared with other processes.
 
     Args:
-        folder: the folder. It need not exist until something is written.
+        folder: the output folder. It need not exist until something is written.
 
     Attributes:
-        lines: the last line of each piece, by its file.
+        lines: the last line of each piece, by file.
 
     Raises:
         CommandError: a line is damaged.
@@ -67,7 +68,7 @@ class Manifest:
         self.read()
 
     def read(self) -> None:
-        """Read the lines that were added since, by any process.
+        """Read the lines that any process has added since the last call.
 
         Raises:
             CommandError: a line is damaged.
@@ -97,7 +98,7 @@ class Manifest:
         """Write a file of the folder atomically, for a piece that this process has leased. Returns its SHA-256."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The same name each time, so that the next run overwrites what a killed process left.
+        # Always the same temporary name, so that the next run overwrites what a killed process has left.
         write_atomically(path, data, part=path.with_name(f".part.{path.name}"))
         return hashlib.sha256(data).hexdigest()
 
@@ -107,22 +108,22 @@ class Manifest:
         with self._lock, self._path.open("a+b") as file:
             file.seek(0)
             end = _complete(file.read())
-            file.truncate(end)  # without the half line of a killed process
+            file.truncate(end)  # drops the partial line of a killed process
             try:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            except OSError:  # a full disk: leave no half line
+            except OSError:  # a full disk: leave no partial line
                 with contextlib.suppress(OSError):
                     file.truncate(end)
                 raise
         self.lines[line["file"]] = line
 
     def rewrite(self, order: Sequence[str], changes: Mapping[str, Line]) -> None:
-        """Sort the lines, one per piece, so that the manifest does not depend on the order in which pieces finished.
+        """Sort the lines, one per piece, so that the manifest does not depend on the order of completion.
 
         Args:
-            order: files of the planned pieces. Others follow, by name.
+            order: files of the planned pieces. Any others follow, by name.
             changes: fields to set, by file.
         """
         with self._lock:
@@ -135,7 +136,7 @@ class Manifest:
             self.write(MANIFEST, b"".join(_encode(self.lines[name]) for name in names))
 
     def is_complete(self, request: Request) -> bool:
-        """Whether the piece exists as requested, and unchanged; so does one that was dropped on purpose."""
+        """Whether the piece exists as requested, unchanged. A piece dropped by `keep_best` counts as complete."""
         line = self.lines.get(request.tag.file)
         if line is None or line["status"] == "failed" or changed_settings(line, request):
             return False
@@ -146,7 +147,7 @@ class Manifest:
         return has_audio and file_sha256(self.folder / line["file"]) == line["sha256"]
 
     def check_unchanged(self, requests: Sequence[Request]) -> None:
-        """Raise `CommandError` if a piece exists that was generated with other settings."""
+        """Raise `CommandError` if an existing piece was generated with other settings."""
         for request in requests:
             line = self.lines.get(request.tag.file)
             changes = [] if line is None or line["status"] == "failed" else changed_settings(line, request)
@@ -178,7 +179,7 @@ def planned_line(request: Request) -> Line:
 
 
 def changed_settings(line: Line, request: Request) -> list[str]:
-    """How the settings of an existing piece differ from those requested now."""
+    """Describe how the settings of an existing piece differ from those requested now."""
 
     def flat(line: Line) -> dict[str, Any]:
         return line["settings"] | {name: line[name] for name in ("seed", "prompt_sha256")} | line["model"]
@@ -200,10 +201,10 @@ def file_sha256(path: Path) -> str | None:
 
 
 def _encode(line: Line) -> bytes:
-    """Encode a line. Parts of a prompt's name that are not Unicode become JSON escapes."""
+    """Encode a line. Bytes of a prompt's name that are not Unicode become JSON escapes."""
     return json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def _complete(data: bytes) -> int:
-    """The length of the complete lines in `data`: a killed process may leave half a line at the end."""
+    """The length of the complete lines in `data`: a killed process may leave a partial line at the end."""
     return data.rfind(b"\n") + 1

@@ -1,7 +1,7 @@
 """The plan of a batch: every piece as a request, in the order asked for.
 
-The same command plans the same pieces, and a piece depends on its own request only. So a run that was stopped can
-continue, and gives the same bytes.
+The same command plans the same pieces, and a piece depends only on its own request. So a stopped run can be resumed and
+ends with the same bytes.
 """
 
 import dataclasses
@@ -20,40 +20,42 @@ from music_ar.decoding.sampling import SamplingOptions
 from music_ar.generator import Generator
 
 STDIN = "-"
-MIDI_ENDINGS = (".mid", ".midi")
-LIST_ENDINGS = (".txt", ".list")
+MIDI_EXTENSIONS = (".mid", ".midi")
+LIST_EXTENSIONS = (".txt", ".list")
 _MAX_NAME_BYTES = 200
 _NOT_OPTIONS = ("prompt", "speed", "sampling", "tag")
 _TYPE_NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
 class Prompt(NamedTuple):
-    """A prompt as it was given, and the name of its pieces."""
+    """A prompt as given, and the name of its pieces."""
 
     path: str
     name: str
 
 
 def find_prompts(arguments: Sequence[str]) -> Iterator[Prompt]:
-    """List the prompts in folders, files, lists of files and globs; `STDIN` is one too.
+    """List the prompts in folders, files, lists of files and globs; `STDIN` is a prompt, too.
 
     Raises:
-        CommandError: an argument names no prompt.
+        CommandError: an argument does not name a prompt.
     """
     for argument in arguments:
         path = Path(argument)
         if argument == STDIN:
             yield Prompt(STDIN, "stdin")
         elif path.is_dir():
-            found = sorted(each for each in path.rglob("*") if each.suffix.lower() in MIDI_ENDINGS and _is_file(each))
+            found = sorted(
+                each for each in path.rglob("*") if each.suffix.lower() in MIDI_EXTENSIONS and _is_file(each)
+            )
             if not found:
-                raise CommandError(f"{argument}: this folder has no .mid or .midi files")
+                raise CommandError(f"{argument}: expected .mid or .midi files in this folder, found none")
             yield from (Prompt(each.as_posix(), each.relative_to(path).with_suffix("").as_posix()) for each in found)
-        elif path.is_file() and path.suffix.lower() in LIST_ENDINGS:
+        elif path.is_file() and path.suffix.lower() in LIST_EXTENSIONS:
             lines = [line.strip() for line in _read_lines(path)]
             listed = [path.parent / line for line in lines if line and not line.startswith("#")]
             if not listed:
-                raise CommandError(f"{argument}: this list names no files")
+                raise CommandError(f"{argument}: expected one file name per line, found none")
             yield from (Prompt(each.as_posix(), each.stem) for each in listed)
         elif path.is_file():
             yield Prompt(path.as_posix(), path.stem)
@@ -61,7 +63,7 @@ def find_prompts(arguments: Sequence[str]) -> Iterator[Prompt]:
             files = Path(path.anchor or ".").glob(argument.removeprefix(path.anchor))
             matching = sorted(each.as_posix() for each in files if _is_file(each))
             if not matching:
-                raise CommandError(f"{argument}: no file matches")
+                raise CommandError(f"{argument}: no file matches this pattern")
             yield from (Prompt(each, PurePath(each).stem) for each in matching)
         else:
             raise CommandError(f"{argument}: no such file or folder")
@@ -76,13 +78,13 @@ def _option_types() -> Iterator[tuple[str, type]]:
 
 
 OPTION_TYPES = dict(_option_types())
-"""The options that may differ from piece to piece, with their types: fields of `Request` and `SamplingOptions`."""
+"""Options that may differ from piece to piece, with their types: fields of `Request` and `SamplingOptions`."""
 JOB_TYPES = {"prompt": str, "name": str, **OPTION_TYPES}
 """The keys of a job, with their types."""
 
 
 def read_jobs(path: Path) -> Iterator[dict[str, Any]]:
-    """Read a jobs file: a JSON object per line, with any of `JOB_TYPES`; prompts are relative to the file.
+    """Read a jobs file: one JSON object per line, with any of `JOB_TYPES`. Prompts are relative to the file.
 
     Raises:
         CommandError: a line is not such an object.
@@ -115,12 +117,12 @@ class Plan:
 
     Args:
         generator: the model to generate with.
-        model: its identity.
-        defaults: each of `OPTION_TYPES`, for pieces that do not differ.
-        batch_size: pieces at once; None takes the generator's default.
-        audio: format of the sound files, if any.
-        keep_best: how many variations of a prompt to keep, if not all.
-        stdin: the MIDI file of the prompt `STDIN`.
+        model: the model's identity.
+        defaults: the value of each of `OPTION_TYPES` where a piece has none of its own.
+        batch_size: pieces generated at once; default: the generator's.
+        audio: format of the audio files, if any.
+        keep_best: number of variations of a prompt to keep; default: all.
+        stdin: content of the MIDI file that the prompt `STDIN` stands for.
 
     Attributes:
         generator: as given.
@@ -148,8 +150,8 @@ class Plan:
         """Plan the variations of a prompt.
 
         Args:
-            prompt: MIDI file to continue; None generates pieces from nothing.
-            name: name of the pieces; a number is added if it is taken.
+            prompt: MIDI file to continue; None generates pieces from scratch.
+            name: name of the pieces; numbered if it is taken.
             options: those of `OPTION_TYPES` that differ from the defaults.
 
         Raises:
@@ -177,7 +179,7 @@ class Plan:
             self.requests.append(dataclasses.replace(request, tag=output))
 
     def _settings(self, options: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-        """What the manifest records beside prompt, seed and model."""
+        """What the manifest records in addition to prompt, seed and model."""
         settings = {name: value for name, value in options.items() if name not in ("seed", "variations")}
         settings["batch_size"] = self._batch_size or batch_size
         if self._audio is not None:
@@ -187,7 +189,7 @@ class Plan:
         return settings
 
     def _unique(self, name: str) -> str:
-        """The name, numbered if another prompt has it, from another folder or list."""
+        """The name, numbered if a prompt from another folder or list has it already."""
         unique, number = name, 1
         while unique.casefold() in self._names:
             number += 1
@@ -197,10 +199,10 @@ class Plan:
 
 
 def job_name(job: Mapping[str, Any], number: int) -> str:
-    """The name of a job's pieces: its own, that of its prompt, or its number.
+    """The name of a job's pieces: the name given, that of the prompt, or the job's number.
 
     Raises:
-        CommandError: its name would leave the output folder.
+        CommandError: the name would lead out of the output folder.
     """
     name = job.get("name") or (PurePath(job["prompt"]).stem if "prompt" in job else f"job-{number:04}")
     path = PurePath(name)
@@ -216,16 +218,16 @@ def _sha256(source: str | bytes | None) -> str | None:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a file, or a dead link, which becomes a failed piece; not a folder or a pipe."""
+    """Whether it is a file or a broken link, which becomes a failed piece, and not a folder or a pipe."""
     return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _read_lines(path: Path) -> list[str]:
-    """The lines of a text file. The file names in it need not be Unicode."""
+    """The lines of a text file. The file names in it may not be Unicode."""
     return path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
 
 
 def _file_name(name: str) -> str:
-    """A name that file systems accept with an ending after it: Unicode, and not too long."""
+    """A name that file systems accept, with room for an extension: Unicode, and not too long."""
     path = PurePath(os.fsencode(name).decode(errors="replace"))
     return path.with_name(path.name.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")).as_posix()

@@ -28,8 +28,8 @@ class Run:
 
     Args:
         generator: the model.
-        manifest: the folder.
-        leases: the leases of this process in the folder.
+        manifest: of the output folder.
+        leases: of this process, in that folder.
         plan: all requests.
         missing: those to generate.
         write_audio: `music_ar.audio.write_audio`, if the settings of the plan have an audio format.
@@ -60,7 +60,7 @@ class Run:
         )
 
     def run(self, log: Log) -> int:
-        """Generate the missing pieces and report them. Returns the exit code."""
+        """Generate the missing pieces and log them; return the exit code."""
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
             for piece in self._pieces(log):
@@ -81,7 +81,7 @@ class Run:
         return SOME_FAILED if self._tally.failed else 0
 
     def _pieces(self, log: Log) -> Iterator[Piece]:
-        """Generate pieces in the order in which they finish; those of one batch size share a batch."""
+        """Yield pieces in the order in which they are finished; those with the same batch size share a batch."""
 
         def progress(seconds: float) -> None:
             self._tally.music_s += seconds
@@ -90,13 +90,13 @@ class Run:
         def batch_size(request: Request) -> int:
             return request.tag.settings["batch_size"]
 
-        # Similar numbers of latents follow each other: they share a batch too.
+        # Sorted by latents, because similar numbers of latents share a batch.
         ordered = sorted(self._missing, key=lambda request: (batch_size(request), request.latents))
         for size, requests in itertools.groupby(ordered, key=batch_size):
             yield from self._generator.generate_many(self._leased(requests), batch_size=size, progress=progress)
 
     def _leased(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """Lease each request when its turn comes; skip what another process generates or has generated."""
+        """Lease each request when its turn comes; skip what another process is generating or has generated."""
         for request in requests:
             if not self._leases.acquire(request.tag.file):
                 self._tally.elsewhere += 1
@@ -109,7 +109,7 @@ class Run:
                 yield request
 
     def _finish(self, piece: Piece) -> Line:
-        """Write a piece and its line."""
+        """Write a piece and its manifest line; return the line."""
         line, error, buffer = planned_line(piece.request), piece.error, io.BytesIO()
         if error is None:
             try:
@@ -127,7 +127,7 @@ class Run:
         return line
 
     def _write(self, piece: Piece, midi: bytes) -> Line:
-        """Write the files of a piece. Returns what its line says about them."""
+        """Write the files of a piece; return what its line says about them."""
         file = piece.request.tag.file
         score = plausibility(piece.continuation, piece.nats_per_token)
         line = {
@@ -157,7 +157,7 @@ class Run:
         return name
 
     def _rank(self) -> None:
-        """Sort the manifest as planned; with `keep_best`, remove all but the best variations of complete groups."""
+        """Sort the manifest as planned; with `keep_best`, keep only the best variations of each complete group."""
         self._manifest.read()
         lines = self._manifest.lines
         changes = {} if self._keep_best is None else _kept_and_dropped(self._plan, lines, self._keep_best)
@@ -178,7 +178,7 @@ class Run:
 
 
 def _kept_and_dropped(plan: Sequence[Request], lines: dict[str, Line], keep_best: int) -> dict[str, Line]:
-    """The status of each generated piece whose group is complete, by file."""
+    """The new status of each generated piece of a complete group, by file."""
     changes: dict[str, Line] = {}
     for _, group in itertools.groupby(plan, key=lambda request: request.tag.group):
         files = [request.tag.file for request in group]

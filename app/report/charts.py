@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REAL, GENERATED = "tab:gray", "tab:blue"
-# Features with whole values: one bin per value where their range is small.
+# Features with integer values: one bin per value if their range is small.
 _WHOLE = ("pitch class", "melodic interval", "velocity", "polyphony")
 
 
@@ -23,14 +23,14 @@ def new_figure(width: float, height: float) -> "Figure":
         CommandError: Matplotlib is not installed.
     """
     try:
-        from matplotlib import figure  # not pyplot: that would look for a screen
+        from matplotlib import figure  # not pyplot, which would look for a display
     except ImportError as error:
         raise CommandError(f"charts need Matplotlib ({error}): pip install '.[plot]'") from error
     return figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG, SVG or PDF, by the file's ending; creates the folder."""
+    """Write a figure as PNG, SVG or PDF, by the file's extension; create the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -65,7 +65,7 @@ def retrieval(natural: Sequence[Mapping[str, Any]], planted: Sequence[Mapping[st
     distances = [f"{row['distance']:,}" for row in planted]
     axes[1].plot(distances, [row["unheard"] for row in planted], marker="o", color=REAL, label="did not occur before")
     axes[1].plot(distances, [row["heard"] for row in planted], marker="o", color=GENERATED, label="occurred before")
-    axes[1].set(xlabel="tokens between", ylabel="NLL of a motif, nats per token")
+    axes[1].set(xlabel="tokens in between", ylabel="NLL of a motif, nats per token")
     for axis in axes:
         axis.grid(linewidth=0.3)
         axis.legend(fontsize=8)
@@ -79,7 +79,7 @@ def distributions(
 
     Args:
         generated, real: samples of each feature, pooled over all pieces.
-        units: unit of each feature; also which features are drawn, and in which order.
+        units: unit of each feature to draw, in this order.
     """
     names = [name for name in units if len(generated[name]) and len(real[name])]
     rows = -(-len(names) // 4)
@@ -102,7 +102,7 @@ def distributions(
 
 
 def _bins(name: str, samples: np.ndarray) -> np.ndarray:
-    """Edges of a histogram's bins; the outermost 1 % of the samples is left out."""
+    """Edges of a histogram's bins, without the outermost 1 % of the samples."""
     low, high = np.percentile(samples, [0.5, 99.5])
     if name in _WHOLE and high - low < 60:
         return np.arange(low - 0.5, high + 1)
@@ -110,7 +110,7 @@ def _bins(name: str, samples: np.ndarray) -> np.ndarray:
 
 
 def shared_runs(generated: Sequence[int], real: Sequence[int]) -> "Figure":
-    """Share of pieces whose longest run of notes shared with the training split has at least so many notes."""
+    """Share of pieces whose longest run of notes shared with the training split is at least this long."""
     figure = new_figure(6, 3.2)
     axis: Any = figure.subplots()
     for runs, color, label in ((real, REAL, "real"), (generated, GENERATED, "generated")):

@@ -1,4 +1,4 @@
-"""`ReportConfig`: what a report generates and measures. Read without JAX, since it is part of the command line."""
+"""`ReportConfig`: what a report generates and measures. It is part of the command line, so it avoids JAX."""
 
 import math
 from dataclasses import dataclass
@@ -12,16 +12,17 @@ class ReportConfig:
     """What the report generates and measures; used with --report only.
 
     Attributes:
-        pieces: number of pieces to generate. More make the distances from real music more certain.
-        seconds: length of each piece; real pieces are cut to the same length. Self-similarity at lags of up to a minute
-            needs longer pieces than that.
-        prompt_seconds: continue the first seconds of real pieces; 0 generates without prompts.
+        pieces: number of pieces to generate. More make the distances from real music more reliable, and take longer.
+        seconds: length of each piece; real pieces are cut to the same length. Self-similarity is measured at
+            lags of up to a minute, so it needs more than 60 seconds.
+        prompt_seconds: length of the prompts, which are the beginnings of real pieces; 0 generates from scratch.
         generation_latents: number of latents for generation; default: 1024, or the model's maximum if it has fewer.
-            Fewer are faster and less coherent.
-        generated: compare the MIDI files in this folder with real music, instead of generating pieces.
+            Fewer is faster, more is more coherent.
+        generated: compare the MIDI files in this folder with real music instead of generating pieces. Use it for pieces
+            of an earlier report or of another model.
         seed: random seed of the first piece; piece i uses seed + i. Also seeds the motifs and the real-vs-real
             baseline.
-        motifs: number of planted motifs per distance. More make the retrieval probe more certain, and slower.
+        motifs: number of planted motifs per distance. More make the retrieval probe more reliable, and slower.
     """
 
     pieces: int = 64

@@ -1,4 +1,4 @@
-"""The measurements of a report, a function per section. The documentation defines each, under Evaluation."""
+"""The measurements of a report, a function per section. docs/results/evaluation.md defines each."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +19,9 @@ from music_ar.tokens import codec
 
 TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
 CURVE_LATENTS = 1024
-"""Most latents when contexts are compared: few enough that a short context has as many."""
+"""Maximum number of latents when contexts are compared, so that a short context has as many."""
 SHORT_CONTEXT = 2048
-"""The context that the longest one is compared with: notes that repeat within it do not need a longer one."""
+"""The context that the longest one is compared with. Notes that repeat within it do not need a longer one."""
 MOTIF_TOKENS = 256
 
 Tokens = Sequence[np.ndarray]
@@ -32,7 +32,7 @@ Timed = Callable[[str], Callable[[float], None]]
 def prediction(
     model: PerceiverAR, tokens: Tokens, scoring: ScoringConfig, on_progress: Callable[[float], None]
 ) -> dict[str, Any]:
-    """The NLL of a split, in all and by token type, with the temperature at which it would be lowest."""
+    """The NLL of a split, overall and by token type, and the temperature at which it would be lowest."""
     nll = score_tokens(model, tokens, scoring, temperatures=TEMPERATURES, on_progress=on_progress)
     plain = [of_piece[TEMPERATURES.index(1.0)] for of_piece in nll]
     types: dict[str, Any] = score_by_type(plain, tokens)
@@ -55,7 +55,7 @@ def prediction(
 
 
 def latents_curve(model: PerceiverAR, tokens: Tokens, scoring: ScoringConfig, timed: Timed) -> dict[int, float]:
-    """NLL per token with fewer and fewer latents; at least half of the latents come before each token."""
+    """NLL per token as the number of latents is halved; at least half of the latents come before each token."""
     _, most = scoring.sizes(model.config)
     curve = {}
     for latents in halvings(most, most // 8):
@@ -72,7 +72,7 @@ def long_range(
     Args:
         model: the model.
         tokens: pieces to score.
-        all_tokens: pieces that motifs and the music around them are cut from.
+        all_tokens: pieces from which motifs and the music around them are taken.
         scoring: the longest context, and how to score.
         config: how many motifs, and their seed.
         timed: shows progress.
@@ -98,7 +98,7 @@ def natural_repeats(tokens: Tokens, nll: Mapping[int, list[np.ndarray]]) -> dict
 
     Args:
         tokens: pieces.
-        nll: context length -> NLL of each token but a piece's first.
+        nll: context length -> NLL of each token except the first of each piece.
     """
     contexts, groups = sorted(nll), natural_copying(tokens, nll)
     long = contexts[-1]
@@ -131,11 +131,11 @@ def natural_repeats(tokens: Tokens, nll: Mapping[int, list[np.ndarray]]) -> dict
 def planted_motifs(
     model: PerceiverAR, tokens: Tokens, scoring: ScoringConfig, config: ReportConfig, timed: Timed
 ) -> dict[str, Any]:
-    """NLL of motifs that occurred before, at more and more distance, and of the same motifs where they did not."""
+    """NLL of motifs that occurred before, at growing distances, and of the same motifs where they did not."""
     context, latents = scoring.sizes(model.config)
     motif_tokens = min(MOTIF_TOKENS, latents // 2, context // 8)
     longest = max(map(len, tokens))
-    other_tokens = sum(map(len, tokens)) - longest  # at least so many are outside the motif's piece
+    other_tokens = sum(map(len, tokens)) - longest  # at least this many are outside the motif's piece
     distances = (*halvings(context // 2, 4 * motif_tokens), 3 * context // 4)
     found = [
         planted_copying(
@@ -148,7 +148,7 @@ def planted_motifs(
             count=config.motifs,
             batch_size=scoring.batch_size,
             seed=config.seed,
-            on_progress=timed(f"motifs, {distance} tokens between"),
+            on_progress=timed(f"motifs, {distance} tokens in between"),
         )
         for distance in distances
         if distance + motif_tokens <= other_tokens and longest >= 2 * motif_tokens
@@ -171,7 +171,7 @@ def planted_motifs(
 def compare_music(
     generated: Sequence[Performance], real: Sequence[Performance], train: Pieces, seed: int
 ) -> dict[str, Any]:
-    """Distances between generated and real music, and the longest runs that both share with the training split."""
+    """Distances between generated and real music, and the longest runs that each shares with the training split."""
     corpus = [codec.decode(piece) for piece in train.tokens]
     return {
         "real_pieces": len(real),
@@ -214,7 +214,7 @@ def _run(run: SharedRun, train: Pieces) -> dict[str, Any]:
 
 
 def halvings(largest: int, smallest: int) -> tuple[int, ...]:
-    """`largest`, its half and so on, not below `smallest` (at least 1), in rising order."""
+    """`largest`, half of it, a quarter and so on down to `smallest` (at least 1), in ascending order."""
     sizes = [largest]
     while sizes[0] // 2 >= max(smallest, 1):
         sizes.insert(0, sizes[0] // 2)
@@ -222,7 +222,7 @@ def halvings(largest: int, smallest: int) -> tuple[int, ...]:
 
 
 def _with_latents(scoring: ScoringConfig, latents: int) -> ScoringConfig:
-    """With so many latents, and a stride that leaves half of them before each token."""
+    """The scoring config with this many latents, and a stride that leaves at least half of them before each token."""
     return dataclasses.replace(scoring, latents=latents, stride=min(scoring.stride, max(latents // 2, 1)))
 
 

@@ -1,4 +1,4 @@
-"""Piano rolls as pictures. Matplotlib comes with the extra `plot`."""
+"""Piano rolls as images. Matplotlib comes with the extra `plot`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ def draw(rolls: "Sequence[tuple[str, Performance]]", picture: Path, *, seconds: 
 
     Args:
         rolls: as in `piano_rolls`.
-        picture: PNG, SVG or PDF file to write, by its ending.
+        picture: file to write; its extension chooses PNG, SVG or PDF.
         seconds: as in `piano_rolls`.
 
     Raises:
@@ -31,7 +31,7 @@ def piano_rolls(rolls: "Sequence[tuple[str, Performance]]", *, seconds: float | 
     """Piano rolls, one below the other, with a common time axis; darker notes are louder.
 
     Args:
-        rolls: a title and a performance each.
+        rolls: titles and performances.
         seconds: length of the time axis; default: the longest performance.
 
     Raises:

@@ -16,26 +16,26 @@ from music_ar.tokens import codec
 
 
 def excerpts(tokens: Tokens, start_s: float, seconds: float) -> list[Performance]:
-    """The same seconds of every piece that is long enough, counted from its first note."""
+    """The same span of every piece that is long enough, in seconds from its first note."""
     whole = [codec.decode(piece) for piece in tokens]
     cut = [piece.crop(at := float(piece.onset_s[0]) + start_s, at + seconds) for piece in whole if len(piece)]
     return [piece for piece in cut if len(piece)]
 
 
 def prompt_index(number: int, pieces: int, prompts: int) -> int:
-    """Which prompt the piece with this number continues. Fewer pieces than prompts take theirs evenly spaced."""
+    """Which prompt the piece with this number continues. If there are fewer pieces than prompts, evenly spaced ones."""
     return number * prompts // pieces if pieces < prompts else number % prompts
 
 
 def generated_pieces(
     model: PerceiverAR, tokens: Tokens, config: ReportConfig, sampling: SamplingOptions, folder: Path, timed: Timed
 ) -> list[Performance]:
-    """The pieces to compare with real music: MIDI files that exist, or newly generated ones.
+    """The pieces to compare with real music: existing MIDI files, or newly generated pieces.
 
     Args:
         model: generates the pieces.
         tokens: real pieces, whose beginnings are the prompts.
-        config, sampling: what to generate, or where it is.
+        config, sampling: what to generate, or where the MIDI files are.
         folder: where new pieces are written.
         timed: shows progress.
 

@@ -17,7 +17,7 @@ def markdown(metrics: Metrics) -> str:
         f"{metrics['checkpoint'] or 'The shipped checkpoint'}, {metrics['parameters'] / 1e6:.1f} M parameters, on "
         f"{metrics['device']}. Context {metrics['context']:,}, {metrics['latents']:,} latents, stride "
         f"{metrics['stride']:,}. Unless another split is named, results are for {metrics['split']}. All metrics: "
-        "[report.json](report.json); their definitions are in the documentation, under Evaluation."
+        "[report.json](report.json). The documentation defines them under Results: Measuring music."
     )
     sections = (_prediction, _curves, _retrieval, _music, _memorization)
     return "\n\n".join(["# Evaluation", head, *(part for section in sections for part in section(metrics))]) + "\n"
@@ -39,7 +39,7 @@ def _prediction(metrics: Metrics) -> list[str]:
         "Negative log-likelihood (NLL) of real music, in nats.",
         table(["split", "pieces", "tokens", *(f"NLL per {unit}" for unit in units)], splits),
         table(["token type", "split", "tokens", "NLL per token", "share of the NLL", "best temperature"], types),
-        f"Calibration: the NLL is lowest at temperature {calibration['best_temperature']:.3f} (1 is calibrated), by "
+        f"Calibration: NLL is lowest at temperature {calibration['best_temperature']:.3f} (1 means calibrated), by "
         f"{calibration['gain']:.5f} nats per token.",
     ]
 
@@ -76,10 +76,10 @@ def _retrieval(metrics: Metrics) -> list[str]:
         f"last occurred {natural['short']:,} to {natural['long']:,} tokens ago. On these notes, a context of "
         f"{natural['long']:,} saves {_nats(natural['saved'])} nats per note over a context of {natural['short']:,}.",
         "![Long-range retrieval](recall.png)",
-        table(["tokens ago", "notes", "share", "same pitch followed then", *contexts], by_distance),
+        table(["tokens ago", "notes", "share", "same pitch followed", *contexts], by_distance),
         f"**Planted motifs.** A motif of {planted['theme_tokens']} tokens, other music, the motif again; NLL in "
-        "nats per token of the motif at the end, and of the same motif where it did not occur before.",
-        table(["tokens between", "motifs", "did not occur before", "occurred before", "saved"], motifs),
+        "nats per token of the second occurrence, and of the same motif where it did not occur before.",
+        table(["tokens in between", "motifs", "did not occur before", "occurred before", "saved"], motifs),
     ]
 
 
@@ -134,5 +134,5 @@ def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _nats(value: float | None) -> str:
-    """An NLL, or a dash where nothing was measured."""
+    """An NLL, or a dash if nothing was measured."""
     return "-" if value is None else f"{value:.3f}"

@@ -45,7 +45,7 @@ def write_report(
         folder: where report.md, report.json, the charts and pieces/ go.
         model: the model to measure.
         splits: pieces of each split to score, at least two each. All other sections use the first split.
-        train: pieces to search for copies.
+        train: pieces to search for copied passages.
         checkpoint: the model's name in the report; None for the shipped one.
         scoring: how tokens are scored.
         max_pieces: score only the first pieces of a split.
@@ -54,9 +54,9 @@ def write_report(
     Raises:
         CommandError: Matplotlib is not installed, a split is too small, or a piece cannot be generated.
     """
-    charts.new_figure(1, 1)  # raises now rather than after hours of work
+    charts.new_figure(1, 1)  # raises now, not after hours of work
     if min(map(len, splits.values())) < 2:
-        raise CommandError("a report compares real pieces with each other: it needs splits of at least two pieces")
+        raise CommandError("a report compares real pieces with each other: every split needs at least two")
     folder.mkdir(parents=True, exist_ok=True)
     first = next(iter(splits))
     scored = {split: pieces.tokens[:max_pieces] for split, pieces in splits.items()}
@@ -89,7 +89,7 @@ def write_report(
 
 
 def _subject(checkpoint: str | None, model: PerceiverAR, scoring: ScoringConfig) -> dict[str, Any]:
-    """What was scored, where and how, as report.json has it."""
+    """What was scored, where and how, as in report.json."""
     context, latents = scoring.sizes(model.config)
     return {
         "checkpoint": checkpoint,
@@ -103,7 +103,7 @@ def _subject(checkpoint: str | None, model: PerceiverAR, scoring: ScoringConfig)
 
 
 def _settings(config: ReportConfig, sampling: SamplingOptions) -> dict[str, Any]:
-    """How the pieces were generated, as report.json has it."""
+    """How the pieces were generated, as in report.json."""
     return {
         "from": None if config.generated is None else str(config.generated),
         "seconds": config.seconds,

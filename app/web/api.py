@@ -14,23 +14,23 @@ from app.web.session import Revision, Session
 from app.web.settings import AUTO, MAX_SECONDS, MAX_VARIATIONS, SAMPLING, Settings, sampling_help
 
 Result = tuple[dict[str, Any], list[str] | None]
-"""Progress, and with the last result the MIDI files."""
+"""Progress and, in the last result, the MIDI files."""
 
 LICENCE = (
     "The model may repeat music that it was trained on. Before you publish a piece, compare it with MAESTRO. "
     "The weights are licensed under CC BY-NC-SA 4.0: credit the source, no commercial use, share alike. "
     "Piano samples: Salamander Grand Piano V3 by Alexander Holm, CC BY 3.0."
 )
-# Programs may pass these by position, so this order stays. Other sampling options follow them.
+# Programs may pass these by position, so keep the order. Further sampling options are appended.
 _ORDER = ("seconds", "latents", "variations", "temperature", "top_p", "seed", "start_s", "end_s", "steadiness")
 _HELP = {
-    "prompt": "MIDI file to continue; none generates a new piece.",
+    "prompt": "MIDI file to continue; leave it out for a new piece.",
     "seconds": "length of the music to generate, in seconds.",
-    "latents": f"latent budget: more is better and slower; {AUTO} takes the most that keep ahead of playback.",
-    "variations": f"number of pieces to generate at once, up to {MAX_VARIATIONS}.",
-    "seed": "seed of the first variation; none takes a random one.",
+    "latents": f"latent budget: more is more coherent and slower; {AUTO} takes the most that keep ahead of playback.",
+    "variations": f"number of variations to generate at once, up to {MAX_VARIATIONS}.",
+    "seed": "random seed of the first variation; leave it out for a random one.",
     "start_s": "start of the part of the prompt to use, in seconds.",
-    "end_s": "end of that part, in seconds; none is the end of the file.",
+    "end_s": "end of that part, in seconds; leave it out for the end of the file.",
 }
 
 
@@ -38,14 +38,14 @@ class Api:
     """The endpoints.
 
     Args:
-        manager: whose music they generate.
+        manager: generates the music.
     """
 
     def __init__(self, manager: SessionManager):
         self.manager = manager
 
     def layout(self) -> None:
-        """Add the endpoints to a page. Their components are never shown."""
+        """Add the endpoints to a page. Their components are never visible."""
         names = [*_ORDER, *(name for name in SAMPLING if name not in _ORDER)]
         defaults = Settings().flat()
         with gr.Group(visible=False):
@@ -61,7 +61,7 @@ class Api:
         buttons[2].click(self.info, None, info, api_name="info", queue=False)
 
     def generate(self, request: gr.Request, values: dict[str, Any]) -> Iterator[Result]:
-        """Generate pieces, new ones or continuations of a MIDI file."""
+        """Generate pieces, from scratch or continuing a MIDI file."""
         session, prompt = self.manager.session(session_name(request)), values["prompt"]
         with errors_in_words():
             settings = Settings.read(values | {"prompt": ""})
@@ -99,7 +99,7 @@ def _number(name: str, default: float | None) -> gr.Number:
 
 
 def _with_parameters(handler: Callable[..., Iterator[Result]], defaults: dict[str, Any]) -> Callable[..., Any]:
-    """Make a function with one parameter for each name, which Gradio needs, of a handler that takes a dictionary."""
+    """Turn a handler that takes a dictionary into a function with one parameter per name, as Gradio needs it."""
 
     def call(request: gr.Request, *values: Any) -> Iterator[Result]:
         yield from handler(request, dict(zip(defaults, values, strict=True)))

@@ -1,4 +1,4 @@
-"""What the handlers of the page and of the API share: whose call it is, errors in words, files, the queue."""
+"""What the handlers of the page and the API share: session names, errors in words, download folders, the queue."""
 
 import secrets
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from app.web.settings import WebError
 from music_ar import GenerationError, SamplingError
 
 DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
-"""Options of an event that generates music: there is one queue for all of them."""
+"""Options of an event that generates music: all of these share one queue."""
 
 
 def session_name(request: gr.Request) -> str:
@@ -22,7 +22,7 @@ def session_name(request: gr.Request) -> str:
 
 
 def download_folder() -> Path:
-    """A new folder for one download, among those that Gradio deletes after a while."""
+    """A new folder for one download, where Gradio deletes files after a while."""
     folder = Path(get_upload_folder()) / secrets.token_hex(16)
     folder.mkdir(parents=True)
     return folder
@@ -30,7 +30,7 @@ def download_folder() -> Path:
 
 @contextmanager
 def errors_in_words() -> Iterator[None]:
-    """Show errors that the person can mend; any other error is a fault of ours and stays one."""
+    """Show errors that the user can fix. Any other error is a bug and propagates."""
     try:
         yield
     except (WebError, GenerationError, SamplingError) as error:

@@ -1,4 +1,4 @@
-"""Files to download: MIDI, sound, and an archive of everything."""
+"""Files to download: MIDI, audio, and an archive of everything."""
 
 import io
 import json
@@ -12,14 +12,14 @@ from music_ar import write_midi
 from music_ar.audio import write_audio
 
 FileKind = Literal["mid", "wav", "mp3", "zip"]
-MAX_SOUND_SECONDS = 1800.0  # a sound file of this length takes half a gigabyte to render
+MAX_SOUND_SECONDS = 1800.0  # an audio file of this length takes half a gigabyte of memory to render
 
 
 def write_file(session: Session, kind: str, folder: Path) -> Path:
     """Write the chosen variation or, as "zip", all of them with their settings, into an empty folder.
 
     Raises:
-        WebError: there is no music, or too much for a sound file.
+        WebError: there is no music, or too much for an audio file.
     """
     if kind not in get_args(FileKind):
         raise WebError(f"a download must be one of {', '.join(get_args(FileKind))}, got {kind!r}")
@@ -31,11 +31,13 @@ def write_file(session: Session, kind: str, folder: Path) -> Path:
         return path
     piece = revision.shown(session.chosen)
     if not len(piece):
-        raise WebError("there are no notes in this variation yet")
+        raise WebError("this variation has no notes yet: wait for some, or choose another")
     if kind == "mid":
         write_midi(piece, path)
     elif piece.duration_s > MAX_SOUND_SECONDS:
-        raise WebError(f"a sound file may be {MAX_SOUND_SECONDS / 60:g} minutes long at most; download the MIDI file")
+        raise WebError(
+            f"an audio file may last at most {MAX_SOUND_SECONDS / 60:g} minutes; download the MIDI file instead"
+        )
     else:
         write_audio(piece, path, title=f"Music AR, seed {seed}", comment=f"seed {seed}, {revision.latents} latents")
     return path

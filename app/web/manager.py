@@ -1,4 +1,4 @@
-"""The sessions of all tabs and API clients, and the one generator that they share."""
+"""The sessions of all tabs and API clients, and the one generator they share."""
 
 import math
 import secrets
@@ -15,21 +15,21 @@ from music_ar import Chunk, Performance
 from music_ar import Session as Generation
 from music_ar.decoding.request import MAX_SEED
 
-MAX_SESSIONS = 500  # the least recently used are forgotten
-_MAX_GENERATIONS = 4  # whose caches are kept on the device, to extend the music from there
-_SECONDS_BETWEEN_REVISIONS = 0.4  # a small model is faster than a page can draw
+MAX_SESSIONS = 500  # beyond that, the least recently used is forgotten
+_MAX_GENERATIONS = 4  # whose caches stay on the device, so that their music can be extended from there
+_SECONDS_BETWEEN_REVISIONS = 0.4  # a small model generates faster than a page can draw
 
 
 class SessionManager:
     """Generates music for all sessions.
 
-    The caller of `generate` and `extend` makes sure that only one of them runs at a time, as Gradio's queue does.
+    The caller must make sure that only one `generate` or `extend` runs at a time, as Gradio's queue does.
 
     Args:
-        machine: the generator, and what this machine can do with it.
+        machine: the generator, and its speed on this machine.
 
     Attributes:
-        activity: whether a session generates music.
+        activity: whether a session is generating music.
     """
 
     def __init__(self, machine: Machine):
@@ -41,7 +41,7 @@ class SessionManager:
         self._lock = threading.Lock()
 
     def session(self, name: str) -> Session:
-        """The session of this name, a new one if there is none."""
+        """The session with this name; a new one if there is none."""
         with self._lock:
             session = self._sessions.setdefault(name, Session())
             self._sessions.move_to_end(name)
@@ -51,7 +51,7 @@ class SessionManager:
         return session
 
     def forget(self, name: str) -> None:
-        """End the run of a session and free all that it holds."""
+        """End a session's run and free everything it holds."""
         with self._lock:
             session = self._sessions.pop(name, None)
         if session is not None:
@@ -63,12 +63,12 @@ class SessionManager:
     def generate(self, session: Session, settings: Settings) -> Iterator[Revision]:
         """Generate new pieces from the prompt of a session, revision by revision; each replaces the one before it.
 
-        The first revision is there at once and holds the prompt alone, or nothing if the prompt is to be left out.
+        The first revision comes at once. It holds the prompt alone, or nothing if the prompt is to be left out.
 
         Raises:
             WebError, GenerationError: it cannot be done as asked.
         """
-        run = self._begin(session, "Reading the prompt …" if session.prompt else "Beginning …")
+        run = self._begin(session, "Reading the prompt …" if session.prompt else "Starting …")
         try:
             self.free_caches(session)
             prompt, prompt_seconds = session.cropped_prompt(settings)
@@ -88,7 +88,7 @@ class SessionManager:
             self._end(session, run)
 
     def extend(self, session: Session, seconds: float) -> Iterator[Revision]:
-        """Continue the chosen variation; the first revision is the one that it continues.
+        """Continue the chosen variation. The first revision yielded is the one being continued.
 
         Raises:
             WebError, GenerationError: there is no music yet, or it cannot be done as asked.
@@ -104,7 +104,7 @@ class SessionManager:
             generation = self._generations.get(session)
             if continues and generation is not None and not generation.ended[chosen]:
                 generation.keep([chosen])
-            else:  # its caches are gone, or the piece has ended by itself, or the person has undone: read it again
+            else:  # the caches are gone, the piece has ended by itself, or the user pressed Undo: read it again
                 self.free_caches(session)
                 another_seed = seed + len(session.revisions)  # the same one would sample the same notes again
                 request = settings.model_copy(update={"seed": another_seed})
@@ -117,7 +117,7 @@ class SessionManager:
             self._end(session, run)
 
     def free_caches(self, session: Session) -> None:
-        """Free the caches of a session; its music can still be extended, after it is read again."""
+        """Free the caches of a session. Its music can still be extended, after being read again."""
         with self._lock:
             generation = self._generations.pop(session, None)
         if generation is not None:
@@ -150,7 +150,7 @@ class SessionManager:
         self._keep_caches(session, generation)
         began_s, shown_s = time.monotonic(), -math.inf
         for chunk in generation.extend(settings.seconds):
-            if session.run != run:  # stopped, or the tab is closed: the last revision shown stays
+            if session.run != run:  # stopped, or the tab was closed: the last revision shown stays
                 return
             if not chunk.finished and time.monotonic() < shown_s + _SECONDS_BETWEEN_REVISIONS:
                 continue

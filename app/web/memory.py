@@ -1,4 +1,4 @@
-"""Memory settings of glibc for a long-running server; they do nothing on other systems."""
+"""glibc allocator settings for a long-running server; they do nothing on other systems."""
 
 import ctypes
 import sys
@@ -8,10 +8,10 @@ _M_ARENA_MAX = -8  # from glibc's malloc.h
 
 
 def share_arenas() -> None:
-    """Have all threads allocate from two arenas. Call it before threads are started.
+    """Make all threads allocate from two arenas. Call this before threads are started.
 
-    By default glibc creates up to eight arenas per core, and each keeps what was freed in it. A server whose requests
-    are answered by changing threads then grows by a megabyte per request until all arenas are large.
+    By default glibc creates up to eight arenas per core, and each holds on to the memory freed in it. A server whose
+    requests are answered by changing threads then grows by a megabyte per request until all arenas are large.
     """
     _call("mallopt", _M_ARENA_MAX, 2)
 

@@ -1,4 +1,4 @@
-"""The page: its controls, and what happens when a person uses them. It asks no other machine for anything."""
+"""The page: its controls and their event handlers. It makes no requests to other servers."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -18,9 +18,9 @@ from app.web.settings import AUTO, MAX_VARIATIONS, SAMPLING, Settings, WebError,
 from music_ar import SamplingOptions
 
 SAMPLES = Path(str(resources.files("music_ar"))) / "audio" / "samples"
-_NO_PROMPT = "Nothing: a new piece"
+_NO_PROMPT = "Nothing (a new piece)"
 _DOWNLOADS = {"mid": "MIDI", "wav": "WAV", "mp3": "MP3", "zip": "ZIP (all)"}
-# Options of events that are answered at once, and are no part of the API.
+# Options of events that are answered at once and are not part of the API.
 _QUICK: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -45,7 +45,7 @@ class Page:
 
     def layout(self) -> None:
         """Create all components."""
-        gr.Markdown("# Music AR\nGive it a few bars of piano: it plays on.", elem_id="title")
+        gr.Markdown("# Music AR\nGive it a few bars of piano and hear it continue.", elem_id="title")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=320):
                 self._layout_prompt()
@@ -74,11 +74,9 @@ class Page:
 
     def _layout_prompt(self) -> None:
         self.example = gr.Dropdown([_NO_PROMPT, *self.prompts], value=_NO_PROMPT, label="Begin with", elem_id="example")
-        self.file = gr.File(
-            label="… or a MIDI file of your own", file_types=[".mid", ".midi"], height=140, elem_id="file"
-        )
+        self.file = gr.File(label="… or your own MIDI file", file_types=[".mid", ".midi"], height=140, elem_id="file")
         with gr.Group(visible=False) as self.prompt_box:
-            hint = "Drag across the roll to select the part to continue."
+            hint = "Drag across the roll to select the part to continue from."
             self.prompt_player = player("prompt", "Prompt", hint, SAMPLES)
             with gr.Row():
                 self.start_s = gr.Number(0, label="From (s)", min_width=90, elem_id="start")
@@ -92,11 +90,11 @@ class Page:
             value=AUTO,
             step=max(1, most // 32),
             label="Latent budget (0: auto)",
-            info="More latents: more coherent music, but slower.",
+            info="More latents make the music more coherent, and slower to generate.",
             elem_id="latents",
         )
         self.cost = gr.Markdown(self.manager.machine.cost(AUTO), elem_id="cost")
-        self.cost_timer = gr.Timer(2, active=False)  # asks again until the chosen number of variations is measured
+        self.cost_timer = gr.Timer(2, active=False)  # asks again until the chosen number of variations has been timed
         default = Settings()
         with gr.Row():
             self.seconds = gr.Number(default.seconds, label="Length (s)", min_width=110, elem_id="seconds")
@@ -105,12 +103,12 @@ class Page:
             )
         with gr.Accordion("More settings", open=False):
             self.seed = gr.Textbox("", label="Seed (empty: random)", elem_id="seed", max_lines=1)
-            self.continuation_only = gr.Checkbox(False, label="Continuation only: leave the prompt out")
+            self.continuation_only = gr.Checkbox(False, label="Continuation only (leave out the prompt)")
             self.sampling = _sampling_sliders()
             self.load = gr.UploadButton("Load settings (settings.json)", file_types=[".json"], size="sm")
 
     def _layout_result(self) -> None:
-        hint = "Space: play or pause. ← and →: 5 seconds back or forward. Click the roll to jump there."
+        hint = "Space: play or pause. ← and →: back or forward 5 seconds. Click the roll to jump to that point."
         self.player = player("piece", "Piece", hint, SAMPLES)
         self.status = gr.Markdown("", elem_id="status")
         with gr.Row():
@@ -123,7 +121,7 @@ class Page:
                 for kind, label in _DOWNLOADS.items()
             }
         self.saved = gr.DownloadButton("Save", elem_id="saved")
-        with gr.Accordion("The model, its licence and data", open=False, elem_id="about"):
+        with gr.Accordion("About the model: data, limits, licence", open=False, elem_id="about"):
             gr.Markdown(f"{LICENCE}\n\n{self.about}")
 
     # ---------------------------------------------------------------- events
@@ -159,10 +157,10 @@ class Page:
         for run in (generating, extending):
             run.failure(self.on_failure, None, self.result, **_QUICK)
         self.stop.click(self.on_stop, None, self.result, **_QUICK)
-        # A separate event, because it waits for the chunk in progress. It also removes those who wait from the queue.
+        # A separate event, because it waits for the chunk in progress. It also takes waiting requests out of the queue.
         self.stop.click(None, cancels=[generating, extending], **_QUICK)
         self.undo.click(self.on_undo, None, self.result, **_QUICK)
-        # By default Gradio drops an event while it still reports the one before.
+        # By default Gradio drops an event while the previous one is still in flight.
         self.player.choose(self.on_choose, None, None, trigger_mode="multiple", **_QUICK)
 
     def _bind_prompt(self) -> None:
@@ -180,7 +178,7 @@ class Page:
     # ---------------------------------------------------------------- runs
 
     def on_generate(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """Generate: `values` are those of `controls`."""
+        """Generate; `values` are those of `controls`."""
         session = self._session(request)
         with errors_in_words():
             settings = Settings.read(dict(zip(self.controls, values, strict=True)))
@@ -197,7 +195,7 @@ class Page:
             yield self._shown(session)
 
     def on_failure(self, request: gr.Request) -> tuple[Any, ...]:
-        """Show what there is after an error."""
+        """Show what there is so far after an error."""
         return self._shown(self._session(request))
 
     def on_stop(self, request: gr.Request) -> tuple[Any, ...]:
@@ -207,7 +205,7 @@ class Page:
         return self._shown(session)
 
     def on_undo(self, request: gr.Request) -> tuple[Any, ...]:
-        """Return to the revision before."""
+        """Return to the previous revision."""
         session = self._session(request)
         with errors_in_words():
             session.undo()
@@ -218,7 +216,7 @@ class Page:
         self._session(request).choose(int(event.variation), float(event.at))
 
     def on_download(self, kind: str) -> Callable[[gr.Request], str]:
-        """Make the handler that writes a file of this kind."""
+        """Return the handler that writes a file of this kind."""
 
         def download(request: gr.Request) -> str:
             with errors_in_words():
@@ -248,23 +246,23 @@ class Page:
         return gr.skip(), None, *_prompt_update(session)
 
     def on_crop(self, event: gr.EventData) -> tuple[float, float]:
-        """Take over the part that was selected in the roll."""
+        """Adopt the part that was selected in the roll."""
         return event.start, event.end
 
     def on_limits(self, request: gr.Request, start_s: float | None, end_s: float | None) -> Any:
-        """Show in the roll the part that was typed."""
+        """Show the part that was typed in the roll."""
         with errors_in_words():
             part = Settings.read({"start_s": start_s or 0.0, "end_s": end_s})
         return prompt_value(self._session(request), part)
 
     def on_cost(self, request: gr.Request, latents: float, variations: float) -> tuple[str, Any]:
-        """Show the speed and quality of a latent budget, and ask again while that is being measured."""
+        """Show the speed and quality of a latent budget; ask again while they are being measured."""
         machine, prompt = self.manager.machine, self._session(request).prompt
         cost = machine.cost(int(latents), int(variations), prompt)
         return cost, gr.Timer(active=not machine.knows(int(variations)))
 
     def on_settings_file(self, request: gr.Request, path: str) -> list[Any]:
-        """Restore the settings of a download."""
+        """Restore the settings of a downloaded settings.json."""
         try:
             values = dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
@@ -274,7 +272,7 @@ class Page:
     def on_open(self, request: gr.Request) -> list[Any]:
         """Restore the settings of a link."""
         values = dict(request.query_params)
-        # A plain address sets nothing: on a slow line the person may have begun to choose already.
+        # A plain address sets nothing: on a slow connection the user may have begun to choose already.
         return self._restored(self._session(request), values) if values else [gr.skip()] * len(self.settable)
 
     def on_leave(self, request: gr.Request) -> None:
@@ -300,7 +298,7 @@ class Page:
         )
 
     def _restored(self, session: Session, values: dict[str, Any]) -> list[Any]:
-        """Values of `settable`; the prompt, too, if it is an example or the one that was uploaded already."""
+        """Values of `settable`, including the prompt if it is an example or the file already uploaded."""
         with errors_in_words():
             settings = Settings.read(values)
         flat = settings.flat() | {"seed": "" if settings.seed is None else str(settings.seed)}

@@ -1,4 +1,4 @@
-"""Builds the app, page and API, and serves it."""
+"""Build the app, page and API, and serve it."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ FILES_LIVE_S = 3600
 
 
 def build_app(manager: SessionManager, *, about: str = "") -> gr.Blocks:
-    """Build the page and the API of a session manager; `serve` shows them.
+    """Build the page and the API of a session manager; see `serve`.
 
     Args:
         manager: generates the music.
@@ -31,11 +31,11 @@ def build_app(manager: SessionManager, *, about: str = "") -> gr.Blocks:
 
 
 def serve(app: gr.Blocks, *, queue_size: int = 20, **launch: Any) -> str:
-    """Serve the app, and return its address if `prevent_thread_lock` is among the options for `gr.Blocks.launch`.
+    """Serve the app. Return its address if `prevent_thread_lock` is among the options for `gr.Blocks.launch`.
 
     Args:
         app: from `build_app`.
-        queue_size: how many may wait for their turn.
+        queue_size: number of requests that may wait for their turn.
         launch: more options for `gr.Blocks.launch`.
     """
     app.queue(max_size=queue_size, default_concurrency_limit=4)
@@ -43,8 +43,8 @@ def serve(app: gr.Blocks, *, queue_size: int = 20, **launch: Any) -> str:
         theme=_theme(),
         css=(Path(__file__).parent / "page.css").read_text(encoding="utf-8"),
         max_file_size=MAX_PROMPT_BYTES,
-        state_session_capacity=MAX_SESSIONS,  # Gradio keeps 0.1 MB for each
-        footer_links=["api"],  # by default there is one to Gradio's own site
+        state_session_capacity=MAX_SESSIONS,  # Gradio keeps 0.1 MB per session
+        footer_links=["api"],  # by default there is a link to Gradio's own site
         ssr_mode=False,  # otherwise Gradio looks for Node.js to render pages on the server
         quiet=True,
         **launch,

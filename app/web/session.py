@@ -1,4 +1,4 @@
-"""One person at work: the prompt, the results so far, which of them is chosen, what is going on."""
+"""One user's session: the prompt, the results so far, the chosen variation, the run in progress."""
 
 import dataclasses
 import math
@@ -15,18 +15,18 @@ _MAX_REVISIONS = 30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Revision:
-    """A result, finished or not. Undo returns to the one before.
+    """A result, finished or not. Undo returns to the previous one.
 
     Attributes:
         number: the run of the session that generated it, counted from 1.
-        piece: number of the first revision of this piece: an extension keeps it, so that playback continues.
+        piece: number of the first revision of this piece. An extension keeps it, so that playback continues.
         pieces: one performance for each variation, prompt included.
         until_s: for each variation, the length known so far.
         final_s: for each variation, the time before which all notes have their final form.
         join_s: end of the prompt.
         seeds: one for each variation.
         latents: latent budget used.
-        settings: what was asked for, with the seed that was used.
+        settings: what was asked for, with the seed used.
     """
 
     number: int
@@ -62,7 +62,7 @@ def prompt_revision(prompt: Performance, settings: Settings, number: int) -> Rev
         settings: what was asked for, with the seed.
         number: number of the run.
     """
-    notes = decode(encode(prompt))  # with the times that they will have in the revisions that follow
+    notes = decode(encode(prompt))  # with the quantized times of the revisions that follow
     return Revision(
         number=number,
         piece=number,
@@ -87,11 +87,11 @@ class Session:
     Attributes:
         prompt: the whole prompt; None for a new piece.
         prompt_name: its name.
-        revisions: results, the last one shown.
+        revisions: results; the last one is shown.
         chosen: the variation that is played, extended and downloaded.
         reading: revision shown while the prompt is read; None once music is generated.
-        status: what is going on, or what happened last, in words.
-        run: number of the run in progress, None if there is none. A run ends when this is no longer its own number.
+        status: what is happening, or what happened last, in words.
+        run: number of the run in progress, or None. A run ends when this is no longer its own number.
         runs: number of runs so far.
         closed: whether the tab is closed, or the session forgotten.
     """
@@ -139,12 +139,12 @@ class Session:
             )
         except MidiError as error:
             raise WebError(
-                f"“{name}” cannot be used: {error}. Please choose a standard MIDI file (.mid) with piano notes."
+                f"“{name}” cannot be used: {error}. Choose a standard MIDI file (.mid) with piano notes."
             ) from error
         self.prompt_name = name[:_MAX_NAME_LENGTH]
 
     def cropped_prompt(self, settings: Settings) -> tuple[Performance | None, float | None]:
-        """The prompt from `settings.start_s` on, and how many seconds of it to use; None for all.
+        """The prompt from `settings.start_s`, and how many seconds of it to use; None for all.
 
         Raises:
             WebError: no note begins in that part.
@@ -163,7 +163,7 @@ class Session:
         return rest, length_s
 
     def begin(self, status: str) -> int:
-        """Begin a run, which ends the one in progress, and return its number."""
+        """Begin a run and return its number. This ends any run in progress."""
         self.runs += 1
         self.run, self.status = self.runs, status
         return self.runs
@@ -174,7 +174,7 @@ class Session:
             self.run, self.reading, self.status = None, None, ""
 
     def show(self, revision: Revision) -> None:
-        """Show a revision, in place of the newest one if the same run generated that."""
+        """Show a revision. It replaces the newest one if that is from the same run."""
         kept = [earlier for earlier in self.revisions if earlier.number != revision.number]
         self.revisions, self.reading = [*kept[-_MAX_REVISIONS:], revision], None
 
@@ -185,7 +185,7 @@ class Session:
             self.status = "Stopped." + (f" {self.revision.summary()}" if self.revisions else "")
 
     def undo(self) -> None:
-        """Return to the revision before.
+        """Return to the previous revision.
 
         Raises:
             WebError: there is none, or a run is in progress.
@@ -199,11 +199,11 @@ class Session:
         self.status = f"Undone. {self.revision.summary()}"
 
     def choose(self, variation: int, at_ms: float = math.inf) -> None:
-        """Choose a variation of the revision that is shown.
+        """Choose a variation of the revision shown.
 
         Args:
             variation: its number, from 0.
-            at_ms: when it was chosen, by the clock of the page. Choices may arrive in any order; the latest counts.
+            at_ms: when it was chosen, by the page's clock. Choices may arrive in any order; the latest wins.
         """
         if at_ms < self._chosen_at_ms:
             return

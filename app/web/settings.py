@@ -1,4 +1,4 @@
-"""What a person can choose on the page, as it is stored beside the music and in links."""
+"""What a user can choose on the page, as stored with the music and in links."""
 
 import dataclasses
 import inspect
@@ -21,7 +21,7 @@ _MAX_SEED = MAX_SEED - MAX_VARIATIONS
 
 
 class WebError(ValueError):
-    """The page or the API cannot do what was asked; the message is shown to the person."""
+    """The page or the API cannot do what was asked; the message is shown to the user."""
 
 
 def _empty_is_none(value: Any) -> Any:
@@ -29,7 +29,7 @@ def _empty_is_none(value: Any) -> Any:
 
 
 class Settings(BaseModel):
-    """What a person can choose. Outside Python it is a flat mapping of names to values: `read`, `flat`, `link`.
+    """What a user can choose. Outside Python it is a flat mapping of names to values: `read`, `flat`, `link`.
 
     A field's title and description make its error message: "the TITLE must be DESCRIPTION, got ...".
 
@@ -40,7 +40,7 @@ class Settings(BaseModel):
         sampling: how tokens are sampled.
         seed: seed of the first variation; None takes a random one.
         start_s: start of the part of the prompt to use.
-        end_s: its end; None is the end of the prompt.
+        end_s: end of that part; None is the end of the prompt.
         continuation_only: leave the prompt out of what is shown and downloaded.
         prompt: name of the prompt; empty for a new piece.
     """
@@ -95,11 +95,11 @@ class Settings(BaseModel):
         """Read the values of the page's controls, of a settings file or of a link.
 
         Args:
-            values: names of fields, and of `SamplingOptions`, with numbers or their text. What is missing keeps its
-                default, unknown names are ignored.
+            values: names of fields, and of fields of `SamplingOptions`, with numbers or their text. Missing names keep
+                their defaults, unknown ones are ignored.
 
         Raises:
-            WebError: a value is impossible.
+            WebError: a value is out of range.
         """
         sampling = {name: values[name] for name in SAMPLING if name in values}
         try:
@@ -108,16 +108,16 @@ class Settings(BaseModel):
             raise WebError(_in_words(error)) from error
 
     def flat(self) -> dict[str, Any]:
-        """All values by name, those of `sampling` among the others; `read` takes them back."""
+        """All values by name, including those of `sampling`; `read` accepts them."""
         return self.model_dump(exclude={"sampling"}) | dataclasses.asdict(self.sampling)
 
     def link(self) -> str:
-        """The query that restores these settings when it is appended to the page's address."""
+        """The query string that restores these settings when appended to the page's address."""
         default = Settings().flat()
         return "?" + urlencode({name: value for name, value in self.flat().items() if value != default[name]})
 
     def request(self, prompt: Performance | None, prompt_seconds: float | None, latents: int) -> Request:
-        """The request for the generator, with the prompt in it; see `music_ar.Request`."""
+        """The request for the generator, with the prompt; see `music_ar.Request`."""
         return Request(
             prompt=prompt,
             prompt_seconds=prompt_seconds,
@@ -142,7 +142,7 @@ def sampling_help() -> dict[str, str]:
 def _in_words(error: ValidationError) -> str:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
-    if cause is not None:  # raised in words, by `SamplingOptions` or by `_check_part`
+    if cause is not None:  # its message is in words already: it is from `SamplingOptions` or `_check_part`
         return str(cause)
     name, value = str(first["loc"][-1]), first["input"]
     got = "nothing" if value in (None, "") else repr(value)

@@ -1,4 +1,4 @@
-"""Speed of the model on this machine, measured and compiled for before somebody has to wait for it."""
+"""Measure the model's speed on this machine, and compile its programs, before anyone has to wait for that."""
 
 import math
 import threading
@@ -17,21 +17,21 @@ from music_ar.decoding.autotune import MAESTRO_TOKENS_PER_S
 from music_ar.decoding.request import DEFAULT_SPEED
 from music_ar.decoding.state import cache_size
 
-_BUDGETS = (256, 512, 1024, 2048)  # of which "auto" chooses; 64 is hardly faster and costs 0.16 nats per token
-_PROMPT_NOTES = (100, 50, 800, 1600, 20)  # one prompt of each length that is compiled apart, beside the examples
-_VARIATIONS = (1, 2, 4, 3, 8, 6, 5, 7)  # in this order: the likeliest first
+_BUDGETS = (256, 512, 1024, 2048)  # that "auto" chooses from; 64 is hardly faster and costs 0.16 nats per token
+_PROMPT_NOTES = (100, 50, 800, 1600, 20)  # of prompts to compile for, besides the examples: one per program
+_VARIATIONS = (1, 2, 4, 3, 8, 6, 5, 7)  # in this order: the most likely first
 _MAX_PROGRAMS = 6  # each compiled program takes 50 to 140 MB
 
 
 class Machine:
-    """Speed of the model on this machine, and the compiled programs it keeps.
+    """The model's speed on this machine, and the compiled programs that are kept.
 
     Args:
         generator: generates the music.
         curve: rows of `curve.json`, if known: the NLL in nats per token at each latent budget.
-        prompt_notes: lengths of the prompts that `warm_up_further` compiles for.
+        prompt_notes: lengths of the prompts that `warm_up_further` compiles for, in notes.
         variations: the numbers of variations that it measures.
-        max_programs: how many compiled programs are kept at most.
+        max_programs: maximum number of compiled programs to keep.
 
     Attributes:
         warm: whether `warm_up_further` has finished.
@@ -62,7 +62,7 @@ class Machine:
     def warm_up(self, prompts: Iterable[Path] = ()) -> None:
         """Measure the speed, and compile what new pieces and prompts like these need.
 
-        Prompts of half their length, and more or less dense ones of the same length, are covered, too.
+        This also covers prompts of half their length, and of the same length with more or fewer notes.
         """
         whole = list(map(read_midi, prompts))
         for prompt in (None, *whole, *(prompt.crop(0, prompt.duration_s / 2) for prompt in whole)):
@@ -72,8 +72,8 @@ class Machine:
     def warm_up_further(self, prompts: Iterable[Path], ended: threading.Event, activity: "Activity") -> None:
         """Measure more variations and compile for other prompts, while the page is idle and until `ended` is set.
 
-        The programs are then dropped again, since they take much memory, except those of `warm_up`. JAX keeps them in
-        its cache on disk and loads them from there when they are needed.
+        The programs take much memory, so all but those of `warm_up` are then dropped. JAX keeps them in its cache on
+        disk and loads them from there when they are needed.
         """
         for notes in self._prompt_notes:
             if activity.wait_until_idle(ended):
@@ -94,11 +94,11 @@ class Machine:
             with self._measuring:
                 self.make_room(latents, variations)
                 self.generator.autotuner.seconds_per_token(latents, variations, again=True)
-            if activity.runs == runs:  # otherwise a run has taken its share of the machine meanwhile
+            if activity.runs == runs:  # otherwise a run has disturbed the measurement
                 return
 
     def make_room(self, latents: int, variations: int) -> None:
-        """Drop compiled programs if there would be too many with the one for these settings."""
+        """Drop the compiled programs if the one for these settings would be one too many."""
         program = cache_size(latents), variations
         if program not in self._programs and len(self._programs) >= self._max_programs:
             self._drop_programs()
@@ -129,14 +129,14 @@ class Machine:
         return variations in self._measured
 
     def tokens_per_s(self, latents: int, variations: int = 1) -> float:
-        """Estimated speed of each variation at a latent budget, from what was measured."""
+        """The estimated speed of each variation at a latent budget, interpolated between measurements."""
         least, most = min(64, self.most_latents), self.most_latents
         slow_s, fast_s = (self.generator.autotuner.seconds_per_token(n, variations) for n in (most, least))
         share = (latents - least) / max(most - least, 1)
         return 1 / max(fast_s + share * (slow_s - fast_s), 0.5 * fast_s)
 
     def cost(self, latents: int, variations: int = 1, prompt: Performance | None = None) -> str:
-        """One line on the speed and quality of a latent budget here; "auto" depends on how dense the prompt is."""
+        """One line on the speed and quality of a latent budget here; what "auto" chooses depends on the prompt."""
         if not self.knows(variations):
             return f"Measuring how fast {variations} variations are on this machine …"
         budget = self.auto_budget(prompt, variations) if latents == AUTO else max(2, latents)
@@ -144,10 +144,10 @@ class Machine:
         chosen = f"**Auto** chooses {budget} latents" if latents == AUTO else f"{budget} latents"
         text = f"{chosen}: about {each / MAESTRO_TOKENS_PER_S:.1f}× real time"
         if variations > 1:
-            text += f" in each of {variations} variations"
+            text += f" for each of {variations} variations"
         text += f" ({variations * each:.0f} tokens/s)" + self._quality(budget)
         if each < MAESTRO_TOKENS_PER_S:
-            text += " Playback will pause now and then to wait for the music."
+            text += " Playback will pause now and then to wait for more music."
         return text
 
     def _quality(self, latents: int) -> str:
@@ -155,11 +155,11 @@ class Machine:
             return "."
         nearest = min(self._nll, key=lambda n: abs(math.log(n / latents)))
         loss = self._nll[nearest] - min(self._nll.values())
-        return f", {loss:.2f} nats per token short of the best quality." if loss >= 0.005 else ", best quality."
+        return f", {loss:.2f} nats per token worse than the best quality." if loss >= 0.005 else ", best quality."
 
 
 class Activity:
-    """Whether somebody generates music.
+    """Whether anyone is generating music.
 
     Args:
         busy: whether a run is in progress.
@@ -182,7 +182,7 @@ class Activity:
 
 
 def _even_notes(number: int) -> Performance:
-    """Notes one after another; each takes four tokens."""
+    """A scale of single notes; each takes four tokens."""
     onset_s = 0.2 * np.arange(number)
     pitch = 60 + np.arange(number) % 12
     return Performance(onset_s=onset_s, offset_s=onset_s + 0.1, pitch=pitch, velocity=np.full(number, 64))

@@ -1,12 +1,12 @@
-"""The player of the page: a piano roll that plays. This module has what Python sends; the browser runs `player.js`.
+"""The player of the page: a piano roll that plays. This module builds what Python sends; the browser runs `player.js`.
 
 `player.js` receives a dictionary:
 
     {"piece", "kind", "join", "generating", "autoplay", "message", "start", "end", "chosen",
      "variations": [{"seed", "until", "notes", "open"}]}
 
-`piece` changes when another piece is shown. `join` is where the prompt ends; `start` and `end` are the selected part of
-a prompt. `notes` are final, `open` are those that may still change, both as `packed` notes. All times are in seconds.
+`piece` changes when another piece is shown. `join` is where the prompt ends; `start` and `end` delimit the selected
+part of a prompt. `notes` are final, `open` may still change; both are `packed`. All times are in seconds.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from app.web.session import Session
 from app.web.settings import Settings
 from music_ar import Performance
 
-_EMPTY_TEXT = "Press Generate: the piece appears here while it is generated."
+_EMPTY_TEXT = "Press Generate. The piece appears here as it is generated."
 
 
 def player(kind: str, label: str, hint: str, samples: Path) -> gr.HTML:
@@ -29,9 +29,9 @@ def player(kind: str, label: str, hint: str, samples: Path) -> gr.HTML:
         kind: "prompt", of which a part can be selected, or "piece".
         label: its name for screen readers.
         hint: how to use it.
-        samples: folder of the piano's samples, which the page must serve.
+        samples: folder of the piano samples, which the page must serve.
     """
-    # As properties these would be missing where the player first appears together with new music.
+    # As properties, these would be missing when the player first appears together with new music.
     html = Template(_read("player.html"))
     return gr.HTML(
         prompt_value(Session(), Settings()) if kind == "prompt" else piece_value(Session()),
@@ -61,7 +61,7 @@ def prompt_value(session: Session, settings: Settings) -> dict[str, Any]:
 
 
 def piece_value(session: Session) -> dict[str, Any]:
-    """The music of a session: its newest revision, or the prompt while that is read."""
+    """The music of a session: its newest revision, or the prompt while it is being read."""
     value: dict[str, Any] = {
         "piece": 0,
         "kind": "piece",
@@ -94,7 +94,7 @@ def piece_value(session: Session) -> dict[str, Any]:
 
 
 def packed(piece: Performance) -> str:
-    """Notes as "onset,length,pitch,velocity;" in milliseconds. Gradio sends only what was appended to such a text."""
+    """Notes as "onset,length,pitch,velocity;", in milliseconds. Gradio sends only what was appended to such a text."""
     onset_ms = (piece.onset_s * 1000).round().astype(int).tolist()
     length_ms = ((piece.offset_s - piece.onset_s) * 1000).round().astype(int).tolist()
     rows = zip(onset_ms, length_ms, piece.pitch.tolist(), piece.velocity.tolist(), strict=True)

@@ -1,4 +1,4 @@
-// A sampled piano, played through Web Audio. Samples lie three semitones apart; the notes between are resampled.
+// A sampled piano, played through Web Audio. Samples are three semitones apart; the notes in between are resampled.
 
 class Piano {
   constructor(samples) {
@@ -9,7 +9,7 @@ class Piano {
     this.loading = (async () => { for (const pitch of pitches) await this.load(pitch); })();
   }
 
-  ready() { // browsers allow sound only after a person has used the page
+  ready() { // browsers allow sound only after a user gesture
     if (!this.context) {
       this.context = new AudioContext();
       const limiter = new DynamicsCompressorNode(this.context, { threshold: -6, ratio: 12, attack: 0.003, release: 0.2 });
@@ -22,11 +22,11 @@ class Piano {
 
   async load(pitch) {
     const data = await (await fetch(`${this.samples}${pitch}.ogg`)).arrayBuffer();
-    const whole = await new OfflineAudioContext(2, 1, 48000).decodeAudioData(data); // works before that
+    const whole = await new OfflineAudioContext(2, 1, 48000).decodeAudioData(data); // works before a user gesture
     const left = whole.getChannelData(0);
     let peak = 0;
     for (let n = 0; n < whole.sampleRate; n++) peak = Math.max(peak, Math.abs(left[n]));
-    let first = 0; // as music_ar/audio/synthesis.py: from 2 ms before the onset, at most 8 s
+    let first = 0; // as in music_ar/audio/synthesis.py: from 2 ms before the onset, at most 8 s
     while (first < whole.sampleRate / 4 && Math.abs(left[first]) < 0.02 * peak) first++;
     first = Math.max(0, first - whole.sampleRate / 500);
     const length = Math.min(whole.length - first, 8 * whole.sampleRate);

@@ -1,4 +1,4 @@
-// The player: a piano roll on a canvas, played on the `Piano` of piano.js. Both run as `js_on_load` of a gr.HTML, which
+// The player: a piano roll on a canvas, played by the `Piano` of piano.js. Both run as `js_on_load` of a gr.HTML, which
 // provides `element`, `props`, `trigger` and `watch`. app/web/player/__init__.py describes `props.value`.
 
 const root = element.querySelector('.player');
@@ -7,13 +7,13 @@ const [playButton, roll, strips, time, count, waiting] =
   ['play', 'roll', 'strips', 'time', 'count', 'waiting'].map(find);
 const clock = (s) => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, '0')}`;
 
-// One piano for all players of the page.
+// All players of the page share one piano.
 const piano = (window.musicArPiano ??= new Piano(root.dataset.samples));
 for (const gesture of ['pointerdown', 'keydown']) document.addEventListener(gesture, () => piano.ready());
 
 // ---------------------------------------------------------------- music from Python
 
-let piece = null; // which piece is shown
+let piece = null; // number of the piece shown
 let state = { kind: root.dataset.kind, join: 0, generating: false, start: 0, end: 0, variations: [] };
 let variations = []; // {seed, until, text, final: [note], notes: [note]}, notes sorted by onset
 let chosen = 0;
@@ -42,7 +42,7 @@ function receive() {
     const before = variations[number];
     const grows = before && notes.startsWith(before.text);
     const final = grows ? before.final.concat(parse(notes.slice(before.text.length))) : parse(notes);
-    // Notes that reach the end of what is known may last longer: their ends are still unknown.
+    // Notes that reach the end of the known music may last longer: their ends are not known yet.
     const rest = parse(open).map((note) => ({ ...note, held: value.generating && note.off >= until - 0.02 }));
     return { seed, until, text: notes, final, notes: final.concat(rest) };
   });
@@ -50,7 +50,7 @@ function receive() {
   position = Math.min(position, length());
   const begins = value.autoplay && (fresh || !generating);
   generating = value.generating;
-  // A new piece plays from just before the end of its prompt, an extension from just before the old end.
+  // A new piece plays from shortly before the end of its prompt, an extension from shortly before the old end.
   if (begins) {
     startWithNotes = true;
     if (!playing) position = Math.max(0, fresh ? value.join - PROMPT_LEAD_S : was - 2);
@@ -289,7 +289,7 @@ function buildStrips() {
   });
 }
 
-function choose(number) { // another variation, at the same moment
+function choose(number) { // another variation, at the same position
   const at = now(), was = playing;
   pause();
   chosen = number;
