@@ -65,10 +65,13 @@ def test_settings_and_links_of_version_0_1_are_read():
     assert dict(parse_qsl(from_link.link()[1:])) == dict(parse_qsl(link))
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SamplingOptions)])
-def test_every_sampling_option_is_a_setting(name):
+@pytest.mark.parametrize("field", dataclasses.fields(SamplingOptions), ids=lambda field: field.name)
+def test_every_sampling_option_is_a_setting(field):
+    name = field.name
     assert Settings().flat()[name] == getattr(SamplingOptions(), name)
-    value: Any = 1 if isinstance(getattr(SamplingOptions(), name), int) else 0.125
+    value: Any = next(
+        value for value in (field.metadata["minimum"], field.metadata["maximum"]) if value != field.default
+    )
     assert Settings.read({name: str(value)}).sampling == SamplingOptions(**{name: value})
     assert dict(parse_qsl(Settings.read({name: value}).link()[1:])) == {name: str(value)}
     with pytest.raises(WebError, match=f"{name} must be a .*number, got 'much'"):
