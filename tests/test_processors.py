@@ -15,13 +15,14 @@ from music_ar.decoding.processors import (
     Grammar,
     HistoryBias,
     LogitProcessor,
+    PitchRange,
     SilenceLimit,
     StuckNotes,
     TypeFilters,
     option_arrays,
     shared_options,
 )
-from music_ar.decoding.sampling import SamplingOptions
+from music_ar.decoding.sampling import SamplingError, SamplingOptions
 from music_ar.decoding.state import Caches, DecodeState
 from music_ar.features import keyboard, notes
 from music_ar.tokens import grammar
@@ -215,6 +216,33 @@ def test_options_of_rows_apply_to_their_rows():
     rows = [SamplingOptions(top_p=1.0, top_k=1), SamplingOptions(top_p=0.6), SamplingOptions(top_p=1.0, min_p=0.2)]
     found = TypeFilters()(logits, state_after(*[START_ONLY] * 3), option_arrays(rows))
     assert [np.flatnonzero(np.isfinite(row)).tolist() for row in found] == [[1], [1, 3], [0, 1, 3]]
+
+
+# Pitch range.
+
+
+def test_no_note_begins_outside_the_keyboard():
+    """On 61 keys, 36 to 96; note-offs of a prompt's lower notes stay possible."""
+    options = SamplingOptions(lowest_pitch=36, highest_pitch=96)
+    allowed = np.ones((1, VOCABULARY_SIZE), bool)
+    allowed[0, NOTE_ON:NOTE_OFF] = (np.arange(128) >= 36) & (np.arange(128) <= 96)
+    assert_masks(processed(PitchRange, START_ONLY, options=options), random_logits(), allowed)
+
+
+def test_a_keyboard_with_all_keys_held_leaves_what_else_may_follow():
+    logits = jnp.full((1, VOCABULARY_SIZE), -jnp.inf).at[0, on(20)].set(1.0)
+    found = processed(PitchRange, START_ONLY, logits=logits, options=SamplingOptions(lowest_pitch=36))
+    np.testing.assert_array_equal(found, logits)
+
+
+def test_the_whole_keyboard_changes_nothing():
+    np.testing.assert_array_equal(processed(PitchRange, START_ONLY), random_logits())
+
+
+@pytest.mark.parametrize("option", [{"lowest_pitch": -1}, {"lowest_pitch": 55}, {"highest_pitch": 71}])
+def test_impossible_ranges_are_refused(option):
+    with pytest.raises(SamplingError, match="must be in"):
+        SamplingOptions(**option)
 
 
 # The chain.

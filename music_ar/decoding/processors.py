@@ -88,6 +88,19 @@ class StuckNotes:
         return jnp.where(due_BxV | ~due_BxV.any(axis=1, keepdims=True), logits_BxV, -jnp.inf)
 
 
+class PitchRange:
+    """Rules out note-ons outside the keyboard, by the options `lowest_pitch` and `highest_pitch`."""
+
+    def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
+        """Only pitches in the range, unless nothing else could follow: all of them held, and a velocity before."""
+        del state
+        pitch_1xV = jnp.arange(logits_BxV.shape[1])[None] - vocabulary.NOTE_ON
+        lowest, highest = (options[name].reshape(-1, 1) for name in ("lowest_pitch", "highest_pitch"))
+        outside = vocabulary.is_note_on(pitch_1xV + vocabulary.NOTE_ON) & ((pitch_1xV < lowest) | (pitch_1xV > highest))
+        masked_BxV = jnp.where(outside, -jnp.inf, logits_BxV)
+        return jnp.where((masked_BxV > -jnp.inf).any(axis=1, keepdims=True), masked_BxV, logits_BxV)
+
+
 class TypeFilters:
     """Temperature, then top-k, top-p and min-p within each token type; a type's likeliest token always stays.
 
@@ -122,7 +135,14 @@ class TypeFilters:
         return jnp.concatenate([cut_BxCxW[:, index, : each.shape[1]] for index, each in enumerate(types)], axis=1)
 
 
-PROCESSORS: tuple[LogitProcessor, ...] = (HistoryBias(), Grammar(), SilenceLimit(), StuckNotes(), TypeFilters())
+PROCESSORS: tuple[LogitProcessor, ...] = (
+    HistoryBias(),
+    Grammar(),
+    SilenceLimit(),
+    StuckNotes(),
+    PitchRange(),
+    TypeFilters(),
+)
 """The chain, in the order in which it is applied."""
 
 

@@ -28,6 +28,8 @@ class SamplingOptions:
         min_p: keep only events at least this likely relative to the likeliest of their type; 0 keeps all.
         steadiness: higher keeps to the key, register and dynamics heard so far, lower wanders; 0 turns it off. It is
             the strength of the history bias.
+        lowest_pitch: lowest MIDI pitch to play; raise it for a short keyboard: 61 keys go from 36 to 96.
+        highest_pitch: highest MIDI pitch to play; lower it for a short keyboard.
 
     Raises:
         SamplingError: a value is out of range.
@@ -38,6 +40,8 @@ class SamplingOptions:
     top_p: float = _option(0.97, "Top-p", 0.05, 1.0, 0.01)
     min_p: float = _option(0.0, "Min-p", 0.0, 0.5, 0.01)
     steadiness: float = _option(0.25, "Steadiness", 0.0, 1.0, 0.05)
+    lowest_pitch: int = _option(0, "Lowest pitch", 0, 54, 1)
+    highest_pitch: int = _option(127, "Highest pitch", 72, 127, 1)
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -50,6 +54,10 @@ class SamplingOptions:
             raise SamplingError(f"min_p must be in 0..1, got {self.min_p}")
         if not 0 <= self.steadiness <= 1:
             raise SamplingError(f"steadiness must be in 0..1, got {self.steadiness}")
+        if not 0 <= self.lowest_pitch <= 54:
+            raise SamplingError(f"lowest_pitch must be in 0..54, got {self.lowest_pitch}")
+        if not 72 <= self.highest_pitch <= 127:
+            raise SamplingError(f"highest_pitch must be in 72..127, got {self.highest_pitch}")
 
 
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(SamplingOptions))
