@@ -217,13 +217,15 @@ def test_complete_pieces_stay_and_changed_settings_are_refused(capsys, options, 
 
 
 def test_a_folder_of_version_0_1_continues(capsys, options, output):
-    """Its manifest also has the window mode, an option that is gone."""
+    """Its manifest has the window mode, an option that is gone, and not the sampling options that came later."""
     arguments = ["--count", 2, *options]
     assert run(capsys, "render", *arguments)[0] == 0
     before = {path: path.stat().st_mtime_ns for path in output.glob("*.mid")}
 
     def set_mode(mode):
         lines = [line | {"settings": line["settings"] | {"mode": mode}} for line in lines_of(output)]
+        for line in lines:
+            line["settings"] = {name: value for name, value in line["settings"].items() if not name.endswith("_pitch")}
         (output / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     set_mode("sliding")
@@ -231,6 +233,7 @@ def test_a_folder_of_version_0_1_continues(capsys, options, output):
     assert code == 0
     assert "2 already complete" in text
     assert before == {path: path.stat().st_mtime_ns for path in output.glob("*.mid")}
+    assert "lowest_pitch was 0, is 21" in refusal(capsys, "render", *arguments, "--lowest-pitch", 21)
     set_mode("exact")
     assert "mode was exact, is None" in refusal(capsys, "render", *arguments)
 

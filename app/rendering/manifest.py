@@ -5,6 +5,7 @@ complete.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from filelock import FileLock
 
 from app.console import CommandError
 from music_ar.decoding.request import Request
+from music_ar.decoding.sampling import SamplingOptions
 from music_ar.files import write_atomically
 
 MANIFEST = "manifest.jsonl"
@@ -184,7 +186,8 @@ def changed_settings(line: Line, request: Request) -> list[str]:
     def flat(line: Line) -> dict[str, Any]:
         return line["settings"] | {name: line[name] for name in ("seed", "prompt_sha256")} | line["model"]
 
-    was, now = flat(line), flat(planned_line(request))
+    # An older version that did not have a sampling option generated as its default does.
+    was, now = dataclasses.asdict(SamplingOptions()) | flat(line), flat(planned_line(request))
     if was.get("mode") == "sliding":  # an option until 0.2.0; this value is the only one now
         del was["mode"]
     names = [name for name in dict.fromkeys((*was, *now)) if was.get(name) != now.get(name)]

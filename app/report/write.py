@@ -56,7 +56,7 @@ def write_report(
     """
     charts.new_figure(1, 1)  # raises now, not after hours of work
     if min(map(len, splits.values())) < 2:
-        raise CommandError("a report compares real pieces with each other: every split needs at least two")
+        raise CommandError("a report compares real pieces with each other: every split needs at least two pieces")
     folder.mkdir(parents=True, exist_ok=True)
     first = next(iter(splits))
     scored = {split: pieces.tokens[:max_pieces] for split, pieces in splits.items()}
