@@ -85,7 +85,7 @@ class ProgressLine:
             left_s = (time.monotonic() - began_s) * (1 - share) / max(share, 1e-9)
             self.report(share, f"{text}, {clock(left_s)} left" if share > 0 else text)
 
-        report(0.0)
+        self._bar.update(self._task, completed=0.0, description=text)
         return report
 
 

@@ -47,7 +47,16 @@ def test_a_random_seed_is_in_the_result(generator):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.05}, {"min_p": 0.9}, {"steadiness": 1.0}, {"latents": 4}],
+    [
+        {"temperature": 0.0},
+        {"top_k": 1},
+        {"top_p": 0.05},
+        {"min_p": 0.9},
+        {"steadiness": 1.0},
+        {"lowest_pitch": 54},
+        {"highest_pitch": 72},
+        {"latents": 4},
+    ],
 )
 def test_options_change_the_piece(generator, changed):
     """The same by keyword and in a request. A random model is too sure of itself at lower temperatures."""

@@ -194,6 +194,12 @@ def test_kept_logits_are_divided_by_the_temperature():
     np.testing.assert_allclose(filtered([[1.0, 2.0, 3.0]], temperature=2.0, top_k=2), [[-np.inf, 1.0, 1.5]])
 
 
+def test_without_filters_the_unlikeliest_are_kept():
+    """Even those that are lost in a sum of float32 numbers."""
+    logits = np.where(np.arange(VOCABULARY_SIZE) % 100 == 0, 0.0, -30.0).astype(np.float32)[None]
+    np.testing.assert_array_equal(filtered(logits), logits)
+
+
 def test_each_token_type_is_filtered_by_itself():
     probabilities = np.full((1, VOCABULARY_SIZE), 1e-9)
     probabilities[0, [60, 61, 62]] = 0.6, 0.2, 0.1  # note-ons: 0.6 is less than 0.85 of 0.9, 0.8 is not
