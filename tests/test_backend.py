@@ -139,6 +139,13 @@ def test_a_kernel_asked_for_that_does_not_suit_is_refused():
         Decoder(noisy_model(dataclasses.replace(CONFIG, head_size=12)), Backend(attention="interpreted"))
 
 
+def test_a_decoder_leaves_the_kernel_out_by_itself(monkeypatch):
+    """Where it is chosen by default; what was asked for is refused, as above."""
+    chosen = dataclasses.replace(select(HOPPER), compute=Compute())
+    monkeypatch.setattr(backends, "select", lambda: chosen)
+    assert Decoder(noisy_model(PRESETS["tiny"])).backend == chosen.suited_to(PRESETS["tiny"]) != chosen
+
+
 def test_chunks_of_many_rows_are_shorter():
     cpu = Backend(max_chunk_tokens=16, max_chunk_work=64)
     assert [cpu.chunk_tokens(rows) for rows in (1, 4, 5, 16, 200)] == [16, 16, 12, 4, 1]

@@ -136,6 +136,13 @@ def test_a_sliding_window_is_a_band_of_attention(uncached, stepped, time):
         assert np.abs(stepped["sliding"][time] - stepped["exact"][time]).max() > 1e-3
 
 
+def test_latents_may_be_fewer_than_their_cache_holds(decoder, uncached):
+    logits = decoder.teacher_force(start(decoder, [PIECE[:1]], latents=11), PIECE[None, 1:])[1][0]
+    for time in (9, 10, 11, 12, 40, 129):
+        expected = uncached(PIECE[: time + 1], first=0, seen=11)
+        np.testing.assert_allclose(logits[time], expected, atol=2e-5)
+
+
 @pytest.mark.parametrize("time", [15, 47])
 def test_cached_equals_the_model_as_trained(model, stepped, time):
     forward = nnx.jit(lambda model, tokens: model(tokens, latents=time + 1 - window_start(time)))

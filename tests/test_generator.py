@@ -1,14 +1,18 @@
 """`Generator`: prompts, seeds, continuations, many pieces at once, and what it refuses."""
 
+import dataclasses
+
 import numpy as np
 import pytest
-from conftest import make_performance
+from conftest import make_performance, noisy_model
 
+from music_ar.decoding.backend import Backend
 from music_ar.decoding.request import GenerationError, Request
 from music_ar.decoding.sampling import SamplingError, SamplingOptions
 from music_ar.generator import Generator
 from music_ar.midi.io import write_midi
 from music_ar.midi.performance import MidiError, Performance
+from music_ar.model.config import PRESETS
 from music_ar.model.pretrained import CheckpointError
 from music_ar.tokens import codec
 
@@ -208,6 +212,13 @@ def test_the_batch_size_is_the_backends(generator):
     assert generator.batch_size() == generator.decoder.backend.batch_rows
     with pytest.raises(GenerationError, match=r"2\.\.32"):
         generator.batch_size(33)
+
+
+@pytest.mark.parametrize(("context", "rows"), [(64, 256), (2**20, 16)])
+def test_without_a_batch_size_caches_fill_half_of_the_memory(context, rows):
+    """8 GiB for a device that does not tell. In powers of two, at most 256; a million inputs are 134 MB per row."""
+    model = noisy_model(dataclasses.replace(PRESETS["tiny"], context=context))
+    assert Generator(model, Backend()).batch_size() == rows
 
 
 # What is refused.
