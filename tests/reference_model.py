@@ -20,6 +20,12 @@ def retrieval_features(retrieved):
     return one_hot(retrieval.categories(retrieved))
 
 
+def parameters(model):
+    """Parameters by their dotted names, in float64."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): np.asarray(leaf[...], np.float64) for path, leaf in flat}
+
+
 def reference(model, tokens, latents, positions=None):
     """Logits [N, V] of one row of tokens, by the paper's formulas.
 
@@ -29,10 +35,7 @@ def reference(model, tokens, latents, positions=None):
     all_tokens = np.asarray(tokens)
     tokens = all_tokens[-config.attended(len(all_tokens)) :]
     keyboards = keyboard.scan_each(tokens)
-    params = {
-        ".".join(map(str, path)): np.asarray(leaf[...], np.float64)
-        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    }
+    params = parameters(model)
     positions = np.arange(len(tokens)) if positions is None else np.asarray(positions)
     queries = np.arange(len(tokens))[-latents:]
 

@@ -54,6 +54,15 @@ def test_final_notes_do_not_change(generator, prompt):
     assert any((chunk.performance.onset_s >= chunk.final_s[0]).any() for chunk in chunks)  # some still sound
 
 
+def test_times_of_a_continuation_count_from_where_the_prompt_ended(generator, prompt):
+    session = generator.session(prompt, prompt_seconds=3.0, seed=4)
+    alone = generator.stream(prompt, prompt_seconds=3.0, seed=4, seconds=5.0, continuation_only=True)
+    for whole, chunk in zip(session.extend(5.0), alone, strict=True):
+        assert chunk.final_s[0] == pytest.approx(whole.final_s[0] - session.prompt_s)
+        assert chunk.performance == whole.performance.crop(session.prompt_s, session.prompt_s + 5.0)
+    assert any(chunk.final_s[0] > 0 for chunk in generator.stream(seed=4, seconds=5.0, continuation_only=True))
+
+
 @pytest.mark.parametrize("variations", [1, 3])
 def test_an_extended_session_is_as_if_never_interrupted(generator, prompt, variations):
     """Three times past the context, with notes that sound at each join."""

@@ -132,8 +132,8 @@ def test_many_pieces_are_what_they_are_alone(generator, midi_file):
     requests = [
         Request(seed=0, seconds=2.0, latents=32),
         Request(seed=1, prompt=midi_file, seconds=1.0, latents=20, sampling=SamplingOptions(temperature=0.7)),
-        Request(seed=2, seconds=4.0, latents=32, sampling=SamplingOptions(top_k=5)),
         Request(seed=3, prompt=midi_file, seconds=3.0, latents=32, sampling=SamplingOptions(top_p=0.5)),
+        Request(seed=2, seconds=4.0, latents=32, sampling=SamplingOptions(top_k=5)),
         Request(seed=4, seconds=1.0, latents=8, tag="small"),
     ]
     together = {piece.request.seed: piece for piece in generator.generate_many(requests, batch_size=2)}
