@@ -149,10 +149,18 @@ def test_many_pieces_are_what_they_are_alone(generator, midi_file):
 
 
 def test_many_pieces_are_what_generate_gives(generator):
-    pieces = list(generator.generate_many([None], variations=3, seconds=2.0, seed=5, batch_size=3))
-    assert sorted(piece.request.seed for piece in pieces) == [5, 6, 7]
+    """Each with its own seed and sampling options."""
+    hot = SamplingOptions(temperature=5.0, top_p=1.0)
+    requests = [
+        Request(seconds=2.0, seed=5, variations=2),
+        Request(seconds=2.0, seed=7, sampling=hot),
+        Request(seconds=2.0, seed=7, sampling=dataclasses.replace(hot, top_k=1)),
+    ]
+    pieces = list(generator.generate_many(requests, batch_size=3))
+    assert sorted(piece.request.seed for piece in pieces) == [5, 6, 7, 7]
+    assert len({piece.performance.onset_s.tobytes() for piece in pieces}) == 4
     for piece in pieces:
-        assert piece.performance == generator.generate(seconds=2.0, seed=piece.request.seed)
+        assert piece.performance == generator.generate(piece.request)
 
 
 def test_a_whole_request_keeps_its_own_options(generator, prompt):
