@@ -134,9 +134,11 @@ def test_the_kernel_is_left_out_where_sizes_do_not_suit_it(sizes, suited):
     assert Backend().suited_to(config) == Backend()
 
 
-def test_a_kernel_asked_for_that_does_not_suit_is_refused():
-    with pytest.raises(ValueError, match=r"at least 16.* multiple of 16; got 12 and 48"):
-        Decoder(noisy_model(dataclasses.replace(CONFIG, head_size=12)), Backend(attention="interpreted"))
+@pytest.mark.parametrize("head_size", [12, 128])
+def test_a_kernel_asked_for_that_does_not_suit_is_refused(head_size):
+    model = noisy_model(dataclasses.replace(CONFIG, head_size=head_size))
+    with pytest.raises(ValueError, match=rf"head_size of 16, 32 or 64.* multiple of 16; got {head_size} and 48"):
+        Decoder(model, Backend(attention="interpreted"))
 
 
 def test_a_decoder_leaves_the_kernel_out_by_itself(monkeypatch):

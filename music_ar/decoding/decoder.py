@@ -50,8 +50,8 @@ class Decoder:
         self.backend = chosen.suited_to(model.config)
         if backend is not None and self.backend != backend:
             raise ValueError(
-                "the attention kernel needs a head_size that is a power of two and at least 16, and a context that is "
-                f"a multiple of 16; got {model.config.head_size} and {model.config.context}"
+                "the attention kernel needs a head_size of 16, 32 or 64, and a context that is a multiple of 16; "
+                f"got {model.config.head_size} and {model.config.context}"
             )
         self.config, self.dtype = model.config, model.dtype
         graph, params = nnx.split(DecodingModel(model, _forms(self.backend)))
