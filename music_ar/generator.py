@@ -126,7 +126,7 @@ class Generator:
         Raises:
             GenerationError, SamplingError, MidiError: as `stream`.
         """
-        return Session(self.decoder, self._resolved(Request.of(prompt, **options).with_seed().read()))
+        return Session(self.decoder, self._resolved(Request.of(prompt, **options).read()))
 
     def generate_many(
         self,

@@ -149,7 +149,7 @@ def compilations():
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
-    """A released model of the tiny preset with random weights everywhere."""
+    """A pretrained checkpoint of the tiny preset, with random weights everywhere."""
     from music_ar.model.config import PRESETS
     from music_ar.model.pretrained import save_pretrained
 

@@ -55,7 +55,7 @@ class Session:
 
     Args:
         decoder: the model.
-        request: what to generate, with a number of latents and a seed.
+        request: what to generate, with a number of latents; without a seed a random one is drawn.
 
     Attributes:
         seeds: one per variation.
