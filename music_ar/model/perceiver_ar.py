@@ -21,6 +21,7 @@ from music_ar.features.retrieval import Retrieved
 from music_ar.model.attention import Block, Matrix, linear
 from music_ar.model.config import Compute, ModelConfig
 from music_ar.model.context_attention import attend_context
+from music_ar.model.transformer_xl import attend_segments
 from music_ar.tokens import vocabulary
 
 
@@ -135,13 +136,22 @@ class PerceiverAR(nnx.Module):
         drop = nnx.Dropout(dropout, deterministic=key is None, rngs=None if key is None else nnx.Rngs(dropout_key))
 
         conditioning_BxM, tokens_BxM = self.conditioning(tokens_BxT, M), tokens_BxT[:, -M:]
-        rows = _lay_out(tokens_BxM, N, kept_prefix, prefix_key)
+        rows = _lay_out(tokens_BxM, M if self.config.segment else N, kept_prefix, prefix_key)
         conditioning_BxS = jax.tree.map(lambda leaf: _take(leaf, rows.positions_BxS), conditioning_BxM)
         embedded_BxSxD = self.condition(self._embed_rows(tokens_BxM, rows), conditioning_BxS)
         if labels_BxC is not None:
             embedded_BxSxD = embedded_BxSxD + self.label(labels_BxC.astype(self.dtype))[:, None]
         positions_BxSxP = jnp.stack([rows.positions_BxS, conditioning_BxS.keyboard.time], axis=-1)
 
+        tower = self._recur if self.config.segment else self._attend
+        x_BxNxD = tower(embedded_BxSxD, positions_BxSxP, rows, drop)
+        return self.logits(_take(x_BxNxD, rows.right_aligned_BxN)[:, -N:])
+
+    def _attend(
+        self, embedded_BxSxD: Array, positions_BxSxP: Array, rows: "_Rows", drop: nnx.Dropout
+    ) -> Float[Array, "B N D"]:
+        """The cross block, then the self blocks over the latents."""
+        N = rows.right_aligned_BxN.shape[1]
         k_BxSxGxK, v_BxSxGxK = self.cross.keys_values(self.context_norm(embedded_BxSxD), positions_BxSxP)
         positions_BxNxP = _slice(positions_BxSxP, rows.prefix_B, N)
         x_BxNxD = self.latent(_slice(embedded_BxSxD, rows.prefix_B, N))
@@ -150,7 +160,18 @@ class PerceiverAR(nnx.Module):
         x_BxNxD = self.cross.add(x_BxNxD, attended_BxNxHxK, drop)
         for block in self.blocks:
             x_BxNxD = block.attend_self(x_BxNxD, positions_BxNxP, drop)
-        return self.logits(_take(x_BxNxD, rows.right_aligned_BxN))
+        return x_BxNxD
+
+    def _recur(
+        self, embedded_BxMxD: Array, positions_BxMxP: Array, rows: "_Rows", drop: nnx.Dropout
+    ) -> Float[Array, "B M D"]:
+        """All blocks with segment recurrence; see `transformer_xl`."""
+        del rows
+        x = self.latent(embedded_BxMxD)
+        x = self.cross.add(x, attend_segments(self.cross, x, embedded_BxMxD, self.context_norm, positions_BxMxP), drop)
+        for block in self.blocks:
+            x = block.add(x, attend_segments(block, x, x, block.attention_norm, positions_BxMxP), drop)
+        return x
 
     def _embed_rows(self, tokens_BxM: Array, rows: "_Rows") -> Float[Array, "B S D"]:
         """Embeddings of the S rows. If none are dropped, tokens are put in order, which is cheaper than embeddings."""
