@@ -39,10 +39,11 @@ def test_copy_task_trains_scores_and_decodes(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_context_length_times_every_context(monkeypatch, capsys):
-    options = "--contexts 32 16 --latents 8 --layers 1 --width 64 --steps 1"
+@pytest.mark.parametrize("model", ["perceiver-ar", "transformer-xl"])
+def test_context_length_times_every_context(model, monkeypatch, capsys):
+    options = f"--model {model} --contexts 32 16 --latents 8 --layers 1 --width 64 --steps 1"
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr("sys.argv", ["context_length.py", *options.split()])
     runpy.run_path(str(ROOT / "benchmarks" / "context_length.py"), run_name="__main__")
     results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
-    assert [(result["context"], result["latents"]) for result in results] == [(16, 8), (32, 8)]
+    assert [result["context"] for result in results] == [16, 32]
