@@ -57,6 +57,7 @@ def headed(*chunks: bytes, midi_format: int = 1, announced: int = 1) -> bytes:
         headed(ONE_NOTE) + b"some words after the end",
         headed(ONE_NOTE) + headed(track((0, on(72)), (50, off(72)))),
         headed(track((0, on(60)), (100, off(60)), end=b"")),
+        headed(track((0, on(60)), (100, off(60)), end=b"")) + bytes(9),
         headed(track((0, on(60)), (100, off(60)), end=b"\0\xff\x2f\x01\0")),
         headed(track((0, on(60)), (100, off(60)), end=b"\0\xff\x2f\0" + b"\0\x90\x43\x40\x10\xf5garbage")),
     ],
@@ -178,6 +179,7 @@ def test_running_status_does_not_go_on_in_the_next_track():
         (headed(ONE_NOTE[:-1]), "a track should have .* only .* are left"),
         (headed(ONE_NOTE, ONE_NOTE, midi_format=2, announced=2), "a collection of 2 separate pieces"),
         (headed(ONE_NOTE, midi_format=3), "MIDI format 3"),
+        (headed(track((0, on(60)), (50, off(60)), end=b"")) + wait(10) + on(62), "more bytes than its last track says"),
         (chunk(b"MThd", b"\0\1\0\1") + ONE_NOTE, "length of at least 6 bytes, got 4"),
     ],
 )

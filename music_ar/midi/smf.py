@@ -9,6 +9,7 @@ MAX_TRACKS = 2**16 - 1
 
 _SMPTE_FRAME_RATES = {24: 24.0, 25: 25.0, 29: 30_000 / 1001, 30: 30.0}
 _HEADER_BYTES = 14
+_END_OF_TRACK = b"\xff\x2f"
 _MAC_BINARY_BYTES = 128
 
 _OTHER_FILES = {
@@ -115,8 +116,8 @@ def _read_tracks(data: bytes, position: int, announced: int) -> list[memoryview]
     tracks, chunks, view = [], 0, memoryview(data)
     while len(data) - position >= 8:
         name, length = data[position : position + 4], int.from_bytes(data[position + 4 : position + 8])
-        if name == b"MThd" and chunks >= announced:
-            break  # another file follows
+        if not name.isascii() or not name.decode().isprintable() or (name == b"MThd" and chunks >= announced):
+            break  # no chunk, or another file
         end = position + 8 + length
         if name == b"MTrk":
             if end > len(data):
@@ -135,4 +136,6 @@ def _read_tracks(data: bytes, position: int, announced: int) -> list[memoryview]
         )
     if not tracks:
         raise MidiError("the MIDI file has no tracks")
+    if data[position:].strip(b"\0") and _END_OF_TRACK not in bytes(tracks[-1]):
+        raise MidiError("the file is damaged: it has more bytes than its last track says; export it again")
     return tracks
