@@ -31,10 +31,6 @@ class NoteEvents(NamedTuple):
     pitch: UInt8[np.ndarray, " n"]
     velocity: UInt8[np.ndarray, " n"]
 
-    def select(self, index: np.ndarray) -> "NoteEvents":
-        """Return some of the events, by a mask or by indices."""
-        return NoteEvents(*(column[index] for column in self))
-
 
 def press_keys(events: NoteEvents, end_tick: int) -> Keys:
     """Find out when each key is released. Notes without length are dropped.
@@ -43,10 +39,9 @@ def press_keys(events: NoteEvents, end_tick: int) -> Keys:
     track, or else at the end of the file.
     """
     by_key = _by_key(events)
-    grouped = events.select(by_key)
-    is_off = grouped.velocity == 0
-    begins_key = _changes(grouped.pitch) | _changes(grouped.channel) | _changes(grouped.track)
-    begins_moment = begins_key | _changes(grouped.tick)
+    is_off = events.velocity[by_key] == 0
+    begins_key = _changes(events.pitch[by_key]) | _changes(events.channel[by_key]) | _changes(events.track[by_key])
+    begins_moment = begins_key | _changes(events.tick[by_key])
     key = np.append(np.cumsum(begins_key), -1)
     off = _next(is_off)[_search_start(is_off, begins_key, begins_moment)]
     release_index = np.empty(len(by_key), np.int64)
@@ -67,7 +62,8 @@ def press_keys(events: NoteEvents, end_tick: int) -> Keys:
         pitch=events.pitch[on],
         velocity=events.velocity[on],
     )
-    return keys.select(release > keys.onset)
+    has_length = release > keys.onset
+    return keys if has_length.all() else keys.select(has_length)
 
 
 _AFTER_ALL = 2**40 - 1
