@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from midi_files import DOWN, PROGRAM, UP, chunk, midi, notes, off, on, pedal, tempo, track
+from midi_files import PROGRAM, chunk, midi, notes, off, on, tempo, track
 
 from music_ar.midi import MidiError, Performance, read_midi, write_midi
 
 DATA = Path(__file__).parent / "data"
 GOLDENS = np.load(DATA / "goldens.npz")
 PIECES = sorted({name.split("/")[0] for name in GOLDENS.files})
+
 
 @st.composite
 def performances(draw: st.DrawFn, *, most: int = 40) -> Performance:

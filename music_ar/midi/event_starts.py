@@ -148,7 +148,7 @@ def _walk(links: Int32[np.ndarray, " n"], start: int) -> Int32[np.ndarray, " s"]
     strides = links
     for _ in range(_DOUBLINGS):
         strides = strides.take(strides)
-    stride, nodes = memoryview(strides), [start]
+    stride, nodes = memoryview(strides.data), [start]
     while (node := stride[nodes[-1]]) != nodes[-1]:
         nodes.append(node)
     steps = np.empty((len(nodes), 2**_DOUBLINGS), np.int32)

@@ -167,7 +167,9 @@ class _Reader:
         self._tick, self.end_tick = int(tick[-1]), max(self.end_tick, int(tick.max()))
         return tick
 
-    def _statuses(self, byte: UInt8[np.ndarray, " e"], begins_track: Int64[np.ndarray, " b"]) -> UInt8[np.ndarray, " e"]:
+    def _statuses(
+        self, byte: UInt8[np.ndarray, " e"], begins_track: Int64[np.ndarray, " b"]
+    ) -> UInt8[np.ndarray, " e"]:
         """Status bytes, with the running status where there is none; 0 if that has ended."""
         sets_status = _SETS_STATUS.take(byte)
         sets_status[begins_track] = True

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from music_ar.midi.io import ACOUSTIC_GRAND_PIANO, TICKS_PER_QUARTER
 from music_ar.midi.events import CONTROLLERS
+from music_ar.midi.io import ACOUSTIC_GRAND_PIANO, TICKS_PER_QUARTER
 from music_ar.midi.performance import Performance
 from music_ar.midi.sustain import Controls, Keys, fold
 

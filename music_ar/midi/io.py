@@ -114,7 +114,8 @@ def _check_size(performance: Performance) -> None:
         raise MidiError(f"at most {MAX_NOTES:,} notes fit in a MIDI file, got {len(performance):,}; write it in parts")
     if performance.duration_s > MAX_SECONDS - 1:
         raise MidiError(
-            f"a MIDI file lasts at most {MAX_SECONDS - 1:,.0f} s, got {performance.duration_s:,.1f} s; write it in parts"
+            f"a MIDI file lasts at most {MAX_SECONDS - 1:,.0f} s, got {performance.duration_s:,.1f} s; "
+            "write it in parts"
         )
 
 
@@ -126,7 +127,9 @@ def _midi_bytes(performance: Performance) -> bytes:
     offset = np.maximum(np.rint(performance.offset_s * TICKS_PER_SECOND).astype(np.int32), onset + 1)
     voice = voices(onset, offset, performance.pitch)
     if voice.max() >= _MAX_VOICES:
-        raise MidiError(f"at most {_MAX_VOICES:,} notes of one pitch may overlap in a MIDI file, got {voice.max() + 1:,}")
+        raise MidiError(
+            f"at most {_MAX_VOICES:,} notes of one pitch may overlap in a MIDI file, got {voice.max() + 1:,}"
+        )
     score = ScoreTick(TICKS_PER_QUARTER)
     score.tempos.append(TempoTick(0, mspq=MICROSECONDS_PER_QUARTER))
     by_voice = np.argsort(voice, kind="stable")

@@ -110,7 +110,9 @@ def _search_start(
     decided = np.maximum.accumulate(np.where(~one_off_last | begins_key[first], np.arange(len(first)), 0))
     sounds_after = ends_with_on[decided]
     sounds_before = np.append(False, sounds_after[:-1]) & ~begins_key[first]
-    return np.where(np.repeat(one_off_last & sounds_before, after - first) & ~is_off, np.repeat(after, after - first), start)
+    return np.where(
+        np.repeat(one_off_last & sounds_before, after - first) & ~is_off, np.repeat(after, after - first), start
+    )
 
 
 def _next_of_pitch(events: NoteEvents, note: Int64[np.ndarray, " k"]) -> Int64[np.ndarray, " k"]:

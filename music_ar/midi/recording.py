@@ -74,15 +74,19 @@ def read_recording(data: bytes, *, max_notes: int) -> Recording:
 
 
 def _recording(
-    file: MidiFile, events: Events, messages: Messages, channel: Int32[np.ndarray, " n"], is_note: Bool[np.ndarray, " n"]
+    file: MidiFile,
+    events: Events,
+    messages: Messages,
+    channel: Int32[np.ndarray, " n"],
+    is_note: Bool[np.ndarray, " n"],
 ) -> Recording:
     """Sort the messages, which are in the order in which they are played, into notes and controllers."""
     tempo_tick, tempo = _tempos(events)
-    clock = (
-        Clock.constant(file.tick_s)
-        if file.ticks_per_quarter is None
-        else Clock.of_tempos(tempo_tick, tempo, file.ticks_per_quarter)
-    )
+    if file.tick_s is not None:
+        clock = Clock.constant(file.tick_s)
+    else:
+        assert file.ticks_per_quarter is not None
+        clock = Clock.of_tempos(tempo_tick, tempo, file.ticks_per_quarter)
     place = np.flatnonzero(is_note)
     played = messages.select(place)
     notes = NoteEvents(
@@ -95,9 +99,7 @@ def _recording(
     )
     place = np.flatnonzero(messages.status >> 4 == CONTROL)
     moved = messages.select(place)
-    controls = Controls(
-        time=moved.tick, order=place, channel=channel[place], number=moved.data1, value=moved.data2
-    )
+    controls = Controls(time=moved.tick, order=place, channel=channel[place], number=moved.data1, value=moved.data2)
     return Recording(
         keys=press_keys(notes, events.end_tick),
         controls=controls,
@@ -152,5 +154,7 @@ def _first_of_each_track(events: Events, kind: int) -> Iterator[tuple[int, int, 
     """Track, position and contents of the first meta-event of this kind in each track that has one."""
     metas = events.metas.select(events.metas.kind == kind)
     tracks, first = np.unique(np.searchsorted(events.track_start, metas.position, side="right") - 1, return_index=True)
-    for track, *(position, _, start, length) in zip(tracks.tolist(), *(column.tolist() for column in metas.select(first)[1:])):
+    for track, *(position, _, start, length) in zip(
+        tracks.tolist(), *(column.tolist() for column in metas.select(first)[1:]), strict=False
+    ):
         yield track, position, events.data[start : start + length]

@@ -150,9 +150,7 @@ def _state(
     return np.append(is_down, False)[last] & (np.append(pedal.channel, -1)[last] == channel)
 
 
-def _next(
-    events: Controls, channel: Int[np.ndarray, " n"], order: Int64[np.ndarray, " n"]
-) -> Int64[np.ndarray, " n"]:
+def _next(events: Controls, channel: Int[np.ndarray, " n"], order: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
     """Index of the next event on each channel after a place in the file; the number of events if there is none."""
     index = np.searchsorted(_code(events.channel, events.order), _code(channel, order), side="right")
     return np.where(np.append(events.channel, -1)[index] == channel, index, len(events.order))
