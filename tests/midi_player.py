@@ -143,7 +143,7 @@ class Player:
             self.stop(channel, tick, self.sounding[channel])
         if number in (64, 121):
             self.pedal_is_down[channel] = number == 64 and value >= 64
-        if number == 64:
+        if number == 64 or number >= 120:
             self.last = tick
 
     def damp(self, channel: int, tick: int) -> None:

@@ -62,7 +62,7 @@ def fold(keys: Keys, controls: Controls) -> tuple[Keys, Num[np.ndarray, " m"]]:
     """Find out when each note stops sounding.
 
     - A key that is released while the sustain pedal is down sounds until the pedal next comes up, or else until the
-      last note-off or movement of the sustain pedal in the file. Resetting all controllers raises the pedal.
+      last note-off or movement of these controllers in the file. Resetting all controllers raises the pedal.
     - While the pedal is down, a note-on ends every sounding note of its pitch and channel; of two at one time, the
       later in the file remains.
     - All notes off releases all keys of its channel. All sound off silences it, too.
@@ -73,7 +73,8 @@ def fold(keys: Keys, controls: Controls) -> tuple[Keys, Num[np.ndarray, " m"]]:
     controls = controls.select(np.argsort(controls.channel, kind="stable"))
     keys = _release_all(keys, controls)
     is_sustain = controls.number == SUSTAIN_CONTROLLER
-    last = max(keys.release.max(initial=0), controls.time[is_sustain].max(initial=0))
+    is_mode = controls.number >= ALL_SOUND_OFF
+    last = max(keys.release.max(initial=0), controls.time[is_sustain | is_mode].max(initial=0))
     keys = keys.select(_by_channel_and_pitch(keys))
 
     pedal, is_down = _pedal_changes(controls.select(is_sustain | (controls.number == RESET_CONTROLLERS)))
