@@ -13,7 +13,7 @@ from music_ar.generator import Generator
 from music_ar.midi.io import write_midi
 from music_ar.midi.performance import MidiError, Performance
 from music_ar.model.config import PRESETS
-from music_ar.model.pretrained import CheckpointError
+from music_ar.model.weights import CheckpointError
 from music_ar.tokens import codec
 
 
