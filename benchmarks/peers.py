@@ -32,7 +32,7 @@ from perceiver.model.core.modules import CausalSequenceModel  # pyright: ignore[
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
 
 from music_ar.decoding.decoder import Decoder
-from music_ar.decoding.processors import option_arrays
+from music_ar.decoding.interface import option_arrays
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.model.config import ModelConfig
 from music_ar.model.pretrained import load_pretrained

@@ -14,7 +14,7 @@ from flax import nnx
 from app.console import ProgressLine
 from music_ar.decoding.autotune import MAESTRO_TOKENS_PER_S
 from music_ar.decoding.decoder import Decoder
-from music_ar.decoding.processors import option_arrays
+from music_ar.decoding.interface import option_arrays
 from music_ar.decoding.request import Request
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.evaluation.likelihood import score_decoding
@@ -164,7 +164,7 @@ def render_rows(
     seconds: float,
 ) -> list[RenderRow]:
     """Time a loop over `stream` and then `generate_many`, for every number of latents and batch."""
-    generator, rows = Generator(model), []
+    generator, rows = Generator(Decoder(model)), []
     with ProgressLine("rendering") as line:
         for number in latents:
             loop = _render_row(generator, number, None, loop_pieces, seconds)

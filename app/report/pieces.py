@@ -6,6 +6,7 @@ from app.console import CommandError
 from app.report.config import ReportConfig
 from app.report.measure import Timed, Tokens
 from data_pipeline.maestro import MidiFiles
+from music_ar.decoding.decoder import Decoder
 from music_ar.decoding.request import Request
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.generator import Generator
@@ -57,7 +58,9 @@ def generated_pieces(
         report(min(done, 1.0))
 
     folder.mkdir(exist_ok=True)
-    pieces = sorted(Generator(model).generate_many(requests, progress=progress), key=lambda piece: piece.request.tag)
+    pieces = sorted(
+        Generator(Decoder(model)).generate_many(requests, progress=progress), key=lambda piece: piece.request.tag
+    )
     for piece in pieces:
         seed = piece.request.seed
         if piece.error is not None:
