@@ -59,6 +59,7 @@ class Decoder:
                 f"got {model.config.head_size} and {model.config.context}"
             )
         self.config, self.dtype = model.config, model.dtype
+        self.device, self.path = jax.local_devices()[0].device_kind, "jax"
         graph, params = nnx.split(DecodingModel(model, _forms(self.backend)))
         self.graph = HashedGraph(graph)
         # Matrix products run in this type anyway; in a loop, XLA would convert the matrices again for each token.
@@ -173,6 +174,10 @@ class Decoder:
     def step_bytes(self, state: DecodeState) -> int:
         """See `AnyDecoder.step_bytes`. Counts the whole embedding tables (3 %), of which a step reads rows."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.params, state.caches, state.notes, state.match)))
+
+    def bare_matrices_s(self, rows: int) -> None:
+        """Not measured: XLA has no products without the rest."""
+        del rows
 
     def free_programs(self) -> None:
         """See `AnyDecoder.free_programs`."""

@@ -74,10 +74,14 @@ class AnyDecoder(Protocol):
     Attributes:
         config: sizes of the model.
         backend: how it decodes.
+        device: name of the device.
+        path: what computes: "jax", or the instructions that the native engine uses: "vnni", "avx2" or "portable".
     """
 
     config: ModelConfig
     backend: Backend
+    device: str
+    path: str
 
     def start(
         self,
@@ -134,6 +138,10 @@ class AnyDecoder(Protocol):
 
     def step_bytes(self, state: Any) -> int:
         """Bytes that a step must read: the weights and the caches of a state."""
+        ...
+
+    def bare_matrices_s(self, rows: int) -> float | None:
+        """Seconds that the int8 matrices of one step alone take with this number of rows, timed; None with JAX."""
         ...
 
     def free_programs(self) -> None:

@@ -4,10 +4,11 @@ import os
 
 from music_ar.decoding import backend as backends
 from music_ar.decoding.interface import AnyDecoder
+from music_ar.model.weights import Weights, read_weights
 
 
 def load_decoder(source: str | os.PathLike[str] | None = None) -> AnyDecoder:
-    """A decoder of a pretrained model: on a CPU the native engine, which needs no JAX; JAX where that cannot run.
+    """A decoder of a pretrained model.
 
     Args:
         source: the name of a shipped checkpoint, a folder, or a hub id ("owner/name"); default: the checkpoint that
@@ -16,13 +17,17 @@ def load_decoder(source: str | os.PathLike[str] | None = None) -> AnyDecoder:
     Raises:
         CheckpointError: the model is missing, damaged, or has a different vocabulary.
     """
+    return decoder_of(read_weights(source))
+
+
+def decoder_of(weights: Weights) -> AnyDecoder:
+    """A decoder of a model: on a CPU in the native engine, which needs no JAX; where that cannot run, in JAX."""
     native = backends.native()
     if native is not None:
         from music_ar.decoding.native.decoder import NativeDecoder
-        from music_ar.model.weights import read_weights
 
-        return NativeDecoder(read_weights(source), native)
+        return NativeDecoder(weights, native)
     from music_ar.decoding.decoder import Decoder
-    from music_ar.model.pretrained import load_pretrained
+    from music_ar.model.pretrained import model_of
 
-    return Decoder(load_pretrained(source, compute=backends.select().compute))
+    return Decoder(model_of(weights, compute=backends.select().compute))

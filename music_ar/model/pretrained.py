@@ -52,7 +52,16 @@ def load_pretrained(source: str | os.PathLike[str] | None = None, *, compute: Co
         CheckpointError: there is no such model, a file is missing or damaged, or the model has a different format or
             vocabulary.
     """
-    weights = read_weights(source)
+    return model_of(read_weights(source), compute=compute)
+
+
+def model_of(weights: Weights, *, compute: Compute = Compute()) -> PerceiverAR:
+    """The model with these weights.
+
+    Args:
+        weights: its sizes and parameters.
+        compute: how it computes.
+    """
     graph, params = nnx.split(nnx.eval_shape(lambda: PerceiverAR(weights.config, rngs=nnx.Rngs(0), compute=compute)))
     flat = {
         path: variable.replace(jnp.asarray(weights.float32(_name(path))))
