@@ -1,12 +1,13 @@
 """Compare decoding speed with alternative models of the same size, interleaved in one run on the CPU.
 
-    pip install -c requirements.lock . && pip install torch transformers einops fairscale gguf llama-cpp-py-sync
+    pip install -c requirements.lock . && pip install torch transformers einops fairscale gguf
+    CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python
     pip install --no-deps --ignore-requires-python perceiver-io==0.11.0
     python benchmarks/peers.py
 
 - music-ar: the shipped model, 4,096 tokens of context, 1,024 latents, int8 weights.
 - perceiver-io 0.11 (Krasser and Stumpf; PyTorch): a Perceiver AR with its key/value cache, same widths and latents.
-- llama.cpp, as llama-cpp-py-sync ships it (AVX2): a Llama of the same size in Q8_0 (int8), 2,048 past tokens.
+- llama.cpp, compiled for this CPU by llama-cpp-python: a Llama of the same size in Q8_0 (int8), 2,048 past tokens.
 - GPT-2 of Hugging Face's transformers (PyTorch): its cache, same width and depth, 2,048 past tokens.
 
 The other models have random weights, which do not affect the time, and sample from the plain softmax. The models take
@@ -23,9 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf  # pyright: ignore[reportMissingImports]
+import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
-from llama_cpp_py_sync import _cffi_bindings as llama  # pyright: ignore[reportMissingImports]
 from perceiver.model.core.config import CausalSequenceModelConfig  # pyright: ignore[reportMissingImports]
 from perceiver.model.core.modules import CausalSequenceModel  # pyright: ignore[reportMissingImports]
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
@@ -116,22 +117,22 @@ def gpt2(config: ModelConfig, past: int, tokens: int) -> tuple[Decode, int]:
     return decode, sum(p.numel() for p in model.parameters())
 
 
-def llama_cpp(config: ModelConfig, past: int, tokens: int) -> tuple[Decode, int]:
+def llama(config: ModelConfig, past: int, tokens: int) -> tuple[Decode, int]:
     """llama.cpp with `past` tokens in its cache at the start of each call, and its own sampler."""
-    lib, ffi = llama.get_lib(), llama.get_ffi()
+    lib = llama_cpp
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "random.gguf")
         parameters = _write_llama(path, config, past + tokens + 1)
         model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
     options = lib.llama_context_default_params()
-    options.n_ctx, options.n_batch, options.n_ubatch = past + tokens + 1, past, 512
+    options.n_ctx, options.n_batch = past + tokens + 1, past
     options.n_threads = options.n_threads_batch = usable_cores()
     context = lib.llama_init_from_model(model, options)
     sampler = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
     lib.llama_sampler_chain_add(sampler, lib.llama_sampler_init_dist(1))
-    prompt = ffi.new("llama_token[]", np.random.default_rng(0).integers(0, 388, past).tolist())
+    prompt = (lib.llama_token * past)(*np.random.default_rng(0).integers(0, 388, past).tolist())
     assert lib.llama_decode(context, lib.llama_batch_get_one(prompt, past)) == 0
-    token = ffi.new("llama_token[]", [lib.llama_sampler_sample(sampler, context, -1)])
+    token = (lib.llama_token * 1)(lib.llama_sampler_sample(sampler, context, -1))
 
     def decode() -> None:
         lib.llama_memory_seq_rm(lib.llama_get_memory(context), 0, past, -1)
@@ -199,7 +200,7 @@ def main() -> None:
     config, latents, tokens = decoder.config, arguments.latents, 32
     size = sum(map(math.prod, parameter_shapes(config).values()))
     ours, four = music_ar(decoder, latents, 1, tokens), music_ar(decoder, latents, 4, tokens)
-    llama_decode, llama_size = llama_cpp(config, 2048, tokens)
+    llama_decode, llama_size = llama(config, 2048, tokens)
     perceiver, perceiver_size = perceiver_io(config, latents, tokens)
     transformer, transformer_size = gpt2(config, 2048, tokens)
     tools = {
