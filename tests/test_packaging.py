@@ -19,6 +19,8 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ co
 @pytest.fixture(scope="module")
 def hook():
     spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
