@@ -26,7 +26,7 @@ def decoder_of(weights: Weights) -> AnyDecoder:
     if native is not None:
         from music_ar.decoding.native.decoder import NativeDecoder
 
-        return NativeDecoder(weights, native)
+        return NativeDecoder(weights.config, weights.tensors)
     from music_ar.decoding.decoder import Decoder
     from music_ar.model.pretrained import model_of
 

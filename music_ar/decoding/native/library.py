@@ -1,6 +1,0 @@
-"""stub until the engine is merged"""
-
-
-def load() -> None:
-    """stub"""
-    return
