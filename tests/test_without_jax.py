@@ -10,7 +10,7 @@ from music_ar.decoding import backend
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(backend.native() is None, reason="the native engine was not compiled"),
+    pytest.mark.skipif(not backend.native(), reason="the native engine was not compiled"),
 ]
 COMMAND = "from app import cli; code = cli.main({arguments!r}); assert not code, code"
 GENERATOR = """
