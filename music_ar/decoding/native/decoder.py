@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float32, Int32, Integer
 
-from music_ar.decoding.backend import CPU
+from music_ar.decoding.backend import CPU, Backend
 from music_ar.decoding.native.library import CConfig, COptions, CState, CTensor, Library, load
 from music_ar.decoding.native.state import NativeState
 from music_ar.decoding.native.weights import Weights, weights_of
@@ -29,16 +29,22 @@ class NativeDecoder:
     Args:
         config: sizes of the model.
         tensors: its weights by name, as in a pretrained model's file: int8 with scales, or float32.
+        backend: lengths of chunks and sizes of batches.
+
+    Attributes:
+        config, backend: as given.
+        device: "cpu".
+        path: the instructions that the engine uses: "vnni", "avx2" or "portable". It chooses the fastest that the CPU
+            has; the environment variable `MUSIC_AR_CPU` asks for another.
 
     Raises:
         RuntimeError: the engine was not built on this machine.
         ValueError: a tensor is missing or has another shape, or the engine does not support a size.
     """
 
-    backend = CPU
     device = "cpu"
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, np.ndarray]):
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, np.ndarray], backend: Backend = CPU):
         library = load()
         if library is None:
             raise RuntimeError("the native engine was not built: reinstall the package where a C++ compiler is found")
@@ -47,13 +53,14 @@ class NativeDecoder:
                 f"the native engine needs heads of at most {_MOST_HEAD_SIZE} channels and the vocabulary of "
                 f"{vocabulary.VOCABULARY_SIZE} tokens; got {config.head_size} and {config.vocabulary_size}"
             )
-        self.config = config
-        self.path: str = library.cpu().decode()  # "vnni", "avx2" or "portable"
-        self._library = library
         weights = weights_of(config, tensors)
-        self._weight_bytes = sum(leaf.nbytes for pair in weights.values() for leaf in pair if leaf is not None)
+        self.config, self.backend = config, backend
+        self._library = library
         self._model = _open(library, config, weights)
         weakref.finalize(self, library.close, self._model)
+        self.path: str = library.path(self._model).decode()
+        self._cached = np.dtype(np.float16 if library.cached_bytes(self._model) == 2 else np.float32)
+        self._weight_bytes = sum(each.nbytes for pair in weights.values() for each in pair if each is not None)
 
     def start(
         self,
@@ -71,9 +78,7 @@ class NativeDecoder:
                 latents than the context, or re-anchored windows.
         """
         if mode != "sliding":
-            raise ValueError(
-                f'the native engine decodes with sliding windows only, got mode "{mode}"; use the JAX step'
-            )
+            raise ValueError(f'the native engine decodes with sliding windows only, got mode "{mode}"; use the JAX step')
         if len(prompts) != len(seeds):
             raise ValueError(f"expected a seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
         if not 1 <= latents <= self.config.context:
@@ -105,10 +110,8 @@ class NativeDecoder:
         B = len(state.age_B)
         tokens_BxT, nats_BxT = np.empty((B, length), np.int32), np.empty((B, length), np.float32)
         arrays = _option_arrays(options, B)
-        c_options = COptions(*(arrays[name].ctypes.data for name, _ in COptions.TYPES))
-        self._library.decode(
-            self._model, self._c_state(state), c_options, length, tokens_BxT.ctypes.data, nats_BxT.ctypes.data
-        )
+        outputs = tokens_BxT.ctypes.data, nats_BxT.ctypes.data
+        self._library.decode(self._model, self._c_state(state), _c_options(arrays), length, *outputs)
         return state, tokens_BxT, nats_BxT
 
     def teacher_force(
@@ -124,29 +127,36 @@ class NativeDecoder:
         )
         return state, logits
 
+    def processed(
+        self, state: NativeState, options: Mapping[str, Any], logits_BxV: Float32[np.ndarray, "B V"]
+    ) -> Float32[np.ndarray, "B V"]:
+        """Logits after the logit processors; see `processors.PROCESSORS`."""
+        logits = np.array(logits_BxV, np.float32)
+        if logits.shape != (len(state.age_B), vocabulary.VOCABULARY_SIZE):
+            raise ValueError(f"expected logits for {len(state.age_B)} rows, got {logits.shape}")
+        arrays = _option_arrays(options, len(logits))
+        self._library.process(self._model, self._c_state(state), _c_options(arrays), logits.ctypes.data)
+        return logits
+
     def bare_matrices_s(self, rows: int = 1) -> float:
         """Seconds for all int8 products of one step and nothing else: the best of some passes on this machine, now."""
         if not 1 <= rows <= 64:
             raise ValueError(f"rows must be in 1..64, got {rows}")
         return self._library.bare_products_s(self._model, rows, _BARE_PASSES)
 
+    def step_bytes(self, state: NativeState) -> int:
+        """Bytes that a step may read: the weights, and the caches of a state. It reads the visible part of caches."""
+        caches = (state.cross_k, state.cross_v, state.self_k, state.self_v, state.match_keys_BxWxC)
+        return self._weight_bytes + sum(cache.nbytes for cache in caches)
+
     def batch_rows(self, latents: int) -> int:
-        """See `AnyDecoder.batch_rows`."""
+        """Number of rows to decode at once."""
         del latents
         assert self.backend.batch_rows is not None
         return self.backend.batch_rows
 
-    def step_bytes(self, state: NativeState) -> int:
-        """See `AnyDecoder.step_bytes`. Counts the whole tables of features (5 %), of which a step reads rows."""
-        caches = (state.cross_k, state.cross_v, state.self_k, state.self_v, state.note_BxC, state.match_keys_BxWxC)
-        return self._weight_bytes + sum(leaf.nbytes for leaf in caches)
-
     def free_programs(self) -> None:
-        """Nothing to free: the engine is compiled when it is installed."""
-
-    @property
-    def _cached(self) -> np.dtype:
-        return np.dtype(np.float16 if self._library.cached_bytes() == 2 else np.float32)
+        """Nothing to free: there are no compiled programs."""
 
     def _c_state(self, state: NativeState) -> CState:
         """The state for a call.
@@ -210,3 +220,8 @@ def _option_arrays(options: Mapping[str, Any], rows: int) -> dict[str, np.ndarra
         name: np.ascontiguousarray(np.broadcast_to(np.asarray(options[name], dtype), (rows,)))
         for name, dtype in COptions.TYPES
     }
+
+
+def _c_options(arrays: Mapping[str, np.ndarray]) -> COptions:
+    """Pointers to the arrays, which must outlive the call."""
+    return COptions(*(arrays[name].ctypes.data for name, _ in COptions.TYPES))

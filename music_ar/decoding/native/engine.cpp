@@ -136,9 +136,9 @@ using namespace music_ar;
 
 extern "C" {
 
-const char* music_ar_cpu() { return chosen_kernels().name; }
+const char* music_ar_path(const Model* model) { return model->kernels().name; }
 
-int music_ar_cached_bytes() { return int(chosen_kernels().cached_bytes); }
+int music_ar_cached_bytes(const Model* model) { return int(model->kernels().cached_bytes); }
 
 int music_ar_threads() { return pool()->count(); }
 

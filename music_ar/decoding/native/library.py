@@ -97,8 +97,8 @@ class COptions(ctypes.Structure):
 
 
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
-    "cpu": (c_char_p, []),
-    "cached_bytes": (c_int, []),
+    "path": (c_char_p, [c_void_p]),
+    "cached_bytes": (c_int, [c_void_p]),
     "threads": (c_int, []),
     "set_threads": (None, [c_int]),
     "open": (c_void_p, [POINTER(CConfig), POINTER(CTensor), c_int]),
