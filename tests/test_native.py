@@ -42,6 +42,7 @@ FOREVER = 2**30
 # Longer than the context, and than all caches; it returns to its beginning, so that there is something to retrieve.
 _PASSAGE = np.random.default_rng(0).integers(0, vocabulary.EVENT_CLASSES, 65)
 PIECE = np.concatenate([[START], _PASSAGE, _PASSAGE[:40], _PASSAGE[15:40]]).astype(np.int32)
+ALL = len(PIECE) - 1
 OPTIONS = shared_options(SamplingOptions())
 PATHS = ["vnni", "avx2", "portable"]
 
@@ -78,9 +79,10 @@ def start(decoder, prompts, *, seeds=None, latents=LATENTS, limit_steps=FOREVER)
     return decoder.start(prompts, latents=latents, seeds=seeds, limit_steps=limit_steps)
 
 
-def logits_after(decoder, prompt_length, latents=LATENTS):
+def logits_after(decoder, prompt_length, tokens=10, latents=LATENTS):
+    """Logits of so many tokens after a prompt."""
     state = start(decoder, [PIECE[:prompt_length]], latents=latents)
-    return np.asarray(decoder.teacher_force(state, PIECE[None, prompt_length:])[1][0])
+    return np.asarray(decoder.teacher_force(state, PIECE[None, prompt_length : prompt_length + tokens])[1][0])
 
 
 def assert_close(found, expected):
@@ -94,7 +96,7 @@ def assert_close(found, expected):
 def test_logits_are_those_of_the_jax_step(pretrained, name):
     model, tensors = pretrained(CONFIGS[name])
     native = NativeDecoder(CONFIGS[name], tensors)
-    assert_close(logits_after(native, 1), logits_after(Decoder(model, Backend()), 1))
+    assert_close(logits_after(native, 1, ALL), logits_after(Decoder(model, Backend()), 1, ALL))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -103,14 +105,14 @@ def test_every_instruction_set_computes_the_same(model, reference, monkeypatch, 
     native = NativeDecoder(CONFIG, model[1])
     if native.path != path:
         pytest.skip(f"this CPU does not have what {path} needs")
-    assert_close(logits_after(native, 1), logits_after(reference, 1))
+    assert_close(logits_after(native, 1, ALL), logits_after(reference, 1, ALL))
     assert_close(logits_after(native, 100), logits_after(reference, 100))
 
 
 @pytest.mark.parametrize("latents", [2, 11, LATENTS])
 @pytest.mark.parametrize("length", [2, 15, 30, 66, 120])
 def test_prefill_is_that_of_jax(native, reference, length, latents):
-    assert_close(logits_after(native, length, latents), logits_after(reference, length, latents))
+    assert_close(logits_after(native, length, latents=latents), logits_after(reference, length, latents=latents))
 
 
 @pytest.mark.parametrize("length", [2, LATENTS, LATENTS + 1])
@@ -137,12 +139,14 @@ def test_float_weights_are_rounded_to_int8(model, native):
 @given(
     seed=st.integers(0, 2**31 - 1),
     position=st.integers(0, 2**31 - 1),
-    logits=st.lists(st.one_of(st.floats(-20, 20, width=32), st.just(-np.inf)), min_size=391, max_size=391),
+    allowed=st.sampled_from([1, 2, 20, 391]),
+    draw=st.integers(0, 9),
 )
-@settings(max_examples=30)
-def test_a_key_draws_the_same_token_as_in_jax(seed, position, logits):
-    logits = np.array(logits, np.float32)
-    logits[7] = 0.0  # something can be drawn
+@settings(max_examples=50)
+def test_a_key_draws_the_same_token_as_in_jax(seed, position, allowed, draw):
+    rng = np.random.default_rng(draw)
+    logits = (3 * rng.normal(size=VOCABULARY_SIZE)).astype(np.float32)
+    logits[rng.permutation(VOCABULARY_SIZE)[allowed:]] = -np.inf
     expected = jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), logits)
     key = np.array([0, seed], np.uint32)
     assert library.load().draw(logits.ctypes.data, key.ctypes.data, position) == int(expected)
@@ -311,7 +315,6 @@ def test_an_end_ends_the_row(native):
         ({"prompts": [np.array([START, 391])], "seeds": [0]}, "tokens must be in"),
         ({"prompts": [np.array([-1])], "seeds": [0]}, "tokens must be in"),
         ({"prompts": [np.zeros(0, np.int32)], "seeds": [0]}, "at least one"),
-        ({"prompts": [np.array([0.5])], "seeds": [0]}, "whole numbers"),
         ({"prompts": [PIECE[:1]], "seeds": [0, 1]}, "a seed for each prompt"),
         ({"prompts": [PIECE[:1]], "seeds": [0], "latents": CONTEXT + 1}, "latents must be"),
         ({"prompts": [PIECE[:1]], "seeds": [0], "latents": 0}, "latents must be"),

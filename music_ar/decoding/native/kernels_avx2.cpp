@@ -19,7 +19,6 @@ namespace avx2 {
 constexpr int LANES = 8, OUTPUTS = 16, TILE_ROWS = 2;
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
-using Bytes = int8_t __attribute__((vector_size(LANES)));
 using Cached = uint16_t;  // float16
 
 static inline Floats load_cached(const Cached* x) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x)); }
@@ -27,6 +26,8 @@ static inline Floats load_cached(const Cached* x) { return (Floats)_mm256_cvtph_
 static inline void store_cached(Cached* y, Floats x) {
   _mm_storeu_si128((__m128i*)y, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+
+static inline Ints load_bytes(const int8_t* x) { return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)x)); }
 
 // vpmaddwd multiplies int16, so the 15 bits of an activation go in at once, and weights are widened when they are read.
 

@@ -13,7 +13,6 @@ namespace portable {
 constexpr int LANES = 4, OUTPUTS = 16, TILE_ROWS = 2;
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
-using Bytes = int8_t __attribute__((vector_size(LANES)));
 using Cached = float;
 
 static inline Floats load_cached(const Cached* x) {
@@ -23,6 +22,8 @@ static inline Floats load_cached(const Cached* x) {
 }
 
 static inline void store_cached(Cached* y, Floats x) { __builtin_memcpy(y, &x, sizeof x); }
+
+static inline Ints load_bytes(const int8_t* x) { return Ints{x[0], x[1], x[2], x[3]}; }
 
 #if defined(__ARM_FEATURE_DOTPROD)
 

@@ -20,7 +20,6 @@ namespace vnni {
 constexpr int LANES = 16, OUTPUTS = 32, TILE_ROWS = 4;
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
-using Bytes = int8_t __attribute__((vector_size(LANES)));
 using Cached = uint16_t;  // float16
 
 static inline Floats load_cached(const Cached* x) {
@@ -30,6 +29,8 @@ static inline Floats load_cached(const Cached* x) {
 static inline void store_cached(Cached* y, Floats x) {
   _mm256_storeu_si256((__m256i*)y, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+
+static inline Ints load_bytes(const int8_t* x) { return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)x)); }
 
 // vpdpbusd multiplies unsigned by signed bytes. Weights are the unsigned ones, raised by 128, so that four activations
 // can be broadcast from memory; 128 times the sum of the activations is taken off again.
@@ -55,6 +56,8 @@ static inline void tile(const int8_t* weights, int groups, const int8_t* numbers
       low[r][half] = _mm512_set1_epi32(-128 * sums_Tx2[2 * r + 1]);
     }
   for (int group = 0; group < groups; ++group, weights += 4 * OUTPUTS, numbers += 8) {
+    __builtin_prefetch(weights + 4096);
+    __builtin_prefetch(weights + 4096 + 64);
     const __m512i w[2] = {_mm512_loadu_si512(weights), _mm512_loadu_si512(weights + 64)};
     for (int r = 0; r < ROWS; ++r) {
       int32_t x[2];

@@ -10,9 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "features.h"
+#include "conditioning.h"
 #include "kernels.h"
-#include "threads.h"
+#include "thread_pool.h"
 
 namespace music_ar {
 

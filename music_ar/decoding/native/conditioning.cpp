@@ -1,4 +1,4 @@
-#include "features.h"
+#include "conditioning.h"
 
 #include <algorithm>
 #include <cmath>
