@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from music_ar.decoding import processors
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.decoder import Decoder
+from music_ar.decoding.interface import option_arrays, shared_options
 from music_ar.decoding.native import library
 from music_ar.decoding.native.decoder import NativeDecoder, set_threads
-from music_ar.decoding.processors import option_arrays, shared_options
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.step import advance
 from music_ar.model.config import PRESETS

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float32, Int32, Integer
 
-from music_ar.decoding.backend import Backend
+from music_ar.decoding.backend import CPU, Backend
 from music_ar.decoding.native.library import CConfig, COptions, CState, CTensor, Library, load
 from music_ar.decoding.native.state import NativeState
 from music_ar.decoding.native.weights import Weights, weights_of
@@ -21,9 +21,6 @@ from music_ar.tokens import vocabulary
 
 _MOST_HEAD_SIZE = 256  # as in kernels.h
 _BARE_PASSES = 50
-
-BACKEND = Backend(linear="int8", max_chunk_tokens=16, max_chunk_work=64, batch_rows=16, batch_chunk_tokens=16)
-"""Lengths of chunks and sizes of batches of the engine."""
 
 
 class NativeDecoder:
@@ -47,7 +44,7 @@ class NativeDecoder:
 
     device = "cpu"
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, np.ndarray], backend: Backend = BACKEND):
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, np.ndarray], backend: Backend = CPU):
         library = load()
         if library is None:
             raise RuntimeError("the native engine was not built: reinstall the package where a C++ compiler is found")

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from music_ar.features import keyboard, notes, retrieval
 from music_ar.model.config import ModelConfig
 from music_ar.model.quantization import quantize
+from music_ar.model.weights import parameter_shapes
 
 
 class Weights(NamedTuple):
@@ -33,7 +33,9 @@ def weights_of(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[s
         ValueError: a tensor is missing or has another shape.
     """
     found = {}
-    for name, shape in _shapes(config).items():
+    for name, shape in parameter_shapes(config).items():
+        if name == "label.kernel":  # for training only
+            continue
         if name not in tensors:
             raise ValueError(f"the model lacks the tensor {name}")
         array = np.asarray(tensors[name])
@@ -55,41 +57,3 @@ def _matrix(name: str, array: np.ndarray, tensors: Mapping[str, np.ndarray]) -> 
 
 def _floats(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array, np.float32)
-
-
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    D, V = config.width, config.vocabulary_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding": (V, D),
-        "context_norm.scale": (D,),
-        "latent.kernel": (D, D),
-        "final_norm.scale": (D,),
-        "head.kernel": (D, V),
-        "head.bias": (V,),
-    }
-    if config.conv_width > 1:
-        shapes["conv"] = (config.conv_width, D)
-    if config.onsets:
-        shapes["keyboard.kernel"] = (keyboard.CHANNELS + notes.feature_count(config.onsets), D)
-    if config.retrieval_notes:
-        shapes["retrieval.kernel"] = (retrieval.feature_count(), D)
-    for block in ("cross", *(f"blocks.{number}" for number in range(config.layers))):
-        shapes |= {f"{block}.{name}": shape for name, shape in _block_shapes(config).items()}
-    return shapes
-
-
-def _block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    D, F, K = config.width, config.hidden, config.head_size
-    query, kv = config.heads * K, config.kv_heads * K
-    return {
-        "attention_norm.scale": (D,),
-        "query.kernel": (D, query),
-        "query_norm.scale": (K,),
-        "key.kernel": (D, kv),
-        "key_norm.scale": (K,),
-        "value.kernel": (D, kv),
-        "output.kernel": (query, D),
-        "feed_forward_norm.scale": (D,),
-        "expand.kernel": (D, F),
-        "contract.kernel": (F, D),
-    }
