@@ -149,7 +149,9 @@ def test_a_key_draws_the_same_token_as_in_jax(seed, position, allowed, draw):
     logits[rng.permutation(VOCABULARY_SIZE)[allowed:]] = -np.inf
     expected = jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), logits)
     key = np.array([0, seed], np.uint32)
-    assert library.load().draw(logits.ctypes.data, key.ctypes.data, position) == int(expected)
+    engine = library.load()
+    assert engine is not None
+    assert engine.draw(logits.ctypes.data, key.ctypes.data, position) == int(expected)
 
 
 SAMPLING = st.builds(
@@ -209,7 +211,9 @@ def test_decoding_is_step_draw_and_advance_as_in_jax(native, reference):
     prompt, options = melody([60, 64, 67, 72]), option_arrays([SamplingOptions()])
     _, tokens_BxT, nats_BxT = native.decode_scored(start(native, [prompt], seeds=[5]), options, length=40)
     _, logits = native.teacher_force(start(native, [prompt], seeds=[5]), tokens_BxT)
-    one = jax.jit(lambda rng, logits, state, token: (processors.draw(rng, logits, state, options), advance(state, token)))
+    one = jax.jit(
+        lambda rng, logits, state, token: (processors.draw(rng, logits, state, options), advance(state, token))
+    )
     state = start(reference, [prompt], seeds=[5])
     for index, token in enumerate(tokens_BxT[0]):
         if token == PAD:

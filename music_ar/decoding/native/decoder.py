@@ -83,7 +83,9 @@ class NativeDecoder:
                 latents than the context, or re-anchored windows.
         """
         if mode != "sliding":
-            raise ValueError(f'the native engine decodes with sliding windows only, got mode "{mode}"; use the JAX step')
+            raise ValueError(
+                f'the native engine decodes with sliding windows only, got mode "{mode}"; use the JAX step'
+            )
         if len(prompts) != len(seeds):
             raise ValueError(f"expected a seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
         if not 1 <= latents <= self.config.context:
@@ -198,7 +200,7 @@ def _open(library: Library, config: ModelConfig, weights: Mapping[str, Weights])
     exponent_R = np.linspace(0.0, 1.0, pairs, dtype=np.float32)
     rates_R = np.ascontiguousarray(np.float32(config.rotary_wavelength) ** -exponent_R)
     floats = ctypes.POINTER(ctypes.c_float)
-    sizes = {name: getattr(config, name) for name, kind in CConfig._fields_ if kind is ctypes.c_int32}
+    sizes = {name: getattr(config, name) for name in CConfig.SIZES}
     c_config = CConfig(**sizes, rotary_rates=rates_R.ctypes.data_as(floats))
     tensors = (CTensor * len(weights))()
     for tensor, (name, (numbers, values)) in zip(tensors, weights.items(), strict=True):

@@ -17,26 +17,21 @@ PATH = Path(__file__).with_name("_engine.so")
 class CConfig(ctypes.Structure):
     """`Config` in state.h: the sizes of a model."""
 
-    _fields_ = (
-        *(
-            (name, c_int32)
-            for name in (
-                "context",
-                "width",
-                "layers",
-                "heads",
-                "kv_heads",
-                "head_size",
-                "hidden",
-                "conv_width",
-                "onsets",
-                "retrieval_notes",
-                "time_heads",
-                "rotary_size",
-            )
-        ),
-        ("rotary_rates", POINTER(c_float)),
+    SIZES = (
+        "context",
+        "width",
+        "layers",
+        "heads",
+        "kv_heads",
+        "head_size",
+        "hidden",
+        "conv_width",
+        "onsets",
+        "retrieval_notes",
+        "time_heads",
+        "rotary_size",
     )
+    _fields_ = (*((name, c_int32) for name in SIZES), ("rotary_rates", POINTER(c_float)))
 
 
 class CTensor(ctypes.Structure):

@@ -1,4 +1,4 @@
-"""`NativeState`: everything that decoding carries from token to token, as NumPy arrays that the engine changes in place.
+"""`NativeState`: everything that decoding carries from token to token, in arrays that the engine changes.
 
 Dimension key, in addition to that of `music_ar.model.config`: R latents and S inputs in a rolling cache, L conv taps, C
 notes kept, W levels of retrieval.
@@ -155,4 +155,3 @@ def self_slots(latents: int) -> int:
 def cross_slots(config: ModelConfig) -> int:
     """S: the context, and the tokens that a prefill writes before the first of them is used."""
     return -(-(config.context + _MOST_POSITIONS) // _SLOT_PADDING) * _SLOT_PADDING
-
