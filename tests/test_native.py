@@ -220,7 +220,7 @@ def test_decoding_is_step_draw_and_advance_as_in_jax(native, reference):
             break
         state = state._replace(clock_B=state.clock_B + 1)
         rng = jax.vmap(jax.random.fold_in)(state.rng_B, state.age_B)
-        drawn, state = one(rng, jnp.asarray(logits[:, index]), state, jnp.asarray([token]))
+        drawn, state = one(rng, jnp.asarray(logits[:, index]), state, options, jnp.asarray([token]))
         assert int(drawn[0]) == token
         expected = jax.nn.logsumexp(logits[0, index]) - logits[0, index, token]
         np.testing.assert_allclose(nats_BxT[0, index], expected, atol=1e-4)
