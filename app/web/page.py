@@ -181,7 +181,7 @@ class Page:
         """Generate; `values` are those of `controls`."""
         session = self._session(request)
         with errors_in_words():
-            settings = Settings.read(dict(zip(self.controls, values, strict=True)))
+            settings = self.manager.settings(dict(zip(self.controls, values, strict=True)))
             for _ in self.manager.generate(session, settings):
                 yield self._shown(session)
             yield self._shown(session)
@@ -300,7 +300,7 @@ class Page:
     def _restored(self, session: Session, values: dict[str, Any]) -> list[Any]:
         """Values of `settable`, including the prompt if it is an example or the file already uploaded."""
         with errors_in_words():
-            settings = Settings.read(values)
+            settings = self.manager.settings(values)
         flat = settings.flat() | {"seed": "" if settings.seed is None else str(settings.seed)}
         chosen = [flat[name] for name in self.controls if name not in ("start_s", "end_s")]
         name = settings.prompt
