@@ -118,14 +118,9 @@ class Web:
 
     def _check_packages(self) -> None:
         """Check that the optional packages are there, before the model is loaded."""
-        for package, extra in (
-            ("gradio", "web"),
-            ("docstring_parser", "web"),
-            ("pydantic", "web"),
-            ("soundfile", "web"),
-        ):
+        for package in ("gradio", "docstring_parser", "pydantic", "soundfile"):
             if importlib.util.find_spec(package) is None:
-                raise CommandError(f"the page needs {package}: pip install '.[{extra}]'")
+                raise CommandError(f"the page needs {package}: pip install '.[web]'")
         if self.mcp and importlib.util.find_spec("mcp") is None:
             raise CommandError("--mcp needs the package mcp: pip install '.[mcp]'")
 

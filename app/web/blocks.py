@@ -35,7 +35,7 @@ class Blocks(gr.Blocks):
 
 
 def _check_file(value: Any) -> None:
-    """Check that a value stands for an uploaded file: Gradio would fetch addresses, and fail on all else without a word.
+    """Check that a value stands for an uploaded file; Gradio would fetch addresses, and say nothing of other mistakes.
 
     Raises:
         gr.Error: it does not.
