@@ -96,11 +96,11 @@ class Api:
         """
         session = self.manager.session(session_name(request))
         with errors_in_words():
-            chosen = checked(Extension, {"seconds": seconds, "variation": variation})
-            number = len(session.revision.pieces)
-            if chosen.variation >= number:
-                known = "there is one variation, 0" if number == 1 else f"the variations are 0 to {number - 1}"
-                raise WebError(f"{known}; got {chosen.variation}")
+            chosen = checked(
+                Extension,
+                {"seconds": seconds, "variation": variation},
+                {"variations": len(session.revision.pieces)},
+            )
             session.choose(chosen.variation)
             yield from _results(session, self.manager.extend(session, chosen.seconds))
 

@@ -1,8 +1,8 @@
 """`Jobs`: Gradio's queue of requests, mended and watched.
 
-Gradio 6.31 ends the task that starts jobs, for good, when it wants to tell a waiting client its place and has no mailbox
-for it. That happens after a request with an empty session hash (its mailbox is filed under the empty name, its job under
-another), and after 2,000 other sessions. `docs/reference/http-api.md` describes it under "A fault in Gradio's queue".
+Gradio 6.31 ends the task that starts jobs, for good, when it wants to tell a waiting client its place and has no
+mailbox for it. That happens after a request with an empty session hash (its mailbox is filed under the empty name, its
+job under another), and after 2,000 other sessions. `docs/reference/http-api.md` describes the fault.
 """
 
 import asyncio

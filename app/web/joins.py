@@ -80,7 +80,7 @@ class Joins:
             check_values(values, len(handler.inputs), name)
 
     def _check_names(self, named: str, handler: Any, values: dict[str, Any]) -> None:
-        known = [each for each in handler.input_parameter_names or ()]
+        known = list(handler.input_parameter_names or ())
         unknown = sorted(set(values) - set(known) - {"session_hash"})
         if unknown:
             raise Refusal(400, f"/{named} takes {', '.join(known) or 'nothing'}; it does not know {unknown[0][:40]}")

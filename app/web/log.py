@@ -4,6 +4,7 @@ import logging
 import queue
 import sys
 import time
+from contextlib import suppress
 from logging.handlers import QueueHandler, QueueListener
 
 LOG = logging.getLogger("music_ar.web")
@@ -14,7 +15,7 @@ class _Hand(QueueHandler):
     """Hands lines to the thread that writes them; drops them if nobody reads what it writes."""
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        if not self.queue.full():
+        with suppress(queue.Full):
             self.queue.put_nowait(record)
 
 

@@ -122,11 +122,12 @@ class Server:
 
     def _launch(self) -> tuple[Any, str, str]:
         options = self._options
+        check: Any = Passwords(options.passwords).check if options.passwords else None  # Gradio awaits it
         return self._app.launch(
             server_name=options.host,
             server_port=options.port,
             root_path=options.root_path or None,
-            auth=Passwords(options.passwords).check if options.passwords else None,
+            auth=check,
             auth_message="Enter the name and the password that you were given.",
             share=options.share,
             mcp_server=options.mcp,

@@ -218,14 +218,16 @@ class Extension(BaseModel):
 
     seconds: Seconds = 30.0
     variation: Annotated[
-        Whole,
-        Field(
-            ge=0,
-            lt=MAX_VARIATIONS,
-            title="variation",
-            description=f"a whole number from 0, the first, to {MAX_VARIATIONS - 1}",
-        ),
+        Whole, Field(ge=0, title="variation", description="the number of one that exists; 0 is the first")
     ] = 0
+
+    @model_validator(mode="after")
+    def _check_variation(self, info: ValidationInfo) -> Self:
+        number = (info.context or {}).get("variations", MAX_VARIATIONS)
+        if self.variation >= number:
+            range_ = "0, since there is only one" if number == 1 else f"a whole number from 0 to {number - 1}"
+            raise WebError(f"the variation must be {range_}, got {in_words(self.variation)}")
+        return self
 
 
 def checked(model: type[Model], values: Mapping[str, Any], context: Any = None) -> Model:
