@@ -18,6 +18,7 @@ from app.web.calls import DEVICE
 
 UNHEARD_S = 30.0
 """Time after which a job is dropped if no client listens to it."""
+_UNHEARD_WHILE_OTHERS_WAIT_S = 3.0
 _MAX_MAILBOXES = 2000
 
 
@@ -87,8 +88,8 @@ class Jobs:
         return sum(event.session_hash == session for event in (*self.waiting(), *self.running()))
 
     def waiting_of(self, address: str) -> int:
-        """Number of waiting jobs of an address."""
-        return sum(_address(event) == address for event in self.waiting())
+        """Number of waiting jobs of an address whose clients are connected."""
+        return sum(_address(event) == address and self._is_heard(event) for event in self.waiting())
 
     def unheard_of(self, address: str) -> int:
         """Number of jobs of an address whose client is not connected."""
@@ -108,23 +109,36 @@ class Jobs:
         pending = self._queue.pending_event_ids_session.items()
         return next((session for session, jobs in pending if job in jobs), job)
 
+    def let_listeners_first(self) -> None:
+        """Move jobs whose clients are not connected behind the others."""
+        for line in self._queue.event_queue_per_concurrency_id.values():
+            line.queue.sort(key=lambda event: not self._is_heard(event))
+
     async def drop_unheard(self) -> int:
-        """Drop the jobs that no client has listened to for `UNHEARD_S`; their number."""
-        latest_s = time.monotonic() - UNHEARD_S
-        unheard = [
-            event
-            for event in (*self.waiting(), *self.running())
-            if event.enqueue_time < latest_s and not self.listening[event.session_hash]
-        ]
+        """Drop the jobs that no client has listened to for `UNHEARD_S`, sooner if others wait; their number."""
+        others_wait = any(self._is_heard(event) for event in self.waiting())
+        unheard = [event for event in (*self.waiting(), *self.running()) if self._is_late(event, others_wait)]
         for event in unheard:
+            self._refuse(event, "nobody asked for the results of this job in time; start it again")
             await self._queue.clean_events(event_id=event._id)
         return len(unheard)
 
     async def refuse_waiting(self, reason: str) -> None:
         """Tell all whose jobs wait that these will not be done."""
         for event in self.waiting():
-            self._queue.send_message(event, ProcessCompletedMessage(output={"error": reason}, success=False))
+            self._refuse(event, reason)
             await self._queue.remove_from_queue(event._id)
+
+    def _refuse(self, event: Event, reason: str) -> None:
+        self._queue.send_message(event, ProcessCompletedMessage(output={"error": reason}, success=False))
+
+    def _is_late(self, event: Event, others_wait: bool) -> bool:
+        waited_s = time.monotonic() - event.enqueue_time
+        if self.listening[event.session_hash]:
+            return False
+        return waited_s > UNHEARD_S or (
+            others_wait and waited_s > _UNHEARD_WHILE_OTHERS_WAIT_S and not self._is_heard(event)
+        )
 
     def _is_heard(self, event: Event) -> bool:
         return bool(self.listening[event.session_hash] or self.present[event.session_hash])

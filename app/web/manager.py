@@ -161,7 +161,7 @@ class SessionManager:
         if self.stopping:
             raise WebError(STOPPING)
         self.activity.runs += 1
-        run, began_s, ended = session.begin(status), time.monotonic(), "failed"
+        run, began_s, ended = session.begin(status), time.monotonic(), "ended by an error"
         self._turns.begin((session, run))
         try:
             yield run

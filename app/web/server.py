@@ -27,7 +27,7 @@ from app.web.session import MAX_PROMPT_BYTES
 FILES_LIVE_S = 3600
 _MAX_QUEUES = 5  # full ones of an address each; so one address cannot take all places
 _SECONDS_TO_FINISH = 4.0  # for a chunk, and for its message to reach the client
-_SECONDS_BETWEEN_CHECKS = 2.0
+_SECONDS_BETWEEN_CHECKS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +164,7 @@ class Server:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_SECONDS_BETWEEN_CHECKS)
+            self.jobs.let_listeners_first()
             dropped = await self.jobs.drop_unheard()
             if dropped:
                 LOG.info("dropped %d jobs that no client listened to", dropped)
