@@ -72,7 +72,7 @@ class Jobs:
 
     def running(self) -> list[Event]:
         """Jobs under way."""
-        return [event for jobs in self._queue.active_jobs if jobs is not None for event in jobs if event.alive]
+        return [event for jobs in self._queue.active_jobs if jobs is not None for event in jobs]
 
     def waiting_for_device(self) -> int:
         """Number of jobs that would generate music if there were room."""
@@ -117,14 +117,17 @@ class Jobs:
     async def drop_unheard(self) -> int:
         """Drop the jobs that no client has listened to for `UNHEARD_S`, sooner if others wait; their number."""
         others_wait = any(self._is_heard(event) for event in self.waiting())
-        unheard = [event for event in (*self.waiting(), *self.running()) if self._is_late(event, others_wait)]
+        unheard = [event for event in (*self.waiting(), *self.running()) if event.alive and self._is_late(event, others_wait)]
         for event in unheard:
             self._refuse(event, "nobody asked for the results of this job in time; start it again")
             await self._queue.clean_events(event_id=event._id)
         return len(unheard)
 
-    async def refuse_waiting(self, reason: str) -> None:
-        """Tell all whose jobs wait that these will not be done."""
+    async def refuse_all(self, reason: str) -> None:
+        """Tell all clients that their jobs will not be done. Those under way must end by themselves."""
+        for event in self.running():
+            self._refuse(event, reason)
+            event.alive = False  # nothing more is sent to its client
         for event in self.waiting():
             self._refuse(event, reason)
             await self._queue.remove_from_queue(event._id)

@@ -112,7 +112,7 @@ class Server:
         loop = self._loop
         if loop is not None and self.healthy:
             with suppress(TimeoutError):
-                asyncio.run_coroutine_threadsafe(self.jobs.refuse_waiting(STOPPING), loop).result(_SECONDS_TO_FINISH)
+                asyncio.run_coroutine_threadsafe(self.jobs.refuse_all(STOPPING), loop).result(_SECONDS_TO_FINISH)
             end_s = time.monotonic() + _SECONDS_TO_FINISH
             while self.jobs.running() and time.monotonic() < end_s:
                 time.sleep(0.05)
