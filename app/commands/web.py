@@ -88,6 +88,8 @@ class Web:
         from app.web.server import Options, Server, build_app
 
         passwords = read_passwords(self.auth, self.auth_file, os.environ)
+        if passwords and self.mcp:
+            raise CommandError("choose one of --mcp and a password: Gradio's MCP server cannot log in")
         if not passwords and (self.share or not is_loopback(self.host)):
             print("music-ar: everyone who can reach this server may use it; --auth-file asks for a password",
                   file=sys.stderr, flush=True)  # fmt: skip

@@ -117,7 +117,9 @@ class Jobs:
     async def drop_unheard(self) -> int:
         """Drop the jobs that no client has listened to for `UNHEARD_S`, sooner if others wait; their number."""
         others_wait = any(self._is_heard(event) for event in self.waiting())
-        unheard = [event for event in (*self.waiting(), *self.running()) if event.alive and self._is_late(event, others_wait)]
+        unheard = [
+            event for event in (*self.waiting(), *self.running()) if event.alive and self._is_late(event, others_wait)
+        ]
         for event in unheard:
             self._refuse(event, "nobody asked for the results of this job in time; start it again")
             await self._queue.clean_events(event_id=event._id)
