@@ -18,7 +18,7 @@ from app.web.calls import DEVICE
 
 UNHEARD_S = 30.0
 """Time after which a job is dropped if no client listens to it."""
-_UNHEARD_WHILE_OTHERS_WAIT_S = 3.0
+_UNHEARD_WHILE_OTHERS_WAIT_S = 2.0
 _MAX_MAILBOXES = 2000
 
 
@@ -52,12 +52,14 @@ class Jobs:
     Attributes:
         listening: for each session, the streams of results that are open.
         present: for each session, the other connections that are open, which last as long as a page or a client.
+        others_wait: whether a request to join has been held since `drop_unheard`.
     """
 
     def __init__(self, app: gr.Blocks):
         self._app, self._queue = app, app._queue
         self.listening: Counter[str] = Counter()
         self.present: Counter[str] = Counter()
+        self.others_wait = False
         mailboxes: Any = Mailboxes(self)
         self._queue.pending_messages_per_session = mailboxes
 
@@ -89,17 +91,22 @@ class Jobs:
 
     def waiting_of(self, address: str) -> int:
         """Number of waiting jobs of an address whose clients are connected."""
-        return sum(_address(event) == address and self._is_heard(event) for event in self.waiting())
+        return sum(_address(event) == address and self.is_heard(event.session_hash) for event in self.waiting())
 
     def unheard_of(self, address: str) -> int:
         """Number of jobs of an address whose client is not connected."""
         return sum(
-            _address(event) == address and not self._is_heard(event) for event in (*self.waiting(), *self.running())
+            _address(event) == address and not self.is_heard(event.session_hash)
+            for event in (*self.waiting(), *self.running())
         )
 
     def knows(self, session: str) -> bool:
         """Whether there is a mailbox for a session."""
         return session in self._queue.pending_messages_per_session
+
+    def is_heard(self, session: str) -> bool:
+        """Whether a client is connected that will ask for the results of a session, or does."""
+        return bool(self.listening[session] or self.present[session])
 
     def session_of(self, job: str) -> str:
         """The session of a job, from its id; a job without a session of its own goes by its id."""
@@ -112,11 +119,12 @@ class Jobs:
     def let_listeners_first(self) -> None:
         """Move jobs whose clients are not connected behind the others."""
         for line in self._queue.event_queue_per_concurrency_id.values():
-            line.queue.sort(key=lambda event: not self._is_heard(event))
+            line.queue.sort(key=lambda event: not self.is_heard(event.session_hash))
 
     async def drop_unheard(self) -> int:
         """Drop the jobs that no client has listened to for `UNHEARD_S`, sooner if others wait; their number."""
-        others_wait = any(self._is_heard(event) for event in self.waiting())
+        others_wait = self.others_wait or any(self.is_heard(event.session_hash) for event in self.waiting())
+        self.others_wait = False
         unheard = [
             event for event in (*self.waiting(), *self.running()) if event.alive and self._is_late(event, others_wait)
         ]
@@ -142,11 +150,8 @@ class Jobs:
         if self.listening[event.session_hash]:
             return False
         return waited_s > UNHEARD_S or (
-            others_wait and waited_s > _UNHEARD_WHILE_OTHERS_WAIT_S and not self._is_heard(event)
+            others_wait and waited_s > _UNHEARD_WHILE_OTHERS_WAIT_S and not self.is_heard(event.session_hash)
         )
-
-    def _is_heard(self, event: Event) -> bool:
-        return bool(self.listening[event.session_hash] or self.present[event.session_hash])
 
 
 def _address(event: Event) -> str:
