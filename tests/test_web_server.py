@@ -129,8 +129,9 @@ def test_jobs_that_nobody_listens_to_do_not_hold_up_others(page, join, client):
     for attacker in attackers:
         attacker.start()
     time.sleep(1)
-    results = [client.submit(seconds=2, api_name="/generate") for _ in range(4)]
-    assert all(job.result(timeout=60)[0]["finished"] for job in results)
+    results = [client.submit(seconds=2, seed=seed, api_name="/generate") for seed in range(4)]
+    assert [job.result(timeout=60)[0]["seeds"] for job in results] == [[0], [1], [2], [3]]
+    assert all(job.result()[0]["finished"] for job in results)
     ended.set()
     for attacker in attackers:
         attacker.join()
@@ -141,7 +142,7 @@ def test_a_client_has_a_limited_number_of_jobs(page, join):
     session = {"session_hash": "greedy", "data": [None, 3600, *join["data"][2:]]}
     statuses = [page.request(JOIN, join | session)[0] for _ in range(12)]
     assert statuses[0] == 200
-    assert statuses[-1] == 429
+    assert 429 in statuses
 
 
 @pytest.mark.parametrize(
@@ -182,13 +183,14 @@ def test_values_that_json_does_not_know_are_explained(page, join):
 def test_only_a_variation_that_exists_is_continued(client):
     from gradio_client.exceptions import AppError
 
-    client.predict(seconds=2, variations=2, seed=5, api_name="/generate")
+    _, before = client.predict(seconds=2, variations=2, seed=5, api_name="/generate")
     for variation in (7, -1, 1.6, None, "1", True, 10**30):
         with pytest.raises(AppError, match="the variation must be"):
             client.predict(seconds=2, variation=variation, api_name="/continue")
     progress, files = client.predict(seconds=2, variation=1, api_name="/continue")
-    assert progress["seeds"] == [6]
-    assert len(read_midi(files[0])) == progress["notes"][0]
+    piece, first = read_midi(files[0]), read_midi(before[1])
+    assert len(piece) == progress["notes"][0]
+    assert piece.onset_s[: len(first) // 2].tolist() == first.onset_s[: len(first) // 2].tolist()
 
 
 def test_auto_is_a_latent_budget(client):

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +23,7 @@ class Page:
     line: str
     log: Path
 
-    def request(self, path, body=None, *, headers=None, raw=None):
+    def request(self, path, body=None, *, headers=None, raw=None) -> tuple[int, Any]:
         """Send a request, a POST if there is a body; the status and the answer, decoded if it is JSON."""
         data = raw if raw is not None else None if body is None else json.dumps(body).encode()
         kind = {} if data is None else {"Content-Type": "application/json"}
@@ -57,6 +58,7 @@ def running_page(checkpoint, folder, *options, environment=None, script=None):
     log = folder / "log.txt"
     with log.open("w") as stderr:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
+    assert process.stdout is not None
     try:
         line = process.stdout.readline()
         found = re.search(r"http://[^\s,]+", line)

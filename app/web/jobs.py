@@ -60,8 +60,10 @@ class Jobs:
         self.listening: Counter[str] = Counter()
         self.present: Counter[str] = Counter()
         self.others_wait = False
-        mailboxes: Any = Mailboxes(self)
-        self._queue.pending_messages_per_session = mailboxes
+        queue: Any = self._queue
+        queue.pending_messages_per_session = Mailboxes(self)
+        self._first_in_line = queue.get_events
+        queue.get_events = self._next
 
     @property
     def alive(self) -> bool:
@@ -116,10 +118,18 @@ class Jobs:
         pending = self._queue.pending_event_ids_session.items()
         return next((session for session, jobs in pending if job in jobs), job)
 
-    def let_listeners_first(self) -> None:
-        """Move jobs whose clients are not connected behind the others."""
-        for line in self._queue.event_queue_per_concurrency_id.values():
-            line.queue.sort(key=lambda event: not self.is_heard(event.session_hash))
+    def _next(self) -> Any:
+        """The jobs to start now: Gradio's choice, of those who listen first, and one of each session at a time."""
+        line = self._queue.event_queue_per_concurrency_id.get(DEVICE["concurrency_id"])
+        if line is None:
+            return self._first_in_line()
+        busy = {event.session_hash for event in self.running() if event.concurrency_id == line.concurrency_id}
+        later = [event for event in line.queue if event.session_hash in busy]
+        line.queue[:] = [event for event in line.queue if event.session_hash not in busy]
+        line.queue.sort(key=lambda event: not self.is_heard(event.session_hash))
+        chosen = self._first_in_line()
+        line.queue += later
+        return chosen
 
     async def drop_unheard(self) -> int:
         """Drop the jobs that no client has listened to for `UNHEARD_S`, sooner if others wait; their number."""

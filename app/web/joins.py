@@ -62,7 +62,6 @@ class Joins:
         finally:
             self._joining[address] -= 1
             self._joining += Counter()  # forget addresses without any
-            self._jobs.let_listeners_first()
 
     def _check_handler(self, route: str, named: str, values: dict[str, Any]) -> None:
         if named in ("", "predict") and "fn_index" in values:

@@ -164,7 +164,6 @@ class Server:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_SECONDS_BETWEEN_CHECKS)
-            self.jobs.let_listeners_first()
             dropped = await self.jobs.drop_unheard()
             if dropped:
                 LOG.info("dropped %d jobs that no client listened to", dropped)
