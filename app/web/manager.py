@@ -34,7 +34,7 @@ class SessionManager:
 
     def __init__(self, machine: Machine):
         self.machine = machine
-        self.activity = Activity(self._busy)
+        self.activity = Activity(lambda: bool(self.in_progress()))
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         # Each belongs to the newest revision of its session and continues from there.
         self._generations: OrderedDict[Session, Generation] = OrderedDict()
@@ -75,14 +75,17 @@ class SessionManager:
             seed = secrets.randbelow(MAX_SEED - MAX_VARIATIONS + 1) if settings.seed is None else settings.seed
             settings = settings.model_copy(update={"prompt": session.prompt_name, "seed": seed})
             part = prompt if prompt is None or prompt_seconds is None else prompt.crop(0, prompt_seconds)
+            session.chosen = 0  # from now on the user may choose
             session.reading = prompt_revision(part or Performance.empty(), settings, run)
             yield session.reading
             latents = settings.latents
+            if latents == AUTO and not self.machine.knows(settings.variations):
+                session.status = f"Timing {settings.variations} variations on this machine, once: a minute or two …"
+                yield session.reading
             if latents == AUTO:
                 latents = self.machine.auto_budget(part, settings.variations)
             self.machine.make_room(latents, settings.variations)
             generation = self.machine.generator.session(settings.request(prompt, prompt_seconds, latents))
-            session.chosen = 0
             yield from self._revisions(session, run, generation, settings, generation.prompt_s, run)
         finally:
             self._end(session, run)
@@ -123,9 +126,10 @@ class SessionManager:
         if generation is not None:
             generation.close()
 
-    def _busy(self) -> bool:
+    def in_progress(self) -> list[Session]:
+        """The sessions that generate music."""
         with self._lock:
-            return any(session.generating for session in self._sessions.values())
+            return [session for session in self._sessions.values() if session.generating]
 
     def _begin(self, session: Session, status: str) -> int:
         self.activity.runs += 1
@@ -152,6 +156,7 @@ class SessionManager:
         for chunk in generation.extend(settings.seconds):
             if session.run != run:  # stopped, or the tab was closed: the last revision shown stays
                 return
+            session.left_s, session.run_s = chunk.eta_s, time.monotonic() - began_s + chunk.eta_s
             if not chunk.finished and time.monotonic() < shown_s + _SECONDS_BETWEEN_REVISIONS:
                 continue
             shown_s = time.monotonic()
@@ -159,8 +164,11 @@ class SessionManager:
                 number=run,
                 piece=piece,
                 pieces=chunk.performances,
-                until_s=tuple(map(max, (made.duration_s for made in chunk.performances), chunk.final_s)),
-                final_s=(math.inf,) * len(chunk.seeds) if chunk.finished else chunk.final_s,
+                until_s=tuple(
+                    min(max(made.duration_s, final_s), generation.prompt_s + chunk.seconds_wanted)
+                    for made, final_s in zip(chunk.performances, chunk.final_s, strict=True)
+                ),
+                final_s=chunk.final_s,
                 join_s=join_s,
                 seeds=chunk.seeds,
                 latents=generation.latents,
@@ -170,6 +178,7 @@ class SessionManager:
             session.status = _progress(chunk, generation.latents)
             if chunk.finished:
                 session.end(run)
+                revision = session.revision
                 session.status = f"Done in {clock(time.monotonic() - began_s)}. {revision.summary()}"
             yield revision
 
@@ -177,6 +186,6 @@ class SessionManager:
 def _progress(chunk: Chunk, latents: int) -> str:
     speed = (chunk.seconds_wanted - chunk.seconds_made) / chunk.eta_s if chunk.eta_s > 0 else 0.0
     return (
-        f"{chunk.seconds_made:.0f} of {chunk.seconds_wanted:.0f} s · {chunk.tokens_per_s:.0f} tokens/s · "
-        f"{speed:.1f}× real time · {clock(chunk.eta_s)} left · {latents} latents · {seeds_in_words(chunk.seeds)}"
+        f"{clock(chunk.seconds_made)} of {clock(chunk.seconds_wanted)} of music · {clock(chunk.eta_s)} left · "
+        f"{speed:.1f}× as fast as it plays · {latents} latents · {seeds_in_words(chunk.seeds)}"
     )

@@ -5,7 +5,12 @@ const root = element.querySelector('.player');
 const find = (name) => root.querySelector('.' + name);
 const [playButton, roll, strips, time, count, waiting] =
   ['play', 'roll', 'strips', 'time', 'count', 'waiting'].map(find);
-const clock = (s) => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, '0')}`;
+
+function clock(exact) { // as app/console.py writes it
+  const seconds = Math.floor(exact + 0.5), hours = Math.floor(seconds / 3600), minutes = Math.floor(seconds / 60) % 60;
+  const rest = String(seconds % 60).padStart(2, '0');
+  return hours ? `${hours}:${String(minutes).padStart(2, '0')}:${rest}` : `${minutes}:${rest}`;
+}
 
 // All players of the page share one piano.
 const piano = (window.musicArPiano ??= new Piano(root.dataset.samples));
@@ -21,6 +26,7 @@ let generating = false;
 let startWithNotes = false; // playback starts as soon as there are notes
 let dirty = true;
 
+const calm = window.matchMedia('(prefers-reduced-motion: reduce)');
 const PROMPT_LEAD_S = 4; // playback starts this long before the end of the prompt
 const empty = { seed: null, until: 0, text: '', final: [], notes: [] };
 const current = () => variations[chosen] ?? empty;
@@ -35,7 +41,7 @@ function parse(text) {
 function receive() {
   const value = props.value;
   if (!value || typeof value !== 'object') return;
-  const fresh = value.piece !== piece, was = length();
+  const fresh = value.piece !== piece, was = length(), count = variations.length;
   if (fresh) { pause(); variations = []; position = 0; chosen = 0; startWithNotes = false; piece = value.piece; }
   state = value;
   variations = value.variations.map(({ seed, until, notes, open }, number) => {
@@ -46,7 +52,8 @@ function receive() {
     const rest = parse(open).map((note) => ({ ...note, held: value.generating && note.off >= until - 0.02 }));
     return { seed, until, text: notes, final, notes: final.concat(rest) };
   });
-  chosen = Math.min(value.chosen ?? chosen, Math.max(0, variations.length - 1));
+  // Within a piece the choice made here counts: the server may have sent this before it heard of it.
+  if (fresh || variations.length !== count) chosen = value.chosen ?? 0;
   position = Math.min(position, length());
   const begins = value.autoplay && (fresh || !generating);
   generating = value.generating;
@@ -54,7 +61,7 @@ function receive() {
   if (begins) {
     startWithNotes = true;
     if (!playing) position = Math.max(0, fresh ? value.join - PROMPT_LEAD_S : was - 2);
-    root.scrollIntoView({ block: 'nearest', behavior: 'smooth' });
+    root.scrollIntoView({ block: 'nearest', behavior: calm.matches ? 'auto' : 'smooth' });
   }
   if (startWithNotes && current().notes.length) { startWithNotes = false; play(); }
   if (playing) settle();
@@ -223,7 +230,9 @@ function drawRoll() {
   }
   const most = state.kind === 'prompt' ? whole : Math.max(12, width / 22);
   view = { from: 0, span: Math.min(whole, most) };
-  if (whole > most) view.from = Math.max(0, Math.min(at - 0.35 * most, whole - most));
+  // The roll moves along with the music, or page by page for those who prefer little motion.
+  const from = calm.matches ? Math.floor(at / (0.9 * most)) * 0.9 * most : at - 0.35 * most;
+  if (whole > most) view.from = Math.max(0, Math.min(from, whole - most));
   const bottom = height - 18;
   const x = (seconds) => ((seconds - view.from) / view.span) * width;
 
@@ -316,8 +325,9 @@ function draw() {
     root.dataset.position = at.toFixed(2);
     root.dataset.playing = playing && startedAt !== null;
     root.dataset.generating = Boolean(state.generating);
+    root.dataset.generated = state.kind === 'piece' && current().notes.some((note) => note.on >= state.join);
     playButton.textContent = playing ? '❚❚' : '▶';
-    playButton.setAttribute('aria-label', playing ? 'Pause' : 'Play');
+    playButton.setAttribute('aria-label', `${playing ? 'Pause' : 'Play'} the ${state.kind}`);
     playButton.disabled = !noteCount;
     time.textContent = `${clock(at)} / ${clock(whole)}`;
     count.textContent = noteCount ? `${noteCount.toLocaleString('en')} notes` : '';
@@ -326,8 +336,43 @@ function draw() {
     roll.setAttribute('aria-valuenow', at.toFixed(1));
     roll.setAttribute('aria-valuetext', `${clock(at)} of ${clock(whole)}, ${noteCount} notes`);
     drawRoll();
+    placeEdges();
   }
   requestAnimationFrame(draw);
+}
+
+// ---------------------------------------------------------------- the selected part of a prompt
+
+const LEAST_PART_S = 0.2;
+
+function select(start, end, heardFrom) {
+  state = { ...state, start, end };
+  seek(heardFrom);
+  trigger('crop', { start, end });
+  dirty = true;
+}
+
+function placeEdges() {
+  if (state.kind !== 'prompt') return;
+  for (const edge of root.querySelectorAll('.edge')) {
+    const at = state[edge.dataset.edge], start = edge.dataset.edge === 'start';
+    edge.style.left = `${(100 * (at - view.from)) / view.span}%`;
+    edge.setAttribute('aria-valuemin', start ? 0 : state.start);
+    edge.setAttribute('aria-valuemax', start ? state.end : length());
+    edge.setAttribute('aria-valuenow', at);
+    edge.setAttribute('aria-valuetext', `${at.toFixed(1)} of ${length().toFixed(1)} seconds`);
+  }
+}
+
+// An edge moves by 0.1 s, and by 1 s with Shift or Page Up and Page Down.
+const strides = { ArrowLeft: -0.1, ArrowDown: -0.1, ArrowRight: 0.1, ArrowUp: 0.1, PageDown: -1, PageUp: 1,
+  Home: -Infinity, End: Infinity };
+function moveEdge(edge, event) {
+  const by = strides[event.key] * (event.shiftKey ? 10 : 1);
+  const [least, most] = edge === 'start' ? [0, state.end - LEAST_PART_S] : [state.start + LEAST_PART_S, length()];
+  const to = Math.round(10 * Math.max(least, Math.min(state[edge] + by, most))) / 10;
+  const { start, end } = { ...state, [edge]: to };
+  select(start, end, edge === 'start' ? start : Math.max(start, end - 2)); // play what leads to the edge
 }
 
 // ---------------------------------------------------------------- mouse, touch and keyboard
@@ -353,11 +398,7 @@ roll.addEventListener('pointerup', (event) => {
   if (drag.from === null) return seek(secondsAt(event));
   const [start, end] = [Math.min(drag.from, drag.to), Math.max(drag.from, drag.to)].map((s) => Math.round(s * 10) / 10);
   drag.from = drag.to = null;
-  if (end - start >= 0.2) {
-    state = { ...state, start, end };
-    seek(start);
-    trigger('crop', { start, end });
-  }
+  if (end - start >= LEAST_PART_S) select(start, end, start);
   dirty = true;
 });
 roll.addEventListener('pointercancel', () => { drag.pressed = false; drag.from = null; dirty = true; });
@@ -370,8 +411,10 @@ const stripKeys = { ArrowUp: () => chooseNext(-1), ArrowDown: () => chooseNext(1
 document.addEventListener('keydown', (event) => {
   const target = event.target;
   const mine = root.contains(target);
+  const edge = target.dataset?.edge;
   const idle = target === document.body && (window.musicArLast ?? document.querySelector('.player.piece')) === root;
-  const act = strips.contains(target) && stripKeys[event.key] || keys[event.key];
+  const act = edge && event.key in strides ? () => moveEdge(edge, event)
+    : strips.contains(target) && stripKeys[event.key] || keys[event.key];
   if (!(mine || idle) || !act || event.ctrlKey || event.metaKey || event.altKey) return;
   if (mine && target.tagName === 'BUTTON' && event.key === ' ') return; // the button handles it
   event.preventDefault();
