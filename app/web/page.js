@@ -19,10 +19,9 @@
     if (within(event.target, 'stop')) roll().focus({ preventScroll: true }); // the button is about to be disabled
   });
 
-  // Gradio's list of choices stays open when Tab leaves it.
+  // Gradio opens the list of choices on any key, also on the Tab that leaves it.
   document.addEventListener('keydown', (event) => {
-    const list = event.key === 'Tab' && within(event.target, 'example');
-    if (list) event.target.dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape', bubbles: true }));
+    if (event.key === 'Tab' && within(event.target, 'example')) event.stopImmediatePropagation();
   }, true);
 
   // Screen readers hear each new sentence, and of one that only counts on, the latest every 20 seconds.

@@ -178,7 +178,7 @@ class Page:
         for changed in (self.file.upload, self.file.clear):
             self._then_cost(changed(self.on_file, self.file, self.prompt_parts, **_MAY_FAIL).then)
         self._then_cost(self.example.input(self.on_example, self.example, self.prompt_parts, **_QUICK).then)
-        self.prompt_player.crop(self.on_crop, None, [self.start_s, self.end_s], trigger_mode="always_last", **_QUICK)
+        self.prompt_player.crop(self.on_crop, None, [self.start_s, self.end_s], trigger_mode="multiple", **_QUICK)
         for limit in (self.start_s, self.end_s):
             part = [self.start_s, self.end_s]
             limit.input(self.on_typing, part, self.prompt_player, trigger_mode="always_last", **_QUICK)
@@ -266,9 +266,11 @@ class Page:
             warn(str(error))
         return example, file, *_prompt_update(session)
 
-    def on_example(self, request: gr.Request, chosen: str) -> tuple[Any, ...]:
+    def on_example(self, request: gr.Request, chosen: str | None) -> tuple[Any, ...]:
         """Use an example as the prompt, or none."""
         session = self._session(request)
+        if chosen in (None, session.prompt_name):  # Gradio also asks when the list is left as it was
+            return (gr.skip(),) * len(self.prompt_parts)
         session.set_prompt(self.prompts[chosen].read_bytes() if chosen in self.prompts else None, chosen)
         return gr.skip(), None, *_prompt_update(session)
 

@@ -41,7 +41,7 @@ function parse(text) {
 function receive() {
   const value = props.value;
   if (!value || typeof value !== 'object') return;
-  const fresh = value.piece !== piece, was = length(), count = variations.length;
+  const fresh = value.piece !== piece, was = ending(), count = variations.length;
   if (fresh) { pause(); variations = []; position = 0; chosen = 0; startWithNotes = false; piece = value.piece; }
   state = value;
   variations = value.variations.map(({ seed, until, notes, open }, number) => {
@@ -54,7 +54,7 @@ function receive() {
   });
   // Within a piece the choice made here counts: the server may have sent this before it heard of it.
   if (fresh || variations.length !== count) chosen = value.chosen ?? 0;
-  position = Math.min(position, length());
+  position = Math.min(position, ending());
   const begins = value.autoplay && (fresh || !generating);
   generating = value.generating;
   // A new piece plays from shortly before the end of its prompt, an extension from shortly before the old end.
@@ -69,7 +69,8 @@ function receive() {
   dirty = true;
 }
 
-const length = () => Math.max(0, ...variations.map((variation) => variation.until));
+const ending = () => current().until;
+const longest = () => Math.max(1, ...variations.map((variation) => variation.until));
 
 // ---------------------------------------------------------------- playing
 
@@ -106,7 +107,7 @@ function silence() {
 function seek(seconds) {
   const was = playing;
   pause();
-  position = Math.max(0, Math.min(seconds, length()));
+  position = Math.max(0, Math.min(seconds, ending()));
   if (was) play();
   dirty = true;
 }
@@ -220,7 +221,7 @@ function drawNotes(pen, notes, width, height, from, span, ink, at) {
 function drawRoll() {
   const { pen, width, height } = prepare(roll);
   if (!width) return;
-  const ink = colours(), at = now(), whole = Math.max(length(), state.generating ? 10 : 1);
+  const ink = colours(), at = now(), whole = Math.max(ending(), state.generating ? 10 : 1);
   pen.textAlign = 'left';
   if (!current().notes.length) {
     pen.font = '14px sans-serif';
@@ -294,7 +295,7 @@ function buildStrips() {
     strip.tabIndex = number === chosen ? 0 : -1; // arrow keys reach the others, as in any radio group
     strip.firstChild.textContent = `${number + 1} · seed ${variations[number].seed}`;
     const { pen, width, height } = prepare(strip.lastChild);
-    drawNotes(pen, variations[number].notes, width, height, 0, Math.max(1, length()), colours(), null);
+    drawNotes(pen, variations[number].notes, width, height, 0, longest(), colours(), null);
   });
 }
 
@@ -320,7 +321,7 @@ function draw() {
   if (!root.isConnected) return;
   if (playing || dirty) {
     dirty = false;
-    const at = now(), whole = length(), noteCount = current().notes.length;
+    const at = now(), whole = ending(), noteCount = current().notes.length;
     root.dataset.notes = noteCount;
     root.dataset.position = at.toFixed(2);
     root.dataset.playing = playing && startedAt !== null;
@@ -345,10 +346,12 @@ function draw() {
 
 const LEAST_PART_S = 0.2;
 
+let telling = 0;
 function select(start, end, heardFrom) {
   state = { ...state, start, end };
   seek(heardFrom);
-  trigger('crop', { start, end });
+  clearTimeout(telling);
+  telling = setTimeout(() => trigger('crop', { start, end }), 150); // not for each step of a key that is held down
   dirty = true;
 }
 
@@ -358,9 +361,9 @@ function placeEdges() {
     const at = state[edge.dataset.edge], start = edge.dataset.edge === 'start';
     edge.style.left = `${(100 * (at - view.from)) / view.span}%`;
     edge.setAttribute('aria-valuemin', start ? 0 : state.start);
-    edge.setAttribute('aria-valuemax', start ? state.end : length());
+    edge.setAttribute('aria-valuemax', start ? state.end : ending());
     edge.setAttribute('aria-valuenow', at);
-    edge.setAttribute('aria-valuetext', `${at.toFixed(1)} of ${length().toFixed(1)} seconds`);
+    edge.setAttribute('aria-valuetext', `${at.toFixed(1)} of ${ending().toFixed(1)} seconds`);
   }
 }
 
@@ -369,7 +372,7 @@ const strides = { ArrowLeft: -0.1, ArrowDown: -0.1, ArrowRight: 0.1, ArrowUp: 0.
   Home: -Infinity, End: Infinity };
 function moveEdge(edge, event) {
   const by = strides[event.key] * (event.shiftKey ? 10 : 1);
-  const [least, most] = edge === 'start' ? [0, state.end - LEAST_PART_S] : [state.start + LEAST_PART_S, length()];
+  const [least, most] = edge === 'start' ? [0, state.end - LEAST_PART_S] : [state.start + LEAST_PART_S, ending()];
   const to = Math.round(10 * Math.max(least, Math.min(state[edge] + by, most))) / 10;
   const { start, end } = { ...state, [edge]: to };
   select(start, end, edge === 'start' ? start : Math.max(start, end - 2)); // play what leads to the edge
@@ -380,7 +383,7 @@ function moveEdge(edge, event) {
 const secondsAt = (event) => {
   const box = roll.getBoundingClientRect();
   const seconds = view.from + ((event.clientX - box.left) / box.width) * view.span;
-  return Math.max(0, Math.min(seconds, length()));
+  return Math.max(0, Math.min(seconds, ending()));
 };
 roll.addEventListener('pointerdown', (event) => {
   roll.setPointerCapture(event.pointerId);
@@ -406,7 +409,7 @@ playButton.addEventListener('click', () => { window.musicArLast = root; toggle()
 root.addEventListener('pointerdown', () => { window.musicArLast = root; });
 
 const keys = { ' ': toggle, ArrowLeft: () => seek(now() - 5), ArrowRight: () => seek(now() + 5),
-  Home: () => seek(0), End: () => seek(length()) };
+  Home: () => seek(0), End: () => seek(ending()) };
 const stripKeys = { ArrowUp: () => chooseNext(-1), ArrowDown: () => chooseNext(1) };
 document.addEventListener('keydown', (event) => {
   const target = event.target;
