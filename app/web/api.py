@@ -11,7 +11,17 @@ from app.web.calls import DEVICE, download_folder, errors_in_words, session_name
 from app.web.export import write_file
 from app.web.manager import SessionManager
 from app.web.session import Revision, Session
-from app.web.settings import AUTO, MAX_SECONDS, MAX_VARIATIONS, SAMPLING, Settings, sampling_help
+from app.web.settings import (
+    AUTO,
+    MAX_SECONDS,
+    MAX_VARIATIONS,
+    SAMPLING,
+    Extension,
+    Settings,
+    WebError,
+    checked,
+    sampling_help,
+)
 
 Result = tuple[dict[str, Any], list[str] | None]
 """Progress and, in the last result, the MIDI files."""
@@ -24,9 +34,11 @@ LICENCE = (
 # Programs may pass these by position, so keep the order. Further sampling options are appended.
 _ORDER = ("seconds", "latents", "variations", "temperature", "top_p", "seed", "start_s", "end_s", "steadiness")
 _HELP = {
-    "prompt": "MIDI file to continue; leave it out for a new piece.",
-    "seconds": "length of the music to generate, in seconds.",
-    "latents": f"latent budget: more is more coherent and slower; {AUTO} takes the most that keep ahead of playback.",
+    "prompt": "MIDI file of piano music to continue; leave it out for a new piece. Not a path or an address: a Python "
+    "client passes handle_file(path), a model the file as data:audio/midi;base64,...",
+    "seconds": f"length of the music to generate, in seconds, from 1 to {MAX_SECONDS:g}.",
+    "latents": f"latent budget: more is more coherent and slower; {AUTO} (or auto) takes the most that keep ahead of "
+    "playback.",
     "variations": f"number of variations to generate at once, up to {MAX_VARIATIONS}.",
     "seed": "random seed of the first variation; leave it out for a random one.",
     "start_s": "start of the part of the prompt to use, in seconds.",
@@ -56,33 +68,44 @@ class Api:
             info = gr.JSON(label="info")
             buttons = [gr.Button() for _ in range(3)]
         generate = _with_parameters(self.generate, {"prompt": None} | {name: defaults[name] for name in names})
-        buttons[0].click(generate, [prompt, *values], results, api_name="generate", **DEVICE)
-        buttons[1].click(self.extend, [seconds, variation], results, api_name="continue", **DEVICE)
+        # Without Gradio's preprocessing, which rounds numbers and fails on other values: `Settings` checks them.
+        raw: dict[str, Any] = {"preprocess": False, **DEVICE}
+        buttons[0].click(generate, [prompt, *values], results, api_name="generate", **raw)
+        buttons[1].click(self.extend, [seconds, variation], results, api_name="continue", **raw)
         buttons[2].click(self.info, None, info, api_name="info", queue=False)
 
     def generate(self, request: gr.Request, values: dict[str, Any]) -> Iterator[Result]:
-        """Generate pieces, from scratch or continuing a MIDI file."""
-        session, prompt = self.manager.session(session_name(request)), values["prompt"]
+        """Generate piano music as MIDI files, from scratch or continuing a MIDI file.
+
+        It takes about as long as the music lasts. The result is a pair: the progress, with length, number of notes and
+        seed of each variation, and the MIDI files, one for each variation.
+        """
+        session = self.manager.session(session_name(request))
         with errors_in_words():
-            settings = Settings.read(values | {"prompt": ""})
-            session.set_prompt(None if prompt is None else Path(prompt).read_bytes(), Path(prompt or "").name)
+            settings = self.manager.settings(values | {"prompt": ""}, text=False)
+            session.set_prompt(*_file(values["prompt"]))
             yield from _results(session, self.manager.generate(session, settings))
 
     def extend(self, request: gr.Request, seconds: float = 30, variation: int = 0) -> Iterator[Result]:
-        """Continue a variation of what this client generated last.
+        """Continue a variation of the piano music that this client generated last. The result is like that of generate.
 
         Args:
             request: identifies the client.
             seconds: length of the music to add, in seconds.
-            variation: number of the variation to continue, from 0.
+            variation: number of the variation to continue; 0 is the first.
         """
         session = self.manager.session(session_name(request))
-        session.choose(variation)
         with errors_in_words():
-            yield from _results(session, self.manager.extend(session, Settings.read({"seconds": seconds}).seconds))
+            chosen = checked(
+                Extension,
+                {"seconds": seconds, "variation": variation},
+                {"variations": len(session.revision.pieces)},
+            )
+            session.choose(chosen.variation)
+            yield from _results(session, self.manager.extend(session, chosen.seconds))
 
     def info(self) -> dict[str, Any]:
-        """Limits and speed of this server."""
+        """Limits and speed of this server: the most latents, variations and seconds, and the licence of the music."""
         return {
             "most_latents": self.manager.machine.most_latents,
             "auto": self.manager.machine.cost(AUTO),
@@ -91,6 +114,21 @@ class Api:
             "warm": self.manager.machine.warm,
             "licence": LICENCE,
         }
+
+
+def _file(value: Any) -> tuple[bytes | None, str]:
+    """Content and name of an uploaded file.
+
+    Raises:
+        WebError: it is something else.
+    """
+    if value is None:
+        return None, ""
+    path = Path(value["path"])
+    try:
+        return path.read_bytes(), str(value.get("orig_name") or path.name)
+    except OSError as error:
+        raise WebError("the prompt is gone: upload it again") from error
 
 
 def _number(name: str, default: float | None) -> gr.Number:

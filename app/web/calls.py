@@ -12,8 +12,8 @@ from gradio.utils import get_upload_folder
 from app.web.settings import WebError
 from music_ar import GenerationError, SamplingError
 
-DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
-"""Options of an event that generates music: all of these share one queue."""
+DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 4}
+"""Options of an event that generates music: all of these share one queue, and as many run at once, in turns."""
 
 
 def session_name(request: gr.Request) -> str:

@@ -194,7 +194,7 @@ class Page:
         """Generate; `values` are those of `controls`."""
         session = self._session(request)
         with errors_in_toasts():
-            settings = self._read(dict(zip(self.controls, values, strict=True)))
+            settings = self.manager.settings(dict(zip(self.controls, values, strict=True)))
             for _ in self.manager.generate(session, settings):
                 yield self._shown(session)
             yield self._shown(session)
@@ -297,7 +297,7 @@ class Page:
         """Show the speed and quality of a latent budget; ask again while they are being measured."""
         machine, prompt = self.manager.machine, self._session(request).prompt
         try:
-            settings = self._read({"latents": latents, "variations": variations})
+            settings = self.manager.settings({"latents": latents, "variations": variations})
         except WebError as error:
             return str(error), gr.Timer(active=False)
         cost = machine.cost(settings.latents, settings.variations, prompt)
@@ -325,22 +325,6 @@ class Page:
     def _session(self, request: gr.Request) -> Session:
         return self.manager.session(session_name(request))
 
-    def _read(self, values: dict[str, Any]) -> Settings:
-        """Settings that this model can take.
-
-        Raises:
-            WebError: a value is out of range.
-        """
-        settings, most = Settings.read(values), self.manager.machine.most_latents
-        if settings.latents != AUTO and not 2 <= settings.latents <= most:
-            raise WebError(f"the latent budget must be {AUTO} for auto, or from 2 to {most}, got {settings.latents}")
-        for name, option in SAMPLING.items():
-            value, limits = getattr(settings.sampling, name), option.metadata
-            if not limits["minimum"] <= value <= limits["maximum"]:
-                least, most, got = limits["minimum"], limits["maximum"], str(value)[:20]
-                raise WebError(f"{limits['label']} must be from {least:g} to {most:g}, got {got}")
-        return settings
-
     def _shown(self, session: Session) -> tuple[Any, ...]:
         """Values of `result`."""
         idle = bool(session.revisions) and not session.generating
@@ -356,7 +340,7 @@ class Page:
 
     def _restored(self, session: Session, values: dict[str, Any]) -> list[Any]:
         """Values of `settable`, including the prompt if it is an example or the file already uploaded."""
-        settings = self._read(values)
+        settings = self.manager.settings(values)
         flat = settings.flat() | {"seed": "" if settings.seed is None else str(settings.seed)}
         chosen = [flat[name] for name in self.controls if name not in ("start_s", "end_s")]
         name = settings.prompt
