@@ -23,6 +23,7 @@ MAX_SESSIONS = 500  # beyond that, the least recently used is forgotten
 _MAX_GENERATIONS = 4  # whose caches stay on the device, so that their music can be extended from there
 LONG_RUN_S = 120.0  # of the device: a run that has had more ends if others wait for their first turn
 STOPPING = "the server is being stopped: try again when it is back"
+_STAYS_S = 60.0  # a session whose tab is closed: the browser may ask, and the user may stay
 _SECONDS_BETWEEN_REVISIONS = 0.4  # a small model generates faster than a page can draw
 
 
@@ -63,6 +64,7 @@ class SessionManager:
         """The session with this name; a new one if there is none."""
         with self._lock:
             session = self._sessions.setdefault(name, Session())
+            session.calls += 1
             self._sessions.move_to_end(name)
             forgotten = self._least_wanted() if len(self._sessions) > MAX_SESSIONS else None
         if forgotten is not None:
@@ -74,6 +76,17 @@ class SessionManager:
         idle = [name for name, session in list(self._sessions.items())[:-1] if not session.generating]
         empty = (name for name in idle if not (self._sessions[name].revisions or self._sessions[name].prompt))
         return next(empty, idle[0] if idle else None)
+
+    def leave(self, name: str) -> None:
+        """Stop a session's run, and forget the session if it is not used again soon."""
+        session = self.session(name)
+        generating, last_call = session.generating, session.calls
+        session.stop()
+        if not generating:  # otherwise they are in use until the chunk in progress ends
+            self.free_caches(session)
+        forgetting = threading.Timer(_STAYS_S, lambda: session.calls == last_call and self.forget(name))
+        forgetting.daemon = True
+        forgetting.start()
 
     def forget(self, name: str) -> None:
         """End a session's run and free everything it holds."""

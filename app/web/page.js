@@ -13,9 +13,13 @@
       if (kind === 'keydown' && !event.repeat) find('#piece-player .play').click();
     }, true);
   }
+  const calm = window.matchMedia('(prefers-reduced-motion: reduce)');
   document.addEventListener('click', (event) => {
-    // A click with the mouse leads on to the music; with the keyboard one may want the next button.
-    if (within(event.target, 'generate', 'extend') && event.detail) roll().focus({ preventScroll: true });
+    if (within(event.target, 'generate', 'extend')) {
+      find('#piece-player').scrollIntoView({ block: 'nearest', behavior: calm.matches ? 'auto' : 'smooth' });
+      // A click with the mouse leads on to the music; with the keyboard one may want the next button.
+      if (event.detail) roll().focus({ preventScroll: true });
+    }
     if (within(event.target, 'stop')) roll().focus({ preventScroll: true }); // the button is about to be disabled
   });
 

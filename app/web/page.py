@@ -137,7 +137,7 @@ class Page:
     def bind(self, app: gr.Blocks) -> None:
         """Connect the components to the handlers."""
         self.app = app
-        app.load(None, None, None, js=(Path(__file__).parent / "page.js").read_text(encoding="utf-8"))
+        app.load(None, None, None, js=_read("page.js"))
         self._bind_runs()
         self._bind_prompt()
         for changed in (self.latents.change, self.variations.change, self.cost_timer.tick):
@@ -317,8 +317,8 @@ class Page:
             return self._restored(self._session(request), values)
 
     def on_leave(self, request: gr.Request) -> None:
-        """Forget a session when its tab is closed."""
-        self.manager.forget(session_name(request))
+        """Stop when the tab is closed, or about to be: one may still be asked, and stay."""
+        self.manager.leave(session_name(request))
 
     # ---------------------------------------------------------------- values of components
 
@@ -359,6 +359,10 @@ class Page:
         visible, _, _, end_s = _prompt_update(session)
         part = settings.start_s, end_s if settings.end_s is None else settings.end_s
         return [*chosen, *source, visible, prompt_value(session, settings), *part]
+
+
+def _read(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def _missing_prompt(settings: Settings) -> str:

@@ -104,6 +104,7 @@ class Session:
         runs: number of runs so far.
         left_s: estimated seconds until the run in progress ends; None if not known.
         run_s: estimated seconds that it takes in all.
+        calls: how often the page or the client has used this session.
         closed: whether the tab is closed, or the session forgotten.
     """
 
@@ -118,6 +119,7 @@ class Session:
         self.runs = 0
         self.left_s: float | None = None
         self.run_s = 0.0
+        self.calls = 0
         self.closed = False
         self._chosen_at_ms = 0.0
         self._chosen_before: dict[int, int] = {}  # by the number of a run: the variation chosen when it began

@@ -61,7 +61,6 @@ function receive() {
   if (begins) {
     startWithNotes = true;
     if (!playing) position = Math.max(0, fresh ? value.join - PROMPT_LEAD_S : was - 2);
-    root.scrollIntoView({ block: 'nearest', behavior: calm.matches ? 'auto' : 'smooth' });
   }
   if (startWithNotes && current().notes.length) { startWithNotes = false; play(); }
   if (playing) settle();
