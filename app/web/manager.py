@@ -23,6 +23,7 @@ MAX_SESSIONS = 500  # beyond that, the least recently used is forgotten
 _MAX_GENERATIONS = 4  # whose caches stay on the device, so that their music can be extended from there
 LONG_RUN_S = 120.0  # of the device: a run that has had more ends if others wait for their first turn
 STOPPING = "the server is being stopped: try again when it is back"
+_STAYS_S = 60.0  # a session whose tab is closed: the browser may ask, and the user may stay
 _SECONDS_BETWEEN_REVISIONS = 0.4  # a small model generates faster than a page can draw
 
 
@@ -42,7 +43,7 @@ class SessionManager:
 
     def __init__(self, machine: Machine):
         self.machine = machine
-        self.activity = Activity(self._busy)
+        self.activity = Activity(lambda: bool(self.in_progress()))
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         # Each belongs to the newest revision of its session and continues from there.
         self._generations: OrderedDict[Session, Generation] = OrderedDict()
@@ -63,6 +64,7 @@ class SessionManager:
         """The session with this name; a new one if there is none."""
         with self._lock:
             session = self._sessions.setdefault(name, Session())
+            session.calls += 1
             self._sessions.move_to_end(name)
             forgotten = self._least_wanted() if len(self._sessions) > MAX_SESSIONS else None
         if forgotten is not None:
@@ -74,6 +76,28 @@ class SessionManager:
         idle = [name for name, session in list(self._sessions.items())[:-1] if not session.generating]
         empty = (name for name in idle if not (self._sessions[name].revisions or self._sessions[name].prompt))
         return next(empty, idle[0] if idle else None)
+
+    def leave(self, name: str) -> None:
+        """Stop a session's run, and forget the session if it is not used again soon."""
+        with self._lock:
+            session = self._sessions.get(name)
+        if session is None:
+            return
+        generating = session.generating
+        session.stop()
+        if not generating:  # otherwise they are in use until the chunk in progress ends
+            self.free_caches(session)
+        session.left = session.calls, time.monotonic()
+
+    def forget_left(self) -> None:
+        """Forget the sessions that were left and not used again since. The server calls this now and then."""
+        latest_s = time.monotonic() - _STAYS_S
+        with self._lock:
+            gone = [
+                name for name, each in self._sessions.items() if each.left[0] == each.calls and each.left[1] < latest_s
+            ]
+        for name in gone:
+            self.forget(name)
 
     def forget(self, name: str) -> None:
         """End a session's run and free everything it holds."""
@@ -99,8 +123,12 @@ class SessionManager:
             seed = secrets.randbelow(MAX_SEED - MAX_VARIATIONS + 1) if settings.seed is None else settings.seed
             settings = settings.model_copy(update={"prompt": session.prompt_name, "seed": seed})
             part = prompt if prompt is None or prompt_seconds is None else prompt.crop(0, prompt_seconds)
+            session.chosen = 0  # from now on the user may choose
             session.reading = prompt_revision(part or Performance.empty(), settings, run)
             yield session.reading
+            if settings.latents == AUTO and not self.machine.knows(settings.variations):
+                session.status = f"Timing {settings.variations} variations on this machine, once: a minute or two …"
+                yield session.reading
             with self._turns.turn((session, run)):
                 if session.run != run:
                     return
@@ -111,7 +139,6 @@ class SessionManager:
                 self.machine.make_room(latents, settings.variations)
                 generation = self.machine.generator.session(settings.request(prompt, prompt_seconds, latents))
                 self._keep_caches(session, generation)
-            session.chosen = 0
             yield from self._revisions(session, run, generation, settings, generation.prompt_s, run)
 
     def extend(self, session: Session, seconds: float) -> Iterator[Revision]:
@@ -151,9 +178,15 @@ class SessionManager:
         if generation is not None:
             generation.close()
 
-    def _busy(self) -> bool:
+    def in_progress(self) -> list[Session]:
+        """The sessions that generate music."""
         with self._lock:
-            return any(session.generating for session in self._sessions.values())
+            return [session for session in self._sessions.values() if session.generating]
+
+    def _sharing(self) -> str:
+        """What makes a run slower than usual, in words."""
+        others = len(self.in_progress()) - 1
+        return f" · sharing the machine with {others} other{'s' * (others > 1)}" if others > 0 else ""
 
     @contextmanager
     def _run(self, session: Session, status: str, asked: str) -> Iterator[int]:
@@ -162,6 +195,7 @@ class SessionManager:
             raise WebError(STOPPING)
         self.activity.runs += 1
         run, began_s, ended = session.begin(status), time.monotonic(), "ended by an error"
+        session.status += self._sharing()
         self._turns.begin((session, run))
         try:
             yield run
@@ -199,6 +233,7 @@ class SessionManager:
                 used_s += time.monotonic() - turn_s
             if chunk is None or session.run != run:
                 return
+            session.left_s, session.run_s = chunk.eta_s, time.monotonic() - began_s + chunk.eta_s
             over_long = used_s > LONG_RUN_S and not chunk.finished and self.others_wait() > 0
             last = chunk.finished or over_long
             if not last and time.monotonic() < shown_s + _SECONDS_BETWEEN_REVISIONS:
@@ -208,17 +243,21 @@ class SessionManager:
                 number=run,
                 piece=piece,
                 pieces=chunk.performances,
-                until_s=tuple(map(max, (made.duration_s for made in chunk.performances), chunk.final_s)),
-                final_s=(math.inf,) * len(chunk.seeds) if last else chunk.final_s,
+                until_s=tuple(
+                    min(max(made.duration_s, final_s), generation.prompt_s + chunk.seconds_wanted)
+                    for made, final_s in zip(chunk.performances, chunk.final_s, strict=True)
+                ),
+                final_s=chunk.final_s,
                 join_s=join_s,
                 seeds=chunk.seeds,
                 latents=generation.latents,
                 settings=settings,
             )
             session.show(revision)
-            session.status = _progress(chunk, generation.latents)
+            session.status = _progress(chunk, generation.latents) + self._sharing()
             if last:
                 session.end(run)
+                revision = session.revision
                 how = "Others are waiting, so it ended early; Extend goes on. " if over_long else ""
                 session.status = f"{how}Done in {clock(time.monotonic() - began_s)}. {revision.summary()}"
             yield revision
@@ -227,6 +266,6 @@ class SessionManager:
 def _progress(chunk: Chunk, latents: int) -> str:
     speed = (chunk.seconds_wanted - chunk.seconds_made) / chunk.eta_s if chunk.eta_s > 0 else 0.0
     return (
-        f"{chunk.seconds_made:.0f} of {chunk.seconds_wanted:.0f} s · "
-        f"{speed:.1f}× real time · {clock(chunk.eta_s)} left · {latents} latents · {seeds_in_words(chunk.seeds)}"
+        f"{clock(chunk.seconds_made)} of {clock(chunk.seconds_wanted)} of music · {clock(chunk.eta_s)} left · "
+        f"{speed:.1f}× as fast as it plays · {latents} latents · {seeds_in_words(chunk.seeds)}"
     )

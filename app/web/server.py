@@ -164,6 +164,7 @@ class Server:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_SECONDS_BETWEEN_CHECKS)
+            self._manager.forget_left()
             dropped = await self.jobs.drop_unheard()
             if dropped:
                 LOG.info("dropped %d jobs that no client listened to", dropped)
