@@ -121,7 +121,7 @@ class Session:
         self.left_s: float | None = None
         self.run_s = 0.0
         self.calls = 0
-        self.left = -1, 0.0
+        self.left: tuple[int, float] = (-1, 0.0)
         self.closed = False
         self._chosen_at_ms = 0.0
         self._chosen_before: dict[int, int] = {}  # by the number of a run: the variation chosen when it began
