@@ -126,7 +126,7 @@ class Server:
         return self._app.launch(
             server_name=options.host,
             server_port=options.port,
-            root_path=options.root_path or None,
+            root_path=options.root_path.rstrip("/") or None,
             auth=check,
             auth_message="Enter the name and the password that you were given.",
             share=options.share,
@@ -151,9 +151,9 @@ class Server:
         self._loop = asyncio.get_running_loop()
         options, health = self._options, Health(self.jobs, self._options.model)
         joins = Joins(self._app, self.jobs, options.queue_size)
-        path = options.root_path if options.root_path.startswith("/") else ""
+        path = options.root_path.rstrip("/") if options.root_path.startswith("/") else ""
         served.middleware_stack = Guard(
-            served.middleware_stack, options.addresses, joins, path.rstrip("/"), health.report
+            served.middleware_stack, options.addresses, joins, path, options.mcp, health.report
         )
         watching = asyncio.create_task(self._watch())
         try:
