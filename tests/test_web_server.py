@@ -348,6 +348,36 @@ def test_addresses():
             Addresses("127.0.0.1", "", [wrong])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "PORT"], "port PORT is taken"),
+        (["--port", "0"], "--port must be from 1 to 65535"),
+        (["--host", "192.0.2.1"], "not an address of this machine"),
+        (["--auth", "secret"], "--auth must be user:password"),
+        (["--auth", "a:b", "--auth-file", "visitors.txt"], "choose one of --auth and --auth-file"),
+        (["--auth-file", "no such file"], "no such file: No such file"),
+        (["--allow-origin", "example.org"], "expected an address such as"),
+        (["--root-path", "music"], "expected a path such as /music or an address"),
+    ],
+)
+def test_what_cannot_be_served_is_told_before_the_model_is_loaded(options, message, capsys):
+    from app.cli import main
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        try:
+            code = main(["web", *(option.replace("PORT", port) for option in options)])
+        except SystemExit as exit_:  # from the parser of options
+            code = exit_.code
+    assert code == 2
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message.replace("PORT", port) in printed
+    assert "loading" not in printed
+
+
 def test_a_taken_port_is_told():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

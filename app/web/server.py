@@ -167,7 +167,7 @@ class Server:
             self._manager.forget_left()
             dropped = await self.jobs.drop_unheard()
             if dropped:
-                LOG.info("dropped %d jobs that no client listened to", dropped)
+                LOG.info("dropped jobs that no client listened to: %d", dropped)
 
 
 def _theme() -> Base:
