@@ -1,8 +1,10 @@
 """Settings, sessions, revisions and files, without a page."""
 
 import dataclasses
+import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -13,6 +15,7 @@ from app.console import clock
 from app.web.export import write_file
 from app.web.manager import SessionManager
 from app.web.player import piece_value
+from app.web.saved_settings import read_settings_file
 from app.web.session import Session
 from app.web.settings import Settings, WebError
 from app.web.warmup import Machine
@@ -100,6 +103,27 @@ def test_every_sampling_option_is_a_setting(field):
 def test_impossible_settings_are_refused_in_words(values, message):
     with pytest.raises(WebError, match=message):
         Settings.read(values)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Dear pianist", "", "[]", '[["seconds", 5]]', "7", "null", '"seconds"', "[" * 100_000, '{"a":' * 100_000, "{}",
+        '{"a": 1}', '{"seconds": 1' + 5000 * "0" + "}", bytes(range(256)), '{"seconds": 5, "x": "' + 10**6 * "a" + '"}',
+    ],
+)  # fmt: skip
+def test_files_without_settings_are_refused(tmp_path, content):
+    path = tmp_path / "settings.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(WebError, match=r"“settings\.json” holds no settings of this page"):
+        read_settings_file(path)
+
+
+def test_downloaded_settings_are_read(tmp_path):
+    settings = Settings(seconds=5, seed=7, sampling=SamplingOptions(top_k=3), prompt="mine.mid")
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings.flat() | {"latents_used": 32}))
+    assert Settings.read(read_settings_file(path)) == settings
 
 
 def test_the_prompt_is_cropped_and_may_be_left_out(manager, midi_file):
@@ -281,6 +305,30 @@ def test_caches_are_bounded_and_are_freed_with_their_session(tiny_checkpoint, mo
     for number in range(6):
         manager.forget(f"tab {number}")
     assert not any(map(can_continue, begun))
+
+
+def test_a_session_that_is_left_stops_and_is_forgotten_unless_it_comes_back(manager, monkeypatch):
+    later = []
+
+    def timer(after_s, function):
+        assert after_s >= 30
+        later.append(function)
+        return SimpleNamespace(start=lambda: None)
+
+    monkeypatch.setattr(threading, "Timer", timer)
+    for name in ("gone", "back"):
+        session = manager.session(name)
+        run = manager.generate(session, Settings(latents=8, seconds=1000, seed=3))
+        assert len(list(zip(range(2), run, strict=False))) == 2
+        manager.leave(name)
+        assert not session.generating
+        assert list(run) == []
+        assert session.revisions
+    kept = manager.session("back")
+    for function in later:
+        function()
+    assert manager.session("back") is kept
+    assert not manager.session("gone").revisions
 
 
 def test_without_music_there_is_nothing_to_save():
