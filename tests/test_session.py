@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import threading
+import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -308,14 +308,6 @@ def test_caches_are_bounded_and_are_freed_with_their_session(tiny_checkpoint, mo
 
 
 def test_a_session_that_is_left_stops_and_is_forgotten_unless_it_comes_back(manager, monkeypatch):
-    later = []
-
-    def timer(after_s, function):
-        assert after_s >= 30
-        later.append(function)
-        return SimpleNamespace(start=lambda: None)
-
-    monkeypatch.setattr(threading, "Timer", timer)
     for name in ("gone", "back"):
         session = manager.session(name)
         run = manager.generate(session, Settings(latents=8, seconds=1000, seed=3))
@@ -324,10 +316,12 @@ def test_a_session_that_is_left_stops_and_is_forgotten_unless_it_comes_back(mana
         assert not session.generating
         assert list(run) == []
         assert session.revisions
-    kept = manager.session("back")
-    for function in later:
-        function()
-    assert manager.session("back") is kept
+    manager.forget_left()
+    assert manager.session("back").revisions
+    now_s = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s + 300)
+    manager.forget_left()
+    assert manager.session("back").revisions
     assert not manager.session("gone").revisions
 
 

@@ -78,7 +78,8 @@ class Web:
     def run(self) -> int:
         """Serve the page until it is interrupted. Return 1 if it could not go on."""
         share_arenas()
-        addresses, port = Addresses(self.host, self.root_path or "", self.allow_origin), free_port(self.host, self.port)
+        addresses = Addresses(self.host, self.root_path or "", self.allow_origin)
+        free_port(self.host, self.port)  # a taken one is told now, not after the model is loaded
         addresses.behind_proxy |= self.share
         # The address of a client is that of its connection, unless a proxy on this machine was announced.
         os.environ.setdefault("FORWARDED_ALLOW_IPS", "127.0.0.1" if addresses.behind_proxy else "")
@@ -88,11 +89,13 @@ class Web:
         from app.web.server import Options, Server, build_app
 
         passwords = read_passwords(self.auth, self.auth_file, os.environ)
+        if passwords and self.mcp:
+            raise CommandError("choose one of --mcp and a password: Gradio's MCP server cannot log in")
         if not passwords and (self.share or not is_loopback(self.host)):
             print("music-ar: everyone who can reach this server may use it; --auth-file asks for a password",
                   file=sys.stderr, flush=True)  # fmt: skip
         manager, about = self._manager()
-        lines = start_log()
+        lines, port = start_log(), free_port(self.host, self.port)
         with tempfile.TemporaryDirectory(prefix="music-ar-", ignore_cleanup_errors=True) as folder:
             os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and downloads are deleted with the server at the latest
             options = Options(

@@ -34,16 +34,19 @@ LICENCE = (
 # Programs may pass these by position, so keep the order. Further sampling options are appended.
 _ORDER = ("seconds", "latents", "variations", "temperature", "top_p", "seed", "start_s", "end_s", "steadiness")
 _HELP = {
-    "prompt": "MIDI file of piano music to continue; leave it out for a new piece. Not a path or an address: a Python "
-    "client passes handle_file(path), a model the file as data:audio/midi;base64,...",
+    "prompt": "MIDI file of piano music to continue; leave it out for a new piece. Python clients pass "
+    "handle_file(path), assistants the URL of a file that this server made, or data:audio/midi;base64,...",
     "seconds": f"length of the music to generate, in seconds, from 1 to {MAX_SECONDS:g}.",
-    "latents": f"latent budget: more is more coherent and slower; {AUTO} (or auto) takes the most that keep ahead of "
-    "playback.",
+    "latents": f"latent budget: more is more coherent and slower; {AUTO} takes the most that keep ahead of playback.",
     "variations": f"number of variations to generate at once, up to {MAX_VARIATIONS}.",
     "seed": "random seed of the first variation; leave it out for a random one.",
     "start_s": "start of the part of the prompt to use, in seconds.",
     "end_s": "end of that part, in seconds; leave it out for the end of the file.",
+    "variation": "number of the variation to continue; 0 is the first.",
 }
+
+
+_EXTENSION = Extension().model_dump()
 
 
 class Api:
@@ -63,15 +66,17 @@ class Api:
         with gr.Group(visible=False):
             prompt = gr.File(label="prompt", file_types=[".mid", ".midi"])
             values = [_number(name, defaults[name]) for name in names]
-            seconds, variation = _number("seconds", 30.0), _number("variation", 0)
+            more = [_number(name, value) for name, value in _EXTENSION.items()]
             results = [gr.JSON(label="progress"), gr.File(label="files", file_count="multiple")]
             info = gr.JSON(label="info")
             buttons = [gr.Button() for _ in range(3)]
         generate = _with_parameters(self.generate, {"prompt": None} | {name: defaults[name] for name in names})
+        extend: Any = _with_parameters(self.extend, _EXTENSION)
+        extend._mcp_type = "none"  # all assistants share one client, so "what it generated last" means nothing there
         # Without Gradio's preprocessing, which rounds numbers and fails on other values: `Settings` checks them.
         raw: dict[str, Any] = {"preprocess": False, **DEVICE}
         buttons[0].click(generate, [prompt, *values], results, api_name="generate", **raw)
-        buttons[1].click(self.extend, [seconds, variation], results, api_name="continue", **raw)
+        buttons[1].click(extend, more, results, api_name="continue", **raw)
         buttons[2].click(self.info, None, info, api_name="info", queue=False)
 
     def generate(self, request: gr.Request, values: dict[str, Any]) -> Iterator[Result]:
@@ -86,21 +91,14 @@ class Api:
             session.set_prompt(*_file(values["prompt"]))
             yield from _results(session, self.manager.generate(session, settings))
 
-    def extend(self, request: gr.Request, seconds: float = 30, variation: int = 0) -> Iterator[Result]:
-        """Continue a variation of the piano music that this client generated last. The result is like that of generate.
+    def extend(self, request: gr.Request, values: dict[str, Any]) -> Iterator[Result]:
+        """Continue a variation of the piano music that this client generated last.
 
-        Args:
-            request: identifies the client.
-            seconds: length of the music to add, in seconds.
-            variation: number of the variation to continue; 0 is the first.
+        The result is like that of generate.
         """
         session = self.manager.session(session_name(request))
         with errors_in_words():
-            chosen = checked(
-                Extension,
-                {"seconds": seconds, "variation": variation},
-                {"variations": len(session.revision.pieces)},
-            )
+            chosen = checked(Extension, values, {"variations": len(session.revision.pieces)})
             session.choose(chosen.variation)
             yield from _results(session, self.manager.extend(session, chosen.seconds))
 
@@ -145,6 +143,7 @@ def _with_parameters(handler: Callable[..., Iterator[Result]], defaults: dict[st
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, default=default) for name, default in defaults.items()]
     described: Any = call
+    described.__name__ = handler.__name__  # that of the tool for assistants
     described.__signature__ = inspect.Signature([inspect.Parameter("request", kind), *parameters])
     texts = _HELP | sampling_help()
     described.__doc__ = "\n".join([f"{handler.__doc__}\n\nArgs:", *(f"    {name}: {texts[name]}" for name in defaults)])

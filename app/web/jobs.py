@@ -18,6 +18,7 @@ from app.web.calls import DEVICE
 
 UNHEARD_S = 30.0
 """Time after which a job is dropped if no client listens to it."""
+_UNHEARD_WHILE_OTHERS_WAIT_S = 2.0
 _MAX_MAILBOXES = 2000
 
 
@@ -51,14 +52,18 @@ class Jobs:
     Attributes:
         listening: for each session, the streams of results that are open.
         present: for each session, the other connections that are open, which last as long as a page or a client.
+        others_wait: whether a request to join has been held since `drop_unheard`.
     """
 
     def __init__(self, app: gr.Blocks):
         self._app, self._queue = app, app._queue
         self.listening: Counter[str] = Counter()
         self.present: Counter[str] = Counter()
-        mailboxes: Any = Mailboxes(self)
-        self._queue.pending_messages_per_session = mailboxes
+        self.others_wait = False
+        queue: Any = self._queue
+        queue.pending_messages_per_session = Mailboxes(self)
+        self._first_in_line = queue.get_events
+        queue.get_events = self._next
 
     @property
     def alive(self) -> bool:
@@ -71,7 +76,7 @@ class Jobs:
 
     def running(self) -> list[Event]:
         """Jobs under way."""
-        return [event for jobs in self._queue.active_jobs if jobs is not None for event in jobs if event.alive]
+        return [event for jobs in self._queue.active_jobs if jobs is not None for event in jobs]
 
     def waiting_for_device(self) -> int:
         """Number of jobs that would generate music if there were room."""
@@ -87,18 +92,23 @@ class Jobs:
         return sum(event.session_hash == session for event in (*self.waiting(), *self.running()))
 
     def waiting_of(self, address: str) -> int:
-        """Number of waiting jobs of an address."""
-        return sum(_address(event) == address for event in self.waiting())
+        """Number of waiting jobs of an address whose clients are connected."""
+        return sum(_address(event) == address and self.is_heard(event.session_hash) for event in self.waiting())
 
     def unheard_of(self, address: str) -> int:
         """Number of jobs of an address whose client is not connected."""
         return sum(
-            _address(event) == address and not self._is_heard(event) for event in (*self.waiting(), *self.running())
+            _address(event) == address and not self.is_heard(event.session_hash)
+            for event in (*self.waiting(), *self.running())
         )
 
     def knows(self, session: str) -> bool:
         """Whether there is a mailbox for a session."""
         return session in self._queue.pending_messages_per_session
+
+    def is_heard(self, session: str) -> bool:
+        """Whether a client is connected that will ask for the results of a session, or does."""
+        return bool(self.listening[session] or self.present[session])
 
     def session_of(self, job: str) -> str:
         """The session of a job, from its id; a job without a session of its own goes by its id."""
@@ -108,26 +118,50 @@ class Jobs:
         pending = self._queue.pending_event_ids_session.items()
         return next((session for session, jobs in pending if job in jobs), job)
 
+    def _next(self) -> Any:
+        """The jobs to start now: Gradio's choice, of those who listen first, and one of each session at a time."""
+        line = self._queue.event_queue_per_concurrency_id.get(DEVICE["concurrency_id"])
+        if line is None:
+            return self._first_in_line()
+        busy = {event.session_hash for event in self.running() if event.concurrency_id == line.concurrency_id}
+        later = [event for event in line.queue if event.session_hash in busy]
+        line.queue[:] = [event for event in line.queue if event.session_hash not in busy]
+        line.queue.sort(key=lambda event: not self.is_heard(event.session_hash))
+        chosen = self._first_in_line()
+        line.queue += later
+        return chosen
+
     async def drop_unheard(self) -> int:
-        """Drop the jobs that no client has listened to for `UNHEARD_S`; their number."""
-        latest_s = time.monotonic() - UNHEARD_S
+        """Drop the jobs that no client has listened to for `UNHEARD_S`, sooner if others wait; their number."""
+        others_wait = self.others_wait or any(self.is_heard(event.session_hash) for event in self.waiting())
+        self.others_wait = False
         unheard = [
-            event
-            for event in (*self.waiting(), *self.running())
-            if event.enqueue_time < latest_s and not self.listening[event.session_hash]
+            event for event in (*self.waiting(), *self.running()) if event.alive and self._is_late(event, others_wait)
         ]
         for event in unheard:
+            self._refuse(event, "nobody asked for the results of this job in time; start it again")
             await self._queue.clean_events(event_id=event._id)
         return len(unheard)
 
-    async def refuse_waiting(self, reason: str) -> None:
-        """Tell all whose jobs wait that these will not be done."""
+    async def refuse_all(self, reason: str) -> None:
+        """Tell all clients that their jobs will not be done. Those under way must end by themselves."""
+        for event in self.running():
+            self._refuse(event, reason)
+            event.alive = False  # nothing more is sent to its client
         for event in self.waiting():
-            self._queue.send_message(event, ProcessCompletedMessage(output={"error": reason}, success=False))
+            self._refuse(event, reason)
             await self._queue.remove_from_queue(event._id)
 
-    def _is_heard(self, event: Event) -> bool:
-        return bool(self.listening[event.session_hash] or self.present[event.session_hash])
+    def _refuse(self, event: Event, reason: str) -> None:
+        self._queue.send_message(event, ProcessCompletedMessage(output={"error": reason}, success=False))
+
+    def _is_late(self, event: Event, others_wait: bool) -> bool:
+        waited_s = time.monotonic() - event.enqueue_time
+        if self.listening[event.session_hash]:
+            return False
+        return waited_s > UNHEARD_S or (
+            others_wait and waited_s > _UNHEARD_WHILE_OTHERS_WAIT_S and not self.is_heard(event.session_hash)
+        )
 
 
 def _address(event: Event) -> str:

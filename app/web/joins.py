@@ -1,6 +1,7 @@
 """`Joins`: which requests may enter Gradio's queue, call a handler, or listen to results."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -12,7 +13,7 @@ import gradio as gr
 from app.web.jobs import Jobs
 from app.web.limits import MAX_JOBS, MAX_UNHEARD, Refusal, check_session, check_values, read_body
 
-_PATIENCE_S = 5.0  # a client connects right after it has joined
+_PATIENCE_S = 4.0  # a client connects right after it has joined, and gives up after 5 s without an answer
 _POLL_S = 0.05
 
 
@@ -90,13 +91,17 @@ class Joins:
             raise Refusal(429, f"at most {MAX_JOBS} jobs are taken from a client at a time; wait for one to finish")
         if self._jobs.waiting_of(address) >= self._queue_size:
             raise Refusal(503, "too many jobs from your address are waiting; try again in a minute")
-        if session is not None and (self._jobs.present[session] or self._jobs.listening[session]):
-            return
-        end = asyncio.get_running_loop().time() + _PATIENCE_S
-        while self._jobs.unheard_of(address) + self._joining[address] >= MAX_UNHEARD:
-            if asyncio.get_running_loop().time() > end:
+        end_s = time.monotonic() + _PATIENCE_S
+        while not self._may_join(session, address):
+            if time.monotonic() > end_s:
                 raise Refusal(429, "too many jobs whose results nobody has asked for; ask for them first")
+            self._jobs.others_wait = True
             await asyncio.sleep(_POLL_S)
+
+    def _may_join(self, session: str | None, address: str) -> bool:
+        if session is not None and self._jobs.is_heard(session):
+            return True
+        return self._jobs.unheard_of(address) + self._joining[address] < MAX_UNHEARD
 
     @contextmanager
     def listening(self, route: str, query: str) -> Iterator[None]:

@@ -79,14 +79,25 @@ class SessionManager:
 
     def leave(self, name: str) -> None:
         """Stop a session's run, and forget the session if it is not used again soon."""
-        session = self.session(name)
-        generating, last_call = session.generating, session.calls
+        with self._lock:
+            session = self._sessions.get(name)
+        if session is None:
+            return
+        generating = session.generating
         session.stop()
         if not generating:  # otherwise they are in use until the chunk in progress ends
             self.free_caches(session)
-        forgetting = threading.Timer(_STAYS_S, lambda: session.calls == last_call and self.forget(name))
-        forgetting.daemon = True
-        forgetting.start()
+        session.left = session.calls, time.monotonic()
+
+    def forget_left(self) -> None:
+        """Forget the sessions that were left and not used again since. The server calls this now and then."""
+        latest_s = time.monotonic() - _STAYS_S
+        with self._lock:
+            gone = [
+                name for name, each in self._sessions.items() if each.left[0] == each.calls and each.left[1] < latest_s
+            ]
+        for name in gone:
+            self.forget(name)
 
     def forget(self, name: str) -> None:
         """End a session's run and free everything it holds."""
@@ -183,7 +194,7 @@ class SessionManager:
         if self.stopping:
             raise WebError(STOPPING)
         self.activity.runs += 1
-        run, began_s, ended = session.begin(status), time.monotonic(), "failed"
+        run, began_s, ended = session.begin(status), time.monotonic(), "ended by an error"
         session.status += self._sharing()
         self._turns.begin((session, run))
         try:

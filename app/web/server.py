@@ -27,7 +27,7 @@ from app.web.session import MAX_PROMPT_BYTES
 FILES_LIVE_S = 3600
 _MAX_QUEUES = 5  # full ones of an address each; so one address cannot take all places
 _SECONDS_TO_FINISH = 4.0  # for a chunk, and for its message to reach the client
-_SECONDS_BETWEEN_CHECKS = 2.0
+_SECONDS_BETWEEN_CHECKS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Server:
         loop = self._loop
         if loop is not None and self.healthy:
             with suppress(TimeoutError):
-                asyncio.run_coroutine_threadsafe(self.jobs.refuse_waiting(STOPPING), loop).result(_SECONDS_TO_FINISH)
+                asyncio.run_coroutine_threadsafe(self.jobs.refuse_all(STOPPING), loop).result(_SECONDS_TO_FINISH)
             end_s = time.monotonic() + _SECONDS_TO_FINISH
             while self.jobs.running() and time.monotonic() < end_s:
                 time.sleep(0.05)
@@ -164,6 +164,7 @@ class Server:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_SECONDS_BETWEEN_CHECKS)
+            self._manager.forget_left()
             dropped = await self.jobs.drop_unheard()
             if dropped:
                 LOG.info("dropped %d jobs that no client listened to", dropped)

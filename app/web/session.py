@@ -105,6 +105,7 @@ class Session:
         left_s: estimated seconds until the run in progress ends; None if not known.
         run_s: estimated seconds that it takes in all.
         calls: how often the page or the client has used this session.
+        left: `calls` when its tab or client left, and the time, by the monotonic clock.
         closed: whether the tab is closed, or the session forgotten.
     """
 
@@ -120,6 +121,7 @@ class Session:
         self.left_s: float | None = None
         self.run_s = 0.0
         self.calls = 0
+        self.left: tuple[int, float] = (-1, 0.0)
         self.closed = False
         self._chosen_at_ms = 0.0
         self._chosen_before: dict[int, int] = {}  # by the number of a run: the variation chosen when it began
