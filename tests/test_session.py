@@ -79,25 +79,31 @@ def test_every_sampling_option_is_a_setting(field):
     )
     assert Settings.read({name: str(value)}).sampling == SamplingOptions(**{name: value})
     assert dict(parse_qsl(Settings.read({name: value}).link()[1:])) == {name: str(value)}
-    with pytest.raises(WebError, match=f"{name} must be a .*number, got 'much'"):
-        Settings.read({name: "much"})
-    with pytest.raises(WebError, match=name):
-        Settings.read({name: -1})
+    title = field.metadata["label"].partition(" (")[0].lower()
+    for wrong, got in (("much", "“much”"), (-1, "-1"), (10**50, "a number of more than 40 digits")):
+        with pytest.raises(WebError, match=f"the {title} must be a .*number from .* to .*, got {got}"):
+            Settings.read({name: wrong})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"seconds": "long"}, "the length must be a number of seconds from 1 to 3600, got 'long'"),
+        ({"seconds": "long"}, "the length must be a number of seconds from 1 to 3600, got “long”"),
         ({"seconds": None}, "the length must be a number of seconds from 1 to 3600, got nothing"),
         ({"seconds": float("nan")}, "the length must be a number of seconds"),
         ({"seconds": 1e9}, "length must be a number of seconds from 1 to 3600, got 1000000000"),
         ({"variations": 9}, "variations must be a whole number from 1 to 8, got 9"),
         ({"seed": 1.5}, "the seed must be a whole number"),
-        ({"seed": 2**31}, "the seed must be a whole number from 0 to 2147483639, or empty, got 2147483648"),
+        (
+            {"seed": 2**31},
+            "the seed must be a whole number from 0 to 2147483639, or empty for a random one, got 2147483648",
+        ),
         ({"start_s": 5, "end_s": 4}, "must end after it starts"),
-        ({"end_s": "late"}, "the end of the prompt must be a number of seconds, or empty, got 'late'"),
-        ({"continuation_only": "perhaps"}, "continuation_only must be true or false, got 'perhaps'"),
+        (
+            {"end_s": "late"},
+            "the end of the prompt must be a number of seconds from 0 to 3600, or empty .*, got “late”",
+        ),
+        ({"continuation_only": "perhaps"}, "leave out the prompt .* must be true or false, got “perhaps”"),
     ],
 )
 def test_impossible_settings_are_refused_in_words(values, message):
