@@ -1,7 +1,9 @@
 """Settings, sessions, revisions and files, without a page."""
 
 import dataclasses
+import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -13,6 +15,7 @@ from app.console import clock
 from app.web.export import write_file
 from app.web.manager import SessionManager
 from app.web.player import piece_value
+from app.web.saved_settings import read_settings_file
 from app.web.session import Session
 from app.web.settings import Settings, WebError
 from app.web.warmup import Machine
@@ -76,30 +79,57 @@ def test_every_sampling_option_is_a_setting(field):
     )
     assert Settings.read({name: str(value)}).sampling == SamplingOptions(**{name: value})
     assert dict(parse_qsl(Settings.read({name: value}).link()[1:])) == {name: str(value)}
-    with pytest.raises(WebError, match=f"{name} must be a .*number, got 'much'"):
-        Settings.read({name: "much"})
-    with pytest.raises(WebError, match=name):
-        Settings.read({name: -1})
+    title = field.metadata["label"].partition(" (")[0].lower()
+    for wrong, got in (("much", "“much”"), (-1, "-1"), (10**50, "a number of more than 40 digits")):
+        with pytest.raises(WebError, match=f"the {title} must be a .*number from .* to .*, got {got}"):
+            Settings.read({name: wrong})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"seconds": "long"}, "the length must be a number of seconds from 1 to 3600, got 'long'"),
+        ({"seconds": "long"}, "the length must be a number of seconds from 1 to 3600, got “long”"),
         ({"seconds": None}, "the length must be a number of seconds from 1 to 3600, got nothing"),
         ({"seconds": float("nan")}, "the length must be a number of seconds"),
         ({"seconds": 1e9}, "length must be a number of seconds from 1 to 3600, got 1000000000"),
         ({"variations": 9}, "variations must be a whole number from 1 to 8, got 9"),
         ({"seed": 1.5}, "the seed must be a whole number"),
-        ({"seed": 2**31}, "the seed must be a whole number from 0 to 2147483639, or empty, got 2147483648"),
+        (
+            {"seed": 2**31},
+            "the seed must be a whole number from 0 to 2147483639, or empty for a random one, got 2147483648",
+        ),
         ({"start_s": 5, "end_s": 4}, "must end after it starts"),
-        ({"end_s": "late"}, "the end of the prompt must be a number of seconds, or empty, got 'late'"),
-        ({"continuation_only": "perhaps"}, "continuation_only must be true or false, got 'perhaps'"),
+        (
+            {"end_s": "late"},
+            "the end of the prompt must be a number of seconds from 0 to 3600, or empty .*, got “late”",
+        ),
+        ({"continuation_only": "perhaps"}, "leave out the prompt .* must be true or false, got “perhaps”"),
     ],
 )
 def test_impossible_settings_are_refused_in_words(values, message):
     with pytest.raises(WebError, match=message):
         Settings.read(values)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Dear pianist", "", "[]", '[["seconds", 5]]', "7", "null", '"seconds"', "[" * 100_000, '{"a":' * 100_000, "{}",
+        '{"a": 1}', '{"seconds": 1' + 5000 * "0" + "}", bytes(range(256)), '{"seconds": 5, "x": "' + 10**6 * "a" + '"}',
+    ],
+)  # fmt: skip
+def test_files_without_settings_are_refused(tmp_path, content):
+    path = tmp_path / "settings.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(WebError, match=r"“settings\.json” holds no settings of this page"):
+        read_settings_file(path)
+
+
+def test_downloaded_settings_are_read(tmp_path):
+    settings = Settings(seconds=5, seed=7, sampling=SamplingOptions(top_k=3), prompt="mine.mid")
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings.flat() | {"latents_used": 32}))
+    assert Settings.read(read_settings_file(path)) == settings
 
 
 def test_the_prompt_is_cropped_and_may_be_left_out(manager, midi_file):
@@ -281,6 +311,24 @@ def test_caches_are_bounded_and_are_freed_with_their_session(tiny_checkpoint, mo
     for number in range(6):
         manager.forget(f"tab {number}")
     assert not any(map(can_continue, begun))
+
+
+def test_a_session_that_is_left_stops_and_is_forgotten_unless_it_comes_back(manager, monkeypatch):
+    for name in ("gone", "back"):
+        session = manager.session(name)
+        run = manager.generate(session, Settings(latents=8, seconds=1000, seed=3))
+        assert len(list(zip(range(2), run, strict=False))) == 2
+        manager.leave(name)
+        assert not session.generating
+        assert list(run) == []
+        assert session.revisions
+    manager.forget_left()
+    assert manager.session("back").revisions
+    now_s = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s + 300)
+    manager.forget_left()
+    assert manager.session("back").revisions
+    assert not manager.session("gone").revisions
 
 
 def test_without_music_there_is_nothing_to_save():

@@ -275,27 +275,9 @@ def toast(page, *, contains):
 
 @needs_browser
 def test_settings_files_and_links_that_cannot_be_used_are_explained(page, address, tmp_path):
-    no_settings = [
-        "Dear pianist",
-        "",
-        "[]",
-        '[["seconds", 5]]',
-        "7",
-        "null",
-        '"seconds"',
-        "[" * 100_000,
-        "{}",
-        '{"a": 1}',
-    ]
-    no_settings += ['{"seconds": 1' + 5000 * "0" + "}", json.dumps({"seconds": 5, "prompt": 100_000 * "a"})]
-    contents = {each.encode(): "holds no settings of this page" for each in no_settings} | {
-        bytes(range(256)): "holds no"
-    }
-    contents |= {
-        b'{"seconds": NaN}': "length must be",
+    contents = {
+        b"[" * 100_000: "holds no settings of this page",
         b'{"seconds": -5}': "length must be",
-        b'{"seconds": null}': "length must be",
-        b'{"latents": 99999}': "latent budget must be",
         b'{"top_k": 1' + 300 * b"0" + b"}": "top-k must be",
         b'{"start_s": 9, "end_s": 3}': "must end after it starts",
         b'{"prompt": "<b>mine</b>\\ud800.mid", "start_s": 3}': "“<b>mine</b>?.mid”, which they do not contain",
@@ -312,10 +294,8 @@ def test_settings_files_and_links_that_cannot_be_used_are_explained(page, addres
     wait_until(lambda: float(page.locator("#seconds input").input_value()) == 7, "the page still takes settings")
 
     for link, explanation in {
-        "seconds=-4": "length must be",
         "seconds=abc": "length must be",
         "latents=99999": "latent budget must be",
-        "temperature=50": "temperature must be",
         "prompt=mine.mid&start_s=3": "“mine.mid”, which they do not contain. Upload it, and select the part from 3 s",
         "prompt=Bach+prelude+in+f+minor&start_s=500": "prompt is 24.0 s long",
     }.items():
@@ -328,7 +308,7 @@ def test_settings_files_and_links_that_cannot_be_used_are_explained(page, addres
 
 
 @needs_browser
-def test_keys_focus_and_spoken_status(page):
+def test_keys_focus_and_spoken_status(page, tmp_path):
     def focused(name):
         return page.evaluate("name => document.activeElement.getAttribute(name)", name)
 
@@ -374,6 +354,14 @@ def test_keys_focus_and_spoken_status(page):
     page.keyboard.press("Space")
     wait_until(lambda: player.get_attribute("data-playing") == "true", "space plays, with the focus on Generate")
     assert status(page).startswith(piece)
+
+    with page.expect_event("dialog") as asking:
+        page.evaluate("void setTimeout(() => location.reload())")
+    assert asking.value.type == "beforeunload", "it asks before music is lost"
+    asking.value.dismiss()
+    assert len(read_midi(download(page, "mid", tmp_path))) == shown(page, "piece", "notes"), "one may stay"
+    page.reload()  # music that was saved may go
+    assert shown(page, "piece", "notes") == 0
 
 
 @needs_browser

@@ -16,7 +16,8 @@
   const calm = window.matchMedia('(prefers-reduced-motion: reduce)');
   document.addEventListener('click', (event) => {
     if (within(event.target, 'generate', 'extend')) {
-      find('#piece-player').scrollIntoView({ block: 'nearest', behavior: calm.matches ? 'auto' : 'smooth' });
+      find('#piece-player').scrollIntoView(
+        { block: window.innerWidth < 900 ? 'start' : 'nearest', behavior: calm.matches ? 'auto' : 'smooth' });
       // A click with the mouse leads on to the music; with the keyboard one may want the next button.
       if (event.detail) roll().focus({ preventScroll: true });
     }
@@ -24,9 +25,13 @@
   });
 
   // Gradio opens the list of choices on any key, also on the Tab that leaves it.
-  document.addEventListener('keydown', (event) => {
-    if (event.key === 'Tab' && within(event.target, 'example')) event.stopImmediatePropagation();
-  }, true);
+  const example = find('#example');
+  const closeLeft = () => {
+    const box = example.querySelector('[aria-expanded="true"]');
+    if (box && box !== document.activeElement) box.dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape', bubbles: true }));
+  };
+  new MutationObserver(closeLeft).observe(example, { subtree: true, attributeFilter: ['aria-expanded'] });
+  example.addEventListener('focusout', () => setTimeout(closeLeft, 50));
 
   // Screen readers hear each new sentence, and of one that only counts on, the latest every 20 seconds.
   const live = document.createElement('div');
