@@ -136,9 +136,7 @@ class Guard:
         host, origin = headers.get("host", ""), headers.get("origin")
         for name in (host, *headers.get("x-forwarded-host", host).split(",")):
             if not self._addresses.answers_to(name.strip()):
-                shown = quote(name.strip()[:80], safe=":.[]-_")
-                how = f"start it with --allow-origin https://{shown} if it should"
-                raise Refusal(421, f"this server does not answer to the name “{shown}”; {how}")
+                raise Refusal(421, "this server does not answer to this host name; --allow-origin names others")
         own = headers.get("x-forwarded-host", host).split(",")[0].strip()
         if origin is not None and not (self._addresses.may_use(origin, own) or self._addresses.may_use(origin, host)):
             raise Refusal(403, "pages of other sites may not use this server; --allow-origin names those that may")
