@@ -329,28 +329,28 @@ def test_one_behind_a_proxy_answers_to_its_name(tiny_checkpoint, tmp_path):
 @pytest.mark.slow
 def test_assistants_generate_and_continue(tiny_checkpoint, tmp_path):
     mcp = pytest.importorskip("mcp", reason="pip install '.[mcp]' gives it")
-    from mcp.client.streamable_http import streamablehttp_client
+    from mcp.client.streamable_http import streamablehttp_client  # pyright: ignore[reportMissingImports]
 
     async def talk(address):
-        async with streamablehttp_client(f"{address}/gradio_api/mcp/") as (read, write, _):
-            async with mcp.ClientSession(read, write) as session:
-                await session.initialize()
-                tools = {tool.name: tool for tool in (await session.list_tools()).tools}
-                assert set(tools) == {"generate", "info"}
-                assert "piano music" in tools["generate"].description
-                assert all("description" in each for each in tools["generate"].inputSchema["properties"].values())
-                calls = [session.call_tool("generate", {"seconds": 2, "seed": seed}) for seed in range(3)]
-                answers = [answer.content[0].text for answer in await asyncio.gather(*calls)]
-                assert all(f"'seeds': [{seed}]" in answer for seed, answer in enumerate(answers))
-                file = re.search(r"http://[^']+\.mid", answers[0])
-                continued = await session.call_tool("generate", {"seconds": 2, "prompt": file[0]})
-                assert not continued.isError
-                wrong = await session.call_tool("generate", {"seconds": -2})
-                assert "got -2" in wrong.content[0].text
+        server = f"{address}/gradio_api/mcp/"
+        async with streamablehttp_client(server) as (read, write, _), mcp.ClientSession(read, write) as session:
+            await session.initialize()
+            tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+            assert set(tools) == {"generate", "info"}
+            assert "piano music" in tools["generate"].description
+            assert all("description" in each for each in tools["generate"].inputSchema["properties"].values())
+            calls = [session.call_tool("generate", {"seconds": 2, "seed": seed}) for seed in range(3)]
+            answers = [answer.content[0].text for answer in await asyncio.gather(*calls)]
+            assert all(f"'seeds': [{seed}]" in answer for seed, answer in enumerate(answers))
+            file = re.search(r"http://[^']+\.mid", answers[0])
+            assert file is not None
+            continued = await session.call_tool("generate", {"seconds": 2, "prompt": file[0]})
+            assert not continued.isError
+            wrong = await session.call_tool("generate", {"seconds": -2})
+            assert "got -2" in wrong.content[0].text
 
     with running_page(tiny_checkpoint, tmp_path, "--mcp") as page:
-        address = page.address.partition("/gradio_api")[0]  # Gradio prints its own line first
-        asyncio.run(talk(address))
+        asyncio.run(talk(page.address))
 
 
 # ---------------------------------------------------------------- parts

@@ -1,9 +1,10 @@
 """Build the app, page and API, and serve it."""
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ class Server:
         app.queue(max_size=most, default_concurrency_limit=4, api_open=False)
         self.jobs = Jobs(app)
         manager.others_wait = self.jobs.waiting_for_device
-        _, self.address, shared = self._launch()
+        with redirect_stdout(sys.stderr):  # Gradio announces things in its own way
+            _, self.address, shared = self._launch()
         if shared:
             options.addresses.allow(shared)
             self.address = f"{self.address} and {shared}"
