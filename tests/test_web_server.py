@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -325,6 +326,33 @@ def test_one_behind_a_proxy_answers_to_its_name(tiny_checkpoint, tmp_path):
             assert "https://other.example" in answer.headers["Content-Security-Policy"]
 
 
+@pytest.mark.slow
+def test_assistants_generate_and_continue(tiny_checkpoint, tmp_path):
+    mcp = pytest.importorskip("mcp", reason="pip install '.[mcp]' gives it")
+    from mcp.client.streamable_http import streamablehttp_client  # pyright: ignore[reportMissingImports]
+
+    async def talk(address):
+        server = f"{address}/gradio_api/mcp/"
+        async with streamablehttp_client(server) as (read, write, _), mcp.ClientSession(read, write) as session:
+            await session.initialize()
+            tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+            assert set(tools) == {"generate", "info"}
+            assert "piano music" in tools["generate"].description
+            assert all("description" in each for each in tools["generate"].inputSchema["properties"].values())
+            calls = [session.call_tool("generate", {"seconds": 2, "seed": seed}) for seed in range(3)]
+            answers = [answer.content[0].text for answer in await asyncio.gather(*calls)]
+            assert all(f"'seeds': [{seed}]" in answer for seed, answer in enumerate(answers))
+            file = re.search(r"http://[^']+\.mid", answers[0])
+            assert file is not None
+            continued = await session.call_tool("generate", {"seconds": 2, "prompt": file[0]})
+            assert not continued.isError
+            wrong = await session.call_tool("generate", {"seconds": -2})
+            assert "got -2" in wrong.content[0].text
+
+    with running_page(tiny_checkpoint, tmp_path, "--mcp") as page:
+        asyncio.run(talk(page.address))
+
+
 # ---------------------------------------------------------------- parts
 
 
@@ -346,6 +374,36 @@ def test_addresses():
     for wrong in ("other.example", "ftp://a.example", "https://", "https://a.example/path", "*"):
         with pytest.raises(AddressError, match=r"such as https://music\.example"):
             Addresses("127.0.0.1", "", [wrong])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "PORT"], "port PORT is taken"),
+        (["--port", "0"], "--port must be from 1 to 65535"),
+        (["--host", "192.0.2.1"], "not an address of this machine"),
+        (["--auth", "secret"], "--auth must be user:password"),
+        (["--auth", "a:b", "--auth-file", "visitors.txt"], "choose one of --auth and --auth-file"),
+        (["--auth-file", "no such file"], "no such file: No such file"),
+        (["--allow-origin", "example.org"], "expected an address such as"),
+        (["--root-path", "music"], "expected a path such as /music or an address"),
+    ],
+)
+def test_what_cannot_be_served_is_told_before_the_model_is_loaded(options, message, capsys):
+    from app.cli import main
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        try:
+            code = main(["web", *(option.replace("PORT", port) for option in options)])
+        except SystemExit as exit_:  # from the parser of options
+            code = exit_.code
+    assert code == 2
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message.replace("PORT", port) in printed
+    assert "loading" not in printed
 
 
 def test_a_taken_port_is_told():

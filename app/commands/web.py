@@ -35,7 +35,7 @@ class Web:
         root_path: where a reverse proxy serves the page: a path such as /music, or better the whole address, such as
             https://example.org/music. Headers of the proxy are then believed. Default: there is no proxy.
         allow_origin: addresses of other pages that may use this server, or names it is reached by, such as
-            https://music.example. All others are refused.
+            https://music.example. Default: all others are refused.
         share: also create a public address through Gradio's servers, which lasts for up to a week.
         auth: user:password that visitors must enter; default: none. Set it if others can reach the page. Other users of
             this machine can read it in the list of processes; --auth-file and the variable MUSIC_AR_AUTH hide it.
@@ -52,7 +52,7 @@ class Web:
     host: str = "127.0.0.1"
     port: Unset[int] = None
     root_path: Unset[str] = None
-    allow_origin: tuple[str, ...] = ()
+    allow_origin: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")] = ()
     share: bool = False
     auth: Unset[str] = None
     auth_file: Unset[Path] = None

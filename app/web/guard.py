@@ -4,6 +4,7 @@ It is plain ASGI, so that streams pass as they are.
 """
 
 import asyncio
+import ipaddress
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -36,7 +38,7 @@ _PAGE_ROUTES = frozenset(
 )
 _API_ROUTES = frozenset(
     {"info", "openapi.json", "app_id", "user", "login_check", "token", "startup-events", "theme.css", "heartbeat"}
-    | {"queue", "call", "run", "api", "cancel", "reset", "upload", "upload_progress", "file", "mcp"}
+    | {"queue", "call", "run", "api", "cancel", "reset", "upload", "upload_progress", "file"}
 )
 _QUIET_ROUTES = ("assets", "static", "svelte", "theme.css", "favicon.ico", "manifest.json", "robots.txt", "pwa_icon")
 _FORWARDED = ("forwarded", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-for", "x-forwarded-prefix")
@@ -52,6 +54,7 @@ class Guard:
         addresses: that it answers to.
         joins: checks what enters the queue.
         root_path: path under which a proxy serves the page.
+        mcp: whether Gradio's MCP server runs.
         health: a status and a body for `/health`.
     """
 
@@ -61,10 +64,12 @@ class Guard:
         addresses: Addresses,
         joins: Joins,
         root_path: str,
+        mcp: bool,
         health: Callable[[], tuple[int, dict[str, Any]]],
     ):
         self._app, self._addresses, self._joins, self._health = app, addresses, joins, health
         self._root_path = root_path
+        self._api_routes = _API_ROUTES | ({"mcp"} if mcp else set())
         self._uploads = UploadQuota()
         self._open: Counter[str] = Counter()
         self._headers = _security_headers(addresses)
@@ -77,7 +82,7 @@ class Guard:
             else:
                 await send({"type": "websocket.close", "code": 1008})
             return
-        address = scope["client"][0] if scope.get("client") else ""
+        address = _network(scope["client"][0] if scope.get("client") else "")
         CLIENT_ADDRESS.set(address)
         route = self._route(scope["path"])
         answered = _Answer(send, self._headers, self._addresses, Headers(scope=scope).get("origin"))
@@ -87,6 +92,8 @@ class Guard:
                 await self._pass_on(route, address, scope, receive, answered)
         except Refusal as refusal:
             await _refuse(refusal, scope, receive, answered)
+        except HTTPException:  # Gradio ends a stream so if its session is gone
+            pass
         except Exception:
             LOG.exception("a fault while answering %s %s", scope["method"], _logged(route))
             if not answered.status:
@@ -103,16 +110,16 @@ class Guard:
             await JSONResponse(body, status)(scope, receive, send)
             return
         first = route.removeprefix(_API).split("/")[0].partition("=")[0]
-        if first not in (_API_ROUTES if route.startswith(_API) else _PAGE_ROUTES):
+        if first not in (self._api_routes if route.startswith(_API) else _PAGE_ROUTES):
             raise Refusal(404, "there is nothing here")
         if scope["method"] == "OPTIONS":
             await JSONResponse({})(scope, receive, send)
             return
         async with AsyncExitStack() as stack:
             if scope["method"] == "POST":
-                body = await self._body(route, address, scope, receive)
+                body = await self._body(first, address, scope, receive)
                 if first in ("queue", "call", "run", "api"):
-                    await stack.enter_async_context(self._joins.call(route.removeprefix(_API), body, address))
+                    body = await stack.enter_async_context(self._joins.call(route.removeprefix(_API), body, address))
                 receive = _replayed(body, receive)
             elif first in ("heartbeat", "call") or route == f"{_API}queue/data":
                 query = scope["query_string"].decode("ascii", "replace")
@@ -129,9 +136,7 @@ class Guard:
         host, origin = headers.get("host", ""), headers.get("origin")
         for name in (host, *headers.get("x-forwarded-host", host).split(",")):
             if not self._addresses.answers_to(name.strip()):
-                shown = quote(name.strip()[:80], safe=":.[]-_")
-                how = f"start it with --allow-origin https://{shown} if it should"
-                raise Refusal(421, f"this server does not answer to the name “{shown}”; {how}")
+                raise Refusal(421, "this server does not answer to this host name; --allow-origin names others")
         own = headers.get("x-forwarded-host", host).split(",")[0].strip()
         if origin is not None and not (self._addresses.may_use(origin, own) or self._addresses.may_use(origin, host)):
             raise Refusal(403, "pages of other sites may not use this server; --allow-origin names those that may")
@@ -140,26 +145,19 @@ class Guard:
             dropped |= {name.encode() for name in _FORWARDED}
         scope["headers"] = [(name, value) for name, value in scope["headers"] if name.lower() not in dropped]
 
-    async def _body(self, route: str, address: str, scope: Scope, receive: Receive) -> bytes:
-        """Read the body of a request, and count it if it is an upload.
+    async def _body(self, first: str, address: str, scope: Scope, receive: Receive) -> bytes:
+        """Read the body of a request, and count it if it holds a file.
 
         Raises:
             Refusal: it is too large, or too slow.
         """
-        upload = route.startswith(f"{_API}upload")
-        if upload:
-            self._uploads.check(address)
-        mcp = route.startswith(f"{_API}mcp")
-        most = MAX_UPLOAD_BYTES if upload else MAX_MCP_BYTES if mcp else MAX_JSON_BYTES
-        size = Headers(scope=scope).get("content-length", "0")
-        try:
-            async with asyncio.timeout(_BODY_TIMEOUT_S):
-                body = await _read(receive, most, int(size) if size.isdigit() else 0)
-        except TimeoutError as error:
-            raise Refusal(408, f"the request did not arrive within {_BODY_TIMEOUT_S:.0f} seconds") from error
-        if upload:
+        most = {"upload": MAX_UPLOAD_BYTES, "mcp": MAX_MCP_BYTES}.get(first)
+        if most is None:
+            return await _read_in_time(receive, MAX_JSON_BYTES, scope)
+        with self._uploads.room(address):
+            body = await _read_in_time(receive, most, scope)
             self._uploads.add(address, len(body))
-        return body
+            return body
 
     def _route(self, path: str) -> str:
         if self._root_path and path.startswith(f"{self._root_path}/"):
@@ -224,6 +222,15 @@ async def _refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) 
     await JSONResponse({"detail": refusal.reason}, refusal.status)(scope, receive, send)
 
 
+async def _read_in_time(receive: Receive, most: int, scope: Scope) -> bytes:
+    size = Headers(scope=scope).get("content-length", "0")
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            return await _read(receive, most, int(size[:20]) if size.isdigit() else 0)
+    except TimeoutError as error:
+        raise Refusal(408, f"the request did not arrive within {_BODY_TIMEOUT_S:.0f} seconds") from error
+
+
 async def _read(receive: Receive, most: int, announced: int) -> bytes:
     body, size, more = bytearray(), 0, True
     while more and size < _MAX_DISCARDED_BYTES and announced < _MAX_DISCARDED_BYTES:
@@ -247,6 +254,16 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return replay
+
+
+def _network(address: str) -> str:
+    """The address by which a client is counted: with IPv6, the network that it can choose addresses from."""
+    try:
+        if ":" in address:
+            return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False).network_address)
+    except ValueError:
+        pass
+    return address
 
 
 def _logged(route: str) -> str:

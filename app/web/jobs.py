@@ -139,6 +139,7 @@ class Jobs:
             event for event in (*self.waiting(), *self.running()) if event.alive and self._is_late(event, others_wait)
         ]
         for event in unheard:
+            self._empty_mailbox(event)
             self._refuse(event, "nobody asked for the results of this job in time; start it again")
             await self._queue.clean_events(event_id=event._id)
         return len(unheard)
@@ -154,6 +155,14 @@ class Jobs:
 
     def _refuse(self, event: Event, reason: str) -> None:
         self._queue.send_message(event, ProcessCompletedMessage(output={"error": reason}, success=False))
+
+    def _empty_mailbox(self, event: Event) -> None:
+        """Remove the messages of a job, which hold its music."""
+        mailbox = self._queue.pending_messages_per_session[event.session_hash]
+        for _ in range(mailbox.qsize()):
+            message = mailbox.get_nowait()
+            if message.event_id != event._id:
+                mailbox.put_nowait(message)
 
     def _is_late(self, event: Event, others_wait: bool) -> bool:
         waited_s = time.monotonic() - event.enqueue_time

@@ -1,6 +1,7 @@
 """`Joins`: which requests may enter Gradio's queue, call a handler, or listen to results."""
 
 import asyncio
+import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -33,8 +34,8 @@ class Joins:
         self._joining: Counter[str] = Counter()
 
     @asynccontextmanager
-    async def call(self, route: str, body: bytes, address: str) -> AsyncIterator[None]:
-        """Check a request that starts a handler; it must be passed on within this context.
+    async def call(self, route: str, body: bytes, address: str) -> AsyncIterator[bytes]:
+        """Check a request that starts a handler; the body to pass on, within this context.
 
         Args:
             route: the path after /gradio_api/.
@@ -50,15 +51,16 @@ class Joins:
         if session is not None or route.startswith("queue/"):
             check_session(session)
         self._check_handler(route, named, values)
+        checked = json.dumps(values).encode()  # so that Gradio cannot read it in another way
         if route.startswith(("run/", "api/")):  # answered at once
-            yield
+            yield checked
             return
         if not self._jobs.alive:
             raise Refusal(503, "the server is being stopped; try again in a minute")
         await self._check_number(session, address)
         self._joining[address] += 1
         try:
-            yield
+            yield checked
         finally:
             self._joining[address] -= 1
             self._joining += Counter()  # forget addresses without any

@@ -3,8 +3,9 @@
 import json
 import re
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from app.web.session import MAX_PROMPT_BYTES
@@ -20,6 +21,7 @@ MAX_UNHEARD = 8
 """Jobs of an address whose clients are not connected."""
 MAX_CONNECTIONS = 300
 """Requests of an address that may be open at once."""
+_MAX_UPLOADS_AT_ONCE = 8  # they are held in memory until they are complete
 _LEAST_COUNTED_BYTES = 64 * 2**10  # so that small files are not too many
 _HOUR_S = 3600.0
 _SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -43,6 +45,7 @@ class UploadQuota:
 
     def __init__(self) -> None:
         self._uploads: dict[str, deque[tuple[float, int]]] = {}
+        self._open: Counter[str] = Counter()
 
     def check(self, address: str) -> None:
         """Refuse an address that has uploaded its share.
@@ -55,6 +58,23 @@ class UploadQuota:
             wait_min = (recent[0][0] + _HOUR_S - time.monotonic()) / 60
             most = MAX_UPLOADED_BYTES // 2**20
             raise Refusal(429, f"at most {most} MB of files are taken an hour; try again in {wait_min:.0f} minutes")
+
+    @contextmanager
+    def room(self, address: str) -> Iterator[None]:
+        """Let an address upload, within this context.
+
+        Raises:
+            Refusal: the address has uploaded its share, or uploads too much at once.
+        """
+        self.check(address)
+        if self._open[address] >= _MAX_UPLOADS_AT_ONCE:
+            raise Refusal(429, f"at most {_MAX_UPLOADS_AT_ONCE} files are taken at once")
+        self._open[address] += 1
+        try:
+            yield
+        finally:
+            self._open[address] -= 1
+            self._open += Counter()  # forget addresses without any
 
     def add(self, address: str, size: int) -> None:
         """Count an upload of so many bytes."""

@@ -1,9 +1,10 @@
 """Build the app, page and API, and serve it."""
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ class Server:
         app.queue(max_size=most, default_concurrency_limit=4, api_open=False)
         self.jobs = Jobs(app)
         manager.others_wait = self.jobs.waiting_for_device
-        _, self.address, shared = self._launch()
+        with redirect_stdout(sys.stderr):  # Gradio announces things in its own way
+            _, self.address, shared = self._launch()
         if shared:
             options.addresses.allow(shared)
             self.address = f"{self.address} and {shared}"
@@ -126,7 +128,7 @@ class Server:
         return self._app.launch(
             server_name=options.host,
             server_port=options.port,
-            root_path=options.root_path or None,
+            root_path=options.root_path.rstrip("/") or None,
             auth=check,
             auth_message="Enter the name and the password that you were given.",
             share=options.share,
@@ -151,9 +153,9 @@ class Server:
         self._loop = asyncio.get_running_loop()
         options, health = self._options, Health(self.jobs, self._options.model)
         joins = Joins(self._app, self.jobs, options.queue_size)
-        path = options.root_path if options.root_path.startswith("/") else ""
+        path = options.root_path.rstrip("/") if options.root_path.startswith("/") else ""
         served.middleware_stack = Guard(
-            served.middleware_stack, options.addresses, joins, path.rstrip("/"), health.report
+            served.middleware_stack, options.addresses, joins, path, options.mcp, health.report
         )
         watching = asyncio.create_task(self._watch())
         try:
@@ -167,7 +169,7 @@ class Server:
             self._manager.forget_left()
             dropped = await self.jobs.drop_unheard()
             if dropped:
-                LOG.info("dropped %d jobs that no client listened to", dropped)
+                LOG.info("dropped jobs that no client listened to: %d", dropped)
 
 
 def _theme() -> Base:
