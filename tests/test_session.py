@@ -5,10 +5,12 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qsl
 
 import pytest
+from conftest import make_performance
 
 from app.console import clock
 from app.web.export import write_file
@@ -18,7 +20,7 @@ from app.web.saved_settings import read_settings_file
 from app.web.session import Session
 from app.web.settings import Settings, WebError
 from app.web.warmup import Machine
-from music_ar import GenerationError, Generator, SamplingOptions, read_midi
+from music_ar import Chunk, GenerationError, Generator, SamplingOptions, read_midi
 
 
 @pytest.fixture(scope="module")
@@ -205,15 +207,28 @@ def test_a_choice_counts_while_the_prompt_is_read_and_returns_with_undo(manager,
 
 @pytest.mark.parametrize("continuation_only", [False, True])
 def test_the_length_shown_is_the_length_of_the_music(manager, midi_file, continuation_only):
-    """Variations end at different times, and the others go on until the slowest has enough."""
     session = with_prompt(midi_file)
-    settings = Settings(latents=8, seconds=8, end_s=9, seed=7, variations=4, continuation_only=continuation_only)
-    *growing, last = manager.generate(session, settings)
-    assert all(until_s <= revision.join_s + 8 for revision in growing[1:] for until_s in revision.until_s)
+    settings = Settings(latents=8, seconds=20, end_s=9, seed=7, variations=4, continuation_only=continuation_only)
+    *_, last = manager.generate(session, settings)
     shown = [last.shown(n).duration_s for n in range(4)]
     assert [last.length_s(n) for n in range(4)] == pytest.approx(shown)
     assert [each["until"] for each in piece_value(session)["variations"]] == pytest.approx(shown)
     assert " / ".join(map(clock, shown)) in session.status
+
+
+def test_variations_that_wait_for_the_slowest_do_not_grow_beyond_what_was_asked_for(manager, monkeypatch):
+    """They go on in their caches, and their notes are cut at the length asked for."""
+    notes = make_performance(3).crop(0, 15)
+    chunk = Chunk(
+        performances=(notes, notes.crop(0, 6)), final_s=(28.0, 7.0), seeds=(7, 8), tokens=9, tokens_per_s=9.0,
+        seconds_made=7.0, seconds_wanted=15.0, eta_s=1.0, finished=False,
+    )  # fmt: skip
+    last = dataclasses.replace(chunk, performances=(notes, notes), final_s=(31.0, 16.0), finished=True)
+    generation = SimpleNamespace(prompt_s=0.0, latents=8, extend=lambda _: iter([chunk, last]), close=lambda: None)
+    monkeypatch.setattr(manager.machine.generator, "session", lambda _: generation)
+    _, growing, finished = manager.generate(Session(), Settings(latents=8, seconds=15, variations=2))
+    assert growing.until_s == (15.0, 7.0)
+    assert finished.until_s == (notes.duration_s, notes.duration_s)
 
 
 @pytest.mark.parametrize("freed", [False, True], ids=["with caches", "without caches"])
