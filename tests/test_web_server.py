@@ -11,11 +11,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from web_client import running_page
 
 from app.web.addresses import AddressError, Addresses, free_port
+from app.web.joins import Joins
 from app.web.limits import MAX_JSON_BYTES, MAX_UPLOAD_BYTES, MAX_UPLOADED_BYTES, Refusal, UploadQuota
 from app.web.passwords import CLIENT_ADDRESS, PasswordError, Passwords, read_passwords
 from app.web.turns import Turns
@@ -139,11 +142,38 @@ def test_jobs_that_nobody_listens_to_do_not_hold_up_others(page, join, client):
     assert page.request("/health")[0] == 200
 
 
-def test_a_client_has_a_limited_number_of_jobs(page, join):
-    session = {"session_hash": "greedy", "data": [None, 3600, *join["data"][2:]]}
-    statuses = [page.request(JOIN, join | session)[0] for _ in range(12)]
-    assert statuses[0] == 200
-    assert 429 in statuses
+@pytest.mark.parametrize(
+    ("jobs", "expected"),
+    [
+        ({}, None),
+        ({"alive": False}, 503),
+        ({"of_session": 7}, None),
+        ({"of_session": 8}, 429),
+        ({"waiting_of": 19}, None),
+        ({"waiting_of": 20}, 503),
+        ({"unheard_of": 8, "is_heard": True}, None),
+        ({"unheard_of": 8, "is_heard": False}, 429),
+    ],
+)
+def test_a_client_has_a_limited_number_of_jobs(jobs, expected, monkeypatch):
+    monkeypatch.setattr("app.web.joins._PATIENCE_S", 0.0)
+    handler = SimpleNamespace(api_name="generate", api_visibility="public", inputs=["prompt"])
+    idle = {"of_session": 0, "waiting_of": 0, "unheard_of": 0, "is_heard": False}
+    counts = {name: (lambda *_, value=value: value) for name, value in (idle | jobs).items() if name != "alive"}
+    queue: Any = SimpleNamespace(alive=jobs.get("alive", True), **counts)
+    app: Any = SimpleNamespace(fns={3: handler})
+
+    async def join():
+        body = json.dumps({"data": [None], "fn_index": 3, "session_hash": "someone"}).encode()
+        async with Joins(app, queue, 20).call("queue/join", body, "10.0.0.1") as passed_on:
+            return json.loads(passed_on)["data"]
+
+    if expected is None:
+        assert asyncio.run(join()) == [None]
+    else:
+        with pytest.raises(Refusal) as caught:
+            asyncio.run(join())
+        assert caught.value.status == expected
 
 
 @pytest.mark.parametrize(
