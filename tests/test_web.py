@@ -299,12 +299,13 @@ def test_settings_files_and_links_that_cannot_be_used_are_explained(page, addres
         "prompt=mine.mid&start_s=3": "“mine.mid”, which they do not contain. Upload it, and select the part from 3 s",
         "prompt=Bach+prelude+in+f+minor&start_s=500": "prompt is 24.0 s long",
     }.items():
-        page.goto(f"{address}?{link}")
-        toast(page, contains=explanation)
-    wait_for_notes(page, "prompt", 139)
-    fill(page, "start", 9)
-    fill(page, "end", 3)
-    toast(page, contains="must end after it starts, got 9 s to 3 s")
+        opened = page.context.new_page()
+        opened.goto(f"{address}?{link}")
+        toast(opened, contains=explanation)
+    wait_for_notes(opened, "prompt", 139)
+    fill(opened, "start", 9)
+    fill(opened, "end", 3)
+    toast(opened, contains="must end after it starts, got 9 s to 3 s")
 
 
 @needs_browser
