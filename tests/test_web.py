@@ -293,6 +293,7 @@ def test_settings_files_and_links_that_cannot_be_used_are_explained(page, addres
     page.locator("input[type=file][accept='.json']").set_input_files(path)
     wait_until(lambda: float(page.locator("#seconds input").input_value()) == 7, "the page still takes settings")
 
+    opened = page
     for link, explanation in {
         "seconds=abc": "length must be",
         "latents=99999": "latent budget must be",
