@@ -293,18 +293,20 @@ def test_settings_files_and_links_that_cannot_be_used_are_explained(page, addres
     page.locator("input[type=file][accept='.json']").set_input_files(path)
     wait_until(lambda: float(page.locator("#seconds input").input_value()) == 7, "the page still takes settings")
 
+    opened = page
     for link, explanation in {
         "seconds=abc": "length must be",
         "latents=99999": "latent budget must be",
         "prompt=mine.mid&start_s=3": "“mine.mid”, which they do not contain. Upload it, and select the part from 3 s",
         "prompt=Bach+prelude+in+f+minor&start_s=500": "prompt is 24.0 s long",
     }.items():
-        page.goto(f"{address}?{link}")
-        toast(page, contains=explanation)
-    wait_for_notes(page, "prompt", 139)
-    fill(page, "start", 9)
-    fill(page, "end", 3)
-    toast(page, contains="must end after it starts, got 9 s to 3 s")
+        opened = page.context.new_page()
+        opened.goto(f"{address}?{link}")
+        toast(opened, contains=explanation)
+    wait_for_notes(opened, "prompt", 139)
+    fill(opened, "start", 9)
+    fill(opened, "end", 3)
+    toast(opened, contains="must end after it starts, got 9 s to 3 s")
 
 
 @needs_browser
