@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Float64, Int8, Int32, Int64
+from jaxtyping import Float64, Int8, Int64
 from symusic.core import NoteTickList, ScoreTick, TempoTick, TrackTick
 
 from music_ar.files import write_atomically
+from music_ar.midi.continuation import continued
 from music_ar.midi.performance import MidiError, Performance
 from music_ar.midi.smf import NEVER_TICK, normalize
 from music_ar.midi.sustain import PEDAL_DOWN_VALUE, SUSTAIN_CONTROLLER, Instrument, merge
+from music_ar.midi.tracks import PIANO_CHANNELS, TickNotes, piano_file
+from music_ar.midi.voices import voices
 
 # To type checkers `io.BytesIO` is a BinaryIO; at run time it lacks some of its methods.
 BinaryFile = BinaryIO | io.BufferedIOBase
@@ -35,6 +38,7 @@ TICKS_PER_SECOND = TICKS_PER_QUARTER * 1_000_000 // MICROSECONDS_PER_QUARTER
 ACOUSTIC_GRAND_PIANO = 0
 
 _MAX_WRITTEN_TICKS = 2**28
+_SAME_TIME_S = 0.01
 
 
 def read_midi(
@@ -171,8 +175,11 @@ def _first_note_off(
     return note_offs[np.searchsorted(note_offs, lane + onset, side="right")] - lane
 
 
-def write_midi(performance: Performance, target: str | os.PathLike[str] | BinaryFile) -> None:
-    """Write a format 1 file of one piano at 120 quarter notes per minute, 0.5 ms per tick, without pedal events.
+def write_midi(performance: Performance, target: str | os.PathLike[str] | BinaryFile, *, pedal: bool = False) -> None:
+    """Write a format 1 file of one piano at 120 quarter notes per minute, 0.5 ms per tick.
+
+    A piece that continues a MIDI file keeps the events of that file instead, with its tempos, tracks and pedal (see
+    `continuation`). If a file is so odd that this does not give the same notes, the notes alone are written.
 
     Overlapping notes of one pitch go to separate tracks and channels, since a note-off cannot say which note in its
     channel it ends. So `read_midi` returns the same notes to within half a tick; shorter notes become one tick long.
@@ -180,19 +187,46 @@ def write_midi(performance: Performance, target: str | os.PathLike[str] | Binary
     Args:
         performance: the notes; at least one, since an empty file could not be read back.
         target: a path, which is replaced atomically, or an open binary file.
+        pedal: play the generated notes with the sustain pedal, as a pianist would (see `pedalling`); it sounds the
+            same. Without it, keys are held for as long as the notes sound.
 
     Raises:
         MidiError: there are no notes, or they end too late for MIDI's clock.
         OSError: the target cannot be written.
     """
-    data = _midi_bytes(performance)
+    data = _continued_bytes(performance, pedal) or _midi_bytes(performance, pedal)
     if isinstance(target, str | os.PathLike):
         write_atomically(Path(target), data)
     else:
         target.write(data)
 
 
-def _midi_bytes(performance: Performance) -> bytes:
+def _continued_bytes(performance: Performance, pedal: bool) -> bytes | None:
+    """The file of the prompt with the new notes; None if there is none, or reading it back would not give the notes."""
+    prompt = performance.prompt_file
+    if prompt is None:
+        return None
+    try:
+        data = continued(prompt, read_midi(prompt.midi).crop(prompt.start_s), performance, pedal=pedal)
+        return data if _sound_alike(read_midi(data), performance) else None
+    except MidiError:
+        return None
+
+
+def _sound_alike(a: Performance, b: Performance) -> bool:
+    """Whether two performances have the same notes, to within one time step of the event tokens."""
+    if len(a) != len(b):
+        return False
+    a_order, b_order = (np.lexsort((notes.onset_s, notes.pitch)) for notes in (a, b))
+    return (
+        np.array_equal(a.pitch[a_order], b.pitch[b_order])
+        and np.array_equal(a.velocity[a_order], b.velocity[b_order])
+        and np.allclose(a.onset_s[a_order], b.onset_s[b_order], rtol=0, atol=_SAME_TIME_S)
+        and np.allclose(a.offset_s[a_order], b.offset_s[b_order], rtol=0, atol=_SAME_TIME_S)
+    )
+
+
+def _midi_bytes(performance: Performance, pedal: bool) -> bytes:
     if not len(performance):
         raise MidiError("a performance without notes cannot be written as a MIDI file")
     if performance.duration_s * TICKS_PER_SECOND >= _MAX_WRITTEN_TICKS:
@@ -200,7 +234,10 @@ def _midi_bytes(performance: Performance) -> bytes:
         raise MidiError(f"a written MIDI file lasts at most {longest_s} s, got {performance.duration_s:.1f} s")
     onset = np.rint(performance.onset_s * TICKS_PER_SECOND).astype(np.int32)
     offset = np.maximum(np.rint(performance.offset_s * TICKS_PER_SECOND).astype(np.int32), onset + 1)
-    voice = _voices(onset, offset, performance.pitch)
+    voice = voices(onset, offset, performance.pitch)
+    if pedal and voice.max() < len(PIANO_CHANNELS):
+        notes = TickNotes(onset.astype(np.int64), offset.astype(np.int64), performance.pitch, performance.velocity)
+        return piano_file(notes, ticks_per_quarter=TICKS_PER_QUARTER, ticks_per_s=TICKS_PER_SECOND)
     score = ScoreTick(TICKS_PER_QUARTER)
     score.tempos.append(TempoTick(0, mspq=MICROSECONDS_PER_QUARTER))
     for number in range(int(voice.max()) + 1):
@@ -214,17 +251,3 @@ def _midi_bytes(performance: Performance) -> bytes:
         )
         score.tracks.append(track)
     return score.dumps_midi()
-
-
-def _voices(
-    onset: Int32[np.ndarray, " n"], offset: Int32[np.ndarray, " n"], pitch: Int32[np.ndarray, " n"]
-) -> Int64[np.ndarray, " n"]:
-    """Lowest voice that is free at each note's pitch and time; always 0 unless notes of one pitch overlap."""
-    voice = np.zeros(len(pitch), np.int64)
-    free_from: dict[int, list[int]] = {}
-    for note, (start, end, key) in enumerate(zip(onset.tolist(), offset.tolist(), pitch.tolist(), strict=True)):
-        ends = free_from.setdefault(key, [])
-        number = next((number for number, free in enumerate(ends) if free <= start), len(ends))
-        ends[number : number + 1] = [end]
-        voice[note] = number
-    return voice

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Int32, Int64
 
+from music_ar.midi.prompt_file import PromptFile
+
 
 class MidiError(ValueError):
     """The input is not a usable MIDI file, or a note is invalid."""
@@ -21,6 +23,8 @@ class Performance:
         offset_s: `float64 [n]`, when it stops sounding, in seconds, > onset_s. The sustain pedal is included.
         pitch: `int32 [n]`, MIDI pitch, 0..127.
         velocity: `int32 [n]`, MIDI velocity, 1..127.
+        prompt_file: the MIDI file that a generated piece continues, whose events `write_midi` keeps; None for others.
+            It does not count in comparisons.
 
     Raises:
         MidiError: the columns differ in length, or a value is out of range.
@@ -30,6 +34,7 @@ class Performance:
     offset_s: Float[np.ndarray, " n"]
     pitch: Int[np.ndarray, " n"]
     velocity: Int[np.ndarray, " n"]
+    prompt_file: PromptFile | None = None
 
     def __post_init__(self) -> None:
         onset_s = np.array(self.onset_s, np.float64)
@@ -92,13 +97,17 @@ class Performance:
         )
 
     def crop(self, start_s: int | float = 0, end_s: int | float = np.inf) -> "Performance":
-        """Return the notes that begin in [start_s, end_s), timed from `start_s` and cut at `end_s`."""
+        """Return the notes that begin in [start_s, end_s), timed from `start_s` and cut at `end_s`.
+
+        From time zero, the file of the prompt is kept.
+        """
         inside = self.select((self.onset_s >= start_s) & (self.onset_s < end_s))
         return Performance(
             onset_s=inside.onset_s - start_s,
             offset_s=np.minimum(inside.offset_s, end_s) - start_s,
             pitch=inside.pitch,
             velocity=inside.velocity,
+            prompt_file=self.prompt_file if start_s == 0 else None,
         )
 
 
