@@ -10,7 +10,7 @@ from music_ar.decoding.backend import Backend
 from music_ar.decoding.request import GenerationError, Request
 from music_ar.decoding.sampling import SamplingError, SamplingOptions
 from music_ar.generator import Generator
-from music_ar.midi.io import write_midi
+from music_ar.midi.io import read_midi, write_midi
 from music_ar.midi.performance import MidiError, Performance
 from music_ar.model.config import PRESETS
 from music_ar.model.pretrained import CheckpointError
@@ -79,7 +79,7 @@ def test_a_prompt_is_kept_and_continued(generator, prompt):
 def test_a_prompt_may_be_a_file(generator, prompt, tmp_path):
     path = tmp_path / "prompt.mid"
     write_midi(prompt, path)
-    expected = generator.generate(prompt, seconds=2.0, seed=1)
+    expected = generator.generate(read_midi(path), seconds=2.0, seed=1)
     for file in (path, str(path), path.read_bytes()):
         assert generator.generate(file, seconds=2.0, seed=1) == expected
 

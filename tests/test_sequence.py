@@ -40,10 +40,10 @@ def test_the_performance_is_that_of_all_tokens_however_they_are_chunked(chunked)
         taken = min(taken + size, len(tokens))
         all_tokens = np.concatenate([sequence.prompt, tokens[:taken]])
         if size % 2 == 0:  # what is looked at in between changes nothing
-            assert sequence.performance() == decode(all_tokens)
-            assert sequence.final_until_s() == final_until_steps(all_tokens) / 100
-    assert sequence.performance() == decode(all_tokens)
-    assert sequence.final_until_s() == final_until_steps(all_tokens) / 100
+            assert sequence.notes().performance() == decode(all_tokens)
+            assert sequence.notes().final_s == final_until_steps(all_tokens) / 100
+    assert sequence.notes().performance() == decode(all_tokens)
+    assert sequence.notes().final_s == final_until_steps(all_tokens) / 100
     np.testing.assert_array_equal(sequence.tokens, tokens[tokens != PAD])
     assert (sequence.count, sequence.ended) == (len(sequence.tokens), False)
     assert sequence.time == length_steps(all_tokens)
@@ -53,18 +53,18 @@ def test_the_performance_is_that_of_all_tokens_however_they_are_chunked(chunked)
 def test_held_notes_end_at_the_last_event():
     sequence = Sequence(tokens_of(START, velocity(5), on(60), SECOND))
     sequence.add(tokens_of(on(64), shift(50)))
-    assert sequence.performance().offset_s.tolist() == [1.5, 1.5]
+    assert sequence.notes().performance().offset_s.tolist() == [1.5, 1.5]
     sequence.add(tokens_of(off(60), shift(50)))
-    assert sequence.performance().offset_s.tolist() == [1.5, 2.0]
+    assert sequence.notes().performance().offset_s.tolist() == [1.5, 2.0]
 
 
 def test_notes_are_final_before_the_first_held_one():
     """Of three notes, two of one pitch, of which the older ends first."""
     sequence = Sequence(tokens_of(START, velocity(1), on(60), SECOND, on(64), SECOND, on(60), SECOND))
-    final_s = [sequence.final_until_s()]
+    final_s = [sequence.notes().final_s]
     for token in (off(60), off(64), off(60)):
         sequence.add(tokens_of(token))
-        final_s.append(sequence.final_until_s())
+        final_s.append(sequence.notes().final_s)
     assert final_s == [0.0, 1.0, 2.0, 3.0]
 
 
@@ -124,7 +124,7 @@ def test_each_token_is_read_once(monkeypatch):
     notes = np.concatenate([[on(60 + number % 20), shift(5), off(60 + number % 20)] for number in range(400)])
     for chunk in np.split(notes.astype(np.int32), 100):
         sequence.add(chunk)
-        assert sequence.final_until_s() == 0.0
-        sequence.performance()
-    assert len(sequence.performance()) == 401
-    assert sum(lengths) == 3 + len(notes) + 99  # and the held note in each chunk but the first
+        assert sequence.notes().final_s == 0.0
+        sequence.notes().performance()
+    assert len(sequence.notes().performance()) == 401
+    assert sum(lengths) == 3 + len(notes) + 100  # and the held note in each chunk

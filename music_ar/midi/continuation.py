@@ -13,14 +13,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from music_ar.midi.events import CONTROL, DRUM_CHANNEL, META, NOTE_OFF, NOTE_ON, Clock, Event, MidiFile
 from music_ar.midi.performance import MidiError, Performance
 from music_ar.midi.prompt_file import PromptFile
+from music_ar.midi.raw_events import CONTROL, DRUM_CHANNEL, META, NOTE_OFF, NOTE_ON, Clock, Event, MidiFile
 from music_ar.midi.sustain import SUSTAIN_CONTROLLER
 from music_ar.midi.tracks import PIANO_CHANNELS, TickNotes, note_tracks
 
 TRACK_NAME = "Continuation"
 
+_HALF_STEP_S = 0.005  # events that round to the last time step of the prompt belong to it
 _COARSEST_TICK_S = 0.005  # coarser ticks are divided, so that new notes move by 2.5 ms at most
 _PEDALS = (SUSTAIN_CONTROLLER, 66, 67)  # sustain, sostenuto, soft
 _POLY_PRESSURE = 0xA0
@@ -105,7 +106,7 @@ def _bounds(midi: MidiFile, prompt: PromptFile) -> tuple[int, int]:
     clock = midi.clock()
     start = int(clock.ticks(np.array([prompt.start_s]))[0]) if prompt.start_s else 0
     ticks = np.array([event.tick for track in midi.tracks for event in track], np.int64)
-    inside = ticks[clock.seconds(ticks) - prompt.start_s < prompt.end_s]
+    inside = ticks[clock.seconds(ticks) - prompt.start_s < prompt.end_s + _HALF_STEP_S]
     return start, max(start, int(inside.max(initial=0)))
 
 
@@ -138,7 +139,7 @@ def _split(part: _Part, prompt: PromptFile, read: Performance, piece: Performanc
     is_new, notes = np.ones(len(piece), bool), []
     rows = zip(*(column.tolist() for column in (read.onset_s, read.offset_s, read.pitch, read.velocity)), strict=True)
     for onset_s, offset_s, pitch, velocity in rows:
-        if onset_s >= prompt.end_s:
+        if onset_s >= prompt.end_s + _HALF_STEP_S:
             break
         if not (found := places[onset_s, pitch, velocity]):
             raise MidiError("the performance does not begin with the notes of its prompt")

@@ -7,9 +7,9 @@ step.
 
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Float64, Int8, Int64
@@ -18,6 +18,7 @@ from symusic.core import NoteTickList, ScoreTick, TempoTick, TrackTick
 from music_ar.files import write_atomically
 from music_ar.midi.continuation import continued
 from music_ar.midi.performance import MidiError, Performance
+from music_ar.midi.prompt_file import PromptFile
 from music_ar.midi.smf import NEVER_TICK, normalize
 from music_ar.midi.sustain import PEDAL_DOWN_VALUE, SUSTAIN_CONTROLLER, Instrument, merge
 from music_ar.midi.tracks import PIANO_CHANNELS, TickNotes, piano_file
@@ -83,6 +84,20 @@ def read_midi(
             "raise max_seconds or cut the file"
         )
     return performance
+
+
+def read_prompt(source: str | os.PathLike[str] | bytes | BinaryFile, **limits: Any) -> Performance:
+    """Read a MIDI file as `read_midi` does, so that `write_midi` keeps its events in a piece that continues it.
+
+    Args:
+        source: a path, the bytes themselves, or an open binary file.
+        limits: those of `read_midi`.
+
+    Raises:
+        MidiError: as `read_midi`.
+    """
+    data = _read_bytes(source, limits.get("max_bytes", MAX_BYTES))
+    return replace(read_midi(data, **limits), prompt_file=PromptFile(midi=data))
 
 
 def _read_bytes(source: str | os.PathLike[str] | bytes | BinaryFile, max_bytes: int) -> bytes:

@@ -97,17 +97,14 @@ class Performance:
         )
 
     def crop(self, start_s: int | float = 0, end_s: int | float = np.inf) -> "Performance":
-        """Return the notes that begin in [start_s, end_s), timed from `start_s` and cut at `end_s`.
-
-        From time zero, the file of the prompt is kept.
-        """
+        """Return the notes that begin in [start_s, end_s), timed from `start_s` and cut at `end_s`."""
         inside = self.select((self.onset_s >= start_s) & (self.onset_s < end_s))
         return Performance(
             onset_s=inside.onset_s - start_s,
             offset_s=np.minimum(inside.offset_s, end_s) - start_s,
             pitch=inside.pitch,
             velocity=inside.velocity,
-            prompt_file=self.prompt_file if start_s == 0 else None,
+            prompt_file=None if self.prompt_file is None else self.prompt_file.crop(start_s, end_s),
         )
 
 

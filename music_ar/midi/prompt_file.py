@@ -1,7 +1,7 @@
 """`PromptFile`: the MIDI file that a performance continues."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,12 @@ class PromptFile:
         end_s: where it ends, in the performance's time.
     """
 
-    midi: bytes
-    start_s: float = 0.0
-    end_s: float = math.inf
+    midi: bytes = field(repr=False)
+    start_s: int | float = 0
+    end_s: int | float = math.inf
+
+    def crop(self, start_s: int | float, end_s: int | float) -> "PromptFile | None":
+        """What is left in a cropped performance; None if that begins after the prompt."""
+        if start_s >= self.end_s:
+            return None
+        return replace(self, start_s=self.start_s + start_s, end_s=min(self.end_s, end_s) - start_s)

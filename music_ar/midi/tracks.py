@@ -6,7 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int64
 
-from music_ar.midi.events import (
+from music_ar.midi.pedalling import Playing, unfold
+from music_ar.midi.performance import MidiError
+from music_ar.midi.raw_events import (
     CONTROL,
     DRUM_CHANNEL,
     NOTE_OFF,
@@ -18,8 +20,6 @@ from music_ar.midi.events import (
     MidiFile,
     meta_event,
 )
-from music_ar.midi.pedalling import Playing, unfold
-from music_ar.midi.performance import MidiError
 from music_ar.midi.sustain import SUSTAIN_CONTROLLER
 from music_ar.midi.voices import voices
 
