@@ -121,17 +121,17 @@ def check_writable(path: Path) -> None:
 
 
 def read_performance(path: Path) -> "Performance":
-    """Read a MIDI file; errors name the file.
+    """Read a MIDI file, which may be continued; errors name the file.
 
     Raises:
         CommandError: the file does not exist or is not usable MIDI.
     """
-    from music_ar.midi.io import read_midi
+    from music_ar.midi.io import read_prompt
     from music_ar.midi.performance import MidiError
 
     if not path.is_file():
         raise CommandError(f"{path}: no such file")
     try:
-        return read_midi(path)
+        return read_prompt(path)
     except MidiError as error:
         raise CommandError(f"{path}: {error}") from error
