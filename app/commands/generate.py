@@ -59,8 +59,6 @@ class Generate:
     def __post_init__(self) -> None:
         if self.prompt is None and (self.prompt_seconds is not None or self.continuation_only):
             raise CommandError("--prompt-seconds and --continuation-only need a --prompt")
-        if is_audio(self.output) and self.pedal:
-            raise CommandError("--pedal is for MIDI files: sound has the pedal in any case; leave it out")
 
     def run(self) -> None:
         """Write the pieces; print their length, the time they took and the seeds."""
@@ -93,6 +91,8 @@ class Generate:
 
         if not is_audio(self.output):
             return lambda piece, path, _: write_midi(piece, path, pedal=self.pedal)
+        if self.pedal:
+            raise CommandError("--pedal is for MIDI files: sound has the pedal in any case; leave it out")
         write_audio = import_write_audio(f"--output {self.output}")
         return lambda piece, path, seed: write_audio(piece, path, title=path.stem, comment=f"Music AR, seed {seed}")
 
