@@ -196,9 +196,8 @@ def _raise_pedals(tracks: list[list[Event]], cut: int) -> None:
         for event in track:
             if event.kind == CONTROL and event.data[1] in _PEDALS:
                 pedal = event.channel, event.data[1]
-                last[pedal] = max(
-                    last.get(pedal, (0, 0, 0)), (event.tick, number, event.data[2]), key=lambda at: at[:2]
-                )
+                if pedal not in last or event.tick >= last[pedal][0]:  # of two at one tick, the later track's counts
+                    last[pedal] = event.tick, number, event.data[2]
     for (channel, controller), (_, number, value) in last.items():
         if value:
             tracks[number].append(Event(cut, bytes([CONTROL | channel, controller, 0])))

@@ -20,6 +20,6 @@ class PromptFile:
 
     def crop(self, start_s: int | float, end_s: int | float) -> "PromptFile | None":
         """What is left in a cropped performance; None if that begins after the prompt."""
-        if start_s >= self.end_s:
+        if start_s > 0 and start_s >= self.end_s:
             return None
         return replace(self, start_s=self.start_s + start_s, end_s=min(self.end_s, end_s) - start_s)
