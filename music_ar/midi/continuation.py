@@ -15,12 +15,13 @@ import numpy as np
 
 from music_ar.midi.performance import MidiError, Performance
 from music_ar.midi.prompt_file import PromptFile
-from music_ar.midi.raw_events import CONTROL, DRUM_CHANNEL, META, NOTE_OFF, NOTE_ON, Clock, Event, MidiFile
+from music_ar.midi.raw_events import CONTROL, DRUM_CHANNEL, META, NOTE_OFF, NOTE_ON, SYSEX, Clock, Event, MidiFile
 from music_ar.midi.sustain import SUSTAIN_CONTROLLER
 from music_ar.midi.tracks import PIANO_CHANNELS, TickNotes, note_tracks
 
 TRACK_NAME = "Continuation"
 
+_MAX_BYTES = 2**20  # more than twice the largest file of MAESTRO; bounds time and memory
 _HALF_STEP_S = 0.005  # events that round to the last time step of the prompt belong to it
 _COARSEST_TICK_S = 0.005  # coarser ticks are divided, so that new notes move by 2.5 ms at most
 _PEDALS = (SUSTAIN_CONTROLLER, 66, 67)  # sustain, sostenuto, soft
@@ -66,31 +67,35 @@ def continued(prompt: PromptFile, read: Performance, piece: Performance, *, peda
     cut = max([part.end, *(note.offset for note in notes if not note.moved)])
     tracks, channels = _ended(part.tracks, notes, cut)
     _raise_pedals(tracks, cut)
-    used = {event.channel for track in tracks for event in track if event.kind < 0xF0}
-    main = min(channels, key=lambda channel: (-len(channels[channel]), channel))
-    free = [channel for channel in PIANO_CHANNELS if channel not in used]
-    held = [note for note in channels[main] if note.moved]
     if len(new.pitch):
-        sounding = TickNotes(
-            onset=np.full(len(held), part.end),
-            offset=np.array([note.offset for note in held], np.int64),
-            pitch=np.array([note.pitch for note in held], np.int64),
-            velocity=np.array([note.velocity for note in held], np.int64),
-        )
-        tracks += note_tracks(
-            TickNotes(*(np.concatenate(columns) for columns in zip(sounding, new, strict=True))),
-            channels=[main, *free],
-            name=TRACK_NAME,
-            program=None,
-            pedal_ticks_per_s=1.0 / part.clock.tick_s[-1] if pedal else None,
-            sounding=len(held),
-        )
+        tracks += _new_tracks(new, part, tracks, channels, pedal)
     ordered = [sorted(track, key=lambda event: event.tick) for track in tracks]
     return MidiFile(part.division, ordered).to_bytes()
 
 
+def _new_tracks(
+    new: TickNotes, part: _Part, tracks: list[list[Event]], channels: dict[int, list[_Note]], pedal: bool
+) -> list[list[Event]]:
+    """Write the new notes on the channel that has most notes; those that overlap with a note of it on free channels."""
+    main = min(channels, key=lambda channel: (-len(channels[channel]), channel), default=0)
+    used = {event.channel for track in tracks for event in track if event.kind < SYSEX}
+    held = np.array([note for note in channels[main] if note.moved], np.int64).reshape(-1, len(_Note._fields))
+    _, offset, pitch, velocity, _ = held.T
+    sounding = TickNotes(np.full(len(held), part.end), offset, pitch, velocity)
+    return note_tracks(
+        TickNotes(*(np.concatenate(columns) for columns in zip(sounding, new, strict=True))),
+        channels=[main, *(channel for channel in PIANO_CHANNELS if channel not in used)],
+        name=TRACK_NAME,
+        program=None,
+        pedal_ticks_per_s=1.0 / part.clock.tick_s[-1] if pedal else None,
+        sounding=len(held),
+    )
+
+
 def _part(prompt: PromptFile) -> _Part:
     """Cut the part out of the file, and divide its ticks if they are too coarse for new notes."""
+    if len(prompt.midi) > _MAX_BYTES:
+        raise MidiError(f"at most {_MAX_BYTES} bytes of a prompt's events are kept")
     midi = MidiFile.parse(prompt.midi)
     start, end = _bounds(midi, prompt)
     factor = min(math.ceil(midi.clock().until(end).tick_s[-1] / _COARSEST_TICK_S), midi.finest())
@@ -112,6 +117,8 @@ def _bounds(midi: MidiFile, prompt: PromptFile) -> tuple[int, int]:
 
 def _cropped(track: list[Event], start: int, end: int) -> list[Event]:
     """Take the events from `start` to `end`, and before them what earlier events have set that still holds."""
+    if start == 0:
+        return [event for event in track if event.tick <= end]
     lasting = {_what_it_sets(event): event.data for event in track if event.tick < start}
     return [
         *(Event(0, data) for what, data in lasting.items() if what is not None),
@@ -125,7 +132,7 @@ def _what_it_sets(event: Event) -> bytes | None:
         return None if event.data[1] in _MOMENTARY_METAS else event.data[:2]
     if event.kind in (NOTE_OFF, NOTE_ON, _POLY_PRESSURE):
         return None
-    return event.data[:2] if event.kind == CONTROL else event.data[:1] if event.kind < 0xF0 else event.data
+    return event.data[:2] if event.kind == CONTROL else event.data[:1] if event.kind < SYSEX else event.data
 
 
 def _split(part: _Part, prompt: PromptFile, read: Performance, piece: Performance) -> tuple[list[_Note], TickNotes]:

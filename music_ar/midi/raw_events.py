@@ -13,13 +13,13 @@ from jaxtyping import Float64, Int64
 from music_ar.midi.performance import MidiError
 
 NOTE_OFF, NOTE_ON, CONTROL, PROGRAM = 0x80, 0x90, 0xB0, 0xC0
-META = 0xFF
+SYSEX, META = 0xF0, 0xFF
 TRACK_NAME, END_OF_TRACK, TEMPO = 0x03, 0x2F, 0x51
 DRUM_CHANNEL = 9
 DEFAULT_TEMPO = 500_000
 """Microseconds per quarter note where a file sets no tempo."""
 
-_SYSEX, _ESCAPE = 0xF0, 0xF7
+_ESCAPE = 0xF7
 _ONE_DATA_BYTE = (0xC0, 0xD0)
 _DROP_FRAME = {29: 30_000 / 1001}
 _MAX_DELTA = 2**28 - 1
@@ -34,7 +34,7 @@ class Event(NamedTuple):
     @property
     def kind(self) -> int:
         """The kind of a channel message, without its channel; `META` and the kinds of SysEx as they are."""
-        return self.data[0] & 0xF0 if self.data[0] < _SYSEX else self.data[0]
+        return self.data[0] & 0xF0 if self.data[0] < SYSEX else self.data[0]
 
     @property
     def channel(self) -> int:
@@ -168,7 +168,7 @@ def _read_track(data: bytes) -> list[Event]:
             status = running
             if data[position] >= 128:
                 status, position = data[position], position + 1
-            if status < _SYSEX:
+            if status < SYSEX:
                 running = status  # other events do not end the running status, though the standard says so
             end = _end_of_event(data, position, status)
             if end > len(data):
@@ -184,11 +184,11 @@ def _read_track(data: bytes) -> list[Event]:
 
 def _end_of_event(data: bytes, position: int, status: int) -> int:
     """Where the data bytes of an event end, which begin at `position`."""
-    if status in (META, _SYSEX, _ESCAPE):
+    if status in (META, SYSEX, _ESCAPE):
         length, start = _number(data, position + (status == META))
         return start + length
     end = position + (1 if status & 0xF0 in _ONE_DATA_BYTE else 2)
-    if not NOTE_OFF <= status < _SYSEX or max(data[position:end], default=0) >= 128:
+    if not NOTE_OFF <= status < SYSEX or max(data[position:end], default=0) >= 128:
         raise MidiError("a track has a damaged event")
     return end
 

@@ -88,7 +88,9 @@ def note_tracks(
 
 def piano_file(notes: TickNotes, *, ticks_per_quarter: int, ticks_per_s: int) -> bytes:
     """Write a file of one piano that plays with the pedal. Notes of one pitch that overlap have further channels."""
-    tracks = note_tracks(notes, channels=PIANO_CHANNELS, name="Piano", program=_PIANO, pedal_ticks_per_s=float(ticks_per_s))
+    tracks = note_tracks(
+        notes, channels=PIANO_CHANNELS, name="Piano", program=_PIANO, pedal_ticks_per_s=float(ticks_per_s)
+    )
     tempo = meta_event(0, TEMPO, (1_000_000 * ticks_per_quarter // ticks_per_s).to_bytes(3))
     return MidiFile(ticks_per_quarter.to_bytes(2), [[tempo, *tracks[0]], *tracks[1:]]).to_bytes()
 
