@@ -33,6 +33,10 @@ The help text must say what happens if it is.
 """
 
 
+STDIN = "-"
+"""The argument that stands for standard input."""
+
+
 class CommandError(ValueError):
     """A command cannot run as given; the message says what to change."""
 
@@ -121,7 +125,7 @@ def check_writable(path: Path) -> None:
 
 
 def read_performance(path: Path) -> "Performance":
-    """Read a MIDI file, which may be continued; errors name the file.
+    """Read a MIDI file, a pipe, or standard input (`STDIN`); errors name the file.
 
     Raises:
         CommandError: the file does not exist or is not usable MIDI.
@@ -129,9 +133,10 @@ def read_performance(path: Path) -> "Performance":
     from music_ar.midi.io import read_prompt
     from music_ar.midi.performance import MidiError
 
-    if not path.is_file():
+    is_stdin = str(path) == STDIN
+    if not is_stdin and not path.exists():
         raise CommandError(f"{path}: no such file")
     try:
-        return read_prompt(path)
+        return read_prompt(sys.stdin.buffer if is_stdin else path)
     except MidiError as error:
-        raise CommandError(f"{path}: {error}") from error
+        raise CommandError(f"{'standard input' if is_stdin else path}: {error}") from error

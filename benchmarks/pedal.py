@@ -19,7 +19,7 @@ from rich.table import Table
 from data_pipeline.maestro import MidiFiles, read_table
 from data_pipeline.manifest import SPLITS
 from music_ar import decode, encode, read_midi, write_midi
-from music_ar.midi.raw_events import CONTROL, MidiFile
+from music_ar.midi.raw_events import CONTROL, RawFile
 from music_ar.midi.sustain import PEDAL_DOWN_VALUE, SUSTAIN_CONTROLLER
 
 RATE = 1000  # frames per second
@@ -69,7 +69,7 @@ def main() -> None:
 
 def pedal_down(midi: bytes) -> np.ndarray:
     """Whether the pedal is down in each frame of a file."""
-    file = MidiFile.parse(midi)
+    file = RawFile.parse(midi)
     events = sorted(
         (event.tick, event.data[2] >= PEDAL_DOWN_VALUE)
         for track in file.tracks

@@ -13,14 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from app.console import CommandError
+from app.console import STDIN, CommandError
 from app.rendering.manifest import Output, file_sha256
 from music_ar.decoding.request import DEFAULT_LATENTS, Request
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.generator import Generator
+from music_ar.midi.folders import MIDI_EXTENSIONS, find_midi_files
 
-STDIN = "-"
-MIDI_EXTENSIONS = (".mid", ".midi")
 LIST_EXTENSIONS = (".txt", ".list")
 _MAX_NAME_BYTES = 200
 _NOT_OPTIONS = ("prompt", "speed", "sampling", "tag")
@@ -45,11 +44,9 @@ def find_prompts(arguments: Sequence[str]) -> Iterator[Prompt]:
         if argument == STDIN:
             yield Prompt(STDIN, "stdin")
         elif path.is_dir():
-            found = sorted(
-                each for each in path.rglob("*") if each.suffix.lower() in MIDI_EXTENSIONS and _is_file(each)
-            )
+            found = [each for each in find_midi_files(path) if _is_file(each)]
             if not found:
-                raise CommandError(f"{argument}: expected .mid or .midi files in this folder, found none")
+                raise CommandError(f"{argument}: expected MIDI files ({', '.join(MIDI_EXTENSIONS)}) in it, found none")
             yield from (Prompt(each.as_posix(), each.relative_to(path).with_suffix("").as_posix()) for each in found)
         elif path.is_file() and path.suffix.lower() in LIST_EXTENSIONS:
             lines = [line.strip() for line in _read_lines(path)]

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from music_ar.midi.clock import Clock
 from music_ar.midi.performance import MidiError, Performance
 from music_ar.midi.prompt_file import PromptFile
-from music_ar.midi.raw_events import CONTROL, DRUM_CHANNEL, META, NOTE_OFF, NOTE_ON, SYSEX, Clock, Event, MidiFile
+from music_ar.midi.raw_events import CONTROL, DRUM_CHANNEL, META, NOTE_OFF, NOTE_ON, SYSEX, Event, RawFile
 from music_ar.midi.sustain import SUSTAIN_CONTROLLER
 from music_ar.midi.tracks import PIANO_CHANNELS, TickNotes, note_tracks
 
@@ -70,7 +71,7 @@ def continued(prompt: PromptFile, read: Performance, piece: Performance, *, peda
     if len(new.pitch):
         tracks += _new_tracks(new, part, tracks, channels, pedal)
     ordered = [sorted(track, key=lambda event: event.tick) for track in tracks]
-    return MidiFile(part.division, ordered).to_bytes()
+    return RawFile(part.division, ordered).to_bytes()
 
 
 def _new_tracks(
@@ -96,17 +97,17 @@ def _part(prompt: PromptFile) -> _Part:
     """Cut the part out of the file, and divide its ticks if they are too coarse for new notes."""
     if len(prompt.midi) > _MAX_BYTES:
         raise MidiError(f"at most {_MAX_BYTES} bytes of a prompt's events are kept")
-    midi = MidiFile.parse(prompt.midi)
+    midi = RawFile.parse(prompt.midi)
     start, end = _bounds(midi, prompt)
     factor = min(math.ceil(midi.clock().until(end).tick_s[-1] / _COARSEST_TICK_S), midi.finest())
     if factor > 1:
         midi, start, end = midi.finer(factor), start * factor, end * factor
     clock = midi.clock().until(end)
-    shifted = Clock(clock.tick - start, clock.start_s - prompt.start_s, clock.tick_s)
+    shifted = Clock(tick=clock.tick - start, start_s=clock.start_s - prompt.start_s, tick_s=clock.tick_s)
     return _Part(midi.division, [_cropped(track, start, end) for track in midi.tracks], shifted, end - start)
 
 
-def _bounds(midi: MidiFile, prompt: PromptFile) -> tuple[int, int]:
+def _bounds(midi: RawFile, prompt: PromptFile) -> tuple[int, int]:
     """The ticks at which the part begins, and of its last event."""
     clock = midi.clock()
     start = int(clock.ticks(np.array([prompt.start_s]))[0]) if prompt.start_s else 0

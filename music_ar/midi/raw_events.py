@@ -8,20 +8,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int64
 
+from music_ar.midi.clock import Clock
 from music_ar.midi.performance import MidiError
+from music_ar.midi.smf import open_file, read_division
 
 NOTE_OFF, NOTE_ON, CONTROL, PROGRAM = 0x80, 0x90, 0xB0, 0xC0
 SYSEX, META = 0xF0, 0xFF
 TRACK_NAME, END_OF_TRACK, TEMPO = 0x03, 0x2F, 0x51
 DRUM_CHANNEL = 9
-DEFAULT_TEMPO = 500_000
-"""Microseconds per quarter note where a file sets no tempo."""
 
 _ESCAPE = 0xF7
 _ONE_DATA_BYTE = (0xC0, 0xD0)
-_DROP_FRAME = {29: 30_000 / 1001}
 _MAX_DELTA = 2**28 - 1
 
 
@@ -63,62 +61,30 @@ def meta_event(tick: int, kind: int, contents: bytes) -> Event:
 
 
 @dataclass(frozen=True)
-class Clock:
-    """Ticks <-> seconds. From `tick[k]`, which is at `start_s[k]`, each tick lasts `tick_s[k]` seconds."""
-
-    tick: Int64[np.ndarray, " k"]
-    start_s: Float64[np.ndarray, " k"]
-    tick_s: Float64[np.ndarray, " k"]
-
-    def seconds(self, tick: Int64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-        """Times of ticks."""
-        k = np.searchsorted(self.tick, tick, side="right") - 1
-        return self.start_s[k] + self.tick_s[k] * (tick - self.tick[k])
-
-    def ticks(self, seconds: Float64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-        """The ticks nearest to some times."""
-        k = np.searchsorted(self.start_s, seconds, side="right") - 1
-        return self.tick[k] + np.rint((seconds - self.start_s[k]) / self.tick_s[k]).astype(np.int64)
-
-    def until(self, tick: int) -> "Clock":
-        """The clock without the tempos after a tick: the last one before goes on."""
-        kept = self.tick <= tick
-        return Clock(self.tick[kept], self.start_s[kept], self.tick_s[kept])
-
-
-@dataclass(frozen=True)
-class MidiFile:
+class RawFile:
     """A file: the division field of its header, and the events of each track, without their ends."""
 
     division: bytes
     tracks: list[list[Event]]
 
     @classmethod
-    def parse(cls, data: bytes) -> "MidiFile":
+    def parse(cls, data: bytes) -> "RawFile":
         """Split a file into its events. RIFF wrappers are opened, unknown chunks skipped.
 
         Raises:
             MidiError: it is not a MIDI file, or damaged.
         """
-        start = data.find(b"MThd", 0, 64)
-        if start < 0 or len(data) < start + 14:
-            raise MidiError("this is not a MIDI file")
-        tracks, position = [], start + 8 + int.from_bytes(data[start + 4 : start + 8])
-        while position + 8 <= len(data):
-            end = position + 8 + int.from_bytes(data[position + 4 : position + 8])
-            if data[position : position + 4] == b"MTrk":
-                tracks.append(_read_track(data[position + 8 : end]))
-            position = end
-        return cls(data[start + 12 : start + 14], tracks)
+        file = open_file(data)
+        return cls(file.division, [_read_track(bytes(track)) for track in file.tracks])
 
-    def finer(self, factor: int) -> "MidiFile":
+    def finer(self, factor: int) -> "RawFile":
         """Divide each tick into `factor` ticks; nothing moves."""
         if self.division[0] < 128:
             division = (int.from_bytes(self.division) * factor).to_bytes(2)
         else:
             division = bytes([self.division[0], self.division[1] * factor])
         tracks = [[Event(event.tick * factor, event.data) for event in track] for track in self.tracks]
-        return MidiFile(division, tracks)
+        return RawFile(division, tracks)
 
     def finest(self) -> int:
         """The largest factor that `finer` takes."""
@@ -128,18 +94,18 @@ class MidiFile:
 
     def clock(self) -> Clock:
         """The clock that the header and the tempo events of all tracks set."""
-        if self.division[0] >= 128:
-            frames = 256 - self.division[0]
-            tick_s = 1.0 / (_DROP_FRAME.get(frames, float(frames)) * self.division[1])
-            return Clock(np.zeros(1, np.int64), np.zeros(1), np.array([tick_s]))
-        tempos = {0: DEFAULT_TEMPO}
-        for event in sorted((event for track in self.tracks for event in track), key=lambda event: event.tick):
-            if (found := event.meta) is not None and found[0] == TEMPO and (tempo := int.from_bytes(found[1][:3])):
-                tempos[event.tick] = tempo
-        tick = np.array(list(tempos))
-        tick_s = 60.0 / ((6e7 / np.array(list(tempos.values()))) * int.from_bytes(self.division))
-        start_s = np.concatenate([[0.0], np.cumsum(tick_s[:-1] * np.diff(tick))])
-        return Clock(tick, start_s, tick_s)
+        ticks_per_quarter, tick_s = read_division(self.division)
+        if tick_s is not None:
+            return Clock.constant(tick_s)
+        tempos = [
+            (event.tick, int.from_bytes(found[1][:3]))
+            for track in self.tracks
+            for event in track
+            if (found := event.meta) is not None and found[0] == TEMPO and len(found[1]) >= 3
+        ]
+        tempos.sort(key=lambda tempo: tempo[0])
+        tick, microseconds = np.array(tempos, np.int64).reshape(-1, 2).T
+        return Clock.of_tempos(tick, microseconds, ticks_per_quarter or 1)
 
     def to_bytes(self) -> bytes:
         """Write a file of format 1; of events at one tick, the first in a track comes first."""

@@ -17,7 +17,7 @@ from music_ar.midi.raw_events import (
     TEMPO,
     TRACK_NAME,
     Event,
-    MidiFile,
+    RawFile,
     meta_event,
 )
 from music_ar.midi.sustain import SUSTAIN_CONTROLLER
@@ -92,7 +92,7 @@ def piano_file(notes: TickNotes, *, ticks_per_quarter: int, ticks_per_s: int) ->
         notes, channels=PIANO_CHANNELS, name="Piano", program=_PIANO, pedal_ticks_per_s=float(ticks_per_s)
     )
     tempo = meta_event(0, TEMPO, (1_000_000 * ticks_per_quarter // ticks_per_s).to_bytes(3))
-    return MidiFile(ticks_per_quarter.to_bytes(2), [[tempo, *tracks[0]], *tracks[1:]]).to_bytes()
+    return RawFile(ticks_per_quarter.to_bytes(2), [[tempo, *tracks[0]], *tracks[1:]]).to_bytes()
 
 
 def _playing(notes: TickNotes, ticks_per_s: float | None) -> Playing:
