@@ -16,6 +16,7 @@ DATA = Path(__file__).parent / "data"
 GOLDENS = np.load(DATA / "goldens.npz")
 PIECES = sorted({name.split("/")[0] for name in GOLDENS.files})
 
+
 @st.composite
 def performances(draw: st.DrawFn, *, most: int = 40) -> Performance:
     count = draw(st.integers(1, most))

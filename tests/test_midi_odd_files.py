@@ -34,7 +34,16 @@ INFO = riff_chunk(b"LIST", b"INFO" + riff_chunk(b"INAM", b"A MThd in its name ")
         riff(b"RMID", riff_chunk(b"DISP", b"text", size=2**30), riff_chunk(b"data", ONE_FILE)),
         b"\0\x04name" + bytes(122) + ONE_FILE,
     ],
-    ids=["RIFF", "LIST before", "odd chunk", "RIFF size 0", "data too long", "data too short", "lying chunk", "MacBinary"],
+    ids=[
+        "RIFF",
+        "LIST before",
+        "odd chunk",
+        "RIFF size 0",
+        "data too long",
+        "data too short",
+        "lying chunk",
+        "MacBinary",
+    ],
 )
 def test_wrapped_files_are_opened(data):
     assert notes(read_midi(data)) == READ
@@ -113,7 +122,11 @@ def test_system_events_take_no_time_and_play_no_note(event):
 
 
 def test_system_exclusive_in_packets():
-    packets = [(0, b"\xf0\x03\x43\x12\x00"), (50, b"\xf7\x06\x43\x12\x00\x43\x12\x00"), (100, b"\xf7\x04\x43\x12\x00\xf7")]
+    packets = [
+        (0, b"\xf0\x03\x43\x12\x00"),
+        (50, b"\xf7\x06\x43\x12\x00\x43\x12\x00"),
+        (100, b"\xf7\x04\x43\x12\x00\xf7"),
+    ]
     assert notes(read_midi(midi(track(*packets, (100, on(60)), (200, off(60)))))) == [(0.1, 0.2, 60, 64)]
 
 

@@ -147,7 +147,15 @@ def test_all_sound_off_silences_keys_and_pedal():
 
 
 def test_resetting_controllers_raises_the_pedal_and_releases_no_key():
-    events = [(0, pedal(DOWN)), (0, on(60)), (10, off(60)), (20, on(64)), (50, control(121)), (70, off(64)), (90, pedal(UP))]
+    events = [
+        (0, pedal(DOWN)),
+        (0, on(60)),
+        (10, off(60)),
+        (20, on(64)),
+        (50, control(121)),
+        (70, off(64)),
+        (90, pedal(UP)),
+    ]
     assert notes(read_midi(midi(track(*events)))) == [(0, 0.05, 60, 64), (0.02, 0.07, 64, 64)]
 
 
