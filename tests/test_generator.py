@@ -84,6 +84,18 @@ def test_a_prompt_may_be_a_file(generator, prompt, tmp_path):
         assert generator.generate(file, seconds=2.0, seed=1) == expected
 
 
+def test_a_prompt_comes_back_with_its_own_times_and_velocities(generator):
+    """Though the model hears steps of 10 ms and bins of velocity; alone, as variations, and among many."""
+    notes = make_performance(5, notes=30)
+    played = dataclasses.replace(notes, onset_s=notes.onset_s + 0.0031, velocity=notes.velocity | 3)
+    options = {"seconds": 1.0, "seed": 6, "variations": 2}
+    *_, chunk = generator.stream(played, **options)
+    pieces = [piece.performance for piece in generator.generate_many([played], batch_size=2, **options)]
+    for piece in (*chunk.performances, *pieces):
+        prompt = piece.select(piece.onset_s < played.onset_s[-1] + 0.001)
+        assert prompt == played
+
+
 def test_notes_that_sound_at_the_cut_are_held(generator, prompt):
     cut_s = 3.0
     piece = generator.generate(prompt, prompt_seconds=cut_s, seconds=5.0, seed=1)
