@@ -155,6 +155,16 @@ def test_a_note_that_is_never_released_and_a_held_pedal_end_with_the_prompt():
     assert pedal(480, 0) in ticked(back)[0]
 
 
+def test_a_note_that_ends_just_after_the_last_step_is_not_cut_by_the_next_of_its_pitch():
+    """It ends 4 ms after the step to which its end is rounded, at which the model strikes it again."""
+    data = file_of(note(0, 484, 60))
+    piece = continued(data, tokens_of(on(60), shift(40), off(60)))
+    assert piece.offset_s[0] > piece.onset_s[1] == 0.5
+    back = ticked(written(piece))
+    assert back[0] == ticked(data)[0]
+    assert [tick for tick, message in back[1] if message.type == "note_on"] == [484]
+
+
 def test_a_cropped_prompt_keeps_what_holds_at_its_beginning():
     """As the page crops it: names, instrument, and the tempo; notes that began before are left out."""
     piece = continued(SONG, start_s=0.902)

@@ -49,8 +49,6 @@ def unfold(
     offset: Int[np.ndarray, " n"],
     pitch: Int[np.ndarray, " n"],
     ticks_per_s: float,
-    *,
-    from_tick: int = 0,
 ) -> Playing:
     """Find key releases and pedal intervals that give exactly these notes when the pedal is folded in again.
 
@@ -59,11 +57,10 @@ def unfold(
         offset: when it stops sounding, after its onset. Notes of one pitch must not overlap.
         pitch: MIDI pitch.
         ticks_per_s: length of a tick.
-        from_tick: the pedal goes down after this time.
     """
     onset, offset = onset.astype(np.int64), offset.astype(np.int64)
     struck_again = _ends_at_next_onset(onset, offset, pitch)
-    down, up = _pedal(onset, offset, struck_again, from_tick, ticks_per_s)
+    down, up = _pedal(onset, offset, struck_again, ticks_per_s)
     return Playing(_key_releases(onset, offset, down, up, round(_KEY_S * ticks_per_s)), down, up)
 
 
@@ -79,7 +76,6 @@ def _pedal(
     onset: Int64[np.ndarray, " n"],
     offset: Int64[np.ndarray, " n"],
     struck_again: Bool[np.ndarray, " n"],
-    from_tick: int,
     ticks_per_s: float,
 ) -> tuple[Int64[np.ndarray, " k"], Int64[np.ndarray, " k"]]:
     """Choose at most one pedal interval between any two consecutive ends of notes; it lasts until the second."""
@@ -88,14 +84,12 @@ def _pedal(
         return ends, ends
     longest_s = np.zeros(len(ends))
     np.maximum.at(longest_s, which, (offset - onset)[~struck_again] / ticks_per_s)
-    before = np.append(max(from_tick, int(onset.min())), ends[:-1])
+    before = np.append(onset.min(), ends[:-1])
     delay_s = np.where(np.append(1, count[:-1]) > 1, _DELAY_AFTER_CHORD_S, _DELAY_S)
-    # The pedal must be down when a note is struck again under it.
-    strikes = np.append(np.sort(offset[struck_again]), np.iinfo(np.int64).max)
-    strike = strikes[np.searchsorted(strikes, before, side="right")]
     down = before + np.maximum(np.rint(delay_s * ticks_per_s).astype(np.int64), 1)
-    down = np.minimum(down, strike)
-    by_pedal = (count > 1) & (longest_s >= _CHORD_S) | (longest_s >= _LONE_NOTE_S) | (strike < ends)
+    strikes = np.sort(offset[struck_again])
+    is_struck = np.searchsorted(strikes, before, side="right") < np.searchsorted(strikes, ends)
+    by_pedal = (count > 1) & (longest_s >= _CHORD_S) | (longest_s >= _LONE_NOTE_S) | is_struck
     chosen = by_pedal & (ends - down >= _SHORTEST_S * ticks_per_s)
     return down[chosen], ends[chosen]
 
