@@ -60,7 +60,9 @@ class MidiFiles:
         elif self.path.is_file():
             self._zip = _open_zip(self.path)
             self._files = {
-                info.filename: info for info in self._zip.infolist() if not is_hidden(info.filename) and not info.is_dir()
+                info.filename: info
+                for info in self._zip.infolist()
+                if not is_hidden(info.filename) and not info.is_dir()
             }
         else:
             raise DatasetError(f"{self.path}: no such zip or folder.")

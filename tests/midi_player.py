@@ -65,22 +65,11 @@ def track_events(data: bytes, track: int) -> list[Event]:
                 raise Damaged("no running status")
             source.position -= 1
             status = running
+        content = contents(source, status)
         if status < 0xF0:
             running = status
-            content = source.take(1 if 0xC0 <= status < 0xE0 else 2)
-            if max(content) > 127:
-                raise Damaged("data")
-        elif status == 0xFF:
-            content = source.take(1)
-            content += source.take(source.number())
-        elif status in (0xF0, 0xF7):
-            running, content = None, source.take(source.number())
-        elif status in SYSTEM_COMMON_BYTES:
-            running, content = None, source.take(SYSTEM_COMMON_BYTES[status])
-        elif status in REAL_TIME:
-            content = b""
-        else:
-            raise Damaged("status")
+        elif status != 0xFF and status not in REAL_TIME:
+            running = None
         if status == 0xFF and content[0] == PORT and len(content) == 2:
             port = content[1]
         events.append(Event(tick, track, status, content, port))
@@ -89,50 +78,83 @@ def track_events(data: bytes, track: int) -> list[Event]:
     return events
 
 
+def contents(source: Bytes, status: int) -> bytes:
+    """What follows a status byte."""
+    if status < 0xF0:
+        content = source.take(1 if 0xC0 <= status < 0xE0 else 2)
+        if max(content) > 127:
+            raise Damaged("data")
+        return content
+    if status == 0xFF:
+        return source.take(1) + source.take(source.number())
+    if status in (0xF0, 0xF7):
+        return source.take(source.number())
+    if status in SYSTEM_COMMON_BYTES:
+        return source.take(SYSTEM_COMMON_BYTES[status])
+    if status in REAL_TIME:
+        return b""
+    raise Damaged("status")
+
+
 def play(tracks: list[bytes]) -> list[tuple[int, int, int, int]]:
     """What sounds of the track chunks' contents: onset and end in ticks, pitch, velocity, sorted; without drums."""
     everything = [event for number, data in enumerate(tracks) for event in track_events(data, number)]
     end_tick = max((event.tick for event in everything), default=0)
     events = sorted((event for event in everything if event.status < 0xF0), key=lambda event: event.tick)
     begun, released = pair(events, end_tick)
-    notes, sounding, keys_down, is_down = [], defaultdict(list), defaultdict(list), defaultdict(bool)
-    last = 0  # of the movements of keys and pedals
-
-    def release(channel: int, tick: int, keys: list[Note]) -> None:
-        nonlocal last
-        for note in [note for note in keys if note in keys_down[channel]]:
-            keys_down[channel].remove(note)
-            last = tick
-
-    def stop(channel: int, tick: int, stopped: list[Note]) -> None:
-        for note in [note for note in stopped if note in sounding[channel]]:
-            note.end = tick
-            sounding[channel].remove(note)
-
+    player = Player()
     for index, event in enumerate(events):
-        channel, tick = event.channel, event.tick
-        if note := begun.get(index):
-            if is_down[channel]:
-                stop(channel, tick, [other for other in sounding[channel] if other.pitch == note.pitch])
-            for held in (notes, sounding[channel], keys_down[channel]):
-                held.append(note)
-        release(channel, tick, released[index])
+        if index in begun:
+            player.strike(event.channel, begun[index])
+        player.release(event.channel, event.tick, released[index])
         if event.status >> 4 == 0xB:
-            number, value = event.data
-            if number in (120, *range(123, 128)):
-                release(channel, tick, keys_down[channel])
-            if number == 120:
-                stop(channel, tick, sounding[channel])
-            if number in (64, 121):
-                is_down[channel] = number == 64 and value >= 64
-            last = tick if number == 64 else last
-        if not is_down[channel]:
-            stop(channel, tick, [note for note in sounding[channel] if note not in keys_down[channel]])
-    if any(keys_down.values()):
-        last = end_tick
-    for channel in sounding:
-        stop(channel, last, sounding[channel])
-    return sorted((n.onset, n.end, n.pitch, n.velocity) for n in notes if n.end > n.onset)
+            player.control(event.channel, event.tick, *event.data)
+        player.damp(event.channel, event.tick)
+    return player.ended(end_tick)
+
+
+class Player:
+    """What sounds and which keys and pedals are down, by channel; `last` is when one of them last moved."""
+
+    def __init__(self) -> None:
+        self.notes, self.last = [], 0
+        self.sounding, self.keys_down, self.pedal_is_down = defaultdict(list), defaultdict(list), defaultdict(bool)
+
+    def strike(self, channel: int, note: Note) -> None:
+        if self.pedal_is_down[channel]:
+            self.stop(channel, note.onset, [other for other in self.sounding[channel] if other.pitch == note.pitch])
+        for held in (self.notes, self.sounding[channel], self.keys_down[channel]):
+            held.append(note)
+
+    def release(self, channel: int, tick: int, keys: list[Note]) -> None:
+        for note in [note for note in keys if note in self.keys_down[channel]]:
+            self.keys_down[channel].remove(note)
+            self.last = tick
+
+    def stop(self, channel: int, tick: int, stopped: list[Note]) -> None:
+        for note in [note for note in stopped if note in self.sounding[channel]]:
+            note.end = tick
+            self.sounding[channel].remove(note)
+
+    def control(self, channel: int, tick: int, number: int, value: int) -> None:
+        if number in (120, *range(123, 128)):
+            self.release(channel, tick, self.keys_down[channel])
+        if number == 120:
+            self.stop(channel, tick, self.sounding[channel])
+        if number in (64, 121):
+            self.pedal_is_down[channel] = number == 64 and value >= 64
+        if number == 64 or number >= 120:
+            self.last = tick
+
+    def damp(self, channel: int, tick: int) -> None:
+        if not self.pedal_is_down[channel]:
+            self.stop(channel, tick, [n for n in self.sounding[channel] if n not in self.keys_down[channel]])
+
+    def ended(self, end_tick: int) -> list[tuple[int, int, int, int]]:
+        last = end_tick if any(self.keys_down.values()) else self.last
+        for channel in self.sounding:
+            self.stop(channel, last, self.sounding[channel])
+        return sorted((n.onset, n.end, n.pitch, n.velocity) for n in self.notes if n.end > n.onset)
 
 
 def pair(events: list[Event], end_tick: int) -> tuple[dict[int, Note], dict[int, list[Note]]]:

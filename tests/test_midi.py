@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from midi_files import DOWN, PROGRAM, UP, chunk, midi, notes, off, on, pedal, tempo, track
+from midi_files import PROGRAM, chunk, midi, notes, off, on, tempo, track
 
 from music_ar.midi import MidiError, Performance, read_midi, write_midi
 
@@ -166,12 +166,16 @@ def test_damaged_real_files_give_a_performance_or_a_midi_error(name, length, cha
     check_notes_or_midi_error(bytes(data))
 
 
+def written_and_read(performance: Performance) -> Performance:
+    file = io.BytesIO()
+    write_midi(performance, file)
+    return read_midi(file.getvalue())
+
+
 @given(performances(), st.integers(0, 1000))
 def test_written_files_read_back_within_a_tick(performance, late_us):
     performance = performance.shift(late_us / 1e6)
-    file = io.BytesIO()
-    write_midi(performance, file)
-    again = read_midi(file.getvalue())
+    again = written_and_read(performance)
     assert len(again) == len(performance)
     # Onsets that round to the same tick may change order, so compare each column by itself.
     assert np.allclose(np.sort(again.onset_s), np.sort(performance.onset_s), rtol=0, atol=0.0003)
@@ -181,12 +185,40 @@ def test_written_files_read_back_within_a_tick(performance, late_us):
     )
 
 
-def test_thirty_overlapping_notes_of_one_pitch_survive_writing():
-    onset_s = np.arange(30) / 100
-    pile = Performance(onset_s=onset_s, offset_s=2 - onset_s, pitch=np.full(30, 60), velocity=np.arange(1, 31))
-    file = io.BytesIO()
-    write_midi(pile, file)
-    assert notes(read_midi(file.getvalue())) == notes(pile)
+@pytest.mark.parametrize("count", [30, 16_000])
+def test_overlapping_notes_of_one_pitch_survive_writing(count):
+    onset_s = np.arange(count) / 100
+    velocity = 1 + np.arange(count) % 127
+    pile = Performance(onset_s=onset_s, offset_s=2 * count / 100 - onset_s, pitch=np.full(count, 60), velocity=velocity)
+    assert notes(written_and_read(pile)) == notes(pile)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.one_of(st.floats(0, 3), st.floats(0, 40 * 3600)), st.floats(1e-9, 1e-3), st.sampled_from([0, 60, 127])
+        ),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_what_is_written_can_be_read(rows):
+    """However short the notes are, and however late; or it is not written."""
+    onset_s, length_s, pitch = (np.array(column) for column in zip(*rows, strict=True))
+    offset_s = np.maximum(onset_s + length_s, np.nextafter(onset_s, np.inf))
+    piece = Performance(onset_s=onset_s, offset_s=offset_s, pitch=pitch, velocity=np.full(len(rows), 64))
+    if piece.duration_s > 36 * 3600 - 1:
+        with pytest.raises(MidiError, match=r"lasts at most 129,599 s, got .* s; write it in parts"):
+            written_and_read(piece)
+    else:
+        assert np.allclose(np.sort(written_and_read(piece).onset_s), piece.onset_s, rtol=0, atol=0.0003)
+
+
+def test_more_overlapping_notes_than_tracks_are_not_written():
+    many = np.full(65_535, 60)
+    pile = Performance(onset_s=np.zeros(len(many)), offset_s=np.ones(len(many)), pitch=many, velocity=many)
+    with pytest.raises(MidiError, match="at most 65,534 notes of one pitch may overlap in a MIDI file, got 65,535"):
+        write_midi(pile, io.BytesIO())
 
 
 def test_other_readers_find_a_plain_piano_in_written_files(tmp_path):

@@ -1,4 +1,4 @@
-"""Files that differ from the plain case: wrappers, chunks, meta-events, system events; what is read and what refused."""
+"""Files that differ from the plain case: wrappers, chunks, meta-events, system events. What is read, what refused."""
 
 import pytest
 from midi_files import chunk, midi, notes, off, on, tempo, track, wait

@@ -1,4 +1,4 @@
-"""Controllers act on their channel, in the order of the file: the sustain pedal, all notes off, all sound off, reset."""
+"""Controllers act on their channel, in the order of the file: sustain pedal, all notes off, all sound off, reset."""
 
 import pytest
 from midi_files import DOWN, PROGRAM, UP, midi, notes, off, on, pedal, track
@@ -34,8 +34,10 @@ def end(tick_of_last_event: int) -> bytes:
         ),
         (
             "a pedal change ends what was held before, and holds what follows",
-            [(0, pedal(DOWN)), (0, on(60)), (40, off(60)), (50, pedal(UP)), (50, pedal(DOWN)), (50, on(64))]
-            + [(60, off(64)), (90, pedal(UP))],
+            [
+                *[(0, pedal(DOWN)), (0, on(60)), (40, off(60)), (50, pedal(UP))],
+                *[(50, pedal(DOWN)), (50, on(64)), (60, off(64)), (90, pedal(UP))],
+            ],
             [0.05, 0.09],
         ),
         (

@@ -30,12 +30,12 @@ _MAESTRO_FIELDS = {
 SOME_FAILED = 3
 """Exit code if some files cannot be read."""
 _MOST_ROLLS = 12
-_LIST_HEADER = f"{'notes':>7}  {'length':>8}  {'notes/s':>7}  {'polyphony':>9}  {'pitches':>9}  {'velocity':>8}  file"
+_LIST_HEADER = f"{'notes':>7}  {'length':>8}  notes/s  polyphony  {'pitches':>9}  velocity  file"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Print statistics of MIDI files; those of one or two next to MAESTRO's. The sustain pedal is folded into the notes.
+    """Print statistics of MIDI files; of one or two next to MAESTRO's. The sustain pedal is folded into the notes.
 
     Example: music-ar inspect mine.mid longer.mid --plot rolls.png
 
@@ -133,7 +133,7 @@ def list_line(file: Path, performance: "Performance") -> str:
     from music_ar.metrics.statistics import Statistics
 
     measured = Statistics.of(performance)
-    pitches = f"{pitch_name(measured.lowest_pitch)}–{pitch_name(measured.highest_pitch)}"
+    pitches = f"{pitch_name(measured.lowest_pitch)}-{pitch_name(measured.highest_pitch)}"
     return (
         f"{measured.notes:7}  {clock(performance.duration_s):>8}  {measured.notes_per_s:7.1f}  "
         f"{measured.mean_polyphony:9.1f}  {pitches:>9}  {measured.median_velocity:8g}  {file}"

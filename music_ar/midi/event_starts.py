@@ -59,27 +59,17 @@ def event_starts(
 
 
 class _Window:
-    """The links from `size` bytes of the data, in two cases: the running status is a short message, or it is not.
-
-    Links are in the window's own indices, and those that lead out of it in `size`. In the second case they are higher
-    by `size + 1`.
-    """
+    """What an event would be that begins at each of `size` bytes of the data. Indices are the window's own."""
 
     def __init__(self, data: UInt8[np.ndarray, " n"], base: int, size: int, track_end: Int64[np.ndarray, " t"]) -> None:
-        self._base, self._size, self._second_case = base, size, np.int32(size + 1)
-        delta_bytes, summary = _read_ahead(data[base : base + size + MARGIN], size)
-        end = np.arange(size, dtype=np.int32) + (delta_bytes + (summary & _SIZE))
-        long = np.flatnonzero(summary & _TELLS_LENGTH)
+        self._base, self._size = base, size
+        delta_bytes, self._summary = _read_ahead(data[base : base + size + MARGIN], size)
+        self._end = np.arange(size, dtype=np.int32)
+        self._end += delta_bytes
+        self._end += self._summary & _SIZE
+        long = np.flatnonzero(self._summary & _TELLS_LENGTH)
         if len(long):
-            end[long] = _told_end(data, base + long + delta_bytes[long], track_end) - base
-        self._end = end
-        self._is_running = (summary & _IS_RUNNING) > 0
-        self._links = np.full(2 * (size + 1), size, np.int32)
-        self._links[:size] = np.minimum(end, size)
-        self._links[:size] += ((summary & _BECOMES_SHORT) > 0) * self._second_case
-        self._links[size + 1 : -1] = np.minimum(end - self._is_running, size)
-        self._links[size + 1 : -1] += ((summary & _STAYS_SHORT) > 0) * self._second_case
-        self._links[-1] += self._second_case
+            self._end[long] = _told_end(data, base + long + delta_bytes[long], track_end) - base
 
     def follow(self, is_short: bool) -> tuple[Int32[np.ndarray, " e"], int, bool]:
         """Follow the links from the first byte.
@@ -91,12 +81,37 @@ class _Window:
             Indices of the events' first bytes in the data, that of the first event beyond the window, and whether the
             running status is a short message there.
         """
-        nodes = _walk(self._links, int(self._second_case) * is_short)
-        is_short_at = nodes >= self._second_case
-        starts = np.where(is_short_at, nodes - self._second_case, nodes)
-        count = int(np.searchsorted(starts, self._size))
+        if not is_short:
+            starts = self._walk_long()
+            marks = self._summary.take(starts)
+            if not ((marks[:-1] & _BECOMES_SHORT) & ((marks[1:] & _STAYS_SHORT) >> 1)).any():
+                is_short = bool(marks[-1] & _BECOMES_SHORT)
+                return starts + np.int32(self._base), self._base + int(self._end[starts[-1]]), is_short
+        return self._walk_both(is_short)
+
+    def _walk_long(self) -> Int32[np.ndarray, " e"]:
+        """The events' first bytes, if no short message is followed by one under running status."""
+        links = np.empty(self._size + 1, np.int32)
+        np.minimum(self._end, self._size, out=links[:-1])
+        links[-1] = self._size
+        starts = _walk(links, 0)
+        return starts[: np.searchsorted(starts, self._size)]
+
+    def _walk_both(self, is_short: bool) -> tuple[Int32[np.ndarray, " e"], int, bool]:
+        """As `follow`, with two links for each byte. Those where the running status is short come after the others."""
+        out = self._size
+        short_case = np.int32(out + 1)
+        is_running = (self._summary & _IS_RUNNING) > 0
+        links = np.empty((2, out + 1), np.int32)
+        links[0, :-1] = np.minimum(self._end, out) + ((self._summary & _BECOMES_SHORT) > 0) * short_case
+        links[1, :-1] = np.minimum(self._end - is_running, out) + ((self._summary & _STAYS_SHORT) > 0) * short_case
+        links[:, -1] = out, out + short_case
+        nodes = _walk(links.ravel(), int(short_case) * is_short)
+        is_short_at = nodes >= short_case
+        starts = np.where(is_short_at, nodes - short_case, nodes)
+        count = int(np.searchsorted(starts, out))
         last = starts[count - 1]
-        end = int(self._end[last]) - bool(is_short_at[count - 1] and self._is_running[last])
+        end = int(self._end[last]) - bool(is_short_at[count - 1] and is_running[last])
         return starts[:count] + np.int32(self._base), self._base + end, bool(is_short_at[-1])
 
 
@@ -133,7 +148,7 @@ def _walk(links: Int32[np.ndarray, " n"], start: int) -> Int32[np.ndarray, " s"]
     strides = links
     for _ in range(_DOUBLINGS):
         strides = strides.take(strides)
-    stride, nodes = memoryview(strides), [start]
+    stride, nodes = memoryview(strides.data), [start]
     while (node := stride[nodes[-1]]) != nodes[-1]:
         nodes.append(node)
     steps = np.empty((len(nodes), 2**_DOUBLINGS), np.int32)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int64, UInt8
 
 from music_ar.midi.event_starts import (
     ENDS_RUNNING_STATUS,
@@ -45,7 +45,7 @@ class Messages(NamedTuple):
     """
 
     tick: Int64[np.ndarray, " n"]
-    position: Int32[np.ndarray, " n"]
+    position: Int64[np.ndarray, " n"]
     status: UInt8[np.ndarray, " n"]
     data1: UInt8[np.ndarray, " n"]
     data2: UInt8[np.ndarray, " n"]
@@ -59,7 +59,7 @@ class Metas(NamedTuple):
     """Meta-events; their contents are the `length` bytes from `start` in `Events.data`."""
 
     tick: Int64[np.ndarray, " n"]
-    position: Int32[np.ndarray, " n"]
+    position: Int64[np.ndarray, " n"]
     kind: UInt8[np.ndarray, " n"]
     start: Int64[np.ndarray, " n"]
     length: Int64[np.ndarray, " n"]
@@ -102,7 +102,7 @@ def read_events(tracks: Sequence[bytes | memoryview]) -> Events:
     if not len(starts):
         raise MidiError("the tracks of the MIDI file are empty")
     reader = _Reader(data, np.unique(track_start[track_start < track_end]))
-    blocks = [reader.read(starts[first : first + _BLOCK]) for first in range(0, len(starts), _BLOCK)]
+    blocks = [reader.read(starts[first : first + _BLOCK].astype(np.int64)) for first in range(0, len(starts), _BLOCK)]
     reader.check_end(end)
     return Events(
         messages=Messages(*map(np.concatenate, zip(*(messages for messages, _ in blocks), strict=True))),
@@ -126,7 +126,7 @@ class _Reader:
         self._data, self._track_start = data, track_start
         self._tracks_begun, self._tick, self._running_status = 0, 0, 0
 
-    def read(self, starts: Int32[np.ndarray, " e"]) -> tuple[Messages, Metas]:
+    def read(self, starts: Int64[np.ndarray, " e"]) -> tuple[Messages, Metas]:
         """The messages and the meta-events among the events that begin at `starts`."""
         begins_track = self._begin_tracks(starts)
         delta, delta_bytes = read_numbers(self._data, starts)
@@ -149,7 +149,7 @@ class _Reader:
         if self._tracks_begun < len(self._track_start) or end > len(self._data) - MARGIN:
             raise MidiError(_damage("an event runs over the end of its track"))
 
-    def _begin_tracks(self, starts: Int32[np.ndarray, " e"]) -> Int64[np.ndarray, " b"]:
+    def _begin_tracks(self, starts: Int64[np.ndarray, " e"]) -> Int64[np.ndarray, " b"]:
         """Indices of the events with which tracks begin."""
         stop = int(np.searchsorted(self._track_start, starts[-1], side="right"))
         begun = self._track_start[self._tracks_begun : stop]
@@ -184,7 +184,7 @@ class _Reader:
         self,
         long: Int64[np.ndarray, " k"],
         tick: Int64[np.ndarray, " e"],
-        starts: Int32[np.ndarray, " e"],
+        starts: Int64[np.ndarray, " e"],
         data_at: Int64[np.ndarray, " e"],
     ) -> Metas:
         """The meta-events among the events that tell their length."""
@@ -205,12 +205,16 @@ def _check(
     data2: UInt8[np.ndarray, " e"],
 ) -> None:
     """Refuse damaged events."""
-    has_high_data = (data1 | np.where(IS_SHORT.take(status), 0, data2)) >= 0x80
+    is_odd = (delta_bytes > 4) | ((data1 | data2) >= 0x80) | (status < 0x80) | (status >= 0xF0)
+    if not is_odd.any():
+        return
+    delta_bytes, status, data1, data2 = delta_bytes[is_odd], status[is_odd], data1[is_odd], data2[is_odd]
+    has_high_data = (data1 | np.where(IS_SHORT[status], 0, data2)) >= 0x80
     rules = {
         "a delta time has more than four bytes": delta_bytes > 4,
         "an event has no status byte, and none is running": status < 0x80,
-        "a status byte has no meaning in MIDI": _IS_UNDEFINED.take(status),
-        "a note or controller has a value above 127": IS_MESSAGE.take(status) & has_high_data,
+        "a status byte has no meaning in MIDI": _IS_UNDEFINED[status],
+        "a note or controller has a value above 127": IS_MESSAGE[status] & has_high_data,
     }
     broken = [(int(np.argmax(breaks)), rule) for rule, breaks in rules.items() if breaks.any()]
     if broken:

@@ -164,7 +164,8 @@ def _check_size(performance: Performance) -> None:
         raise MidiError(f"at most {MAX_NOTES:,} notes fit in a MIDI file, got {len(performance):,}; write it in parts")
     if performance.duration_s > MAX_SECONDS - 1:
         raise MidiError(
-            f"a MIDI file lasts at most {MAX_SECONDS - 1:,.0f} s, got {performance.duration_s:,.1f} s; write it in parts"
+            f"a MIDI file lasts at most {MAX_SECONDS - 1:,.0f} s, got {performance.duration_s:,.1f} s; "
+            "write it in parts"
         )
 
 

@@ -31,10 +31,6 @@ class NoteEvents(NamedTuple):
     pitch: UInt8[np.ndarray, " n"]
     velocity: UInt8[np.ndarray, " n"]
 
-    def select(self, index: np.ndarray) -> "NoteEvents":
-        """Return some of the events, by a mask or by indices."""
-        return NoteEvents(*(column[index] for column in self))
-
 
 def press_keys(events: NoteEvents, end_tick: int) -> Keys:
     """Find out when each key is released. Notes without length are dropped.
@@ -43,10 +39,9 @@ def press_keys(events: NoteEvents, end_tick: int) -> Keys:
     track, or else at the end of the file.
     """
     by_key = _by_key(events)
-    grouped = events.select(by_key)
-    is_off = grouped.velocity == 0
-    begins_key = _changes(grouped.pitch) | _changes(grouped.channel) | _changes(grouped.track)
-    begins_moment = begins_key | _changes(grouped.tick)
+    is_off = events.velocity[by_key] == 0
+    begins_key = _changes(events.pitch[by_key]) | _changes(events.channel[by_key]) | _changes(events.track[by_key])
+    begins_moment = begins_key | _changes(events.tick[by_key])
     key = np.append(np.cumsum(begins_key), -1)
     off = _next(is_off)[_search_start(is_off, begins_key, begins_moment)]
     release_index = np.empty(len(by_key), np.int64)
@@ -67,7 +62,8 @@ def press_keys(events: NoteEvents, end_tick: int) -> Keys:
         pitch=events.pitch[on],
         velocity=events.velocity[on],
     )
-    return keys.select(release > keys.onset)
+    has_length = release > keys.onset
+    return keys if has_length.all() else keys.select(has_length)
 
 
 _AFTER_ALL = 2**40 - 1
@@ -98,25 +94,23 @@ def _search_start(
 ) -> Int64[np.ndarray, " n"]:
     """From which event on the note-off of a note is to be looked for.
 
-    It is the next event, except where a note sounds, is struck again, and only then, but at the same tick, is followed
-    by one note-off. That belongs to the first note: files in which note-ons precede note-offs are common.
+    It is the next event, except where a note sounds, is struck again, and then released once at the same tick. That
+    note-off belongs to the first note: files in which note-ons precede note-offs are common.
     """
     start = np.arange(len(is_off))
     if not (is_off[1:] & ~is_off[:-1] & ~begins_moment[1:]).any():
         return start
     first = np.flatnonzero(begins_moment)
     after = np.append(first[1:], len(is_off))
-    offs = np.add.reduceat(is_off, first, dtype=np.int64)
+    has_one_off = np.add.reduceat(is_off, first, dtype=np.int64) == 1
+    # Whether notes sound after each moment: yes if it ends with a note-on; as before it if its only note-off comes after
+    # note-ons; no otherwise.
     ends_with_on = ~is_off[after - 1]
-    one_off_last = (offs == 1) & ~ends_with_on & (after - first > 1)
-    # Whether notes sound after each moment: yes if it ends with a note-on; as before it if one note-off comes last; no
-    # otherwise.
-    decided = np.maximum.accumulate(np.where(~one_off_last | begins_key[first], np.arange(len(first)), 0))
-    sounds_after = ends_with_on[decided]
-    sounds_before = np.append(False, sounds_after[:-1]) & ~begins_key[first]
-    return np.where(
-        np.repeat(one_off_last & sounds_before, after - first) & ~is_off, np.repeat(after, after - first), start
-    )
+    is_decided = ends_with_on | ~has_one_off | (after - first == 1) | begins_key[first]
+    decided = np.maximum.accumulate(np.where(is_decided, np.arange(len(first)), 0))
+    sounds_before = np.append(False, ends_with_on[decided][:-1]) & ~begins_key[first]
+    skips_moment = np.repeat(has_one_off & sounds_before, after - first)
+    return np.where(skips_moment & ~is_off, np.repeat(after, after - first), start)
 
 
 def _next_of_pitch(events: NoteEvents, note: Int64[np.ndarray, " k"]) -> Int64[np.ndarray, " k"]:

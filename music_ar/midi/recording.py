@@ -82,11 +82,11 @@ def _recording(
 ) -> Recording:
     """Sort the messages, which are in the order in which they are played, into notes and controllers."""
     tempo_tick, tempo = _tempos(events)
-    clock = (
-        Clock.constant(file.tick_s)
-        if file.ticks_per_quarter is None
-        else Clock.of_tempos(tempo_tick, tempo, file.ticks_per_quarter)
-    )
+    if file.tick_s is not None:
+        clock = Clock.constant(file.tick_s)
+    else:
+        assert file.ticks_per_quarter is not None
+        clock = Clock.of_tempos(tempo_tick, tempo, file.ticks_per_quarter)
     place = np.flatnonzero(is_note)
     played = messages.select(place)
     notes = NoteEvents(
@@ -155,6 +155,6 @@ def _first_of_each_track(events: Events, kind: int) -> Iterator[tuple[int, int, 
     metas = events.metas.select(events.metas.kind == kind)
     tracks, first = np.unique(np.searchsorted(events.track_start, metas.position, side="right") - 1, return_index=True)
     for track, *(position, _, start, length) in zip(
-        tracks.tolist(), *(column.tolist() for column in metas.select(first)[1:])
+        tracks.tolist(), *(column.tolist() for column in metas.select(first)[1:]), strict=False
     ):
         yield track, position, events.data[start : start + length]

@@ -134,7 +134,8 @@ def _read_tracks(data: bytes, position: int, announced: int) -> list[memoryview]
         position = end
     if chunks < announced:
         raise MidiError(
-            f"the file is truncated: its header announces {announced} tracks, but it has {len(tracks)}; get another copy"
+            f"the file is truncated: its header announces {announced} tracks, but it has {len(tracks)}; "
+            "get another copy"
         )
     if not tracks:
         raise MidiError("the MIDI file has no tracks")

@@ -14,8 +14,8 @@ PEDAL_DOWN_VALUE = 64
 """The sustain pedal is down at this value of its controller (0..127) and above. There is no half pedal."""
 _MOST_SWITCH_VALUES = 8  # a pedal that takes more values is continuous; notation programs write two to four
 ALL_SOUND_OFF, RESET_CONTROLLERS = 120, 121
-ALL_NOTES_OFF = (123, 124, 125, 126, 127)
-"""All notes off, and the four that change the channel's mode, which turn all notes off, too."""
+ALL_NOTES_OFF = 123
+"""So do the controllers above it, 124 to 127, which change the channel's mode."""
 
 
 class Keys(NamedTuple):
@@ -62,7 +62,7 @@ def fold(keys: Keys, controls: Controls) -> tuple[Keys, Num[np.ndarray, " m"]]:
     """Find out when each note stops sounding.
 
     - A key that is released while the sustain pedal is down sounds until the pedal next comes up, or else until the
-      last note-off or movement of the sustain pedal in the file. Resetting all controllers raises the pedal.
+      last note-off or movement of these controllers in the file. Resetting all controllers raises the pedal.
     - While the pedal is down, a note-on ends every sounding note of its pitch and channel; of two at one time, the
       later in the file remains.
     - All notes off releases all keys of its channel. All sound off silences it, too.
@@ -72,19 +72,30 @@ def fold(keys: Keys, controls: Controls) -> tuple[Keys, Num[np.ndarray, " m"]]:
     """
     controls = controls.select(np.argsort(controls.channel, kind="stable"))
     keys = _release_all(keys, controls)
-    last = max(keys.release.max(initial=0), controls.time[controls.number == SUSTAIN_CONTROLLER].max(initial=0))
+    is_sustain = controls.number == SUSTAIN_CONTROLLER
+    is_mode = controls.number >= ALL_SOUND_OFF
+    last = max(keys.release.max(initial=0), controls.time[is_sustain | is_mode].max(initial=0))
     keys = keys.select(_by_channel_and_pitch(keys))
 
-    pedal = controls.select((controls.number == SUSTAIN_CONTROLLER) | (controls.number == RESET_CONTROLLERS))
-    is_down = _is_down(pedal)
+    pedal, is_down = _pedal_changes(controls.select(is_sustain | (controls.number == RESET_CONTROLLERS)))
     up = pedal.select(~is_down)
     end = np.append(up.time, last)[_next(up, keys.channel, keys.release_order)]
     end = np.where(_state(pedal, is_down, keys.channel, keys.release_order), end, keys.release)
     end = _earlier(end, keys.onset, _next_cut(keys, _state(pedal, is_down, keys.channel, keys.onset_order)))
     silenced = controls.select(controls.number == ALL_SOUND_OFF)
-    end = _earlier(end, silenced.time, _next(silenced, keys.channel, keys.onset_order))
+    if len(silenced.order):
+        end = _earlier(end, silenced.time, _next(silenced, keys.channel, keys.onset_order))
     sounds = end > keys.onset
     return keys.select(sounds), end[sounds]
+
+
+def _pedal_changes(pedal: Controls) -> tuple[Controls, Bool[np.ndarray, " c"]]:
+    """The movements with which the pedal of a channel goes down or comes up, and whether it goes down."""
+    is_down = _is_down(pedal)
+    begins_channel = np.append(True, np.diff(pedal.channel) != 0)[: len(is_down)]
+    was_down = np.append(False, is_down[:-1])[: len(is_down)] & ~begins_channel
+    changes = is_down != was_down
+    return pedal.select(changes), is_down[changes]
 
 
 def _is_down(pedal: Controls) -> Bool[np.ndarray, " p"]:
@@ -107,7 +118,9 @@ def _is_down(pedal: Controls) -> Bool[np.ndarray, " p"]:
 
 def _release_all(keys: Keys, controls: Controls) -> Keys:
     """Release the keys that are down at a controller that turns all notes off."""
-    offs = controls.select(np.isin(controls.number, (ALL_SOUND_OFF, *ALL_NOTES_OFF)))
+    offs = controls.select((controls.number == ALL_SOUND_OFF) | (controls.number >= ALL_NOTES_OFF))
+    if not len(offs.order):
+        return keys
     off = _next(offs, keys.channel, keys.onset_order)
     return keys._replace(
         release=_earlier(keys.release, offs.time, off), release_order=_earlier(keys.release_order, offs.order, off)
@@ -118,10 +131,10 @@ def _earlier(
     times: Num[np.ndarray, " n"], others: Num[np.ndarray, " k"], index: Int64[np.ndarray, " n"]
 ) -> Num[np.ndarray, " n"]:
     """The earlier of each of `times` and that of `others` at the index, if there is one."""
-    if not len(others):
-        return times
     exists = index < len(others)
-    return np.where(exists, np.minimum(times, others[np.where(exists, index, 0)]), times)
+    earlier = times.copy()
+    earlier[exists] = np.minimum(times[exists], others[index[exists]])
+    return earlier
 
 
 def _by_channel_and_pitch(keys: Keys) -> Int64[np.ndarray, " n"]:
