@@ -1,6 +1,7 @@
 """A MIDI player for tests, on top of mido: what sounds when, event by event, in the order of the file."""
 
 import io
+from typing import Any
 
 import mido
 from event_tokens import performance_of
@@ -8,9 +9,11 @@ from event_tokens import performance_of
 from music_ar.midi.performance import Performance
 
 DRUMS = 9
+Message = Any
+"""A message of mido, which gets its attributes at run time."""
 
 
-def messages(data: bytes) -> list[tuple[float, int, mido.Message]]:
+def messages(data: bytes) -> list[tuple[float, int, Message]]:
     """All messages with their times in seconds and their tracks, as a player meets them."""
     file = mido.MidiFile(file=io.BytesIO(data))
     timed = []
@@ -48,7 +51,7 @@ class _Piano:
         self.pedals: set[int] = set()
         self.notes: list[tuple[float, float, int, int]] = []
 
-    def play(self, time_s: float, message: mido.Message) -> None:
+    def play(self, time_s: float, message: Message) -> None:
         self.now_s = time_s
         if message.type == "control_change" and message.control == 64:
             self._move_pedal(message.channel, message.value >= 64)

@@ -9,7 +9,7 @@ import pytest
 from event_tokens import off, on, shift, tokens_of, velocity
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from midi_playback import assert_sounds_alike, messages, played
+from midi_playback import Message, assert_sounds_alike, messages, played
 
 from music_ar.decoding.request import Request
 from music_ar.decoding.sequence import Sequence
@@ -36,9 +36,13 @@ def written(piece: Performance, *, pedal: bool = False) -> bytes:
     return buffer.getvalue()
 
 
-def file_of(
-    *tracks: list[tuple[int, mido.Message | mido.MetaMessage]], ticks_per_beat: int = 480, kind: int = 1
-) -> bytes:
+def of_file(piece: Performance, midi: bytes) -> Performance:
+    """The same notes, said to continue another file."""
+    assert piece.prompt_file is not None
+    return dataclasses.replace(piece, prompt_file=dataclasses.replace(piece.prompt_file, midi=midi))
+
+
+def file_of(*tracks: list[tuple[int, Message]], ticks_per_beat: int = 480, kind: int = 1) -> bytes:
     """A file of messages with their ticks."""
     file = mido.MidiFile(ticks_per_beat=ticks_per_beat, type=kind)
     for rows in tracks:
@@ -52,7 +56,7 @@ def file_of(
     return buffer.getvalue()
 
 
-def note(start: int, end: int, pitch: int, force: int = 77, channel: int = 0) -> list[tuple[int, mido.Message]]:
+def note(start: int, end: int, pitch: int, force: int = 77, channel: int = 0) -> list[tuple[int, Message]]:
     """Its two messages."""
     return [
         (start, mido.Message("note_on", note=pitch, velocity=force, channel=channel)),
@@ -60,11 +64,11 @@ def note(start: int, end: int, pitch: int, force: int = 77, channel: int = 0) ->
     ]
 
 
-def pedal(tick: int, value: int, channel: int = 0) -> tuple[int, mido.Message]:
+def pedal(tick: int, value: int, channel: int = 0) -> tuple[int, Message]:
     return tick, mido.Message("control_change", control=64, value=value, channel=channel)
 
 
-def ticked(data: bytes) -> list[list[tuple[int, mido.Message]]]:
+def ticked(data: bytes) -> list[list[tuple[int, Message]]]:
     """The messages of each track with their ticks, without the ends of the tracks."""
     tracks = []
     for track in mido.MidiFile(file=io.BytesIO(data)).tracks:
@@ -223,14 +227,14 @@ def test_a_single_track_file_and_one_in_a_wrapper():
     wrapped = b"RIFF" + (len(smf) + 12).to_bytes(4, "little") + b"RMIDdata" + len(smf).to_bytes(4, "little") + smf
     piece = continued(smf)
     assert ticked(written(piece))[0] == ticked(smf)[0]
-    piece = dataclasses.replace(piece, prompt_file=dataclasses.replace(piece.prompt_file, midi=wrapped))
+    piece = of_file(piece, wrapped)
     assert len(read_midi(written(piece))) == len(piece)
 
 
 def test_where_the_file_does_not_fit_the_notes_alone_are_written():
     piece = continued(SONG)
     other = file_of([*note(0, 480, 60)])
-    piece = dataclasses.replace(piece, prompt_file=dataclasses.replace(piece.prompt_file, midi=other))
+    piece = of_file(piece, other)
     for with_pedal in (False, True):
         assert_sounds_alike(read_midi(written(piece, pedal=with_pedal)), piece, within_s=0.001)
 
@@ -284,7 +288,7 @@ def test_any_prompt_comes_back_and_is_continued(data, prompt_seconds, new, with_
     assert piece.prompt_file is not None
     end_s = piece.prompt_file.end_s - 0.01
 
-    def lasting(file: bytes) -> list[list[mido.Message]]:
+    def lasting(file: bytes) -> list[list[Message]]:
         kept = [row for row in messages(file) if row[0] < end_s and row[2].type not in ("note_off", "end_of_track")]
         return [[message.copy(time=0) for _, number, message in kept if number == track] for track in range(count)]
 
