@@ -1,5 +1,6 @@
 """What the commands share: option types, progress on standard error, tables on standard output, file checks."""
 
+import math
 import os
 import sys
 import time
@@ -105,7 +106,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def clock(seconds: float) -> str:
     """Format seconds as m:ss, or as h:mm:ss from one hour."""
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, rest = divmod(math.floor(seconds + 0.5), 60)  # as the player in the browser rounds
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 

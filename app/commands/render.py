@@ -102,7 +102,7 @@ class Render:
         from app.rendering.log import JsonLog, TextLog
         from app.rendering.manifest import Manifest
         from app.rendering.run import Run
-        from music_ar.model.pretrained import identity
+        from music_ar.model.weights import identity
 
         write_audio = (
             None if self.audio is None else import_write_audio(f"--audio {self.audio}")

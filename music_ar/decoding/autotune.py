@@ -5,10 +5,9 @@ import time
 import numpy as np
 from jaxtyping import Int
 
-from music_ar.decoding.decoder import Decoder
-from music_ar.decoding.processors import shared_options
+from music_ar.decoding.interface import AnyDecoder, shared_options
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.decoding.state import cache_size
+from music_ar.decoding.windows import cache_size
 from music_ar.tokens import vocabulary
 from music_ar.tokens.codec import length_steps
 
@@ -19,7 +18,7 @@ _LEAST_PROMPT_S = 10.0
 # Measured speed must exceed the requested one by this factor, since the load of a machine varies.
 _SPEED_MARGIN = 1.15
 _LEAST_LATENTS = 64
-_MEASURED_S = 1.0
+_MEASURED_S = 0.3
 
 
 class Autotuner:
@@ -29,7 +28,7 @@ class Autotuner:
         decoder: the model.
     """
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: AnyDecoder):
         self._decoder = decoder
         self._seconds_per_token: dict[tuple[int, int], float] = {}
 
@@ -43,7 +42,7 @@ class Autotuner:
             variations: samples generated at once.
         """
         longest_s = 1 / (speed * _tokens_per_s(prompt) * _SPEED_MARGIN)
-        most = self._decoder.config.latents
+        most = self._decoder.config.most_latents
         candidates = [min(_LEAST_LATENTS, most)]
         while 2 * candidates[-1] <= most:
             candidates.append(2 * candidates[-1])
@@ -56,7 +55,7 @@ class Autotuner:
         return fast[-1] if fast else candidates[0]
 
     def seconds_per_token(self, latents: int, variations: int = 1, *, again: bool = False) -> float:
-        """Seconds per step on this machine: the median over one second of chunks, at least three.
+        """Seconds per step on this machine: the median over 0.3 s of chunks, at least three.
 
         Args:
             latents: number of latents.

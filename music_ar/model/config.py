@@ -13,7 +13,7 @@ from music_ar.features import keyboard, notes, retrieval
 from music_ar.tokens import vocabulary
 
 _TOKENS_PER_NOTE = 4  # of MAESTRO, on average
-_MAY_BE_ZERO = ("onsets", "retrieval_notes", "time_heads", "label_size")
+_MAY_BE_ZERO = ("onsets", "retrieval_notes", "time_heads", "label_size", "segment")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class ModelConfig:
         retrieval_notes: number of last notes that n-gram retrieval searches (see `features.retrieval`); 0 turns it off.
             It may far exceed what the context holds.
         time_heads: number of key/value heads (the last of the G) whose rotary positions count time instead of tokens.
+        segment: length of the segments of a Transformer-XL (see `transformer_xl`), with N = M; 0 means none.
         label_size: length of the label that describes how a training window was augmented; see `PerceiverAR.__call__`.
         rotary_fraction: share of each head's channels that is rotated by position.
         rotary_wavelength: longest wavelength of the rotary positions, in tokens.
@@ -57,6 +58,7 @@ class ModelConfig:
     onsets: int = 0
     retrieval_notes: int = 0
     time_heads: int = 0
+    segment: int = 0
     label_size: int = 0
     rotary_fraction: float = 0.5
     rotary_wavelength: float = 10_000.0
@@ -74,6 +76,8 @@ class ModelConfig:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
         if self.time_heads > self.kv_heads:
             raise ValueError(f"time_heads must be at most kv_heads = {self.kv_heads}, got {self.time_heads}")
+        if self.segment and self.latents != self.context:
+            raise ValueError(f"segments need latents = context = {self.context}, got {self.latents} latents")
         self._check_rotary()
         least = max(retrieval.LEAST_CAPACITY, self.onsets)
         if 0 < self.retrieval_notes < least:
@@ -95,6 +99,16 @@ class ModelConfig:
     def rotary_size(self) -> int:
         """Channels of a head that are rotated."""
         return int(self.head_size * self.rotary_fraction)
+
+    @property
+    def reach(self) -> int:
+        """Inputs that attention reads when decoding: M, or two segments."""
+        return 2 * self.segment or self.context
+
+    @property
+    def most_latents(self) -> int:
+        """Largest number of latents when decoding."""
+        return min(self.latents, self.reach)
 
     @property
     def window(self) -> int:
@@ -133,8 +147,9 @@ class ModelConfig:
         inputs = (kv_width + self.feature_count) * (kept_prefix + self.latents) / self.latents
         head = self.width * self.vocabulary_size
         matrices = self.layers * self_block + cross_block + self.width * (inputs + self.width) + head
-        cross_scores = 2 * attention_width * (kept_prefix + self.latents / 2)
-        self_scores = self.layers * 2 * attention_width * self.latents / 2
+        seen = 1.5 * self.segment or self.latents / 2
+        cross_scores = 2 * attention_width * (kept_prefix + seen)
+        self_scores = self.layers * 2 * attention_width * seen
         return 6 * (matrices + cross_scores + self_scores)
 
 
@@ -168,6 +183,8 @@ PRESETS: dict[str, ModelConfig] = {
     "medium": dataclasses.replace(_SMALL, width=768, layers=10, heads=12, kv_heads=3, hidden=2048),
     # The control: a decoder-only Transformer of the same size as `small`.
     "small-decoder": dataclasses.replace(_SMALL, context=2048, latents=2048),
+    # The same with segment recurrence: Transformer-XL, trained on windows of four segments.
+    "small-xl": dataclasses.replace(_SMALL, context=4096, latents=4096, segment=1024, onsets=0, retrieval_notes=0),
     # For tests and first experiments on a CPU.
     "tiny": ModelConfig(
         context=64, latents=32, width=32, layers=2, heads=4, kv_heads=2, head_size=8, hidden=64, conv_width=4
