@@ -113,7 +113,7 @@ class Run:
         line, error, buffer = planned_line(piece.request), piece.error, io.BytesIO()
         if error is None:
             try:
-                write_midi(piece.performance, buffer)
+                write_midi(piece.performance, buffer, pedal=piece.request.tag.settings.get("pedal", False))
             except MidiError as refused:  # the piece ended before its first note
                 error = f"the generated piece cannot be written: {refused}"
         if error is not None:
