@@ -103,8 +103,8 @@ def _search_start(
     first = np.flatnonzero(begins_moment)
     after = np.append(first[1:], len(is_off))
     has_one_off = np.add.reduceat(is_off, first, dtype=np.int64) == 1
-    # Whether notes sound after each moment: yes if it ends with a note-on; as before it if its only note-off comes after
-    # note-ons; no otherwise.
+    # Whether notes sound after each moment: yes if it ends with a note-on; as before it if its only note-off comes
+    # after note-ons; no otherwise.
     ends_with_on = ~is_off[after - 1]
     is_decided = ends_with_on | ~has_one_off | (after - first == 1) | begins_key[first]
     decided = np.maximum.accumulate(np.where(is_decided, np.arange(len(first)), 0))
