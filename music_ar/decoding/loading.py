@@ -25,7 +25,8 @@ def decoder_of(weights: Weights) -> AnyDecoder:
     if backends.native():
         from music_ar.decoding.native.decoder import NativeDecoder
 
-        return NativeDecoder(weights.config, weights.tensors)
+        if NativeDecoder.suits(weights.config):
+            return NativeDecoder(weights.config, weights.tensors)
     from music_ar.decoding.decoder import Decoder
     from music_ar.model.pretrained import model_of
 

@@ -48,7 +48,7 @@ class NativeDecoder:
         library = load()
         if library is None:
             raise RuntimeError("the native engine was not built: reinstall the package where a C++ compiler is found")
-        if config.head_size > _MOST_HEAD_SIZE or config.vocabulary_size != vocabulary.VOCABULARY_SIZE:
+        if not self.suits(config):
             raise ValueError(
                 f"the native engine needs heads of at most {_MOST_HEAD_SIZE} channels and the vocabulary of "
                 f"{vocabulary.VOCABULARY_SIZE} tokens; got {config.head_size} and {config.vocabulary_size}"
@@ -61,6 +61,11 @@ class NativeDecoder:
         self.path: str = library.path(self._model).decode()
         self._cached = np.dtype(np.float16 if library.cached_bytes(self._model) == 2 else np.float32)
         self._weight_bytes = sum(each.nbytes for pair in weights.values() for each in pair if each is not None)
+
+    @staticmethod
+    def suits(config: ModelConfig) -> bool:
+        """Whether the engine supports these sizes."""
+        return config.head_size <= _MOST_HEAD_SIZE and config.vocabulary_size == vocabulary.VOCABULARY_SIZE
 
     def start(
         self,

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from music_ar.decoding.native.sources import digest
+
 PATH = Path(__file__).with_name("_engine.so")
 """Where the installation puts the library, if it found a compiler."""
 
@@ -92,6 +94,7 @@ class COptions(ctypes.Structure):
 
 
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "sources": (c_char_p, []),
     "path": (c_char_p, [c_void_p]),
     "cached_bytes": (c_int, [c_void_p]),
     "threads": (c_int, []),
@@ -123,8 +126,9 @@ class Library:
 
 @functools.cache
 def load() -> Library | None:
-    """The library; None if it was not built, or does not load on this machine."""
+    """The library; None if it was not built, was built from other sources, or does not load on this machine."""
     try:
-        return Library(PATH)
+        library = Library(PATH)
     except (OSError, AttributeError):
         return None
+    return library if library.sources().decode() == digest(PATH.parent) else None
