@@ -134,5 +134,5 @@ def test_closing_frees_the_device(generator):
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
 def test_only_a_length_extends(generator, seconds):
-    with pytest.raises(GenerationError, match="seconds must be more than 0"):
+    with pytest.raises(GenerationError, match="seconds must be a number above 0"):
         generator.session(seed=2).extend(seconds)

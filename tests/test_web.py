@@ -333,7 +333,7 @@ def test_the_api_explains_what_it_cannot_do(address):
     client = Client(address, verbose=False)
     with pytest.raises(exceptions.AppError, match="length must be a number of seconds from 1 to 3600"):
         client.predict(seconds=1e9, api_name="/generate")
-    with pytest.raises(exceptions.AppError, match="temperature must be 0 or more"):
+    with pytest.raises(exceptions.AppError, match="temperature must be a number from 0 to 100"):
         client.predict(temperature=-1, api_name="/generate")
     with pytest.raises(exceptions.AppError, match="no music yet"):
         client.predict(api_name="/continue")

@@ -4,7 +4,6 @@ This module does not import JAX.
 """
 
 import dataclasses
-import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -16,12 +15,16 @@ from jaxtyping import Int
 from music_ar.decoding.sampling import OPTION_NAMES, SamplingOptions
 from music_ar.midi.io import read_midi
 from music_ar.midi.performance import Performance
+from music_ar.ranges import check_ranges, number, whole
 from music_ar.tokens import vocabulary
 from music_ar.tokens.codec import encode, event_steps
 
 DEFAULT_LATENTS = 1024
 DEFAULT_SPEED = 1.5
 MAX_SEED = 2**31 - 1
+MAX_SECONDS = 24 * 3600.0
+"""Longest music of one request. A MIDI file with as long a prompt as is read can still be written."""
+MAX_VARIATIONS = 10_000
 # A stuck model could emit notes forever without advancing time; the densest second of MAESTRO has fewer tokens.
 _MAX_TOKENS_PER_S = 500
 
@@ -58,30 +61,24 @@ class Request:
     """
 
     prompt: Prompt | None = None
-    seconds: float = 60.0
-    latents: int | Literal["auto"] | None = None
-    speed: float | None = None
+    seconds: float = number(60.0, above=0, most=MAX_SECONDS)
+    latents: int | Literal["auto"] | None = whole(None, 2, words=("auto",))
+    speed: float | None = number(None, above=0, most=1000)
     sampling: SamplingOptions = SamplingOptions()
-    seed: int | None = None
-    variations: int = 1
-    prompt_seconds: float | None = None
+    seed: int | None = whole(None, 0, MAX_SEED)
+    variations: int = whole(1, 1, MAX_VARIATIONS)
+    prompt_seconds: float | None = number(None, above=0, most=MAX_SECONDS)
     continuation_only: bool = False
     tag: Any = None
 
     def __post_init__(self) -> None:
-        check_seconds(self.seconds)
-        if self.variations < 1:
-            raise GenerationError(f"variations must be at least 1, got {self.variations}")
-        if self.seed is not None and not 0 <= self.seed <= MAX_SEED - (self.variations - 1):
+        check_ranges(self, GenerationError)
+        if self.seed is not None and self.seed > MAX_SEED - (self.variations - 1):
             raise GenerationError(
                 f"seeds must be in 0..{MAX_SEED}, got {self.seed} for the first of {self.variations} variations"
             )
         if self.speed is not None and self.latents != "auto":
             raise GenerationError(f'speed = {self.speed} needs latents = "auto"')
-        if self.speed is not None and not 0 < self.speed < math.inf:
-            raise GenerationError(f"speed must be more than 0, got {self.speed}")
-        if self.prompt_seconds is not None and not self.prompt_seconds > 0:
-            raise GenerationError(f"prompt_seconds must be more than 0, got {self.prompt_seconds}")
 
     @classmethod
     def of(cls, prompt: "Prompt | Request | None" = None, **options: Any) -> "Request":
@@ -152,9 +149,8 @@ class Request:
 
 
 def check_seconds(seconds: float) -> None:
-    """Raise `GenerationError` unless `seconds` is positive and finite."""
-    if not 0 < seconds < math.inf:
-        raise GenerationError(f"seconds must be more than 0, got {seconds}")
+    """Raise `GenerationError` unless `seconds` is a valid length of a `Request`."""
+    Request(seconds=seconds)
 
 
 def limits(seconds: float) -> tuple[int, int]:
