@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from music_ar.decoding.sampling import SamplingOptions
+from music_ar.ranges import check_ranges
 
 if TYPE_CHECKING:
     from music_ar.midi.performance import Performance
@@ -35,6 +36,15 @@ The help text must say what happens if it is.
 
 class CommandError(ValueError):
     """A command cannot run as given; the message says what to change."""
+
+
+def check_options(command: Any) -> None:
+    """Check the options whose range is declared in their fields (`music_ar.ranges`). Call it in `__post_init__`.
+
+    Raises:
+        CommandError: an option is out of its range.
+    """
+    check_ranges(command, CommandError, name=lambda field: f"--{field.replace('_', '-')}")
 
 
 class ProgressLine:

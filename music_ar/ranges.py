@@ -13,6 +13,10 @@ import numbers
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+MAX_SEED = 2**31 - 1
+MAX_SECONDS = 24 * 3600.0
+"""Longest music to generate at once: a day. With the longest prompt that is read, it still fits in a MIDI file."""
+
 _RANGE = "range"
 _SHOWN_CHARACTERS = 40
 _SHOWN_DIGITS = 20

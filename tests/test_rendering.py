@@ -289,7 +289,7 @@ def test_jobs_have_their_own_settings(capsys, options, output, prompts, tmp_path
     [("{", "a JSON object"), ('{"tempo": 3}', "tempo"), ('{"mode": "exact"}', "mode"),
      ('{"seed": "x"}', "seed must be a whole number"), ('{"seconds": true}', "seconds must be a number"),
      ('{"latents": "auto"}', "latents must be a whole number"), ('{"latents": 1}', "latents must be in 2"),
-     ('{"latents": 100000}', "latents must be in 2"), ('{"variations": 0}', "variations must be at least 1"),
+     ('{"latents": 100000}', "latents must be in 2"), ('{"variations": 0}', "variations must be a whole number from 1"),
      ('{"name": "../x"}', "relative path"), ('{"temperature": -1}', "temperature")],
 )  # fmt: skip
 def test_a_wrong_job_is_refused_before_the_work(capsys, options, output, tmp_path, line, said):
@@ -301,9 +301,9 @@ def test_a_wrong_job_is_refused_before_the_work(capsys, options, output, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [([], "nothing to generate"), (["nowhere.mid"], "no such file"), (["*.nothing"], "no file matches"),
-     (["--count", 1, "--variations", 0], "--variations must be at least 1, got 0"),
-     (["--count", 1, "--batch-size", 0], "--batch-size must be at least 1, got 0"),
-     (["--count", 1, "--seconds", 0], "seconds must be more than 0, got 0"),
+     (["--count", 1, "--variations", 0], "variations must be a whole number from 1 to 10000, got 0"),
+     (["--count", 1, "--batch-size", 0], "--batch-size must be a whole number from 1 to 4096, got 0"),
+     (["--count", 1, "--seconds", 0], "seconds must be a number above 0 and at most 86400, got 0"),
      (["--count", 2, "--output", "-"], "single piece"), (["--count", 1, "--output", "-", "--dry-run"], "--dry-run")],
 )  # fmt: skip
 def test_wrong_usage(capsys, tiny_checkpoint, tmp_path, arguments, said):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.console import CommandError, ProgressLine, Unset, print_table
+from app.console import CommandError, ProgressLine, Unset, check_options, print_table
+from music_ar.ranges import number, whole
 
 if TYPE_CHECKING:
     from data_pipeline.prepare import Prepared
@@ -33,12 +34,13 @@ class Prepare:
     output: Path
     maestro: Unset[Path] = None
     midi: Unset[Path] = None
-    validation: float = 0.1
-    test: float = 0.1
+    validation: float = number(0.1, least=0, most=1)
+    test: float = number(0.1, least=0, most=1)
     seed: int = 0
-    workers: Unset[int] = None
+    workers: Unset[int] = whole(None, 1, 1000)
 
     def __post_init__(self) -> None:
+        check_options(self)
         if (self.maestro is None) == (self.midi is None):
             got = "neither" if self.midi is None else "both"
             raise CommandError(f"expected either --maestro or --midi, got {got}")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from app.console import CommandError, ProgressLine, Sampling, Unset, clock, print_table
+from app.console import CommandError, ProgressLine, Sampling, Unset, check_options, clock, print_table
 from music_ar.decoding.sampling import SamplingOptions
+from music_ar.ranges import whole
 
 if TYPE_CHECKING:
     from app.rendering.plan import Plan
@@ -60,17 +61,17 @@ class Render:
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PROMPTS ...]", help_behavior_hint="")
     ] = ()
     output: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
-    count: int = 0
+    count: int = whole(0, 0, 1_000_000)
     jobs: Unset[Path] = None
     variations: int = 1
-    keep_best: Unset[int] = None
+    keep_best: Unset[int] = whole(None, 1)
     seconds: float = 60.0
     prompt_seconds: Unset[float] = None
     continuation_only: bool = False
     latents: Unset[int] = None
     seed: int = 0
     audio: Unset[Literal["wav", "flac", "mp3"]] = None
-    batch_size: Unset[int] = None
+    batch_size: Unset[int] = whole(None, 1, 2**12)
     overwrite: bool = False
     fail_fast: bool = False
     dry_run: bool = False
@@ -79,13 +80,9 @@ class Render:
     sampling: Sampling = SamplingOptions()
 
     def __post_init__(self) -> None:
+        check_options(self)
         if not self.prompts and not self.count and self.jobs is None:
             raise CommandError("nothing to generate: give prompts, --count or --jobs")
-        if self.count < 0:
-            raise CommandError(f"--count must be at least 0, got {self.count}")
-        for option in ("variations", "keep_best", "batch_size"):
-            if (value := getattr(self, option)) is not None and value < 1:
-                raise CommandError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
         if self.output == "-" and (self.audio or self.keep_best or self.log == "json" or self.dry_run):
             raise CommandError(
                 "--output - writes a single MIDI file to standard output; it does not go with --audio, --keep-best, "

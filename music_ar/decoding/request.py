@@ -15,15 +15,12 @@ from jaxtyping import Int
 from music_ar.decoding.sampling import OPTION_NAMES, SamplingOptions
 from music_ar.midi.io import read_midi
 from music_ar.midi.performance import Performance
-from music_ar.ranges import check_ranges, number, whole
+from music_ar.ranges import MAX_SECONDS, MAX_SEED, check_ranges, number, whole
 from music_ar.tokens import vocabulary
 from music_ar.tokens.codec import encode, event_steps
 
 DEFAULT_LATENTS = 1024
 DEFAULT_SPEED = 1.5
-MAX_SEED = 2**31 - 1
-MAX_SECONDS = 24 * 3600.0
-"""Longest music of one request. A MIDI file with as long a prompt as is read can still be written."""
 MAX_VARIATIONS = 10_000
 # A stuck model could emit notes forever without advancing time; the densest second of MAESTRO has fewer tokens.
 _MAX_TOKENS_PER_S = 500
