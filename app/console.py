@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SOME_FAILED = 3
+"""Exit code of a command that did its work, except for some of many items: each of them has a line that says why."""
+
 Sampling = tyro.conf.OmitArgPrefixes[SamplingOptions]
 """Type of a command's field `sampling: Sampling = SamplingOptions()`.
 

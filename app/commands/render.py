@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from app.console import CommandError, ProgressLine, Sampling, Unset, check_options, clock, print_table
+from app.console import SOME_FAILED, CommandError, ProgressLine, Sampling, Unset, check_options, clock, print_table
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.ranges import whole
 
@@ -80,7 +80,11 @@ class Render:
     sampling: Sampling = SamplingOptions()
 
     def __post_init__(self) -> None:
+        from music_ar.decoding.request import Request
+
         check_options(self)
+        own = ("variations", "seconds", "prompt_seconds", "latents", "seed")
+        Request(**{name: getattr(self, name) for name in own}, sampling=self.sampling)  # checks them
         if not self.prompts and not self.count and self.jobs is None:
             raise CommandError("nothing to generate: give prompts, --count or --jobs")
         if self.output == "-" and (self.audio or self.keep_best or self.log == "json" or self.dry_run):
@@ -126,8 +130,9 @@ class Render:
 
     def _plan(self, model: dict[str, Any]) -> "Plan":
         """Plan all pieces, in the order they were asked for."""
-        from app.rendering.plan import OPTION_TYPES, STDIN, Plan, find_prompts, job_name, read_jobs
+        from app.rendering.plan import OPTION_TYPES, Plan, find_prompts, read_jobs
         from music_ar import Generator
+        from music_ar.midi.io import MAX_BYTES
 
         prompts = list(find_prompts(self.prompts))
         own = vars(self) | dataclasses.asdict(self.sampling)
@@ -138,15 +143,14 @@ class Render:
             batch_size=self.batch_size,
             audio=self.audio,
             keep_best=self.keep_best,
-            stdin=sys.stdin.buffer.read() if STDIN in self.prompts else None,
         )
-        for path, name in prompts:
-            plan.add(path, name)
+        stdin = sys.stdin.buffer.read(MAX_BYTES + 1) if any(prompt.is_stdin for prompt in prompts) else None
+        for prompt in prompts:
+            plan.add(prompt.path, prompt.name, data=stdin if prompt.is_stdin else None)
         for number in range(self.count):
             plan.add(None, f"piece-{number + 1:04}", seed=self.seed + number, variations=1)
         for number, job in enumerate([] if self.jobs is None else read_jobs(self.jobs), start=1):
-            name = job_name(job, number)
-            plan.add(**{"prompt": None, **job, "name": name})
+            plan.add_job(job, number)
         return plan
 
     def _print_plan(self, plan: "Plan", missing: "Sequence[Request]") -> None:
@@ -173,7 +177,7 @@ class Render:
 
     def _pipe(self) -> int:
         """Write a single piece to standard output."""
-        from app.rendering.run import SOME_FAILED
+        from app.rendering.plan import load_prompt
         from music_ar import write_midi
 
         with ProgressLine("generating a piece") as line:
@@ -182,6 +186,9 @@ class Render:
                 asked = len(plan.requests)
                 raise CommandError(f"--output - writes a single piece, these options ask for {asked}; name a folder")
             [request], music_s = plan.requests, 0.0
+            if request.tag.error is not None:
+                raise CommandError(request.tag.error)
+            request = load_prompt(request)
 
             def progress(seconds: float) -> None:
                 nonlocal music_s
