@@ -29,10 +29,10 @@ from train_step import longest_kernels, timed
 from music_ar.decoding import backend as backends
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.decoder import Decoder
+from music_ar.decoding.interface import shared_options
 from music_ar.decoding.pallas_kernel import Heads, Tiling, attend
-from music_ar.decoding.processors import shared_options
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.decoding.state import cache_size
+from music_ar.decoding.windows import cache_size
 from music_ar.model.config import PRESETS, ModelConfig
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.tokens import vocabulary

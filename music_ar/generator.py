@@ -6,17 +6,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from music_ar.decoding import backend as backends
 from music_ar.decoding import continuous_batching
 from music_ar.decoding.autotune import Autotuner
-from music_ar.decoding.backend import Backend
 from music_ar.decoding.continuous_batching import Completion
-from music_ar.decoding.decoder import Decoder
+from music_ar.decoding.interface import AnyDecoder
+from music_ar.decoding.loading import load_decoder
 from music_ar.decoding.request import DEFAULT_LATENTS, DEFAULT_SPEED, GenerationError, Prompt, Request
 from music_ar.decoding.session import Chunk, Session
 from music_ar.midi.performance import Performance
-from music_ar.model.perceiver_ar import PerceiverAR
-from music_ar.model.pretrained import load_pretrained
+from music_ar.model.config import ModelConfig
 from music_ar.tokens import vocabulary
 
 
@@ -49,18 +47,21 @@ class Generator:
     They also take a whole `Request` in place of a prompt.
 
     Args:
-        model: the model; `from_pretrained` is the usual way to load one.
-        backend: how to decode. Default: the fastest known for this machine.
+        decoder: a model ready to decode; `from_pretrained` is the usual way to load one.
     """
 
-    def __init__(self, model: PerceiverAR, backend: Backend | None = None):
-        self.model = model
-        self.decoder = Decoder(model, backend)
-        self.autotuner = Autotuner(self.decoder)
+    def __init__(self, decoder: AnyDecoder):
+        self.decoder = decoder
+        self.autotuner = Autotuner(decoder)
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes of the model."""
+        return self.decoder.config
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] | None = None) -> "Generator":
-        """Load a pretrained model.
+        """Load a pretrained model, to decode in the fastest way known for this machine.
 
         Args:
             source: the name of a shipped checkpoint, a folder, or a hub id ("owner/name"); default: the checkpoint that
@@ -69,7 +70,7 @@ class Generator:
         Raises:
             CheckpointError: the model is missing, damaged, or has a different vocabulary.
         """
-        return cls(load_pretrained(source, compute=backends.select().compute))
+        return cls(load_decoder(source))
 
     def generate(
         self, prompt: Prompt | Request | None = None, *, progress: Callable[[Chunk], None] | None = None, **options: Any
@@ -174,7 +175,7 @@ class Generator:
 
     def batch_size(self, latents: int | None = None) -> int:
         """Default number of pieces that `generate_many` generates at once, for a number of latents."""
-        return continuous_batching.batch_size(self.decoder, self._checked_latents(latents))
+        return self.decoder.batch_rows(self._checked_latents(latents))
 
     def _resolved(self, request: Request) -> Request:
         """The request with its number of latents resolved and checked."""
@@ -186,7 +187,7 @@ class Generator:
         return dataclasses.replace(request, latents=latents, speed=None)
 
     def _checked_latents(self, latents: int | None) -> int:
-        most = self.model.config.latents
+        most = self.config.latents
         if latents is None:
             return min(DEFAULT_LATENTS, most)
         if not 2 <= latents <= most:

@@ -88,6 +88,6 @@ def test_auto_is_the_number_that_the_tuner_finds(tiny_checkpoint):
     generator = Generator.from_pretrained(tiny_checkpoint)
     generator.autotuner.seconds_per_token(32)
     slow = generator.session(latents="auto", speed=1e-6, seed=1)
-    assert slow.latents == generator.model.config.latents
+    assert slow.latents == generator.config.latents
     expected = generator.generate(seconds=3.0, latents=slow.latents, seed=1)
     assert generator.generate(seconds=3.0, latents="auto", speed=1e-6, seed=1) == expected

@@ -17,7 +17,7 @@ from flax import nnx
 from music_ar.decoding import backend as backends
 from music_ar.decoding.backend import Backend, cpu_devices, select
 from music_ar.decoding.decoder import Decoder
-from music_ar.decoding.processors import shared_options
+from music_ar.decoding.interface import shared_options
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.windows import WINDOWS, WindowMode
 from music_ar.model.attention import Matrix

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from music_ar.model.pretrained import CheckpointError
+from music_ar.model.weights import CheckpointError
 from music_ar.tokens import vocabulary
 from music_ar.training.checkpointing import TrainingCheckpoints
 

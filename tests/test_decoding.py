@@ -16,7 +16,7 @@ from flax import nnx
 from music_ar.decoding import history_bias
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.decoder import Decoder
-from music_ar.decoding.processors import option_arrays, shared_options
+from music_ar.decoding.interface import option_arrays, shared_options
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.windows import NEVER, WINDOWS, window_starts
 from music_ar.model.config import PRESETS

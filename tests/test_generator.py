@@ -7,13 +7,14 @@ import pytest
 from conftest import make_performance, noisy_model
 
 from music_ar.decoding.backend import Backend
+from music_ar.decoding.decoder import Decoder
 from music_ar.decoding.request import GenerationError, Request
 from music_ar.decoding.sampling import SamplingError, SamplingOptions
 from music_ar.generator import Generator
 from music_ar.midi.io import write_midi
 from music_ar.midi.performance import MidiError, Performance
 from music_ar.model.config import PRESETS
-from music_ar.model.pretrained import CheckpointError
+from music_ar.model.weights import CheckpointError
 from music_ar.tokens import codec
 
 
@@ -113,7 +114,7 @@ def test_prompts_and_music_may_be_longer_than_the_context(generator):
     long = make_performance(4, notes=300)  # over a thousand tokens, where the model reads 64
     chunks = list(generator.stream(long, seconds=45.0, seed=0, top_p=1.0))
     assert len(chunks[-1].performance) > 300
-    assert chunks[-1].tokens > 3 * generator.model.config.context
+    assert chunks[-1].tokens > 3 * generator.config.context
 
 
 def test_variations_are_the_pieces_of_their_seeds(generator, prompt):
@@ -226,7 +227,7 @@ def test_the_batch_size_is_the_backends(generator):
 def test_without_a_batch_size_caches_fill_half_of_the_memory(context, rows):
     """8 GiB for a device that does not tell. In powers of two, at most 256; a million inputs are 134 MB per row."""
     model = noisy_model(dataclasses.replace(PRESETS["tiny"], context=context))
-    assert Generator(model, Backend()).batch_size() == rows
+    assert Generator(Decoder(model, Backend())).batch_size() == rows
 
 
 # What is refused.

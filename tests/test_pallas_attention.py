@@ -15,7 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.decoder import Decoder
-from music_ar.decoding.processors import shared_options
+from music_ar.decoding.interface import shared_options
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.windows import WINDOWS
 from music_ar.model.attention import head_runs, rotate_heads

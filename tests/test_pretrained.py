@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ import safetensors.numpy
 from conftest import noisy_model
 from flax import nnx
 
-from music_ar.model import pretrained
+from music_ar.model import pretrained, weights
 from music_ar.model.config import PRESETS, Compute
-from music_ar.model.perceiver_ar import parameter_count
-from music_ar.model.pretrained import CheckpointError, load_pretrained, read_companion, save_pretrained
+from music_ar.model.perceiver_ar import PerceiverAR, parameter_count
+from music_ar.model.pretrained import load_pretrained, save_pretrained, weights_of
 from music_ar.model.quantization import dequantize, quantize
+from music_ar.model.weights import CheckpointError, parameter_shapes, read_companion, read_weights
 from music_ar.tokens import vocabulary
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], width=16, layers=1, hidden=24, retrieval_notes=12, label_size=3)
@@ -95,6 +97,28 @@ def test_saving_what_was_loaded_changes_nothing(folder, tmp_path):
         np.testing.assert_allclose(again[name], array, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"conv_width": 1, "onsets": 3, "time_heads": 1},
+        {"label_size": 5, "retrieval_notes": 20, "heads": 6, "kv_heads": 3, "layers": 1},
+    ],
+)
+def test_the_parameters_of_a_config_are_those_of_its_model(sizes):
+    config = dataclasses.replace(PRESETS["tiny"], **sizes)
+    model = nnx.eval_shape(lambda: PerceiverAR(config, rngs=nnx.Rngs(0)))
+    expected = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    assert parameter_shapes(config) == expected
+
+
+def test_weights_are_read_as_they_are_stored(model, folder):
+    read = read_weights(folder)
+    assert read.config == CONFIG
+    jax.tree.map(np.testing.assert_array_equal, read.tensors, weights_of(model).tensors)
+    np.testing.assert_array_equal(read.float32("embedding"), parameters(load_pretrained(folder))["embedding"])
+
+
 def test_a_column_of_zeros_stays_zero():
     array = np.array([[0.0, 1.0], [0.0, -0.5]], np.float32)
     stored, scale = quantize(array)
@@ -111,11 +135,11 @@ def test_a_loaded_model_computes(model, folder):
 
 @pytest.mark.usefixtures("folder")
 def test_shipped_models_are_found_by_name(monkeypatch, tmp_path):
-    monkeypatch.setattr(pretrained, "SHIPPED_FOLDERS", (tmp_path / "nowhere", tmp_path))
-    monkeypatch.setattr(pretrained, "DEFAULT_MODEL", "saved")
+    monkeypatch.setattr(weights, "SHIPPED_FOLDERS", (tmp_path / "nowhere", tmp_path))
+    monkeypatch.setattr(weights, "DEFAULT_MODEL", "saved")
     assert load_pretrained("saved").config == CONFIG
     assert load_pretrained().config == CONFIG
-    monkeypatch.setattr(pretrained, "SHIPPED_FOLDERS", (tmp_path / "nowhere",))
+    monkeypatch.setattr(weights, "SHIPPED_FOLDERS", (tmp_path / "nowhere",))
     with pytest.raises(CheckpointError, match=r"saved, which ships with the project, is missing.*nowhere"):
         load_pretrained()
 
@@ -131,7 +155,7 @@ def test_the_model_that_ships_loads_and_is_the_one_of_its_metrics():
 
 @pytest.mark.parametrize("name", ["no-such-model", "./no/such", "/no/such", "a/b/c"])
 def test_a_name_that_is_nothing_is_refused_without_asking_the_hub(name, monkeypatch):
-    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     assert name in refusal(name)
 
 
@@ -139,7 +163,7 @@ def test_a_hub_that_fails_is_reported(monkeypatch):
     def fail(*_, **__):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(pretrained, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     assert "some/model" in refusal("some/model")
     assert "no route" in refusal("some/model")
 
@@ -147,7 +171,7 @@ def test_a_hub_that_fails_is_reported(monkeypatch):
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
     """A hub with one repository, the saved model with its card and more; the names that it was asked for."""
-    for name in (*pretrained.COMPANIONS, "optimizer.bin"):
+    for name in (*weights.COMPANIONS, "optimizer.bin"):
         (folder / name).write_text(f"the text of {name}")
     asked = []
 
@@ -160,7 +184,7 @@ def hub(folder, tmp_path, monkeypatch):
                 shutil.copy(path, copy)
         return str(copy)
 
-    monkeypatch.setattr(pretrained, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     return asked
 
 

@@ -11,6 +11,7 @@ import pytest
 from event_tokens import SECOND, off, on, shift, tokens_of, velocity
 
 from music_ar.decoding import history_bias, processors
+from music_ar.decoding.interface import option_arrays, shared_options
 from music_ar.decoding.processors import (
     Grammar,
     HistoryBias,
@@ -19,8 +20,6 @@ from music_ar.decoding.processors import (
     SilenceLimit,
     StuckNotes,
     TypeFilters,
-    option_arrays,
-    shared_options,
 )
 from music_ar.decoding.sampling import SamplingError, SamplingOptions
 from music_ar.decoding.state import Caches, DecodeState

@@ -12,7 +12,7 @@ from tiny_training import CONFIG, TRAINING, CountingBatches, N
 
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.decoder import Decoder
-from music_ar.decoding.processors import shared_options
+from music_ar.decoding.interface import shared_options
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.model.config import Compute
 from music_ar.model.perceiver_ar import PerceiverAR

@@ -14,7 +14,8 @@ from tiny_maestro import forget_compositions
 from data_pipeline.augmentation.mode_and_rubato import LABEL_SIZE
 from data_pipeline.dataset import Pieces
 from music_ar.model.config import PRESETS
-from music_ar.model.pretrained import identity, load_pretrained, save_pretrained
+from music_ar.model.pretrained import load_pretrained, save_pretrained
+from music_ar.model.weights import identity
 from music_ar.tokens.vocabulary import PAD
 from music_ar.training import trainer
 from music_ar.training.distillation import CrossFitted

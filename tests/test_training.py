@@ -15,7 +15,7 @@ from conftest import noisy_model
 from flax import nnx
 from tiny_training import CONFIG, EXACT, TRAINING, B, CountingBatches, fresh_model, log_of, noisy, run
 
-from music_ar.model.pretrained import CheckpointError
+from music_ar.model.weights import CheckpointError
 from music_ar.training import log
 from music_ar.training.config import TrainingConfig, TrainingError
 from music_ar.training.distillation import CrossFitted, Ensemble

@@ -13,7 +13,7 @@ from music_ar.ranges import MAX_SECONDS, number, whole
 
 if TYPE_CHECKING:
     from app.commands.timing import DecodeRow, RenderRow
-    from music_ar.model.perceiver_ar import PerceiverAR
+    from music_ar.model.weights import Weights
 
 _MOST = 2**20  # of latents, tokens and pieces
 
@@ -22,8 +22,10 @@ _MOST = 2**20  # of latents, tokens and pieces
 class Decode:
     """Time the decoding of tokens after a full prompt; with --data, also score each number of latents.
 
-    A step must read every weight and every cache once, so memory bandwidth limits its speed. The bandwidth is measured
-    in the same run, by a large matrix-vector product and a sum.
+    Two bounds are measured in the same run. A step must read every weight and every cache once, so memory bandwidth
+    limits its speed; it is taken from a large matrix-vector product and a sum. And a step must multiply its int8
+    matrices, which the native engine also times by themselves. "path" says what computed: the instructions that the
+    native engine uses on a CPU ("vnni", "avx2" or "portable"), or "jax".
 
     Attributes:
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name); default: the shipped model.
@@ -51,19 +53,17 @@ class Decode:
         check_options(self)
         _check_given(self, "latents", "batch")
 
-    def measure(self, model: "PerceiverAR") -> "tuple[list[DecodeRow], dict[str, float]]":
+    def measure(self, weights: "Weights") -> "tuple[list[DecodeRow], dict[str, Any]]":
         """The rows of the table, and what is the same for all of them."""
-        from app.commands.timing import decode_rows, read_bandwidth
+        from app.commands.timing import decode_rows
         from data_pipeline.dataset import Pieces
 
         scored = []
         if self.data is not None:
             validation = Pieces.open(self.data, "validation").tokens[: self.pieces]
             scored = [tokens[: self.piece_tokens] for tokens in validation]
-        bytes_per_s = read_bandwidth()
-        contexts = self.context or (model.config.context,)
-        rows = decode_rows(model, contexts, self.latents, self.batch, self.tokens, scored, bytes_per_s)
-        return rows, {"bytes_per_s": round(bytes_per_s)}
+        contexts = self.context or (weights.config.context,)
+        return decode_rows(weights, contexts, self.latents, self.batch, self.tokens, scored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +96,12 @@ class Render:
         if not 1 <= self.loop_pieces <= self.pieces:
             raise CommandError(f"expected 1 <= --loop-pieces <= --pieces, got {self.loop_pieces} and {self.pieces}")
 
-    def measure(self, model: "PerceiverAR") -> "tuple[list[RenderRow], dict[str, float]]":
+    def measure(self, weights: "Weights") -> "tuple[list[RenderRow], dict[str, Any]]":
         """The rows of the table, and what is the same for all of them."""
         from app.commands.timing import render_rows
 
-        rows = render_rows(model, self.latents, self.batch, self.pieces, self.loop_pieces, self.seconds)
-        return rows, {"seconds": self.seconds}
+        rows, facts = render_rows(weights, self.latents, self.batch, self.pieces, self.loop_pieces, self.seconds)
+        return rows, {**facts, "seconds": self.seconds}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,22 +122,20 @@ class Bench:
 
     def run(self) -> None:
         """Print the table and the line of JSON."""
-        import jax
-
-        from music_ar.decoding import backend
         from music_ar.files import write_atomically
-        from music_ar.model.pretrained import load_pretrained
+        from music_ar.model.weights import read_weights
 
         benchmark = self.benchmark
-        model = load_pretrained(benchmark.checkpoint, compute=backend.select().compute)
-        if max(benchmark.latents) > model.config.latents:
-            raise CommandError(f"--latents must be at most {model.config.latents}, got {max(benchmark.latents)}")
-        rows, facts = benchmark.measure(model)
+        weights = read_weights(benchmark.checkpoint)
+        if max(benchmark.latents) > weights.config.latents:
+            raise CommandError(f"--latents must be at most {weights.config.latents}, got {max(benchmark.latents)}")
+        rows, facts = benchmark.measure(weights)
         records = [dataclasses.asdict(row) for row in rows]
+        for name, value in facts.items():
+            print(f"{name.replace('_', ' ')}: {_cell(value)}")
         print_table([name.replace("_", " ") for name in records[0]], [[_cell(v) for v in r.values()] for r in records])
         result = {
             "benchmark": type(benchmark).__name__.lower(),
-            "device": jax.devices()[0].device_kind,
             "checkpoint": benchmark.checkpoint,
             **facts,
             "rows": records,

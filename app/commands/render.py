@@ -99,7 +99,7 @@ class Render:
         from app.rendering.log import JsonLog, TextLog
         from app.rendering.manifest import Manifest
         from app.rendering.run import Run
-        from music_ar.model.pretrained import identity
+        from music_ar.model.weights import identity
 
         write_audio = None if self.audio is None else _import_write_audio(self.audio)  # raises before the work
         if self.output == "-":

@@ -1,25 +1,26 @@
 """The timed runs of `music-ar bench`."""
 
 import dataclasses
+import platform
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from app.console import ProgressLine
 from music_ar.decoding.autotune import MAESTRO_TOKENS_PER_S
-from music_ar.decoding.decoder import Decoder
-from music_ar.decoding.processors import option_arrays
+from music_ar.decoding.interface import AnyDecoder, option_arrays
+from music_ar.decoding.loading import decoder_of
 from music_ar.decoding.request import Request
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.evaluation.likelihood import score_decoding
 from music_ar.generator import Generator
-from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.model.weights import Weights
+from music_ar.system import usable_cores
 from music_ar.tokens import vocabulary
 
 _BANDWIDTH_BYTES = 2**28
@@ -36,6 +37,8 @@ class DecodeRow:
         times_real_time: seconds of average MAESTRO music per second, in each piece.
         nats_per_token: NLL of real music through the decoder; None if not scored.
         share_of_limit: speed as a fraction of what the memory bandwidth allows.
+        bare_matrices_ms: time of a step's int8 matrices alone, between the chunks of this row; None with JAX.
+        times_bare_matrices: time of a step as a multiple of that.
     """
 
     context: int
@@ -47,6 +50,8 @@ class DecodeRow:
     times_real_time: float
     nats_per_token: float | None
     share_of_limit: float
+    bare_matrices_ms: float | None
+    times_bare_matrices: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,52 +72,120 @@ class RenderRow:
     times_the_loop: float
 
 
+class _Timing(NamedTuple):
+    """What was measured for a `DecodeRow`."""
+
+    context: int
+    latents: int
+    batch: int
+    step_s: float
+    first_note_s: float
+    step_bytes: int
+    bare_s: float | None
+
+    def row(self, nats_per_token: float | None, bytes_per_s: float) -> DecodeRow:
+        bare_s = self.bare_s
+        return DecodeRow(
+            context=self.context,
+            latents=self.latents,
+            batch=self.batch,
+            tokens_per_s=self.batch / self.step_s,
+            first_note_s=self.first_note_s,
+            times_real_time=1 / self.step_s / MAESTRO_TOKENS_PER_S,
+            nats_per_token=nats_per_token,
+            share_of_limit=self.step_bytes / bytes_per_s / self.step_s,
+            bare_matrices_ms=None if bare_s is None else 1e3 * bare_s,
+            times_bare_matrices=None if bare_s is None else self.step_s / bare_s,
+        )
+
+
 def decode_rows(
-    model: PerceiverAR,
+    weights: Weights,
     contexts: Sequence[int],
     latents: Sequence[int],
     batches: Sequence[int],
     tokens: int,
     scored: Sequence[np.ndarray],
-    bytes_per_s: float,
-) -> list[DecodeRow]:
-    """Time decoding for every context, number of latents and batch; score `scored`, if any, through the decoder."""
-    rows = []
-    with ProgressLine(f"memory bandwidth {bytes_per_s / 1e9:.1f} GB/s") as line:
-        for context in contexts:
-            decoder = Decoder(_with_context(model, context))
-            nats: dict[int, float | None] = dict.fromkeys(latents)
-            for number in latents if scored else ():
-                line.report(0.0, f"context {context}: scoring with {number} latents")
-                nats[number] = score_decoding(decoder, scored, latents=number).nats_per_token
-            timed: list[DecodeRow] = []
+) -> tuple[list[DecodeRow], dict[str, Any]]:
+    """Time decoding for every context, number of latents and batch; score `scored`, if any, through the decoder.
+
+    Returns:
+        The rows, and what is the same for all of them.
+    """
+    timings: list[_Timing] = []
+    nats: dict[tuple[int, int], float] = {}
+    with ProgressLine("loading the model") as line:
+        configs = [dataclasses.replace(weights.config, context=context) for context in contexts]
+        decoders = [decoder_of(weights._replace(config=config)) for config in configs]
+        for context, decoder in zip(contexts, decoders, strict=True):
+            timed: list[_Timing] = []
             for batch in batches:
                 line.report(0.0, f"context {context}: timing {batch} at once")
-                timed += _interleaved(decoder, batch, tokens, nats, bytes_per_s)
-            rows += sorted(timed, key=lambda row: latents.index(row.latents))
-    return rows
+                timed += _interleaved(decoder, batch, latents, tokens)
+            timings += sorted(timed, key=lambda timing: latents.index(timing.latents))
+        facts = _facts(decoders[0])  # before scores and bandwidth, which take more memory
+        for context, decoder in zip(contexts, decoders, strict=True) if scored else ():
+            for number in latents:
+                line.report(0.0, f"context {context}: scoring with {number} latents")
+                nats[context, number] = _score(decoder, scored, number)
+    bytes_per_s = read_bandwidth(decoders[0])
+    rows = [timing.row(nats.get((timing.context, timing.latents)), bytes_per_s) for timing in timings]
+    return rows, {**facts, "bytes_per_s": round(bytes_per_s)}
 
 
-def _interleaved(
-    decoder: Decoder, batch: int, tokens: int, nats: dict[int, float | None], bytes_per_s: float
-) -> list[DecodeRow]:
-    """Return a row per number of latents. They alternate chunk by chunk, so that noise slows all of them alike."""
-    runs = {latents: _Run(decoder, latents, batch) for latents in nats}
+def _facts(decoder: AnyDecoder) -> dict[str, Any]:
+    """What computes, and the most memory that this process has had so far, if the platform tells."""
+    return {
+        "device": decoder.device,
+        "path": decoder.path,
+        "cpu": _cpu_name(),
+        "cores": usable_cores(),
+        "python": platform.python_version(),
+        "peak_memory_bytes": _peak_memory_bytes(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor()
+
+
+def _peak_memory_bytes() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _score(decoder: AnyDecoder, scored: Sequence[np.ndarray], latents: int) -> float:
+    from music_ar.evaluation.likelihood import score_decoding  # imports JAX
+
+    return score_decoding(decoder, scored, latents=latents).nats_per_token
+
+
+def _interleaved(decoder: AnyDecoder, batch: int, latents: Sequence[int], tokens: int) -> list[_Timing]:
+    """Time each number of latents. They alternate chunk by chunk, so that noise slows all of them alike."""
+    runs = {number: _Run(decoder, number, batch) for number in latents}
+    bare_s = []
     for _ in range(-(-tokens // decoder.backend.chunk_tokens(batch))):
         for run in runs.values():
             run.next_chunk()
+        if (seconds := decoder.bare_matrices_s(batch)) is not None:
+            bare_s.append(seconds)
     return [
-        DecodeRow(
+        _Timing(
             context=decoder.config.context,
-            latents=latents,
+            latents=number,
             batch=batch,
-            tokens_per_s=batch / run.step_s,
+            step_s=run.step_s,
             first_note_s=run.first_note_s,
-            times_real_time=1 / run.step_s / MAESTRO_TOKENS_PER_S,
-            nats_per_token=nats[latents],
-            share_of_limit=run.bytes_read / bytes_per_s / run.step_s,
+            step_bytes=run.step_bytes,
+            bare_s=statistics.median(bare_s) if bare_s else None,
         )
-        for latents, run in runs.items()
+        for number, run in runs.items()
     ]
 
 
@@ -121,10 +194,10 @@ class _Run:
 
     Attributes:
         first_note_s: seconds for prefill and the first chunk, without compilation.
-        bytes_read: bytes that a step must read. It counts the whole embedding tables (3 %), of which a step reads rows.
+        step_bytes: bytes that a step must read.
     """
 
-    def __init__(self, decoder: Decoder, latents: int, batch: int):
+    def __init__(self, decoder: AnyDecoder, latents: int, batch: int):
         self._decoder, self._options = decoder, option_arrays([SamplingOptions()] * batch)
         self._length = decoder.backend.chunk_tokens(batch)
         self._chunk_s: list[float] = []
@@ -139,14 +212,13 @@ class _Run:
         first_chunk()
         self.first_note_s = time.perf_counter() - began
         self._chunk_s.clear()
-        read = (decoder.params, self._state.caches, self._state.notes, self._state.match)
-        self.bytes_read = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
+        self.step_bytes = decoder.step_bytes(self._state)
 
     def next_chunk(self) -> None:
         """Decode a chunk as long as those of a stream."""
         began = time.perf_counter()
         self._state, tokens = self._decoder.decode(self._state, self._options, length=self._length)
-        tokens.block_until_ready()
+        np.asarray(tokens)  # waits for them
         self._chunk_s.append(time.perf_counter() - began)
 
     @property
@@ -156,15 +228,15 @@ class _Run:
 
 
 def render_rows(
-    model: PerceiverAR,
+    weights: Weights,
     latents: Sequence[int],
     batches: Sequence[int],
     pieces: int,
     loop_pieces: int,
     seconds: float,
-) -> list[RenderRow]:
+) -> tuple[list[RenderRow], dict[str, Any]]:
     """Time a loop over `stream` and then `generate_many`, for every number of latents and batch."""
-    generator, rows = Generator(model), []
+    generator, rows = Generator(decoder_of(weights)), []
     with ProgressLine("rendering") as line:
         for number in latents:
             loop = _render_row(generator, number, None, loop_pieces, seconds)
@@ -173,7 +245,7 @@ def render_rows(
             for batch in batches or (generator.batch_size(number),):
                 row = _render_row(generator, number, batch, pieces, seconds)
                 rows.append(dataclasses.replace(row, times_the_loop=row.tokens_per_s / loop.tokens_per_s))
-    return rows
+    return rows, _facts(generator.decoder)
 
 
 def _render_row(generator: Generator, latents: int, batch: int | None, pieces: int, seconds: float) -> RenderRow:
@@ -207,31 +279,33 @@ def _render_row(generator: Generator, latents: int, batch: int | None, pieces: i
     )
 
 
-def read_bandwidth() -> float:
-    """Return the memory bandwidth of the default device in bytes per second: the best of ten products and ten sums."""
-    memory = jax.devices()[0].memory_stats()  # None on a CPU
+def read_bandwidth(decoder: AnyDecoder) -> float:
+    """The memory bandwidth of the decoder's device in bytes per second: the best of ten products and ten sums."""
+    return _read_bandwidth_of_jax() if decoder.path == "jax" else _best_read(np.ones, np.dot, np.sum)
+
+
+def _read_bandwidth_of_jax() -> float:
+    import jax
+    import jax.numpy as jnp
+
+    memory = jax.local_devices()[0].memory_stats()  # None on a CPU
     size = _BANDWIDTH_BYTES
     if memory is not None:
         size = min(_ACCELERATOR_BANDWIDTH_BYTES, memory.get("bytes_limit", 2**33) // 4)
+    return _best_read(jnp.ones, jax.jit(jnp.dot), jax.jit(jnp.sum), size)
+
+
+def _best_read(ones: Any, product: Any, total: Any, size: int = _BANDWIDTH_BYTES) -> float:
     rows = int((size / 4) ** 0.5)
-    matrix, vector = jnp.ones((rows, rows)), jnp.ones(rows)
+    matrix, vector = ones((rows, rows), np.float32), ones(rows, np.float32)
     best_s = float("inf")
-    for read in (jax.jit(jnp.dot), jax.jit(lambda matrix, _: matrix.sum())):
-        read(matrix, vector).block_until_ready()
+    for read in (lambda: product(matrix, vector), lambda: total(matrix)):
+        np.asarray(read())  # compiles
         for _ in range(10):
             began = time.perf_counter()
-            read(matrix, vector).block_until_ready()
+            np.asarray(read())  # waits for the result
             best_s = min(best_s, time.perf_counter() - began)
     return matrix.nbytes / best_s
-
-
-def _with_context(model: PerceiverAR, context: int) -> PerceiverAR:
-    """Return the same weights with another context length."""
-    if context == model.config.context:
-        return model
-    model = nnx.clone(model)
-    model.config = dataclasses.replace(model.config, context=context)
-    return model
 
 
 def _prompt(length: int) -> np.ndarray:

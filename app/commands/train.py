@@ -238,7 +238,7 @@ class Train:
 
     def _description(self, manifest: Manifest, parts: "list[Pieces]") -> dict[str, Any]:
         """Return what the model learns from; a run is not resumed with other data, folds or teachers."""
-        from music_ar.model.pretrained import identity
+        from music_ar.model.weights import identity
 
         folds = None
         if self.out_of_fold or self.folds is not None:

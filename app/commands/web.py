@@ -65,7 +65,7 @@ class Web:
         from app.web.manager import SessionManager
         from app.web.warmup import Machine
         from music_ar import Generator
-        from music_ar.model.pretrained import read_companion
+        from music_ar.model.weights import read_companion
 
         with ProgressLine("loading the model and timing this machine (up to a minute)") as line:
             generator = Generator.from_pretrained(self.checkpoint)

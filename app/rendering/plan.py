@@ -188,7 +188,7 @@ class Plan:
         options = {**self._defaults, **options}
         batch_size = self.generator.batch_size(options["latents"])  # raises if the model cannot take so many latents
         if options["latents"] is None:
-            options["latents"] = min(DEFAULT_LATENTS, self.generator.model.config.latents)
+            options["latents"] = min(DEFAULT_LATENTS, self.generator.config.latents)
         settings = self._settings(options, batch_size)
         source = prompt if data is None else data
         digest = _sha256(source)

@@ -6,12 +6,14 @@ from app.console import CommandError
 from app.report.config import ReportConfig
 from app.report.measure import Timed, Tokens
 from data_pipeline.maestro import MidiFiles
+from music_ar.decoding.loading import decoder_of
 from music_ar.decoding.request import Request
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.generator import Generator
 from music_ar.midi.io import read_midi, write_midi
 from music_ar.midi.performance import Performance
 from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.model.pretrained import weights_of
 from music_ar.tokens import codec
 
 
@@ -57,7 +59,9 @@ def generated_pieces(
         report(min(done, 1.0))
 
     folder.mkdir(exist_ok=True)
-    pieces = sorted(Generator(model).generate_many(requests, progress=progress), key=lambda piece: piece.request.tag)
+    pieces = sorted(
+        Generator(decoder_of(weights_of(model, int8=False))).generate_many(requests, progress=progress), key=lambda piece: piece.request.tag
+    )
     for piece in pieces:
         seed = piece.request.seed
         if piece.error is not None:

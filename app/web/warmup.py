@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from app.web.memory import release_freed_memory
@@ -15,7 +14,7 @@ from app.web.settings import AUTO
 from music_ar import Generator, Performance, encode, read_midi
 from music_ar.decoding.autotune import MAESTRO_TOKENS_PER_S
 from music_ar.decoding.request import DEFAULT_SPEED
-from music_ar.decoding.state import cache_size
+from music_ar.decoding.windows import cache_size
 
 _BUDGETS = (256, 512, 1024, 2048)  # that "auto" chooses from; 64 is hardly faster and costs 0.16 nats per token
 _PROMPT_NOTES = (100, 50, 800, 1600, 20)  # of prompts to compile for, besides the examples: one per program
@@ -47,7 +46,7 @@ class Machine:
         max_programs: int = _MAX_PROGRAMS,
     ):
         self.generator = generator
-        self.most_latents = generator.model.config.latents
+        self.most_latents = generator.config.latents
         self.warm = False
         self._nll = {
             int(row["latents"]): float(row["nats_per_token"])
@@ -106,7 +105,7 @@ class Machine:
 
     def _drop_programs(self) -> None:
         self._programs.clear()
-        jax.clear_caches()
+        self.generator.decoder.free_programs()
         release_freed_memory()
 
     def _try(self, prompt: Performance | None, latents: int) -> None:

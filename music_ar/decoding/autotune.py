@@ -5,10 +5,9 @@ import time
 import numpy as np
 from jaxtyping import Int
 
-from music_ar.decoding.decoder import Decoder
-from music_ar.decoding.processors import shared_options
+from music_ar.decoding.interface import AnyDecoder, shared_options
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.decoding.state import cache_size
+from music_ar.decoding.windows import cache_size
 from music_ar.tokens import vocabulary
 from music_ar.tokens.codec import length_steps
 
@@ -29,7 +28,7 @@ class Autotuner:
         decoder: the model.
     """
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: AnyDecoder):
         self._decoder = decoder
         self._seconds_per_token: dict[tuple[int, int], float] = {}
 

@@ -1,18 +1,21 @@
 """How decoding differs between devices, decided once.
 
-`select` looks at the device and the JAX version and returns a frozen `Backend`, which is handed down. Nothing else in
-the project checks the platform or the JAX version, so every path can be tested on a CPU. Importing this module does not
-import JAX, since `cpu_devices` must be called before that. Measurements: docs/results/decoding.md.
+On a CPU the native engine decodes, without JAX; `native` says whether it can. Elsewhere `select` looks at the device
+and the JAX version. Both return a frozen `Backend`, which is handed down. Nothing else in the project checks the
+platform or the JAX version, so every path can be tested on a CPU. Importing this module does not import JAX.
+Measurements: docs/results/decoding.md.
 """
 
 import dataclasses
 import importlib.util
+import os
 from importlib import metadata
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from music_ar.model.config import Compute, ModelConfig
 from music_ar.system import usable_cores
 
+_ACCELERATOR_PACKAGES = ("jax_plugins", "libtpu")  # JAX's plugins for GPUs and others; its library for TPUs
 _MAX_CPU_DEVICES = 16  # as many as a batch has rows
 _YNNPACK_VERSION = (0, 12)  # of JAX: from this version, YNNPACK computes XLA's matrix products on CPUs
 _CONCURRENT = (("xla_gpu_command_buffer_scheduling_mode", "CONCURRENT"),)
@@ -86,6 +89,15 @@ class Backend:
         return dataclasses.replace(self, attention="plain", micro_batch_rows=None)
 
 
+_CPU = Backend(
+    linear="int8",
+    max_chunk_tokens=16,
+    max_chunk_work=64,
+    batch_rows=16,  # more rows gain little: reading the caches then takes longer than reading the weights
+    batch_chunk_tokens=16,
+)
+
+
 @runtime_checkable
 class Device(Protocol):
     """The attributes that are read from a JAX device: `platform` and, on NVIDIA GPUs, `compute_capability`."""
@@ -93,8 +105,33 @@ class Device(Protocol):
     platform: str
 
 
+def native() -> Backend | None:
+    """The backend of the native engine, or None where JAX decodes.
+
+    JAX decodes on accelerators, where the engine was not compiled, and where the environment variable `MUSIC_AR_CPU` is
+    "jax". JAX is imported to look for an accelerator only where a plugin for one is installed; the environment variable
+    `JAX_PLATFORMS` = "cpu" says that there is none.
+    """
+    from music_ar.decoding.native import library
+
+    if os.environ.get("MUSIC_AR_CPU") == "jax" or library.load() is None or not _on_a_cpu():
+        return None
+    return _CPU
+
+
+def _on_a_cpu() -> bool:
+    """Whether JAX would decode on a CPU; found out without importing it, if possible."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms == "cpu"
+    if not any(importlib.util.find_spec(package) for package in _ACCELERATOR_PACKAGES):
+        return True
+    import jax
+
+    return jax.local_devices()[0].platform == "cpu"
+
+
 def select(device: Device | None = None, jax_version: tuple[int, ...] | None = None) -> Backend:
-    """The fastest known backend for a device.
+    """The fastest known backend of JAX for a device.
 
     Args:
         device: default: JAX's first.
@@ -112,14 +149,8 @@ def select(device: Device | None = None, jax_version: tuple[int, ...] | None = N
 
 def _cpu(jax_version: tuple[int, ...]) -> Backend:
     ynnpack = jax_version >= _YNNPACK_VERSION
-    return Backend(
-        linear="int8",
-        int8_layout="out_in" if ynnpack else "in_out",
-        key_dtype="bfloat16" if ynnpack else None,
-        max_chunk_tokens=16,
-        max_chunk_work=64,
-        batch_rows=16,  # more rows gain little: reading the caches then takes longer than reading the weights
-        batch_chunk_tokens=16,
+    return dataclasses.replace(
+        _CPU, int8_layout="out_in" if ynnpack else "in_out", key_dtype="bfloat16" if ynnpack else None
     )
 
 

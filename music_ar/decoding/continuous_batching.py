@@ -11,25 +11,18 @@ began: generating some of the requests later gives the same results as generatin
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from music_ar.decoding.decoder import Decoder
-from music_ar.decoding.processors import option_arrays
+from music_ar.decoding.interface import AnyDecoder, option_arrays
 from music_ar.decoding.request import GenerationError, Request, limits
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.sequence import Sequence
-from music_ar.decoding.state import DecodeState, cache_size
+from music_ar.decoding.windows import cache_size
 from music_ar.midi.performance import MidiError
 from music_ar.tokens import vocabulary
 from music_ar.tokens.vocabulary import EventError
-
-_MAX_ROWS = 256
-# Of an accelerator's free memory; the rest is for the prefill and XLA's temporary buffers.
-_MEMORY_SHARE = 0.5
 
 
 class Completion(NamedTuple):
@@ -46,24 +39,8 @@ class Completion(NamedTuple):
     error: str | None = None
 
 
-def batch_size(decoder: Decoder, latents: int) -> int:
-    """Number of rows to decode at once: the backend's, or as many as fit in half of the free memory, at most 256.
-
-    It is a rule rather than a measurement, so that it gives the same number, and thus the same music, each time.
-    """
-    if decoder.backend.batch_rows is not None:
-        return decoder.backend.batch_rows
-    state = jax.eval_shape(lambda: _idle(decoder, 1, latents))
-    kept = (state.caches, state.notes, state.match)
-    row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 8 * 2**30)
-    used = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder.params))
-    rows = int((memory - used) * _MEMORY_SHARE / row_bytes)
-    return max(1, min(_MAX_ROWS, 1 << (max(rows, 1).bit_length() - 1)))
-
-
 def complete(
-    decoder: Decoder,
+    decoder: AnyDecoder,
     requests: Iterable[Request],
     *,
     resolve: Callable[[Request], Request],
@@ -77,7 +54,7 @@ def complete(
         requests: the requests; those without a seed get a random one.
         resolve: gives a request, whose prompt has been read, a number of latents. If it raises, only that request
             fails.
-        rows: number of rows, even when fewer requests are left; default: `batch_size`.
+        rows: number of rows, even when fewer requests are left; default: `AnyDecoder.batch_rows`.
         on_chunk: called after each chunk with the steps of music generated since the last call, over all rows.
     """
     failed: list[Completion] = []
@@ -85,7 +62,7 @@ def complete(
     entry = next(waiting, None)
     while entry is not None:
         latents = _latents(entry[0])
-        batch = _Batch(decoder, batch_size(decoder, latents) if rows is None else rows, latents)
+        batch = _Batch(decoder, decoder.batch_rows(latents) if rows is None else rows, latents)
         while (entry is not None and batch.takes(entry[0])) or batch.busy:
             while entry is not None and batch.takes(entry[0]) and batch.has_room:
                 batch.add(*entry)
@@ -124,14 +101,14 @@ def _latents(request: Request) -> int:
 class _Batch:
     """The rows of one batch, and which sequences are in them."""
 
-    def __init__(self, decoder: Decoder, rows: int, latents: int):
+    def __init__(self, decoder: AnyDecoder, rows: int, latents: int):
         self._decoder, self._rows = decoder, rows
         self._cache_size = cache_size(latents)
         self._state = _idle(decoder, rows, latents)
         self._sampling = [SamplingOptions()] * rows
         self._options = option_arrays(self._sampling)
         self._running: dict[int, tuple[Request, Sequence]] = {}
-        self._prefilled: tuple[tuple[bytes, int], DecodeState] | None = None
+        self._prefilled: tuple[tuple[bytes, int], Any] | None = None
 
     @property
     def busy(self) -> bool:
@@ -151,7 +128,7 @@ class _Batch:
         self._options = option_arrays(self._sampling)
         self._running[row] = request, sequence
 
-    def _started(self, request: Request, sequence: Sequence) -> DecodeState:
+    def _started(self, request: Request, sequence: Sequence) -> Any:
         """The sequence's first state. Variations of one prompt usually follow each other and share its prefill."""
         key = (sequence.prompt.tobytes(), _latents(request))
         if self._prefilled is None or self._prefilled[0] != key:
@@ -160,7 +137,7 @@ class _Batch:
             self._prefilled = key, state
         limit_steps, _ = limits(request.seconds)
         assert request.seed is not None
-        return self._prefilled[1].with_limit(limit_steps)._replace(rng_B=jax.random.key(request.seed)[None])
+        return self._prefilled[1].with_limit(limit_steps).with_seeds([request.seed])
 
     def decode_chunk(self) -> tuple[int, list[Completion]]:
         """Decode a chunk; return the steps of music generated and the sequences that finished."""
@@ -178,12 +155,12 @@ class _Batch:
                 del self._running[row]
         if finished:  # an idle row still costs its share of a step, but the loop need not wait for it
             idle = np.array([row not in self._running for row in range(self._rows)])
-            self._state = self._state._replace(ended_B=jnp.asarray(idle))
+            self._state = self._state.with_ended(idle)
         return steps, finished
 
 
-def _idle(decoder: Decoder, rows: int, latents: int) -> DecodeState:
+def _idle(decoder: AnyDecoder, rows: int, latents: int) -> Any:
     """A batch in which no row generates anything."""
     start = np.array([vocabulary.START], np.int32)
     state = decoder.start([start], latents=latents, seeds=[0], limit_steps=0).rows([0] * rows)
-    return state._replace(ended_B=jnp.ones(rows, bool))
+    return state.with_ended(np.ones(rows, bool))

@@ -23,18 +23,23 @@ from jaxtyping import Array, Float, Int, Integer
 from music_ar.decoding import backend as backends
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.int8_layers import Int8Forms
+from music_ar.decoding.interface import Options
 from music_ar.decoding.layers import DecodingModel, Forms, HashedGraph, PlainForms, TransposedForms
 from music_ar.decoding.prefill import Prompts, prefill
-from music_ar.decoding.processors import Options, draw
-from music_ar.decoding.state import BY_ROWS, Caches, DecodeState, cache_size, on_each_device
+from music_ar.decoding.processors import draw
+from music_ar.decoding.state import BY_ROWS, Caches, DecodeState, on_each_device
 from music_ar.decoding.step import advance, step
-from music_ar.decoding.windows import WINDOWS, WindowMode
+from music_ar.decoding.windows import WINDOWS, WindowMode, cache_size
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.tokens import vocabulary
 
+_MAX_ROWS = 256
+# Of an accelerator's free memory; the rest is for the prefill and XLA's temporary buffers.
+_MEMORY_SHARE = 0.5
+
 
 class Decoder:
-    """A model ready to decode.
+    """`AnyDecoder` in JAX.
 
     Args:
         model: the model; it is not changed.
@@ -54,6 +59,7 @@ class Decoder:
                 f"got {model.config.head_size} and {model.config.context}"
             )
         self.config, self.dtype = model.config, model.dtype
+        self.device, self.path = jax.local_devices()[0].device_kind, "jax"
         graph, params = nnx.split(DecodingModel(model, _forms(self.backend)))
         self.graph = HashedGraph(graph)
         # Matrix products run in this type anyway; in a loop, XLA would convert the matrices again for each token.
@@ -69,18 +75,7 @@ class Decoder:
         limit_steps: int,
         mode: WindowMode = "sliding",
     ) -> DecodeState:
-        """State after all but the last token of each prompt; the last one is pending.
-
-        Args:
-            prompts: one token array per row, each beginning with `vocabulary.START`. Equal ones are prefilled once.
-            latents: the number of latents n, at least 2; in exact mode, an odd n acts as n - 1.
-            seeds: one per row; a row's tokens depend only on its own prompt, seed and options.
-            limit_steps: a row is done when this much music (in steps of 10 ms) follows its prompt.
-            mode: how the window of latents continues once it is full; see `windows`.
-
-        Raises:
-            ValueError: not as many seeds as prompts.
-        """
+        """See `AnyDecoder.start`."""
         if len(prompts) != len(seeds):
             raise ValueError(f"expected a seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
         numbers: dict[bytes, int] = {}
@@ -89,7 +84,7 @@ class Decoder:
         state = self._prefilled(different, latents, limit_steps, WINDOWS[mode])
         if index != list(range(len(numbers))):
             state = state.rows(index)
-        return state._replace(rng_B=jnp.stack([jax.random.key(seed) for seed in seeds]))
+        return state.with_seeds(seeds)
 
     def _prefilled(
         self, prompts: list[Integer[np.ndarray, " _P"]], latents: int, limit_steps: int, windows: int
@@ -143,28 +138,13 @@ class Decoder:
     def decode(
         self, state: DecodeState, options: Options, *, length: int
     ) -> tuple[DecodeState, Int[Array, "B length"]]:
-        """Sample up to `length` tokens per row; a device stops sooner once all of its rows are done.
-
-        Args:
-            state: where to continue; donated.
-            options: how to sample, as `processors.option_arrays` gives it; scalars for all rows, or one entry per row.
-            length: tokens per row; a compile-time constant.
-
-        Returns:
-            The state, whose pending tokens are the last ones sampled, and the tokens, `vocabulary.PAD` once a row has
-            ended or all rows on its device are done.
-        """
+        """See `AnyDecoder.decode`. The state is donated, `length` is a compile-time constant; a device stops alone."""
         return self.decode_scored(state, options, length=length)[:2]
 
     def decode_scored(
         self, state: DecodeState, options: Options, *, length: int
     ) -> tuple[DecodeState, Int[Array, "B length"], Float[Array, "B length"]]:
-        """Like `decode`, with the NLL of each token.
-
-        Returns:
-            The state, the tokens, and for each token -log p in nats under the model itself, before any processor, as in
-            `evaluation`.
-        """
+        """See `AnyDecoder.decode_scored`."""
         state, mesh = self._sharded(state)
         micro_batches = self.backend.micro_batches(state.clock_B.shape[0] // (1 if mesh is None else mesh.size))
         decode = _compiled_decode(self.backend.options(micro_batches))
@@ -174,17 +154,34 @@ class Decoder:
     def teacher_force(
         self, state: DecodeState, tokens_BxT: Int[np.ndarray, "B T"]
     ) -> tuple[DecodeState, Float[Array, "B T V"]]:
-        """Advance with the given tokens in place of sampled ones, `vocabulary.PAD` after a row's end.
-
-        Args:
-            state: where to continue; donated.
-            tokens_BxT: the tokens.
-
-        Returns:
-            The state, and the logits that each token was predicted with.
-        """
+        """See `AnyDecoder.teacher_force`. The state is donated."""
         state, mesh = self._sharded(state)
         return _teacher_force((self.graph, self.backend, mesh), self._params_on[mesh], state, jnp.asarray(tokens_BxT))
+
+    def batch_rows(self, latents: int) -> int:
+        """See `AnyDecoder.batch_rows`: the backend's number, or what fits in half of the free memory, at most 256."""
+        if self.backend.batch_rows is not None:
+            return self.backend.batch_rows
+        start = np.array([vocabulary.START], np.int32)
+        state = jax.eval_shape(lambda: self.start([start], latents=latents, seeds=[0], limit_steps=0))
+        kept = (state.caches, state.notes, state.match)
+        row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 8 * 2**30)
+        used = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        rows = int((memory - used) * _MEMORY_SHARE / row_bytes)
+        return max(1, min(_MAX_ROWS, 1 << (max(rows, 1).bit_length() - 1)))
+
+    def step_bytes(self, state: DecodeState) -> int:
+        """See `AnyDecoder.step_bytes`. Counts the whole embedding tables (3 %), of which a step reads rows."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.params, state.caches, state.notes, state.match)))
+
+    def bare_matrices_s(self, rows: int) -> None:
+        """Not measured: XLA has no products without the rest."""
+        del rows
+
+    def free_programs(self) -> None:
+        """See `AnyDecoder.free_programs`."""
+        jax.clear_caches()
 
     def _sharded(self, state: DecodeState) -> tuple[DecodeState, Mesh | None]:
         """Shard the state over as many devices as can share its rows evenly; also return their mesh, None for one."""

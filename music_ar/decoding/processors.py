@@ -6,24 +6,18 @@ the chain, and test it on its own (tests/test_processors.py). Options are read f
 Dimension key, in addition to that of `music_ar.model.config`: C token types, W the size of the largest.
 """
 
-import dataclasses
-from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from music_ar.decoding import history_bias
-from music_ar.decoding.sampling import SamplingOptions
+from music_ar.decoding.interface import Options
 from music_ar.decoding.state import DecodeState
 from music_ar.features import keyboard
 from music_ar.features.keyboard import Keyboard
 from music_ar.tokens import grammar, vocabulary
-
-Options = dict[str, Array]
-"""`SamplingOptions` as traced arrays: scalars for all rows, or one entry per row. Changing them recompiles nothing."""
 
 LONGEST_HOLD_STEPS = 800
 """Longest time that a generated note may sound: 8 s. 99.84 % of the notes of MAESTRO's train split are no longer."""
@@ -144,21 +138,6 @@ PROCESSORS: tuple[LogitProcessor, ...] = (
     TypeFilters(),
 )
 """The chain, in the order in which it is applied."""
-
-
-def option_arrays(rows: Sequence[SamplingOptions]) -> Options:
-    """Options of several rows, one entry per row. Arrays are built in NumPy: one transfer each, however many rows."""
-    return {
-        field.name: jnp.asarray(
-            np.array([getattr(row, field.name) for row in rows], np.int32 if field.type is int else np.float32)
-        )
-        for field in dataclasses.fields(SamplingOptions)
-    }
-
-
-def shared_options(options: SamplingOptions) -> Options:
-    """Options that all rows share, as scalars."""
-    return {name: array.reshape(()) for name, array in option_arrays([options]).items()}
 
 
 def draw(rng_B: Array, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Int[Array, " B"]:

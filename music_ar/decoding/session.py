@@ -6,11 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from music_ar.decoding.decoder import Decoder
-from music_ar.decoding.processors import shared_options
+from music_ar.decoding.interface import AnyDecoder, AnyState, shared_options
 from music_ar.decoding.request import GenerationError, Request, check_seconds, limits
 from music_ar.decoding.sequence import Sequence as TokenSequence
-from music_ar.decoding.state import DecodeState
 from music_ar.midi.performance import Performance
 from music_ar.tokens import vocabulary
 
@@ -66,7 +64,7 @@ class Session:
         GenerationError, MidiError: there is nothing to continue from in the prompt.
     """
 
-    def __init__(self, decoder: Decoder, request: Request):
+    def __init__(self, decoder: AnyDecoder, request: Request):
         assert isinstance(request.latents, int)
         prompt = request.prompt_tokens()
         self.seeds = tuple(seed for sample in request.samples() if (seed := sample.seed) is not None)
@@ -77,7 +75,7 @@ class Session:
         self.prompt_s = self._sequences[0].prompt_time / vocabulary.STEPS_PER_SECOND
         self._from_s = self.prompt_s if request.continuation_only else 0.0
         self._wanted_s = 0.0
-        self._state: DecodeState | None = decoder.start(
+        self._state: AnyState | None = decoder.start(
             [prompt] * len(self.seeds), latents=self.latents, seeds=self.seeds, limit_steps=0
         )
 
@@ -127,6 +125,9 @@ class Session:
         least = min(sequence.time for sequence in unfinished) / vocabulary.STEPS_PER_SECOND
         return min(least - self.prompt_s, self._wanted_s)
 
+    def _all_done(self) -> bool:
+        return self._state is None or bool(self._state.done_B.all())
+
     def _count(self) -> int:
         return sum(sequence.count for sequence in self._sequences)
 
@@ -143,7 +144,7 @@ class Session:
             for sequence, tokens in zip(self._sequences, np.asarray(tokens_BxT), strict=True):
                 sequence.add(tokens)
             longest = max(sequence.count for sequence in self._sequences)
-            finished = bool(self._state.done_B.all()) or longest >= max_tokens
+            finished = self._all_done() or longest >= max_tokens
             made_s, spent_s = self._made_s(), time.monotonic() - began_s
             pace = max(made_s - before_s, 0.01) / spent_s
             yield Chunk(

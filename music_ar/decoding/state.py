@@ -24,12 +24,6 @@ from music_ar.model.perceiver_ar import Conditioning
 from music_ar.tokens.grammar import GrammarState
 
 BY_ROWS = PartitionSpec("rows")
-_LEAST_CACHE = 8
-
-
-def cache_size(latents: int) -> int:
-    """R for a number of latents: the next power of two, so that many numbers share a compilation."""
-    return max(_LEAST_CACHE, 1 << (latents - 1).bit_length())
 
 
 class Caches(NamedTuple):
@@ -118,6 +112,14 @@ class DecodeState(NamedTuple):
     def with_limit(self, limit_steps: int) -> "DecodeState":
         """The state with another limit: rows are done after `limit_steps` of music after their prompts."""
         return self._replace(limit_B=jnp.full_like(self.limit_B, limit_steps))
+
+    def with_seeds(self, seeds: Sequence[int]) -> "DecodeState":
+        """The state with other random keys: those of these seeds, one per row."""
+        return self._replace(rng_B=jnp.stack([jax.random.key(seed) for seed in seeds]))
+
+    def with_ended(self, ended_B: Bool[np.ndarray, " B"]) -> "DecodeState":
+        """The state with these rows ended and the others not."""
+        return self._replace(ended_B=jnp.asarray(ended_B))
 
     def rows(self, rows: Sequence[int]) -> "DecodeState":
         """A copy of the state of some rows, in this order; a row may be taken more than once."""

@@ -16,23 +16,30 @@ latents, and that one makes the prediction:
 `evaluation.likelihood.score_decoding` measures what each costs in likelihood (docs/results/decoding.md).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 WindowMode = Literal["sliding", "exact"]
 WINDOWS: dict[WindowMode, int] = {"sliding": 1, "exact": 2}
 """W, the number of windows of each mode."""
 NEVER = np.int32(2**30)
 """Start of a window that has not begun."""
+_LEAST_CACHE = 8
+
+
+def cache_size(latents: int) -> int:
+    """R, slots of a rolling cache for a number of latents: the next power of two, so that many share a compilation."""
+    return max(_LEAST_CACHE, 1 << (latents - 1).bit_length())
 
 
 def window_starts(
-    age_B: Int[Array, " B"], latents_B: Int[Array, " B"], windows: int
-) -> tuple[Int[Array, "B W"], Int[Array, " B"]]:
+    age_B: Int[Any, " B"], latents_B: Int[Any, " B"], windows: int
+) -> tuple[Int[Any, "B W"], Int[Any, " B"]]:
     """Start of each window that holds the latent at this position, and number of the one that predicts.
+
+    Takes NumPy or JAX arrays.
 
     A single window (sliding) began n - 1 tokens ago. Of two (exact), window 0 begins at even multiples of n / 2, and
     window 1 at odd ones; before n / 2, window 1 has not begun.
@@ -42,10 +49,11 @@ def window_starts(
         latents_B: n.
         windows: W.
     """
+    xp = age_B.__array_namespace__()
     if windows == 1:
-        return jnp.maximum(age_B - latents_B + 1, 0)[:, None], jnp.zeros_like(age_B)
+        return xp.maximum(age_B - latents_B + 1, 0)[:, None], xp.zeros_like(age_B)
     half_B = latents_B // 2
     count_B = age_B // half_B
-    numbers_Bx2 = count_B[:, None] - (count_B[:, None] - jnp.arange(2)[None]) % 2
-    starts_Bx2 = jnp.where(numbers_Bx2 >= 0, numbers_Bx2 * half_B[:, None], NEVER)
-    return starts_Bx2, jnp.where(count_B == 0, 0, (count_B + 1) % 2)
+    numbers_Bx2 = count_B[:, None] - (count_B[:, None] - xp.arange(2)[None]) % 2
+    starts_Bx2 = xp.where(numbers_Bx2 >= 0, numbers_Bx2 * half_B[:, None], NEVER)
+    return starts_Bx2, xp.where(count_B == 0, 0, (count_B + 1) % 2)

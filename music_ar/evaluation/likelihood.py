@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
-from music_ar.decoding.decoder import Decoder
+from music_ar.decoding.interface import AnyDecoder
 from music_ar.decoding.windows import WindowMode
 from music_ar.evaluation.windows import Window, batch_windows, check_pieces, cut_windows
 from music_ar.model.config import ModelConfig
@@ -217,7 +217,7 @@ def score_by_type(
 
 
 def score_decoding(
-    decoder: Decoder,
+    decoder: AnyDecoder,
     pieces: Sequence[Integer[np.ndarray, " _"]],
     *,
     latents: int,
@@ -232,7 +232,7 @@ def score_decoding(
         decoder: the model, ready to decode.
         pieces: token arrays, each beginning with `vocabulary.START`; they may be truncated.
         latents: number of latents.
-        mode: how decoding continues once the window of latents is full; see `Decoder.start`.
+        mode: how decoding continues once the window of latents is full; see `AnyDecoder.start`.
         batch_size: pieces at once.
     """
     nll = 0.0
@@ -246,6 +246,6 @@ def score_decoding(
         state = decoder.start(starts, latents=latents, seeds=[0] * len(batch), limit_steps=2**30, mode=mode)
         for targets_BxF in np.split(targets_BxT, longest // _FORCED_LENGTH, axis=1):
             state, logits_BxFxV = decoder.teacher_force(state, targets_BxF)
-            nll_BxF = np.asarray(token_nll(logits_BxFxV, jnp.asarray(targets_BxF)))
+            nll_BxF = np.asarray(token_nll(jnp.asarray(logits_BxFxV), jnp.asarray(targets_BxF)))
             nll += float(nll_BxF[targets_BxF != vocabulary.PAD].sum())
     return Score.of(nll, pieces)

@@ -13,4 +13,5 @@ __all__ = [
 from .config import PRESETS, Compute, ModelConfig
 from .expansion import expand
 from .perceiver_ar import PerceiverAR, parameter_count
-from .pretrained import CheckpointError, load_pretrained, save_pretrained
+from .pretrained import load_pretrained, save_pretrained
+from .weights import CheckpointError

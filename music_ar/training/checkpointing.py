@@ -8,7 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from music_ar.files import write_atomically
-from music_ar.model.pretrained import CheckpointError
+from music_ar.model.weights import CheckpointError
 from music_ar.tokens import vocabulary
 
 SETTINGS = "settings.json"
