@@ -1,9 +1,9 @@
 """What values an option may have: declared in a dataclass field, checked when the object is made, said in one sentence.
 
-    seconds: float = number(60.0, above=0, most=86_400)
+seconds: float = number(60.0, above=0, most=86_400)
 
-    def __post_init__(self) -> None:
-        check_ranges(self, GenerationError)
+def __post_init__(self) -> None:
+    check_ranges(self, GenerationError)
 """
 
 import dataclasses
@@ -92,9 +92,7 @@ def number(
         raise TypeError("give either least or above")
     bound = least if above is None else above
     assert bound is not None
-    allowed = Range(
-        whole=whole, least=bound, most=most, above=above is not None, optional=default is None, words=words
-    )
+    allowed = Range(whole=whole, least=bound, most=most, above=above is not None, optional=default is None, words=words)
     return dataclasses.field(default=default, metadata={_RANGE: allowed, **metadata})
 
 

@@ -60,7 +60,8 @@ def generated_pieces(
 
     folder.mkdir(exist_ok=True)
     pieces = sorted(
-        Generator(decoder_of(weights_of(model, int8=False))).generate_many(requests, progress=progress), key=lambda piece: piece.request.tag
+        Generator(decoder_of(weights_of(model, int8=False))).generate_many(requests, progress=progress),
+        key=lambda piece: piece.request.tag,
     )
     for piece in pieces:
         seed = piece.request.seed

@@ -105,13 +105,6 @@ class ModelConfig:
         of_keyboard = keyboard.CHANNELS + notes.feature_count(self.onsets) if self.onsets else 0
         return of_keyboard + (retrieval.feature_count() if self.retrieval_notes else 0)
 
-    @property
-    def matrix_parameters(self) -> int:
-        """Number of parameters in the large matrices: nearly all there are, and never more."""
-        attention_width, kv_width = self.heads * self.head_size, 2 * self.kv_heads * self.head_size
-        block = self.width * (2 * attention_width + kv_width + 2 * self.hidden)
-        return (self.layers + 1) * block + self.width * self.vocabulary_size
-
     def flops_per_target(self, kept_prefix: int) -> float:
         """Floating-point operations of one training step per target token (forward and backward).
 
