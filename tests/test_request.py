@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from event_tokens import on, performance_of
 
-from music_ar.decoding.request import MAX_SEED, GenerationError, Request, limits
+from music_ar.decoding.request import MAX_SEED, GenerationError, Request, limits, stuck_error
 from music_ar.decoding.sampling import SamplingError, SamplingOptions
 from music_ar.midi.io import read_midi, write_midi
 from music_ar.midi.performance import MidiError, Performance
@@ -147,3 +147,10 @@ def test_prompts_without_notes_are_refused():
 def test_limits_are_a_length_and_enough_tokens_for_the_densest_music():
     assert limits(2.0) == (200, 1500)
     assert limits(0.001)[0] == 1
+
+
+def test_more_events_than_any_music_has_mean_that_time_stands_still():
+    assert stuck_error(500, 0) is None
+    assert stuck_error(500 + 1000, 200) is None
+    said = "the model wrote 1,501 events for 2.0 s of music and hardly lets time pass"
+    assert said in (stuck_error(1501, 200) or "")

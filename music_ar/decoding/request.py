@@ -153,3 +153,19 @@ def check_seconds(seconds: float) -> None:
 def limits(seconds: float) -> tuple[int, int]:
     """A length of music in steps of 10 ms, and the most tokens to generate for it."""
     return max(1, round(seconds * vocabulary.STEPS_PER_SECOND)), round(seconds * _MAX_TOKENS_PER_S) + _MAX_TOKENS_PER_S
+
+
+def stuck_error(tokens: int, steps: int) -> str | None:
+    """Why a piece has failed in which time stands still, or None: no music has so many events in so little time.
+
+    Args:
+        tokens: tokens generated.
+        steps: length of the generated music, in steps of 10 ms.
+    """
+    seconds = steps / vocabulary.STEPS_PER_SECOND
+    if tokens <= limits(seconds)[1]:
+        return None
+    return (
+        f"the model wrote {tokens:,} events for {seconds:.1f} s of music and hardly lets time pass; try another seed, "
+        "or a temperature nearer to 1"
+    )
