@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.ranges import check_ranges
+from music_ar.files import MAX_NAME_BYTES
+from music_ar.ranges import check_ranges, shown
 
 if TYPE_CHECKING:
     from music_ar.midi.performance import Performance
@@ -123,8 +124,11 @@ def check_writable(path: Path) -> None:
     """Check that a file can be written, before the work instead of after it.
 
     Raises:
-        CommandError: `path` is a folder, or its folder is missing or read-only.
+        CommandError: `path` is a folder or its name is too long, or its folder is missing or read-only.
     """
+    length = len(os.fsencode(path.name))
+    if length > MAX_NAME_BYTES:
+        raise CommandError(f"a file's name must have at most {MAX_NAME_BYTES} bytes, got {length}: {shown(path.name)}")
     if path.is_dir():
         raise CommandError(f"cannot write {path}: it is a folder; name a file in it")
     if not path.parent.is_dir():

@@ -288,9 +288,7 @@ def _tokenize_all(
             yield result
 
 
-def _map_files(
-    files: MidiFiles, paths: Mapping[str, str], workers: int | None
-) -> Generator[_Tokenized | _Unusable]:
+def _map_files(files: MidiFiles, paths: Mapping[str, str], workers: int | None) -> Generator[_Tokenized | _Unusable]:
     workers = min(workers or usable_cores(), -(-len(paths) // _FILES_PER_TASK))
     if workers <= 1:
         yield from (_tokenize(files, name, path) for name, path in paths.items())

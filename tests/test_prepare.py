@@ -28,7 +28,6 @@ from music_ar.midi.io import read_midi
 from music_ar.tokens.codec import encode
 from music_ar.tokens.vocabulary import END, FINGERPRINT, START
 
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -327,7 +326,7 @@ def test_a_worker_that_is_killed_is_an_error_and_not_a_hang(own_midi, output):
         for child in multiprocessing.active_children():
             child.kill()
 
-    with pytest.raises(DatasetError, match="a worker process was killed, .* try fewer workers"):
+    with pytest.raises(DatasetError, match=r"a worker process was killed, .* try fewer workers"):
         prepare_midi(
             write_folder(own_midi / "more", {f"{number}.mid": midi_bytes(number, 5) for number in range(200)}),
             output,

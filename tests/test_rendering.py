@@ -311,7 +311,8 @@ def test_jobs_have_their_own_settings(capsys, options, output, prompts, tmp_path
      ('{"seed": ' + "9" * 5000 + "}", "expected a JSON object"), ("[" * 100_000, "expected a JSON object"),
      ('{"temperature": -Infinity}', "temperature must be a number from 0 to 100, got -inf"),
      ('{"variations": 1e3}', "variations must be a whole number, got 1000"),
-     ('{"continuation_only": 1}', "continuation_only must be true or false, got 1"), ('{"temperature": -1}', "temperature")],
+     ('{"continuation_only": 1}', "continuation_only must be true or false, got 1"),
+     ('{"temperature": -1}', "temperature")],
 )  # fmt: skip
 def test_a_wrong_job_is_refused_before_the_work(capsys, options, output, tmp_path, line, said):
     (tmp_path / "jobs.jsonl").write_text(line)

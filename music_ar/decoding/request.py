@@ -121,8 +121,8 @@ class Request:
         """A request for each variation."""
         first = self.with_seed().seed
         assert first is not None
-        for number in range(self.variations):
-            yield dataclasses.replace(self, variations=1, seed=first + number)
+        for seed in range(first, first + self.variations):
+            yield dataclasses.replace(self, variations=1, seed=seed)
 
     def prompt_tokens(self) -> Int[np.ndarray, " P"]:
         """`START`, and the events of the prompt up to the last note that begins or ends within `prompt_seconds`.

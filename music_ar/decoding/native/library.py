@@ -2,5 +2,5 @@
 
 
 def load() -> None:
-    """stub"""
+    """Stub"""
     return
