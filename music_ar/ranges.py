@@ -48,8 +48,9 @@ class Range:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral if self.whole else numbers.Real):
             return False
         # Compared as it is: a whole number of hundreds of digits does not fit in a float, and NaN equals nothing.
-        reached = value > self.least if self.above else value >= self.least
-        return bool(reached and value <= self.most and value != math.inf)
+        given: Any = value
+        reached = given > self.least if self.above else given >= self.least
+        return bool(reached and given <= self.most and given != math.inf)
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"
@@ -141,11 +142,16 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "nothing" if value is None else str(value).lower()
     if isinstance(value, numbers.Integral):
-        digits = int(abs(int(value)).bit_length() * math.log10(2)) + 1
-        return str(int(value)) if digits <= _SHOWN_DIGITS else f"a number of {digits} digits"
+        return str(int(value)) if abs(value) < 10**_SHOWN_DIGITS else f"a number of {_digits(abs(int(value)))} digits"
     if isinstance(value, numbers.Real):
         return repr(float(value)).removesuffix(".0")
     if isinstance(value, str):
         text = value if len(value) <= _SHOWN_CHARACTERS else f"{value[:_SHOWN_CHARACTERS]}…"
         return json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace").decode()
     return {"list": "a list", "tuple": "a list", "dict": "an object"}.get(type(value).__name__, type(value).__name__)
+
+
+def _digits(value: int) -> int:
+    """Number of decimal digits; Python itself refuses to write more than 4300."""
+    digits = int((value.bit_length() - 1) * math.log10(2)) + 1
+    return digits + (value >= 10**digits)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -37,6 +38,9 @@ class Options:
         ({"count": True}, "--count must be a whole number from 1 to 10, got true"),
         ({"count": None}, "--count must be a whole number from 1 to 10, got nothing"),
         ({"count": 10**400}, "--count must be a whole number from 1 to 10, got a number of 401 digits"),
+        ({"count": 10**400 - 1}, "--count must be a whole number from 1 to 10, got a number of 400 digits"),
+        ({"count": 10**20}, "--count must be a whole number from 1 to 10, got a number of 21 digits"),
+        ({"count": 10**20 - 1}, "--count must be a whole number from 1 to 10, got 99999999999999999999"),
         ({"count": -(10**6000)}, "--count must be a whole number from 1 to 10, got a number of 6001 digits"),
         ({"share": 1.01}, "--share must be a number from 0 to 1, got 1.01"),
         ({"share": math.nan}, "--share must be a number from 0 to 1, got nan"),
@@ -58,7 +62,8 @@ def test_what_is_out_of_range_is_refused_in_a_sentence(options, message):
 
 
 def test_numbers_become_pythons_own():
-    options = Options(count=np.int64(3), share=np.float32(0.5), length=2, size=np.int32(4), sizes=(np.uint8(7),))
+    given: dict[str, Any] = {"count": np.int64(3), "share": np.float32(0.5), "size": np.int32(4)}
+    options = Options(**given, length=2, sizes=(cast("int", np.uint8(7)),))
     assert options == Options(count=3, share=0.5, length=2.0, size=4, sizes=(7,))
     values = [options.count, options.share, options.length, options.size, *options.sizes]
     assert [type(value) for value in values] == [int, float, float, int, int]

@@ -135,6 +135,7 @@ class Render:
         from music_ar.midi.io import MAX_BYTES
 
         prompts = list(find_prompts(self.prompts))
+        jobs = [] if self.jobs is None else list(read_jobs(self.jobs))
         own = vars(self) | dataclasses.asdict(self.sampling)
         plan = Plan(
             Generator.from_pretrained(self.checkpoint),
@@ -149,7 +150,7 @@ class Render:
             plan.add(prompt.path, prompt.name, data=stdin if prompt.is_stdin else None)
         for number in range(self.count):
             plan.add(None, f"piece-{number + 1:04}", seed=self.seed + number, variations=1)
-        for number, job in enumerate([] if self.jobs is None else read_jobs(self.jobs), start=1):
+        for number, job in enumerate(jobs, start=1):
             plan.add_job(job, number)
         return plan
 

@@ -117,7 +117,8 @@ def _checked(where: str, value: Any, kind: type) -> Any:
         refuse(where, _TYPE_NAMES[kind], value, CommandError)
     if isinstance(value, str) and _HALF_CHARACTER.search(value):
         refuse(where, "text in whole Unicode characters", value, CommandError)
-    return float(value) if kind is float and abs(value) <= _EXACT else value
+    is_small = isinstance(value, int) and -_EXACT <= value <= _EXACT
+    return float(value) if kind is float and is_small else value
 
 
 class Plan:
