@@ -46,8 +46,9 @@ class Request:
         sampling: how tokens are drawn.
         seed: 0 to 2**31 - 1; the same seed and request give the same piece on the same kind of machine. Default: a
             random one, which the results include.
-        variations: how many samples of the prompt to generate, with the seeds `seed`, `seed` + 1 and so on; each is the
-            same piece that its seed gives alone.
+        variations: how many samples of the prompt to generate, with the seeds `seed`, `seed` + 1 and so on. On a CPU,
+            in the native engine, each is the piece that its seed gives alone, to the byte. With JAX, the number of
+            pieces generated at once moves the last bits of the logits, so that a seed may give another piece alone.
         prompt_seconds: use only the beginning of the prompt. Notes that sound at the cut are held, and the model
             decides when they end.
         continuation_only: leave the prompt out of the result, and count time from where it ended.
