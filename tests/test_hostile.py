@@ -37,6 +37,7 @@ DIGITS = "a number of 401 digits"
               (DECODE, "latents", 1, 2**20), (DECODE, "batch", 1, 4096), (DECODE, "tokens", 1, 2**20),
               (SPEED, "pieces", 1, 2**20),
           )),
+        ("render - --jobs - --output x", "standard input (-) can be a prompt or the jobs, not both"),
         (f"{RENDER} --keep-best 0", "--keep-best must be a whole number of at least 1, got 0"),
         (f"{RENDER} --latents 1", "latents must be a whole number of at least 2, or auto, got 1"),
         (f"{RENDER} --prompt-seconds nan", "prompt_seconds must be a number above 0 and at most 86400, got nan"),

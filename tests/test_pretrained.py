@@ -326,6 +326,7 @@ def test_an_invalid_configuration_is_refused(folder, text, message):
         {"rotary_wavelength": float("inf")},
         {"rotary_fraction": float("nan")},
         {"retrieval_notes": [12]},
+        {"vocabulary_size": 0},
     ],
 )
 def test_sizes_that_cannot_be_are_refused(folder, changes):
@@ -354,6 +355,11 @@ def test_weights_far_larger_than_the_model_are_not_read(folder):
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(2**40)  # it has holes
     assert "model.safetensors has 1,048,576.0 MB" in refusal(folder)
+
+
+def test_another_number_of_tokens_is_refused(folder):
+    edit_config(folder, model=json.loads((folder / "config.json").read_text())["model"] | {"vocabulary_size": 500})
+    assert "config.json: expected vocabulary_size 391, got 500" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

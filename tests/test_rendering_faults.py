@@ -212,6 +212,10 @@ def test_a_hyphen_is_standard_input_on_the_command_line_and_a_name_elsewhere(
         monkeypatch.setattr(sys, "stdin", stdin)
         assert run(capsys, "render", "-", "--output", "third")[0] == 0
     assert generator.used[-1] == (tmp_path / "b.mid").read_bytes()
+    with (tmp_path / "jobs.jsonl").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert run(capsys, "render", "--jobs", "-", "--output", "fourth")[0] == 0
+    assert generator.used[-1] == prompt.read_bytes()
 
 
 def test_jobs_end_with_a_line_feed_alone(capsys, tmp_path, output):

@@ -35,7 +35,7 @@ class Render:
         count: also generate this many pieces without a prompt; piece i uses seed + i.
         jobs: JSONL file with one object per line: prompt, name, and any of the options here that change the music
             (variations, seed, seconds, latents, temperature and so on). Use it if pieces need different options;
-            whatever a line leaves out is taken from this command.
+            whatever a line leaves out is taken from this command. "-" reads it from standard input.
         variations: number of pieces per prompt; variation i uses seed + i.
         keep_best: keep only this many variations of each prompt: those closest to real music in note density,
             polyphony, loudness, silences and likelihood under the model. Default: all.
@@ -83,6 +83,8 @@ class Render:
         from music_ar.decoding.request import Request
 
         check_options(self)
+        if "-" in self.prompts and self.jobs == Path("-"):
+            raise CommandError("standard input (-) can be a prompt or the jobs, not both")
         own = ("variations", "seconds", "prompt_seconds", "latents", "seed")
         Request(**{name: getattr(self, name) for name in own}, sampling=self.sampling)  # checks them
         if not self.prompts and not self.count and self.jobs is None:

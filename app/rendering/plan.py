@@ -7,6 +7,7 @@ ends with the same bytes.
 import dataclasses
 import hashlib
 import re
+import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -91,10 +92,14 @@ JOB_TYPES = {"prompt": str, "name": str, **OPTION_TYPES}
 def read_jobs(path: Path) -> Iterator[dict[str, Any]]:
     """Read a jobs file: one JSON object per line, with any of `JOB_TYPES`. Prompts are relative to the file.
 
+    Args:
+        path: the file; `STDIN` is standard input, with prompts relative to the current folder.
+
     Raises:
         CommandError: a line is not such an object.
     """
-    for number, text in enumerate(_read_lines(path), start=1):
+    lines = _decoded(sys.stdin.buffer.read()) if path == Path(STDIN) else _read_lines(path)
+    for number, text in enumerate(lines, start=1):
         if not text.strip():
             continue
         where = f"{path}, line {number}"
@@ -245,4 +250,8 @@ def _sha256(source: str | bytes | None) -> str | None:
 
 def _read_lines(path: Path) -> list[str]:
     """The lines of a text file, which end with a line feed and nothing else. File names may not be Unicode."""
-    return read_file(path).decode("utf-8-sig", errors="surrogateescape").split("\n")
+    return _decoded(read_file(path))
+
+
+def _decoded(data: bytes) -> list[str]:
+    return data.decode("utf-8-sig", errors="surrogateescape").split("\n")
