@@ -131,6 +131,8 @@ def check_writable(path: Path) -> None:
         raise CommandError(f"a file's name must have at most {MAX_NAME_BYTES} bytes, got {length}: {shown(path.name)}")
     if path.is_dir():
         raise CommandError(f"cannot write {path}: it is a folder; name a file in it")
+    if path.exists() and not path.is_file():  # it would be replaced
+        raise CommandError(f"cannot write {path}: it is a pipe or a device; name a file")
     if not path.parent.is_dir():
         raise CommandError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
     if not os.access(path.parent, os.W_OK):

@@ -141,7 +141,7 @@ def read_companion(source: str | os.PathLike[str] | None, name: str) -> str:
         CheckpointError: there is no such model.
     """
     path = _folder_of(source) / name
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _check_size(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
