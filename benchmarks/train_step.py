@@ -63,8 +63,7 @@ def main() -> None:
     Console().print(f"{jax.device_count()} x {jax.devices()[0].device_kind}")
     Console().print(table)
     if arguments.kernels:
-        for name, count, milliseconds in longest_kernels(run, arguments.kernels):
-            print(f"{milliseconds:8.2f} ms  {count:5} x  {name[:90]}")
+        print_kernels(run, arguments.kernels)
     result = {
         "benchmark": "train_step",
         "device": jax.devices()[0].device_kind,
@@ -76,8 +75,8 @@ def main() -> None:
     print(json.dumps(vars(arguments) | result))
 
 
-def step_runner(model: PerceiverAR, config: TrainingConfig) -> Callable[[], None]:
-    """Return a function that runs one training step and waits for it."""
+def step_runner(model: PerceiverAR, config: TrainingConfig) -> Callable[..., None]:
+    """Return a function that runs training steps, by default one, and waits for the last."""
     mesh = data_mesh()
     graph, params = nnx.split(model, nnx.Param)
     optimizer = build_optimizer(config, mesh)
@@ -89,9 +88,11 @@ def step_runner(model: PerceiverAR, config: TrainingConfig) -> Callable[[], None
         "weights": np.ones((config.batch_size, model.config.latents), np.float32),
     }
 
-    def run() -> None:
+    def run(steps: int = 1) -> None:
         nonlocal state
-        state, metrics = train_step(state, jax.tree.map(jnp.asarray, batch), jnp.float32(0.1), [])
+        metrics = {}
+        for _ in range(steps):
+            state, metrics = train_step(state, jax.tree.map(jnp.asarray, batch), jnp.float32(0.1), [])
         jax.block_until_ready(metrics)
 
     return run
@@ -104,7 +105,15 @@ def timed(run: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def longest_kernels(run: Callable[[], None], most: int) -> Iterator[tuple[str, int, float]]:
+def print_kernels(run: Callable[[], None], most: int) -> None:
+    """Print the kernels of one step that take longest, and the sum of all."""
+    kernels = list(longest_kernels(run))
+    for name, count, milliseconds in kernels[:most]:
+        print(f"{milliseconds:8.3f} ms  {count:5} x  {name[:110]}")
+    print(f"{sum(each[2] for each in kernels):8.3f} ms  {sum(each[1] for each in kernels):5} x  all kernels")
+
+
+def longest_kernels(run: Callable[[], None], most: int | None = None) -> Iterator[tuple[str, int, float]]:
     """Yield (name, count, milliseconds) of the kernels of one step, longest first."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

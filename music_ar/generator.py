@@ -187,7 +187,7 @@ class Generator:
         return dataclasses.replace(request, latents=latents, speed=None)
 
     def _checked_latents(self, latents: int | None) -> int:
-        most = self.config.latents
+        most = self.config.most_latents
         if latents is None:
             return min(DEFAULT_LATENTS, most)
         if not 2 <= latents <= most:

@@ -62,7 +62,10 @@ def reference(model, tokens, latents, positions=None):
         k, v, at = context
         q = heads(norm(x, f"{name}.attention_norm") @ params[f"{name}.query.kernel"], f"{name}.query_norm", queries)
         scores = np.einsum("qhk,shk->hqs", q, k) / np.sqrt(config.head_size)
-        scores = np.where(at[None] <= queries[:, None], scores, -np.inf)
+        visible = at[None] <= queries[:, None]
+        if config.segment:  # the position's own segment and the one before
+            visible &= at[None] // config.segment >= queries[:, None] // config.segment - 1
+        scores = np.where(visible, scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         attended = np.einsum("hqs,shk->qhk", weights / weights.sum(-1, keepdims=True), v)
         x = x + attended.reshape(latents, -1) @ params[f"{name}.output.kernel"]

@@ -1,4 +1,4 @@
-"""The benchmark that checks something, at a small size."""
+"""The benchmarks that check something, at a small size."""
 
 import json
 import runpy
@@ -25,3 +25,25 @@ def test_unattended(tiny_checkpoint, prepared, tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in (tmp_path / "resumed" / "manifest.jsonl").read_text().splitlines()]
     assert sorted(line["status"] for line in lines) == ["failed"] * 12 + ["made"] * 8
     assert (tmp_path / "resumed/manifest.jsonl").read_bytes() == (tmp_path / "whole/manifest.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_copy_task_trains_scores_and_decodes(tmp_path, monkeypatch, capsys):
+    options = "--lengths 32 --minutes 0.02 --latents 8 --width 64 --layers 1 --held-out 2 --decoded 4"
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr("sys.argv", ["copy_task.py", "--output", str(tmp_path), *options.split()])
+    runpy.run_path(str(ROOT / "benchmarks" / "copy_task.py"), run_name="__main__")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["benchmark"] for line in lines] == ["copy_task", "copy_task_decoding", "copy_task_decoding"]
+    assert lines[0]["of"] == 2 * 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["perceiver-ar", "transformer-xl"])
+def test_context_length_times_every_context(model, monkeypatch, capsys):
+    options = f"--model {model} --contexts 32 16 --latents 8 --layers 1 --width 64 --steps 1"
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr("sys.argv", ["context_length.py", *options.split()])
+    runpy.run_path(str(ROOT / "benchmarks" / "context_length.py"), run_name="__main__")
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [result["context"] for result in results] == [16, 32]

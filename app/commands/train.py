@@ -41,8 +41,8 @@ class Train:
     Attributes:
         data: dataset written by `music-ar prepare`.
         output: folder of the run; created if missing.
-        preset: size of the model: small (the shipped one), medium, small-decoder (a decoder-only baseline) or tiny (for
-            tests).
+        preset: size of the model: small (the shipped one), medium, tiny (for tests), or a baseline: small-decoder
+            (a decoder-only Transformer) or small-xl (Transformer-XL).
         start: model to fine-tune: the name of a shipped model, or a folder such as the model/ of another run. Lower
             learning rates, such as --muon-learning-rate 0.012 --adamw-learning-rate 0.0008, keep more of what it knows.
             Default: random weights of the preset.

@@ -93,7 +93,7 @@ class Decoder:
     ) -> DecodeState:
         B, L, R = len(prompts), self.config.conv_width, self._cache_size(latents)
         # Everything that a latent still in a window can see, and the convolution taps before that.
-        ready = Prompts.of(prompts, self.config, self.config.context + R + L)
+        ready = Prompts.of(prompts, self.config, self.config.reach + R + L)
         now = jax.tree.map(lambda leaf: jnp.asarray(leaf[:, -1]), ready.conditioning_BxP.keyboard)
         state = DecodeState(
             clock_B=jnp.full(B, ready.length, jnp.int32),
@@ -123,7 +123,7 @@ class Decoder:
 
     def _empty_caches(self, B: int, R: int, windows: int) -> Caches:
         config, dtype = self.config, self.dtype
-        G, K, M = config.kv_heads, config.head_size, config.context
+        G, K, M = config.kv_heads, config.head_size, config.reach
         key_dtype = self.backend.key_dtype or dtype
 
         def keys(rows: int, size: int) -> Array:

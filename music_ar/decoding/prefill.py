@@ -172,7 +172,7 @@ def _prefill_window(
     model: DecodingModel, backend: Backend, context: _Context, birth_B: Array, times_BxR: Array
 ) -> list[tuple[Array, Array]]:
     """Keys and values [B, R, G, K], one pair per layer, of the latents at `times_BxR`."""
-    P, M = context.embedded_BxPxD.shape[1], model.config.context
+    P, M = context.embedded_BxPxD.shape[1], model.config.reach
     times_BxR = jnp.clip(times_BxR, 0, P - 1)
     positions_BxRx2 = jnp.take_along_axis(context.positions_BxPx2, times_BxR[..., None], axis=1)
     keys_1x1xP = jnp.arange(P)[None, None]

@@ -37,6 +37,7 @@ class ModelConfig:
         retrieval_notes: number of last notes that n-gram retrieval searches (see `features.retrieval`); 0 turns it off.
             It may far exceed what the context holds.
         time_heads: number of key/value heads (the last of the G) whose rotary positions count time instead of tokens.
+        segment: length of the segments of a Transformer-XL (see `transformer_xl`), with N = M; 0 means none.
         label_size: length of the label that describes how a training window was augmented; see `PerceiverAR.__call__`.
         rotary_fraction: share of each head's channels that is rotated by position.
         rotary_wavelength: longest wavelength of the rotary positions, in tokens.
@@ -58,6 +59,7 @@ class ModelConfig:
     onsets: int = whole(0, 0, 1000)
     retrieval_notes: int = whole(0, 0, _MAX_TOKENS)
     time_heads: int = whole(0, 0, 1000)
+    segment: int = whole(0, 0, _MAX_TOKENS)
     label_size: int = whole(0, 0, 1000)
     rotary_fraction: float = number(0.5, least=0, most=1)
     rotary_wavelength: float = number(10_000.0, above=0, most=1e9)
@@ -71,6 +73,8 @@ class ModelConfig:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
         if self.time_heads > self.kv_heads:
             raise ValueError(f"time_heads must be at most kv_heads = {self.kv_heads}, got {self.time_heads}")
+        if self.segment and self.latents != self.context:
+            raise ValueError(f"segments need latents = context = {self.context}, got {self.latents} latents")
         if self.rotary_size % 2:
             raise ValueError(
                 "rotary_fraction * head_size must be even, since channels rotate in pairs; got "
@@ -84,6 +88,16 @@ class ModelConfig:
     def rotary_size(self) -> int:
         """Channels of a head that are rotated."""
         return int(self.head_size * self.rotary_fraction)
+
+    @property
+    def reach(self) -> int:
+        """Inputs that attention reads when decoding: M, or two segments."""
+        return 2 * self.segment or self.context
+
+    @property
+    def most_latents(self) -> int:
+        """Largest number of latents when decoding."""
+        return min(self.latents, self.reach)
 
     @property
     def window(self) -> int:
@@ -122,8 +136,9 @@ class ModelConfig:
         inputs = (kv_width + self.feature_count) * (kept_prefix + self.latents) / self.latents
         head = self.width * self.vocabulary_size
         matrices = self.layers * self_block + cross_block + self.width * (inputs + self.width) + head
-        cross_scores = 2 * attention_width * (kept_prefix + self.latents / 2)
-        self_scores = self.layers * 2 * attention_width * self.latents / 2
+        seen = 1.5 * self.segment or self.latents / 2
+        cross_scores = 2 * attention_width * (kept_prefix + seen)
+        self_scores = self.layers * 2 * attention_width * seen
         return 6 * (matrices + cross_scores + self_scores)
 
 
@@ -157,6 +172,8 @@ PRESETS: dict[str, ModelConfig] = {
     "medium": dataclasses.replace(_SMALL, width=768, layers=10, heads=12, kv_heads=3, hidden=2048),
     # The control: a decoder-only Transformer of the same size as `small`.
     "small-decoder": dataclasses.replace(_SMALL, context=2048, latents=2048),
+    # The same with segment recurrence: Transformer-XL, trained on windows of four segments.
+    "small-xl": dataclasses.replace(_SMALL, context=4096, latents=4096, segment=1024, onsets=0, retrieval_notes=0),
     # For tests and first experiments on a CPU.
     "tiny": ModelConfig(
         context=64, latents=32, width=32, layers=2, heads=4, kv_heads=2, head_size=8, hidden=64, conv_width=4

@@ -18,8 +18,10 @@ from music_ar.features.categorical import Categorical
 from music_ar.features.keyboard import Keyboard
 from music_ar.features.notes import Onsets
 from music_ar.features.retrieval import Retrieved
-from music_ar.model.attention import Block, Matrix, causal_attention, linear
+from music_ar.model.attention import Block, Matrix, linear
 from music_ar.model.config import Compute, ModelConfig
+from music_ar.model.context_attention import attend_context
+from music_ar.model.transformer_xl import attend_segments
 from music_ar.tokens import vocabulary
 
 
@@ -134,20 +136,48 @@ class PerceiverAR(nnx.Module):
         drop = nnx.Dropout(dropout, deterministic=key is None, rngs=None if key is None else nnx.Rngs(dropout_key))
 
         conditioning_BxM, tokens_BxM = self.conditioning(tokens_BxT, M), tokens_BxT[:, -M:]
-        rows = _lay_out(tokens_BxM, N, kept_prefix, prefix_key)
+        rows = _lay_out(tokens_BxM, M if self.config.segment else N, kept_prefix, prefix_key)
         conditioning_BxS = jax.tree.map(lambda leaf: _take(leaf, rows.positions_BxS), conditioning_BxM)
-        embedded_BxSxD = self.condition(_take(self.embed(tokens_BxM), rows.positions_BxS), conditioning_BxS)
+        embedded_BxSxD = self.condition(self._embed_rows(tokens_BxM, rows), conditioning_BxS)
         if labels_BxC is not None:
             embedded_BxSxD = embedded_BxSxD + self.label(labels_BxC.astype(self.dtype))[:, None]
         positions_BxSxP = jnp.stack([rows.positions_BxS, conditioning_BxS.keyboard.time], axis=-1)
 
-        k, v = self.cross.keys_values(self.context_norm(embedded_BxSxD), positions_BxSxP)
-        positions_BxNxP = _take(positions_BxSxP, rows.latent_BxN)
-        x_BxNxD = self.latent(_take(embedded_BxSxD, rows.latent_BxN))
-        x_BxNxD = _attend_context(self.cross, x_BxNxD, positions_BxNxP, rows, k, v, drop)
+        tower = self._recur if self.config.segment else self._attend
+        x_BxNxD = tower(embedded_BxSxD, positions_BxSxP, rows, drop)
+        return self.logits(_take(x_BxNxD, rows.right_aligned_BxN)[:, -N:])
+
+    def _attend(
+        self, embedded_BxSxD: Array, positions_BxSxP: Array, rows: "_Rows", drop: nnx.Dropout
+    ) -> Float[Array, "B N D"]:
+        """The cross block, then the self blocks over the latents."""
+        N = rows.right_aligned_BxN.shape[1]
+        k_BxSxGxK, v_BxSxGxK = self.cross.keys_values(self.context_norm(embedded_BxSxD), positions_BxSxP)
+        positions_BxNxP = _slice(positions_BxSxP, rows.prefix_B, N)
+        x_BxNxD = self.latent(_slice(embedded_BxSxD, rows.prefix_B, N))
+        q_BxNxHxK = self.cross.queries(x_BxNxD, positions_BxNxP)
+        attended_BxNxHxK = attend_context(q_BxNxHxK, k_BxSxGxK, v_BxSxGxK, rows.prefix_B, self.compute)
+        x_BxNxD = self.cross.add(x_BxNxD, attended_BxNxHxK, drop)
         for block in self.blocks:
             x_BxNxD = block.attend_self(x_BxNxD, positions_BxNxP, drop)
-        return self.logits(_take(x_BxNxD, rows.right_aligned_BxN))
+        return x_BxNxD
+
+    def _recur(
+        self, embedded_BxMxD: Array, positions_BxMxP: Array, rows: "_Rows", drop: nnx.Dropout
+    ) -> Float[Array, "B M D"]:
+        """All blocks with segment recurrence; see `transformer_xl`."""
+        del rows
+        x = self.latent(embedded_BxMxD)
+        x = self.cross.add(x, attend_segments(self.cross, x, embedded_BxMxD, self.context_norm, positions_BxMxP), drop)
+        for block in self.blocks:
+            x = block.add(x, attend_segments(block, x, x, block.attention_norm, positions_BxMxP), drop)
+        return x
+
+    def _embed_rows(self, tokens_BxM: Array, rows: "_Rows") -> Float[Array, "B S D"]:
+        """Embeddings of the S rows. If none are dropped, tokens are put in order, which is cheaper than embeddings."""
+        if rows.positions_BxS.shape == tokens_BxM.shape:
+            return self.embed(_take(tokens_BxM, rows.positions_BxS))
+        return _take(self.embed(tokens_BxM), rows.positions_BxS)
 
     def conditioning(self, tokens_BxT: Int[Array, "B T"], last: int) -> Conditioning:
         """Features after each of the last tokens; the keyboard is untouched before the first of them."""
@@ -166,16 +196,12 @@ class PerceiverAR(nnx.Module):
         return embedded
 
     def embed(self, tokens_BxT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token embeddings with the causal depthwise convolution over them; padding is zero.
-
-        The look-up is a product with one-hot rows: it is exact, and its gradient is a product too, whereas a gather's
-        would be a scatter into 391 heavily contended rows.
-        """
-        one_hot_BxTxV = jax.nn.one_hot(tokens_BxT, self.config.vocabulary_size, dtype=self.dtype)
-        table_VxD = self.embedding[...].at[vocabulary.PAD].set(0.0).astype(self.dtype)
-        x_BxTxD = one_hot_BxTxV @ table_VxD
+        """Token embeddings with the causal depthwise convolution over them; padding is zero."""
+        x_BxTxD = _look_up(self.embedding[...].at[vocabulary.PAD].set(0.0).astype(self.dtype), tokens_BxT)
         if self.config.conv_width == 1:
             return x_BxTxD
+        # XLA would otherwise repeat the look-up for each tap.
+        x_BxTxD = jax.lax.optimization_barrier(x_BxTxD)
         taps_WxD = self.conv[...].astype(self.dtype)
         T = x_BxTxD.shape[1]
         padded = jnp.pad(x_BxTxD, ((0, 0), (self.config.conv_width - 1, 0), (0, 0)))
@@ -199,19 +225,19 @@ class PerceiverAR(nnx.Module):
 
 
 class _Rows(NamedTuple):
-    """The order of the kept inputs in the S rows of the cross-attention.
+    """The order of the kept inputs in the S rows of the cross-attention: real ones in order, then padding.
 
-    Real inputs come first, in order; padding is moved to the end. Fused causal attention takes no mask, but a row never
-    sees later rows, so padding at the end is never seen.
+    Fused attention takes no mask, but padding that comes last is never seen: the prefix has a length, and a latent does
+    not see later ones.
 
     Attributes:
         positions_BxS: input position of each row.
-        latent_BxN: the rows of the latents, real ones first.
+        prefix_B: how many rows are prefix; the N latents follow.
         right_aligned_BxN: the latents' order with padding back on the left.
     """
 
     positions_BxS: Array
-    latent_BxN: Array
+    prefix_B: Array
     right_aligned_BxN: Array
 
 
@@ -228,36 +254,43 @@ def _lay_out(tokens_BxM: Array, N: int, kept_prefix: int | None, key: Array | No
         positions_BxS = jnp.concatenate([chosen_BxP, positions_BxS[:, prefix:]], axis=1)
     padding_Bx1 = jnp.sum(tokens_BxM == vocabulary.PAD, axis=1, keepdims=True)  # it leads, so it is the positions below
     padded_Bx1 = jnp.sum(positions_BxS < padding_Bx1, axis=1, keepdims=True)
-    first_latent_Bx1 = jnp.maximum(kept - padded_Bx1, 0)
     missing_latents_Bx1 = jnp.maximum(padded_Bx1 - kept, 0)
     rows_1xS, latents_1xN = jnp.arange(kept + N)[None], jnp.arange(N)[None]
     return _Rows(
         positions_BxS=_take(positions_BxS, (rows_1xS + padded_Bx1) % (kept + N)),
-        latent_BxN=first_latent_Bx1 + latents_1xN,
+        prefix_B=jnp.maximum(kept - padded_Bx1, 0)[:, 0],
         right_aligned_BxN=(latents_1xN - missing_latents_Bx1) % N,
     )
+
+
+@jax.custom_vjp
+def _look_up(table_VxD: Array, tokens_BxT: Array) -> Float[Array, "B T D"]:
+    """Rows of a table. The gradient is a product with one-hot rows; a scatter would contend for a few hundred rows."""
+    return table_VxD[tokens_BxT]
+
+
+def _look_up_forward(table_VxD: Array, tokens_BxT: Array) -> tuple[Array, tuple[Array, Array]]:
+    return table_VxD[tokens_BxT], (table_VxD[:, :0], tokens_BxT)
+
+
+def _look_up_backward(residuals: tuple[Array, Array], gradient_BxTxD: Array) -> tuple[Array, None]:
+    table_Vx0, tokens_BxT = residuals
+    one_hot_BxTxV = jax.nn.one_hot(tokens_BxT, table_Vx0.shape[0], dtype=gradient_BxTxD.dtype)
+    return jnp.einsum("btv,btd->vd", one_hot_BxTxV, gradient_BxTxD), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def _slice(x_BxSx: Array, start_B: Array, size: int) -> Array:
+    """`size` adjacent rows of each batch entry."""
+    return jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, size))(x_BxSx, start_B)
 
 
 def _take(x_BxTx: Array, index_BxR: Array) -> Array:
     """Take rows of each batch entry, none twice, which makes the gradient a plain write instead of an atomic sum."""
     rows = jax.vmap(lambda x, index: x.at[index].get(unique_indices=True, mode="promise_in_bounds"))
     return rows(x_BxTx, index_BxR)
-
-
-def _put(x_BxNx: Array, index_BxN: Array, size: int) -> Array:
-    """The inverse of `_take`: put rows into zeros [B, size, ...]."""
-    zeros = jnp.zeros((x_BxNx.shape[0], size, *x_BxNx.shape[2:]), x_BxNx.dtype)
-    rows = jax.vmap(lambda z, index, x: z.at[index].set(x, unique_indices=True, mode="promise_in_bounds"))
-    return rows(zeros, index_BxN, x_BxNx)
-
-
-def _attend_context(
-    block: Block, x_BxNxD: Array, positions_BxNxP: Array, rows: _Rows, k: Array, v: Array, dropout: nnx.Dropout
-) -> Array:
-    """Apply the cross block; the latents' queries go to their S rows, so that attention is square and causal."""
-    q_BxSxHxK = _put(block.queries(x_BxNxD, positions_BxNxP), rows.latent_BxN, k.shape[1])
-    attended_BxSxHxK = causal_attention(q_BxSxHxK, k, v, block.compute)
-    return block.add(x_BxNxD, _take(attended_BxSxHxK, rows.latent_BxN), dropout)
 
 
 def parameter_count(model: PerceiverAR) -> int:
