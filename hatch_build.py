@@ -6,6 +6,7 @@ An install never fails for it. Without the engine, decoding runs in JAX, and `mu
 
 import contextlib
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -50,23 +51,28 @@ class EngineHook(BuildHookInterface):
 
 def compile_engine(sources: Path, library: Path) -> bool:
     """Compile the C++ files of a folder into a shared library; if that fails, print why and return False."""
-    compilers = [shlex.split(os.environ.get("CXX", "")), ["c++"], ["g++"], ["clang++"]]
-    compiler = next((each for each in compilers if each and shutil.which(each[0])), None)
     files = sorted(map(str, sources.glob("*.cpp")))
     part = library.with_name(f".{library.name}.{os.getpid()}.part")
+    stamp = part.with_suffix(".cpp")  # by which `native.library` knows whether the library is up to date
     try:
+        compilers = [shlex.split(os.environ.get("CXX", "")), ["c++"], ["g++"], ["clang++"]]
+        compiler = next((each for each in compilers if each and shutil.which(each[0])), None)
         if compiler is None:
             raise OSError("there is no C++ compiler (looked for $CXX, c++, g++ and clang++)")
-        command = [*compiler, *FLAGS, *files, "-o", str(part)]
+        digest = runpy.run_path(str(sources / "sources.py"))["digest"](sources)
+        stamp.write_text(f'extern "C" const char* music_ar_sources() {{ return "{digest}"; }}\n')
+        command = [*compiler, *FLAGS, *files, str(stamp), "-o", str(part)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False)
         if done.returncode:
             raise OSError(f"{compiler[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
         part.replace(library)
-    except (OSError, subprocess.SubprocessError) as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
+    except Exception as error:  # whatever it is, the install must not fail for it
         print(f"music-ar: warning: decoding on a CPU will be slower, in JAX: {error}", file=sys.stderr)
         return False
+    finally:
+        for rest in (part, stamp):
+            with contextlib.suppress(OSError):
+                rest.unlink()
     return True
 
 

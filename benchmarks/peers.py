@@ -1,12 +1,12 @@
 """Compare decoding speed with alternative models of the same size, interleaved in one run on the CPU.
 
-    pip install -c requirements.lock . && pip install torch transformers einops fairscale gguf llama-cpp-py-sync
+    pip install -c requirements.lock . && pip install torch transformers einops fairscale ctranslate2
     pip install --no-deps --ignore-requires-python perceiver-io==0.11.0
     python benchmarks/peers.py
 
 - music-ar: the shipped model, 4,096 tokens of context, 1,024 latents, int8 weights.
 - perceiver-io 0.11 (Krasser and Stumpf; PyTorch): a Perceiver AR with its key/value cache, same widths and latents.
-- llama.cpp, as llama-cpp-py-sync ships it (AVX2): a Llama of the same size in Q8_0 (int8), 2,048 past tokens.
+- GPT-2 in CTranslate2 (C++, int8): the same model as the next, 2,048 past tokens.
 - GPT-2 of Hugging Face's transformers (PyTorch): its cache, same width and depth, 2,048 past tokens.
 
 The other models have random weights, which do not affect the time, and sample from the plain softmax. The models take
@@ -20,12 +20,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-import gguf  # pyright: ignore[reportMissingImports]
+import ctranslate2  # pyright: ignore[reportMissingImports]
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
-from llama_cpp_py_sync import _cffi_bindings as llama  # pyright: ignore[reportMissingImports]
+from ctranslate2.converters.transformers import GPT2Loader  # pyright: ignore[reportMissingImports]
 from perceiver.model.core.config import CausalSequenceModelConfig  # pyright: ignore[reportMissingImports]
 from perceiver.model.core.modules import CausalSequenceModel  # pyright: ignore[reportMissingImports]
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
@@ -88,12 +87,12 @@ def perceiver_io(config: ModelConfig, latents: int, tokens: int) -> tuple[Decode
     return decode, sum(p.numel() for p in model.parameters())
 
 
-def gpt2(config: ModelConfig, past: int, tokens: int) -> tuple[Decode, int]:
-    """GPT-2 with `past` tokens in its cache at the start of each call."""
-    model = GPT2LMHeadModel(
+def gpt2_model(config: ModelConfig, positions: int) -> GPT2LMHeadModel:
+    """A GPT-2 of the same width and depth."""
+    return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.vocabulary_size,
-            n_positions=past + tokens + 1,
+            n_positions=positions,
             n_embd=config.width,
             n_layer=config.layers,
             n_head=config.heads,
@@ -101,6 +100,10 @@ def gpt2(config: ModelConfig, past: int, tokens: int) -> tuple[Decode, int]:
             eos_token_id=None,
         )
     ).eval()
+
+
+def gpt2(model: GPT2LMHeadModel, past: int, tokens: int) -> Decode:
+    """GPT-2 with `past` tokens in its cache at the start of each call."""
     cache = DynamicCache()
     with torch.inference_mode():
         token = _draw(model(torch.randint(0, 388, (1, past)), past_key_values=cache, use_cache=True).logits)
@@ -113,76 +116,34 @@ def gpt2(config: ModelConfig, past: int, tokens: int) -> tuple[Decode, int]:
             for _ in range(tokens):
                 token = _draw(model(token, past_key_values=cache, use_cache=True).logits)
 
-    return decode, sum(p.numel() for p in model.parameters())
+    return decode
 
 
-def llama_cpp(config: ModelConfig, past: int, tokens: int) -> tuple[Decode, int]:
-    """llama.cpp with `past` tokens in its cache at the start of each call, and its own sampler."""
-    lib, ffi = llama.get_lib(), llama.get_ffi()
+def ctranslate(model: GPT2LMHeadModel, past: int, tokens: int) -> Decode:
+    """A GPT-2 in CTranslate2, which keeps the keys and values of the `past` tokens between calls."""
+    spec = GPT2Loader().get_model_spec(model)
+    names = [str(token) for token in range(model.config.vocab_size)]
+    spec.register_vocabulary(names)
+    spec.validate()
+    spec.optimize(quantization="int8")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "random.gguf")
-        parameters = _write_llama(path, config, past + tokens + 1)
-        model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
-    options = lib.llama_context_default_params()
-    options.n_ctx, options.n_batch, options.n_ubatch = past + tokens + 1, past, 512
-    options.n_threads = options.n_threads_batch = usable_cores()
-    context = lib.llama_init_from_model(model, options)
-    sampler = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-    lib.llama_sampler_chain_add(sampler, lib.llama_sampler_init_dist(1))
-    prompt = ffi.new("llama_token[]", np.random.default_rng(0).integers(0, 388, past).tolist())
-    assert lib.llama_decode(context, lib.llama_batch_get_one(prompt, past)) == 0
-    token = ffi.new("llama_token[]", [lib.llama_sampler_sample(sampler, context, -1)])
+        spec.save(folder)
+        generator = ctranslate2.Generator(folder, compute_type="int8", intra_threads=usable_cores())
+    prompt = [names[token] for token in np.random.default_rng(0).integers(0, 388, past)]
 
     def decode() -> None:
-        lib.llama_memory_seq_rm(lib.llama_get_memory(context), 0, past, -1)
-        for _ in range(tokens):
-            assert lib.llama_decode(context, lib.llama_batch_get_one(token, 1)) == 0
-            token[0] = lib.llama_sampler_sample(sampler, context, -1)
+        [result] = generator.generate_batch(
+            [[names[0]]],
+            static_prompt=prompt,
+            include_prompt_in_result=False,
+            min_length=tokens,
+            max_length=tokens,
+            sampling_topk=0,
+            end_token=[],
+        )
+        assert len(result.sequences_ids[0]) == tokens
 
-    return decode, parameters
-
-
-def _write_llama(path: Path, config: ModelConfig, context: int) -> int:
-    """Write a Llama with random weights in Q8_0 and the sizes of `config`; return its number of parameters."""
-    writer = gguf.GGUFWriter(path, "llama")
-    D, F, V = config.width, config.hidden, config.vocabulary_size
-    query_width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
-    writer.add_context_length(context)
-    writer.add_embedding_length(D)
-    writer.add_block_count(config.layers)
-    writer.add_feed_forward_length(F)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_rope_dimension_count(config.head_size)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(V)
-    writer.add_tokenizer_model("none")
-    block = {
-        "attn_q": (query_width, D),
-        "attn_k": (kv_width, D),
-        "attn_v": (kv_width, D),
-        "attn_output": (D, query_width),
-        "ffn_gate": (F, D),
-        "ffn_up": (F, D),
-        "ffn_down": (D, F),
-    }
-    shapes = {"token_embd": (V, D), "output": (V, D), "output_norm": (D,)}
-    for layer in range(config.layers):
-        shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
-        shapes |= {f"blk.{layer}.{name}": (D,) for name in ("attn_norm", "ffn_norm")}
-    rng = np.random.default_rng(0)
-    for name, shape in shapes.items():
-        array = rng.standard_normal(shape, np.float32) * D**-0.5 if len(shape) == 2 else np.ones(shape, np.float32)
-        if len(shape) == 2:
-            quantized = gguf.quantize(array, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(f"{name}.weight", quantized, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-        else:
-            writer.add_tensor(f"{name}.weight", array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return sum(math.prod(shape) for shape in shapes.values())
+    return decode
 
 
 def _draw(logits: torch.Tensor) -> torch.Tensor:
@@ -199,15 +160,15 @@ def main() -> None:
     config, latents, tokens = decoder.config, arguments.latents, 32
     size = sum(map(math.prod, parameter_shapes(config).values()))
     ours, four = music_ar(decoder, latents, 1, tokens), music_ar(decoder, latents, 4, tokens)
-    llama_decode, llama_size = llama_cpp(config, 2048, tokens)
     perceiver, perceiver_size = perceiver_io(config, latents, tokens)
-    transformer, transformer_size = gpt2(config, 2048, tokens)
+    model = gpt2_model(config, 2048 + tokens + 1)
+    gpt2_size = sum(p.numel() for p in model.parameters())
     tools = {
         "music-ar": (ours, tokens, size),
         "music-ar, four pieces at once": (four, 4 * tokens, size),
-        "llama.cpp, Q8_0": (llama_decode, tokens, llama_size),
+        "GPT-2, CTranslate2, int8": (ctranslate(model, 2048, tokens), tokens, gpt2_size),
         "perceiver-io 0.11": (perceiver, tokens, perceiver_size),
-        "GPT-2, transformers": (transformer, tokens, transformer_size),
+        "GPT-2, transformers": (gpt2(model, 2048, tokens), tokens, gpt2_size),
     }
     seconds: dict[str, list[float]] = {name: [] for name in tools}
     for turn in range(arguments.rounds + 1):

@@ -157,6 +157,21 @@ def compilations():
     return collecting
 
 
+@pytest.fixture(scope="module", params=["native", "jax"])
+def decoder(request, tiny_checkpoint):
+    """The tiny checkpoint in each decoder: the native engine, if it was compiled, and JAX."""
+    from music_ar.decoding import backend
+    from music_ar.decoding.decoder import Decoder
+    from music_ar.decoding.loading import load_decoder
+    from music_ar.model.pretrained import load_pretrained
+
+    if request.param == "jax":
+        return Decoder(load_pretrained(tiny_checkpoint))
+    if not backend.native():
+        pytest.skip("the native engine was not compiled")
+    return load_decoder(tiny_checkpoint)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A pretrained checkpoint of the tiny preset, with random weights everywhere."""

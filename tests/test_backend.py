@@ -18,6 +18,7 @@ from music_ar.decoding import backend as backends
 from music_ar.decoding.backend import Backend, cpu_devices, select
 from music_ar.decoding.decoder import Decoder
 from music_ar.decoding.interface import shared_options
+from music_ar.decoding.native import library
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.windows import WINDOWS, WindowMode
 from music_ar.model.attention import Matrix
@@ -146,6 +147,37 @@ def test_a_decoder_leaves_the_kernel_out_by_itself(monkeypatch):
     chosen = dataclasses.replace(select(HOPPER), compute=Compute())
     monkeypatch.setattr(backends, "select", lambda: chosen)
     assert Decoder(noisy_model(PRESETS["tiny"])).backend == chosen.suited_to(PRESETS["tiny"]) != chosen
+
+
+@pytest.mark.parametrize(
+    ("environment", "installed", "compiled", "expected"),
+    [
+        ({}, (), True, True),
+        ({}, (), False, False),
+        ({"MUSIC_AR_CPU": "jax"}, (), True, False),
+        ({"MUSIC_AR_CPU": "avx2"}, (), True, True),
+        ({"JAX_PLATFORMS": "cpu"}, ("jax_plugins", "libtpu"), True, True),
+        ({"JAX_PLATFORMS": "cuda"}, (), True, False),
+        ({}, ("jax_plugins",), True, True),  # for a GPU that this machine does not have
+        ({}, ("libtpu",), False, False),
+    ],
+)
+def test_the_native_engine_decodes_on_a_cpu_if_it_was_compiled(monkeypatch, environment, installed, compiled, expected):
+    for name in ("MUSIC_AR_CPU", "JAX_PLATFORMS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(library, "load", lambda: object() if compiled else None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object() if name in installed else None)
+    assert backends.native() == expected
+
+
+def test_an_accelerator_keeps_its_jax(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(library, "load", object)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(jax, "local_devices", lambda: [HOPPER])
+    assert not backends.native()
 
 
 def test_chunks_of_many_rows_are_shorter():

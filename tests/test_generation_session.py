@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import tracemalloc
 
 import jax
 import numpy as np
@@ -14,8 +15,8 @@ from music_ar.tokens import codec, vocabulary
 
 
 @pytest.fixture(scope="module")
-def generator(tiny_checkpoint):
-    return Generator.from_pretrained(tiny_checkpoint)
+def generator(decoder):
+    return Generator(decoder)
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +110,23 @@ def test_chosen_variations_continue(generator, prompt):
             session.keep(wrong)
 
 
-def test_closing_frees_the_device(generator):
-    def live_bytes():
-        gc.collect()
-        return sum(array.nbytes for array in jax.live_arrays())
+@pytest.fixture
+def live_bytes():
+    """A function that counts what JAX's and NumPy's arrays hold."""
 
+    numpys = tracemalloc.DomainFilter(inclusive=True, domain=np.lib.tracemalloc_domain)
+
+    def count():
+        gc.collect()
+        of_numpy = tracemalloc.take_snapshot().filter_traces([numpys]).traces
+        return sum(array.nbytes for array in jax.live_arrays()) + sum(trace.size for trace in of_numpy)
+
+    tracemalloc.start()
+    yield count
+    tracemalloc.stop()
+
+
+def test_closing_frees_the_device(generator, live_bytes):
     last(generator.stream(seconds=3.0, seed=2))  # whatever is made once and kept
     before = live_bytes()
     session = generator.session(seed=2)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from music_ar.decoding.native import library
+
 ROOT = Path(__file__).parents[1]
 COMPILER = next(filter(None, map(shutil.which, ["c++", "g++", "clang++"])), None)
 needs_shell = pytest.mark.skipif(sys.platform == "win32", reason="the compiler that fails is a shell script")
@@ -19,6 +21,8 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ co
 @pytest.fixture(scope="module")
 def hook():
     spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -28,6 +32,7 @@ def hook():
 def sources(tmp_path):
     folder = tmp_path / "sources"
     folder.mkdir()
+    shutil.copy(ROOT / "music_ar/decoding/native/sources.py", folder)
     (folder / "one.cpp").write_text('extern "C" int one() { return 1; }')
     (folder / "two.cpp").write_text('extern "C" int one(); extern "C" int two() { return 2 * one(); }')
     return folder
@@ -37,6 +42,22 @@ def sources(tmp_path):
 def test_all_sources_become_one_library(hook, sources):
     assert hook.compile_engine(sources, sources / "_engine.so")
     assert ctypes.CDLL(str(sources / "_engine.so")).two() == 2
+    assert sorted(path.name for path in sources.iterdir()) == ["_engine.so", "one.cpp", "sources.py", "two.cpp"]
+
+
+@needs_compiler
+def test_a_library_of_other_sources_is_not_loaded(hook, tmp_path, monkeypatch):
+    """As after `git pull` in a checkout, where nothing compiles it again."""
+    native = tmp_path / "native"
+    shutil.copytree(ROOT / "music_ar/decoding/native", native, ignore=shutil.ignore_patterns("*.so"))
+    monkeypatch.setattr(library, "PATH", native / "_engine.so")
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)  # without its cache
+    assert library.load() is None
+    assert hook.compile_engine(native, native / "_engine.so")
+    assert library.load() is not None
+    with (native / "engine.cpp").open("a") as file:
+        file.write("// changed\n")
+    assert library.load() is None
 
 
 def a_compiler_that_fails(folder):
@@ -52,6 +73,7 @@ def a_compiler_that_fails(folder):
         ("none", "_engine.so", "no C++ compiler"),
         pytest.param("old", "_engine.so", "unrecognized option -std=c++17", marks=needs_shell),
         ("none of that name", "_engine.so", "no C++ compiler"),
+        ("an open quote", "_engine.so", "quotation"),
         pytest.param("usual", "missing/_engine.so", "", marks=needs_compiler),  # a folder that cannot be written
         pytest.param("usual, broken sources", "_engine.so", "error", marks=needs_compiler),
     ],
@@ -66,6 +88,8 @@ def test_what_cannot_be_compiled_is_one_warning(hook, sources, monkeypatch, caps
         monkeypatch.setenv("CXX", a_compiler_that_fails(sources))
     if compiler == "none of that name":
         monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    if compiler == "an open quote":
+        monkeypatch.setenv("CXX", "'c++")
     before = sorted(sources.iterdir())
     assert not hook.compile_engine(sources, sources / library)
     assert sorted(sources.iterdir()) == before

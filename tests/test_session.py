@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-import jax
 import pytest
 
 from app.web.export import write_file
@@ -194,7 +193,7 @@ def test_more_variations_are_measured_while_nobody_generates(tiny_checkpoint, mo
     assert "real time" in machine.cost(8)
     assert machine.cost(8, 2) == "Measuring how fast 2 variations are on this machine …"
     dropped = []
-    monkeypatch.setattr(jax, "clear_caches", lambda: dropped.append(True))
+    monkeypatch.setattr(generator.decoder, "free_programs", lambda: dropped.append(True))
     session = manager.session("somebody")
     run = manager.generate(session, Settings(seconds=600, latents=8))
     next(run)

@@ -59,10 +59,8 @@ def generated_pieces(
         report(min(done, 1.0))
 
     folder.mkdir(exist_ok=True)
-    pieces = sorted(
-        Generator(decoder_of(weights_of(model, int8=False))).generate_many(requests, progress=progress),
-        key=lambda piece: piece.request.tag,
-    )
+    made = Generator(decoder_of(weights_of(model, int8=False))).generate_many(requests, progress=progress)
+    pieces = sorted(made, key=lambda piece: piece.request.tag)
     for piece in pieces:
         seed = piece.request.seed
         if piece.error is not None:

@@ -1,4 +1,6 @@
 __all__ = [
+    "AnyDecoder",
+    "AnyState",
     "Backend",
     "Chunk",
     "DecodeState",
@@ -9,10 +11,13 @@ __all__ = [
     "SamplingError",
     "SamplingOptions",
     "Session",
+    "load_decoder",
 ]
 
 from .backend import Backend
 from .decoder import Decoder
+from .interface import AnyDecoder, AnyState
+from .loading import load_decoder
 from .processors import LogitProcessor
 from .request import GenerationError, Request
 from .sampling import SamplingError, SamplingOptions

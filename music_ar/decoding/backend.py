@@ -1,7 +1,7 @@
 """How decoding differs between devices, decided once.
 
 On a CPU the native engine decodes, without JAX; `native` says whether it can. Elsewhere `select` looks at the device
-and the JAX version. Both return a frozen `Backend`, which is handed down. Nothing else in the project checks the
+and the JAX version and returns a frozen `Backend`, which is handed down. Nothing else in the project checks the
 platform or the JAX version, so every path can be tested on a CPU. Importing this module does not import JAX.
 Measurements: docs/results/decoding.md.
 """
@@ -89,13 +89,14 @@ class Backend:
         return dataclasses.replace(self, attention="plain", micro_batch_rows=None)
 
 
-_CPU = Backend(
+CPU = Backend(
     linear="int8",
     max_chunk_tokens=16,
     max_chunk_work=64,
     batch_rows=16,  # more rows gain little: reading the caches then takes longer than reading the weights
     batch_chunk_tokens=16,
 )
+"""What the native engine and JAX share on a CPU: lengths of chunks and sizes of batches."""
 
 
 @runtime_checkable
@@ -105,8 +106,8 @@ class Device(Protocol):
     platform: str
 
 
-def native() -> Backend | None:
-    """The backend of the native engine, or None where JAX decodes.
+def native() -> bool:
+    """Whether the native engine decodes, and not JAX.
 
     JAX decodes on accelerators, where the engine was not compiled, and where the environment variable `MUSIC_AR_CPU` is
     "jax". JAX is imported to look for an accelerator only where a plugin for one is installed; the environment variable
@@ -114,9 +115,7 @@ def native() -> Backend | None:
     """
     from music_ar.decoding.native import library
 
-    if os.environ.get("MUSIC_AR_CPU") == "jax" or library.load() is None or not _on_a_cpu():
-        return None
-    return _CPU
+    return os.environ.get("MUSIC_AR_CPU") != "jax" and library.load() is not None and _on_a_cpu()
 
 
 def _on_a_cpu() -> bool:
@@ -150,7 +149,7 @@ def select(device: Device | None = None, jax_version: tuple[int, ...] | None = N
 def _cpu(jax_version: tuple[int, ...]) -> Backend:
     ynnpack = jax_version >= _YNNPACK_VERSION
     return dataclasses.replace(
-        _CPU, int8_layout="out_in" if ynnpack else "in_out", key_dtype="bfloat16" if ynnpack else None
+        CPU, int8_layout="out_in" if ynnpack else "in_out", key_dtype="bfloat16" if ynnpack else None
     )
 
 

@@ -22,11 +22,11 @@ def load_decoder(source: str | os.PathLike[str] | None = None) -> AnyDecoder:
 
 def decoder_of(weights: Weights) -> AnyDecoder:
     """A decoder of a model: on a CPU in the native engine, which needs no JAX; where that cannot run, in JAX."""
-    native = backends.native()
-    if native is not None:
+    if backends.native():
         from music_ar.decoding.native.decoder import NativeDecoder
 
-        return NativeDecoder(weights, native)
+        if NativeDecoder.suits(weights.config):
+            return NativeDecoder(weights.config, weights.tensors)
     from music_ar.decoding.decoder import Decoder
     from music_ar.model.pretrained import model_of
 

@@ -140,8 +140,10 @@ class Session:
             if self._state is None:  # closed between two chunks
                 return
             length = self._decoder.backend.chunk_tokens(len(self.seeds))
-            state = self._state.with_limit(limit_steps)
-            self._state, tokens_BxT = self._decoder.decode(state, self._options, length=length)
+            # In one line: a name for the state here would keep it alive when the session is closed.
+            self._state, tokens_BxT = self._decoder.decode(
+                self._state.with_limit(limit_steps), self._options, length=length
+            )
             for sequence, tokens in zip(self._sequences, np.asarray(tokens_BxT), strict=True):
                 sequence.add(tokens)
             for sequence in self._sequences:

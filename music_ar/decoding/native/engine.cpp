@@ -1,0 +1,186 @@
+// The interface that library.py calls. Arguments are checked there; nothing here throws except for want of memory.
+#include <sched.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <memory>
+#include <thread>
+
+#include "model.h"
+#include "sampling.h"
+
+namespace music_ar {
+
+static int usable_cores() {
+#if defined(__linux__)
+  cpu_set_t cores;
+  if (sched_getaffinity(0, sizeof cores, &cores) == 0) return CPU_COUNT(&cores);
+#endif
+  return std::max(1, int(std::thread::hardware_concurrency()));
+}
+
+constexpr int MOST_THREADS = 16;  // more gain nothing: the products of a step are too short to share
+
+// The pool of the process. An old one is left alone when the number changes: its threads sleep.
+static Threads*& pool() {
+  static Threads* threads = new Threads(std::min(MOST_THREADS, usable_cores()));
+  return threads;
+}
+
+static std::vector<Piece> pieces_of(const Model& model, const State& state) {
+  std::vector<Piece> pieces;
+  for (int row = 0; row < state.rows; ++row)
+    pieces.emplace_back(state, model.config(), row, model.kernels().cached_bytes, model.value_stride());
+  return pieces;
+}
+
+// The pending token of a piece. Its window of latents slides: it sees the last n.
+static Position pending_position(const Model& model, const Piece& piece) {
+  return {&piece, Conditioning(model.config(), piece), std::max(0, piece.age - piece.latents + 1)};
+}
+
+// Logits of the token after the pending one, for some rows of a batch.
+static void step(Model& model, Threads& threads, const std::vector<Piece>& pieces, const std::vector<int>& rows,
+                 float* logits_RxV) {
+  for (size_t first = 0; first < rows.size(); first += Model::MOST_POSITIONS) {
+    std::vector<Position> positions;
+    for (size_t i = first; i < std::min(rows.size(), first + Model::MOST_POSITIONS); ++i)
+      positions.push_back(pending_position(model, pieces[rows[i]]));
+    model.forward(threads, positions, logits_RxV + first * VOCABULARY_SIZE);
+  }
+}
+
+// Go through all tokens of a prompt but the last, which is left pending. The last n latents are computed as in training:
+// each sees those from the first of them up to itself.
+static void prefill(Model& model, Threads& threads, Piece& piece, const int32_t* tokens, int count) {
+  const int first_latent = std::max(0, count - 1 - piece.latents);
+  const int first_input = std::max(0, first_latent - model.config().context + 1);
+  std::vector<Position> positions;
+  for (int age = 0; age < count; ++age) {
+    advance(piece, tokens[age]);
+    if (age < first_input || age == count - 1) continue;
+    positions.push_back({&piece, Conditioning(model.config(), piece), age < first_latent ? -1 : first_latent});
+    if (int(positions.size()) < Model::MOST_POSITIONS && age < count - 2) continue;
+    model.forward(threads, positions, nullptr);
+    positions.clear();
+  }
+}
+
+struct Drawn {
+  int32_t token;
+  float nats;
+};
+
+static Drawn draw_one(const Model& model, const Piece& piece, const Options& options, int row, float* logits_V) {
+  const float total = model.kernels().log_sum_exp(logits_V, VOCABULARY_SIZE);
+  std::vector<float> processed(logits_V, logits_V + VOCABULARY_SIZE);
+  process(processed.data(), piece, options, row);
+  const int token = draw(processed.data(), piece.key_2, piece.age + 1);
+  return {token, total - logits_V[token]};
+}
+
+static void decode(Model& model, Threads& threads, const State& state, const Options& options, int length,
+                   int32_t* tokens_BxT, float* nats_BxT) {
+  std::vector<Piece> pieces = pieces_of(model, state);
+  std::vector<float> logits_RxV(size_t(state.rows) * VOCABULARY_SIZE);
+  std::fill_n(tokens_BxT, size_t(state.rows) * length, PAD);
+  std::fill_n(nats_BxT, size_t(state.rows) * length, 0.0f);
+  for (int t = 0; t < length; ++t) {
+    std::vector<int> rows;
+    for (int row = 0; row < state.rows; ++row)
+      if (!pieces[row].done()) rows.push_back(row);
+    if (rows.empty()) return;
+    step(model, threads, pieces, rows, logits_RxV.data());
+    threads.each(int(rows.size()), [&](int i, int) {
+      const int row = rows[i];
+      const Drawn drawn = draw_one(model, pieces[row], options, row, logits_RxV.data() + size_t(i) * VOCABULARY_SIZE);
+      tokens_BxT[size_t(row) * length + t] = drawn.token;
+      nats_BxT[size_t(row) * length + t] = drawn.nats;
+      advance(pieces[row], drawn.token);
+    });
+  }
+}
+
+static void teacher_force(Model& model, Threads& threads, const State& state, const int32_t* tokens_BxT, int length,
+                          float* logits_BxTxV) {
+  std::vector<Piece> pieces = pieces_of(model, state);
+  std::vector<float> logits_RxV(size_t(state.rows) * VOCABULARY_SIZE);
+  for (int t = 0; t < length; ++t) {
+    std::vector<int> rows;
+    for (int row = 0; row < state.rows; ++row)
+      if (!pieces[row].ended) rows.push_back(row);
+    step(model, threads, pieces, rows, logits_RxV.data());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const size_t place = size_t(rows[i]) * length + t;
+      std::copy_n(logits_RxV.data() + i * VOCABULARY_SIZE, VOCABULARY_SIZE, logits_BxTxV + place * VOCABULARY_SIZE);
+      advance(pieces[rows[i]], tokens_BxT[place]);
+    }
+  }
+}
+
+// Seconds of the fastest of some passes.
+static double bare_products_s(Model& model, Threads& threads, int rows, int passes) {
+  double least = INFINITY;
+  for (int pass = 0; pass < passes; ++pass) {
+    const auto began = std::chrono::steady_clock::now();
+    model.bare_products(threads, rows);
+    least = std::min(least, std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+  }
+  return least;
+}
+
+}  // namespace music_ar
+
+using namespace music_ar;
+
+extern "C" {
+
+const char* music_ar_path(const Model* model) { return model->kernels().name; }
+
+int music_ar_cached_bytes(const Model* model) { return int(model->kernels().cached_bytes); }
+
+int music_ar_threads() { return pool()->count(); }
+
+void music_ar_set_threads(int count) {
+  if (count != pool()->count()) pool() = new Threads(count);
+}
+
+Model* music_ar_open(const Config* config, const Tensor* tensors, int count) {
+  return new Model(*config, std::vector<Tensor>(tensors, tensors + count));
+}
+
+void music_ar_close(Model* model) { delete model; }
+
+void music_ar_prefill(Model* model, const State* state, int row, const int32_t* tokens, int count) {
+  Threads::Awake awake(*pool());
+  prefill(*model, *pool(), pieces_of(*model, *state)[row], tokens, count);
+}
+
+void music_ar_decode(Model* model, const State* state, const Options* options, int length, int32_t* tokens_BxT,
+                     float* nats_BxT) {
+  Threads::Awake awake(*pool());
+  decode(*model, *pool(), *state, *options, length, tokens_BxT, nats_BxT);
+}
+
+void music_ar_teacher_force(Model* model, const State* state, const int32_t* tokens_BxT, int length,
+                            float* logits_BxTxV) {
+  Threads::Awake awake(*pool());
+  teacher_force(*model, *pool(), *state, tokens_BxT, length, logits_BxTxV);
+}
+
+double music_ar_bare_products_s(Model* model, int rows, int passes) {
+  Threads::Awake awake(*pool());
+  return bare_products_s(*model, *pool(), rows, passes);
+}
+
+// For tests: the logit processors and the draw by themselves.
+void music_ar_process(Model* model, const State* state, const Options* options, float* logits_BxV) {
+  std::vector<Piece> pieces = pieces_of(*model, *state);
+  for (int row = 0; row < state->rows; ++row)
+    process(logits_BxV + size_t(row) * VOCABULARY_SIZE, pieces[row], *options, row);
+}
+
+int music_ar_draw(const float* logits_V, const uint32_t* key_2, int position) { return draw(logits_V, key_2, position); }
+
+}
