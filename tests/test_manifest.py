@@ -1,80 +1,19 @@
 """The manifest of a rendered folder, shared by processes: nobody reads half a line, whatever the others do."""
 
-import dataclasses
 import errno
-import json
 import os
-import random
-import signal
+import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from shared_folder import PIECES, check_complete, render, requests
 
 from app.console import CommandError
 from app.rendering.leases import Leases
-from app.rendering.manifest import Manifest, Output, planned_line
-from music_ar.decoding.request import Request
-from music_ar.decoding.sampling import SamplingOptions
+from app.rendering.manifest import Manifest, planned_line
 
 ROOT = Path(__file__).parents[1]
-PIECES = 12
-
-
-def requests():
-    """A plan of pieces, as `Plan` makes it."""
-    settings = dataclasses.asdict(SamplingOptions())
-    return [
-        Request(
-            seed=number,
-            tag=Output(
-                file=f"{number}.mid",
-                prompt=None,
-                prompt_sha256=None,
-                settings=settings,
-                model={"name": "m"},
-                group="all",
-            ),
-        )
-        for number in range(PIECES)
-    ]
-
-
-def music(request):
-    """The bytes of a piece, which only its seed decides."""
-    return random.Random(request.seed).randbytes(3000 + 100 * request.seed)
-
-
-def finish(manifest, request):
-    line = planned_line(request) | {"status": "made", "sha256": manifest.write(request.tag.file, music(request))}
-    manifest.add(line | {"score": 1.0 / (1 + request.seed)})
-
-
-def render(folder):
-    """What a process of `music-ar render` does with the folder; returns how many pieces it made."""
-    manifest, made, plan = Manifest(folder), 0, requests()
-    with Leases(folder) as leases:
-        for request in plan:
-            if not leases.acquire(request.tag.file):
-                continue
-            manifest.read()
-            if not manifest.is_complete(request):
-                finish(manifest, request)
-                made += 1
-            leases.release(request.tag.file)
-        manifest.read()
-        manifest.rewrite([request.tag.file for request in plan], {})
-    return made
-
-
-def check_complete(folder):
-    manifest = Manifest(folder)
-    assert all(manifest.is_complete(request) for request in requests())
-    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().split("\n")[:-1]]
-    assert [line["file"] for line in lines] == [request.tag.file for request in requests()]
-    visible = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-    assert sorted(visible) == sorted(["manifest.jsonl", *(request.tag.file for request in requests())])
 
 
 def test_a_manifest_that_was_rewritten_in_its_inode_is_read_anew(tmp_path):
@@ -106,44 +45,17 @@ def test_half_a_line_is_left_for_later(tmp_path):
     assert path.read_bytes() == whole
 
 
+def in_a_process(function, folder):
+    """Call a function of `shared_folder` in a process without JAX, which does not like to fork."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    code = f"import sys, pathlib, shared_folder; shared_folder.{function}(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, folder], env=os.environ | {"PYTHONPATH": path}, check=True, timeout=300)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="many processes are quick only where they fork")
-def test_many_processes_in_one_folder(tmp_path):
-    """30 rounds of four processes that add and rewrite; a healthy one used to end in every fifth round."""
-    for number in range(30):
-        folder, children = tmp_path / str(number), []
-        for _ in range(4):
-            child = os.fork()
-            if child == 0:
-                status = 1
-                try:
-                    render(folder)
-                    status = 0
-                finally:
-                    os._exit(status)
-            children.append(child)
-        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0, 0]
-        check_complete(folder)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_killed_at_any_moment_what_is_there_is_whole(tmp_path):
-    folder, moments = tmp_path / "out", random.Random(0)
-    for _ in range(40):
-        child = os.fork()
-        if child == 0:
-            try:
-                render(folder)
-            finally:
-                os._exit(0)
-        time.sleep(moments.uniform(0, 0.02))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        for request in requests():
-            path = folder / request.tag.file
-            assert not path.exists() or path.read_bytes() == music(request)
-        Manifest(folder)
-    render(folder)
-    check_complete(folder)
+@pytest.mark.parametrize("function", ["render_in_many_processes", "render_and_be_killed"])
+def test_many_processes_and_kills(tmp_path, function):
+    in_a_process(function, tmp_path)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])

@@ -32,6 +32,7 @@ SHIPPED_FOLDERS = (_HERE.parent / "checkpoints", _HERE / "checkpoints")
 
 _MAX_CONFIG_BYTES = 2**20
 _SIZE_SLACK = 2**20  # bytes, for the header and what small models have besides int8 matrices
+_LATER_SIZES = ("segment",)  # not in the first configs of the format, and off by default
 _OLD_FORMAT = "music-ar 1"
 _OLD_NAMES = {  # of sizes and of tensors in the old format
     "recall": "retrieval_notes",
@@ -258,12 +259,12 @@ def _in_words(error: Exception) -> str:
 
 
 def _needed_sizes(record_format: str) -> list[str]:
-    """The fields of `ModelConfig` that a config must have: all, but in the old format not what it may turn off."""
-    return [
-        field.name
-        for field in dataclasses.fields(ModelConfig)
-        if record_format == FORMAT or field.default not in (0, 1)
-    ]
+    """The fields of `ModelConfig` that a config must have: all that its format began with.
+
+    Weights do not show all sizes, such as the number of time heads: a default for those would be another model.
+    """
+    sizes = [field for field in dataclasses.fields(ModelConfig) if field.name not in _LATER_SIZES]
+    return [field.name for field in sizes if record_format == FORMAT or field.default not in (0, 1)]
 
 
 def _with_current_names(named: dict[str, Any]) -> dict[str, Any]:
