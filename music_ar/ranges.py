@@ -142,7 +142,9 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "nothing" if value is None else str(value).lower()
     if isinstance(value, numbers.Integral):
-        return str(int(value)) if abs(value) < 10**_SHOWN_DIGITS else f"a number of {_digits(abs(int(value)))} digits"
+        whole_number = int(value)
+        is_short = abs(whole_number) < 10**_SHOWN_DIGITS
+        return str(whole_number) if is_short else f"a number of {_digits(abs(whole_number))} digits"
     if isinstance(value, numbers.Real):
         return repr(float(value)).removesuffix(".0")
     if isinstance(value, str):
