@@ -79,9 +79,10 @@ def parse(arguments: Sequence[str]) -> Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors that are bugs propagate."""
-    # JAX reads these two variables when it is imported, which happens later. They say where it keeps compiled programs
-    # and how many devices it splits a CPU into; the rows of a batch are sharded across those.
+    # JAX reads these variables when it is imported, which happens later. They say where it keeps compiled programs,
+    # that it keeps small ones too, and (below) how many devices it splits a CPU into, across which rows are sharded.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", platformdirs.user_cache_dir("music-ar", appauthor=False))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may not be Unicode; standard error escapes them anyway
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -1,5 +1,6 @@
 """What the commands share: option types, progress on standard error, tables on standard output, file checks."""
 
+import math
 import os
 import sys
 import time
@@ -36,6 +37,10 @@ Unset = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 
 The help text must say what happens if it is.
 """
+
+
+STDIN = "-"
+"""The argument that stands for standard input."""
 
 
 class CommandError(ValueError):
@@ -115,7 +120,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def clock(seconds: float) -> str:
     """Format seconds as m:ss, or as h:mm:ss from one hour."""
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, rest = divmod(math.floor(seconds + 0.5), 60)  # as the player in the browser rounds
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
@@ -140,7 +145,7 @@ def check_writable(path: Path) -> None:
 
 
 def read_performance(path: Path) -> "Performance":
-    """Read a MIDI file; errors name the file.
+    """Read a MIDI file, a pipe, or standard input (`STDIN`); errors name the file.
 
     Raises:
         CommandError: the file does not exist or is not usable MIDI.
@@ -148,9 +153,10 @@ def read_performance(path: Path) -> "Performance":
     from music_ar.midi.io import read_midi
     from music_ar.midi.performance import MidiError
 
-    if not path.is_file():
+    is_stdin = str(path) == STDIN
+    if not is_stdin and not path.exists():
         raise CommandError(f"{path}: no such file")
     try:
-        return read_midi(path)
+        return read_midi(sys.stdin.buffer if is_stdin else path)
     except MidiError as error:
-        raise CommandError(f"{path}: {error}") from error
+        raise CommandError(f"{'standard input' if is_stdin else path}: {error}") from error

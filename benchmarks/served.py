@@ -1,4 +1,4 @@
-"""Serve the web page of the shipped model in its own process, for the benchmarks that use it."""
+"""Serve the web page of a model in its own process, for the benchmarks that use it."""
 
 import re
 import subprocess
@@ -11,16 +11,18 @@ from gradio_client import Client
 
 
 @contextmanager
-def served(*, measure: bool = True) -> Iterator[tuple[str, int]]:
+def served(*, measure: bool = True, checkpoint: str | None = None) -> Iterator[tuple[str, int]]:
     """Run `music-ar web`; its address and its process id.
 
     Args:
         measure: wait until the server has measured the speed of several variations, which takes minutes.
+        checkpoint: the model; default: the shipped one.
 
     Raises:
         RuntimeError: it ended without an address.
     """
     command = [sys.executable, "-m", "app.cli", "web", *([] if measure else ["--no-measure"])]
+    command += [] if checkpoint is None else ["--checkpoint", checkpoint]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -22,8 +22,8 @@ from pathlib import Path, PurePosixPath
 
 from data_pipeline.manifest import SPLITS, DatasetError
 from music_ar.files import read_file
+from music_ar.midi.folders import is_hidden, is_midi_name
 
-MIDI_SUFFIXES = (".mid", ".midi")
 MAX_FILE_BYTES = 64 * 2**20
 _CSV_PATTERN = "maestro-*.csv"
 _CSV_COLUMNS = ("canonical_composer", "canonical_title", "split", "midi_filename")
@@ -63,7 +63,9 @@ class MidiFiles:
         elif self.path.is_file():
             self._zip = _open_zip(self.path)
             self._files = {
-                info.filename: info for info in self._zip.infolist() if _is_listed(info.filename) and not info.is_dir()
+                info.filename: info
+                for info in self._zip.infolist()
+                if not is_hidden(info.filename) and not info.is_dir()
             }
         else:
             raise DatasetError(f"{self.path}: no such zip or folder.")
@@ -84,8 +86,8 @@ class MidiFiles:
         return sorted(self._files)
 
     def midi_names(self) -> list[str]:
-        """Names of the files that end in .mid or .midi, in any case, sorted."""
-        return [name for name in self.names() if name.lower().endswith(MIDI_SUFFIXES)]
+        """Names of the MIDI files (`folders.is_midi_name`), sorted."""
+        return [name for name in self.names() if is_midi_name(name)]
 
     def read(self, name: str) -> bytes:
         """The bytes of one file.
@@ -205,14 +207,9 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
         raise DatasetError(f"{path}: neither a folder nor a readable zip ({error}).") from error
 
 
-def _is_listed(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return not any(part.startswith(".") or part == "__MACOSX" for part in parts)
-
-
 def _walk(folder: Path) -> Iterable[str]:
     for parent, _, names in os.walk(folder):
         for name in names:
             relative = (Path(parent) / name).relative_to(folder).as_posix()
-            if _is_listed(relative):
+            if not is_hidden(relative):
                 yield relative

@@ -36,6 +36,7 @@ from data_pipeline.manifest import (
     write_file,
 )
 from data_pipeline.splits import assign_splits, check_shares
+from music_ar.midi.folders import MIDI_EXTENSIONS
 from music_ar.midi.io import read_midi
 from music_ar.midi.performance import MidiError
 from music_ar.system import usable_cores
@@ -100,7 +101,7 @@ def prepare_midi(
     workers: int | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> Prepared:
-    """Tokenize every .mid and .midi file of a folder (or zip) and its subfolders.
+    """Tokenize every MIDI file (.mid, .midi, .kar, .rmi) of a folder (or zip) and its subfolders.
 
     Files are assigned to splits by a hash of their names (`splits.assign_splits`). Files that are not usable MIDI are
     skipped; the manifest's `skipped` gives the reasons. Each file is a composition of its own.
@@ -121,7 +122,7 @@ def prepare_midi(
     with MidiFiles(folder) as files:
         names = files.midi_names()
         if not names:
-            raise DatasetError(f"{folder}: no MIDI file (.mid, .midi) in it or in its subfolders.")
+            raise DatasetError(f"{folder}: no MIDI file ({', '.join(MIDI_EXTENSIONS)}) in it or in its subfolders.")
         task = _Task(
             files=files,
             paths={name: name for name in names},

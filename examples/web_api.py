@@ -1,4 +1,4 @@
-"""Use the HTTP API of the web app: print what it offers, generate a piece and continue it.
+"""Use the HTTP API of the web app: print what it offers, generate two variations and continue the livelier one.
 
     music-ar web &
     python examples/web_api.py http://127.0.0.1:7860 piece.mid
@@ -24,10 +24,13 @@ def main() -> None:
     client = Client(arguments.address)
     print(json.dumps(client.predict(api_name="/info"), indent=2))
     # A job yields its progress while it runs. To continue a MIDI file, add prompt=handle_file("mine.mid").
-    job = client.submit(seconds=arguments.seconds, seed=7, api_name="/generate")
+    job = client.submit(seconds=arguments.seconds, variations=2, seed=7, api_name="/generate")
     for progress, _ in job:
         print(progress["status"])
-    progress, files = client.predict(seconds=arguments.seconds, api_name="/continue")  # what this client generated last
+    progress, files = job.result()  # a MIDI file for each variation
+    chosen = progress["notes"].index(max(progress["notes"]))
+    print(f"continuing variation {chosen} of {len(files)}")
+    progress, files = client.predict(seconds=arguments.seconds, variation=chosen, api_name="/continue")
     shutil.copy(files[0], arguments.output)
     print(f"{arguments.output}: {progress['notes'][0]} notes, {progress['seconds'][0]:.1f} s")
 

@@ -1,12 +1,14 @@
 """Conversion to and from pretty_midi and note-seq, which also judge what `read_midi` reads."""
 
+import io
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from midi_files import midi, notes, off, on, track
 
 from music_ar.midi import MidiError, Performance, read_midi
 from music_ar.midi.interop import from_note_sequence, from_pretty_midi, to_note_sequence, to_pretty_midi
@@ -45,6 +47,23 @@ def test_pretty_midi_round_trip(performance):
 @pytest.mark.parametrize("name", PIECES)
 def test_pretty_midi_reads_the_same_notes(pretty_midi, name):
     assert from_pretty_midi(pretty_midi.PrettyMIDI(str(DATA / name))) == read_midi(DATA / name)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0, 0, 1, 7]), st.sampled_from([60, 61]), st.sampled_from([0, 0, 1, 99])),
+        min_size=1,
+        max_size=20,
+    )
+)
+@example([(0, 60, 1), (1, 60, 1), (0, 60, 0), (0, 60, 1)])
+def test_pretty_midi_pairs_note_ons_and_note_offs_alike(pretty_midi, events):
+    ticks = np.cumsum([delta for delta, _, _ in events]).tolist()
+    played = [(tick, on(pitch, velocity)) for tick, (_, pitch, velocity) in zip(ticks, events, strict=True)]
+    data = midi(track(*played, *[(ticks[-1] + 5, off(pitch)) for pitch in (60, 61)]))
+    expected = from_pretty_midi(pretty_midi.PrettyMIDI(io.BytesIO(data)))
+    if len(expected):
+        assert sorted(notes(read_midi(data))) == sorted(notes(expected))
 
 
 @pytest.mark.usefixtures("midi_io")

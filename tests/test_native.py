@@ -33,7 +33,7 @@ CONFIG = dataclasses.replace(TINY, onsets=3, retrieval_notes=24, time_heads=1)
 CONFIGS = {
     "all features": CONFIG,
     "tokens only": dataclasses.replace(TINY, conv_width=1),
-    "onsets only": dataclasses.replace(TINY, onsets=2, heads=2, layers=1),
+    "onsets only": dataclasses.replace(TINY, onsets=2, heads=12, layers=1),
     "retrieval only": dataclasses.replace(TINY, retrieval_notes=12, conv_width=8, time_heads=2),
     "odd sizes": dataclasses.replace(CONFIG, width=36, heads=6, head_size=20, hidden=70, rotary_fraction=0.3),
     "one query head a key": dataclasses.replace(CONFIG, heads=5, kv_heads=5, head_size=80, rotary_fraction=1.0),
@@ -109,8 +109,8 @@ def test_every_instruction_set_computes_the_same(model, reference, monkeypatch, 
     assert_close(logits_after(native, 100), logits_after(reference, 100))
 
 
-@pytest.mark.parametrize("latents", [2, 11, LATENTS])
-@pytest.mark.parametrize("length", [2, 15, 30, 66, 120])
+@pytest.mark.parametrize("latents", [2, 11])
+@pytest.mark.parametrize("length", [3, 30, 120])
 def test_prefill_is_that_of_jax(native, reference, length, latents):
     assert_close(logits_after(native, length, latents=latents), logits_after(reference, length, latents=latents))
 
@@ -211,16 +211,18 @@ def test_decoding_is_step_draw_and_advance_as_in_jax(native, reference):
     prompt, options = melody([60, 64, 67, 72]), option_arrays([SamplingOptions()])
     _, tokens_BxT, nats_BxT = native.decode_scored(start(native, [prompt], seeds=[5]), options, length=40)
     _, logits = native.teacher_force(start(native, [prompt], seeds=[5]), tokens_BxT)
-    one = jax.jit(
-        lambda rng, logits, state, token: (processors.draw(rng, logits, state, options), advance(state, token))
-    )
+
+    @jax.jit
+    def one(rng, logits, state, options, token):
+        return processors.draw(rng, logits, state, options), advance(state, token)
+
     state = start(reference, [prompt], seeds=[5])
     for index, token in enumerate(tokens_BxT[0]):
         if token == PAD:
             break
         state = state._replace(clock_B=state.clock_B + 1)
         rng = jax.vmap(jax.random.fold_in)(state.rng_B, state.age_B)
-        drawn, state = one(rng, jnp.asarray(logits[:, index]), state, jnp.asarray([token]))
+        drawn, state = one(rng, jnp.asarray(logits[:, index]), state, options, jnp.asarray([token]))
         assert int(drawn[0]) == token
         expected = jax.nn.logsumexp(logits[0, index]) - logits[0, index, token]
         np.testing.assert_allclose(nats_BxT[0, index], expected, atol=1e-4)

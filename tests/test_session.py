@@ -1,19 +1,26 @@
 """Settings, sessions, revisions and files, without a page."""
 
 import dataclasses
+import json
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qsl
 
 import pytest
+from conftest import make_performance
 
+from app.console import clock
 from app.web.export import write_file
 from app.web.manager import SessionManager
+from app.web.player import piece_value
+from app.web.saved_settings import read_settings_file
 from app.web.session import Session
 from app.web.settings import Settings, WebError
 from app.web.warmup import Machine
-from music_ar import GenerationError, Generator, SamplingOptions, read_midi
+from music_ar import Chunk, GenerationError, Generator, SamplingOptions, read_midi
 
 
 @pytest.fixture(scope="module")
@@ -73,30 +80,57 @@ def test_every_sampling_option_is_a_setting(field):
     )
     assert Settings.read({name: str(value)}).sampling == SamplingOptions(**{name: value})
     assert dict(parse_qsl(Settings.read({name: value}).link()[1:])) == {name: str(value)}
-    with pytest.raises(WebError, match=f"{name} must be a .*number, got 'much'"):
-        Settings.read({name: "much"})
-    with pytest.raises(WebError, match=name):
-        Settings.read({name: -1})
+    title = field.metadata["label"].partition(" (")[0].lower()
+    for wrong, got in (("much", "“much”"), (-1, "-1"), (10**50, "a number of more than 40 digits")):
+        with pytest.raises(WebError, match=f"the {title} must be a .*number from .* to .*, got {got}"):
+            Settings.read({name: wrong})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"seconds": "long"}, "the length must be a number of seconds from 1 to 3600, got 'long'"),
+        ({"seconds": "long"}, "the length must be a number of seconds from 1 to 3600, got “long”"),
         ({"seconds": None}, "the length must be a number of seconds from 1 to 3600, got nothing"),
         ({"seconds": float("nan")}, "the length must be a number of seconds"),
         ({"seconds": 1e9}, "length must be a number of seconds from 1 to 3600, got 1000000000"),
         ({"variations": 9}, "variations must be a whole number from 1 to 8, got 9"),
         ({"seed": 1.5}, "the seed must be a whole number"),
-        ({"seed": 2**31}, "the seed must be a whole number from 0 to 2147483639, or empty, got 2147483648"),
+        (
+            {"seed": 2**31},
+            "the seed must be a whole number from 0 to 2147483639, or empty for a random one, got 2147483648",
+        ),
         ({"start_s": 5, "end_s": 4}, "must end after it starts"),
-        ({"end_s": "late"}, "the end of the prompt must be a number of seconds, or empty, got 'late'"),
-        ({"continuation_only": "perhaps"}, "continuation_only must be true or false, got 'perhaps'"),
+        (
+            {"end_s": "late"},
+            "the end of the prompt must be a number of seconds from 0 to 3600, or empty .*, got “late”",
+        ),
+        ({"continuation_only": "perhaps"}, "leave out the prompt .* must be true or false, got “perhaps”"),
     ],
 )
 def test_impossible_settings_are_refused_in_words(values, message):
     with pytest.raises(WebError, match=message):
         Settings.read(values)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Dear pianist", "", "[]", '[["seconds", 5]]', "7", "null", '"seconds"', "[" * 100_000, '{"a":' * 100_000, "{}",
+        '{"a": 1}', '{"seconds": 1' + 5000 * "0" + "}", bytes(range(256)), '{"seconds": 5, "x": "' + 10**6 * "a" + '"}',
+    ],
+)  # fmt: skip
+def test_files_without_settings_are_refused(tmp_path, content):
+    path = tmp_path / "settings.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(WebError, match=r"“settings\.json” holds no settings of this page"):
+        read_settings_file(path)
+
+
+def test_downloaded_settings_are_read(tmp_path):
+    settings = Settings(seconds=5, seed=7, sampling=SamplingOptions(top_k=3), prompt="mine.mid")
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings.flat() | {"latents_used": 32}))
+    assert Settings.read(read_settings_file(path)) == settings
 
 
 def test_the_prompt_is_cropped_and_may_be_left_out(manager, midi_file):
@@ -107,8 +141,10 @@ def test_the_prompt_is_cropped_and_may_be_left_out(manager, midi_file):
     without = make(manager, session, seconds=3, seed=1, start_s=5, end_s=9, continuation_only=True)
     assert sorted(with_it.pieces[0].crop(0, 3.505).pitch) == sorted(part.crop(0, 3.505).pitch)
     assert without.shown(0) == with_it.pieces[0].crop(with_it.join_s)
-    with pytest.raises(WebError, match="no note begins between"):
-        make(manager, session, seconds=3, start_s=1000, end_s=1001)
+    with pytest.raises(WebError, match=r"no note begins between 5 s and 5\.001 s"):
+        make(manager, session, seconds=3, start_s=5, end_s=5.001)
+    with pytest.raises(WebError, match=r"the prompt is 35\.2 s long, and the chosen part starts at 1000 s"):
+        make(manager, session, seconds=3, start_s=1000)
 
 
 def test_the_prompt_is_shown_while_it_is_read(manager, midi_file):
@@ -156,6 +192,45 @@ def test_the_latest_choice_counts_in_whichever_order_they_arrive(manager):
     assert session.chosen == 1
 
 
+def test_a_choice_counts_while_the_prompt_is_read_and_returns_with_undo(manager, midi_file):
+    session = with_prompt(midi_file)
+    run = manager.generate(session, Settings(latents=8, seconds=1, seed=3, variations=3))
+    next(run)
+    session.choose(2)
+    list(run)
+    assert session.chosen == 2
+    list(manager.extend(session, 1.0))
+    assert session.chosen == 0
+    session.undo()
+    assert session.chosen == 2
+
+
+@pytest.mark.parametrize("continuation_only", [False, True])
+def test_the_length_shown_is_the_length_of_the_music(manager, midi_file, continuation_only):
+    session = with_prompt(midi_file)
+    settings = Settings(latents=8, seconds=20, end_s=9, seed=7, variations=4, continuation_only=continuation_only)
+    *_, last = manager.generate(session, settings)
+    shown = [last.shown(n).duration_s for n in range(4)]
+    assert [last.length_s(n) for n in range(4)] == pytest.approx(shown)
+    assert [each["until"] for each in piece_value(session)["variations"]] == pytest.approx(shown)
+    assert " / ".join(map(clock, shown)) in session.status
+
+
+def test_variations_that_wait_for_the_slowest_do_not_grow_beyond_what_was_asked_for(manager, monkeypatch):
+    """They go on in their caches, and their notes are cut at the length asked for."""
+    notes = make_performance(3).crop(0, 15)
+    chunk = Chunk(
+        performances=(notes, notes.crop(0, 6)), final_s=(28.0, 7.0), seeds=(7, 8), tokens=9, tokens_per_s=9.0,
+        seconds_made=7.0, seconds_wanted=15.0, eta_s=1.0, finished=False,
+    )  # fmt: skip
+    last = dataclasses.replace(chunk, performances=(notes, notes), final_s=(31.0, 16.0), finished=True)
+    generation = SimpleNamespace(prompt_s=0.0, latents=8, extend=lambda _: iter([chunk, last]), close=lambda: None)
+    monkeypatch.setattr(manager.machine.generator, "session", lambda _: generation)
+    _, growing, finished = manager.generate(Session(), Settings(latents=8, seconds=15, variations=2))
+    assert growing.until_s == (15.0, 7.0)
+    assert finished.until_s == (notes.duration_s, notes.duration_s)
+
+
 @pytest.mark.parametrize("freed", [False, True], ids=["with caches", "without caches"])
 def test_extending_keeps_the_music(manager, freed):
     session = Session()
@@ -181,7 +256,9 @@ def test_stopping_keeps_what_was_shown(manager, tmp_path):
     first = next(run)
     session.stop()
     assert list(run) == []
-    assert session.revision is first
+    assert session.revision == first.ended()
+    assert session.revision.until_s == (first.pieces[0].duration_s,)
+    assert clock(first.pieces[0].duration_s) in session.status
     assert not session.generating
     assert read_midi(write_file(session, "mid", tmp_path)).pitch.tolist() == first.pieces[0].pitch.tolist()
 
@@ -190,8 +267,12 @@ def test_more_variations_are_measured_while_nobody_generates(tiny_checkpoint, mo
     generator = Generator.from_pretrained(tiny_checkpoint)
     machine = Machine(generator, prompt_notes=(), variations=(2,), max_programs=1)
     manager = SessionManager(machine)
-    assert "real time" in machine.cost(8)
+    assert "as fast as it plays" in machine.cost(8)
     assert machine.cost(8, 2) == "Measuring how fast 2 variations are on this machine …"
+    asking = Session()
+    waiting = [asking.status for _ in zip(range(2), manager.generate(asking, Settings(variations=2)), strict=False)]
+    assert waiting[1].startswith("Timing 2 variations on this machine")
+    asking.stop()
     dropped = []
     monkeypatch.setattr(generator.decoder, "free_programs", lambda: dropped.append(True))
     session = manager.session("somebody")
@@ -205,7 +286,7 @@ def test_more_variations_are_measured_while_nobody_generates(tiny_checkpoint, mo
     session.stop()
     measuring.join(timeout=60)
     assert machine.warm
-    assert "for each of 2 variations" in machine.cost(8, 2)
+    assert "in each of 2 variations" in machine.cost(8, 2)
     assert dropped
 
 
@@ -221,10 +302,9 @@ def test_measuring_ends_with_the_server(tiny_checkpoint):
 def test_the_cost_of_a_latent_budget_is_given_in_words(tiny_checkpoint):
     curve = [{"latents": 8, "nats_per_token": 2.0}, {"latents": 32, "nats_per_token": 1.75}]
     machine = Machine(Generator.from_pretrained(tiny_checkpoint), curve)
-    assert "0.25 nats per token worse than the best quality" in machine.cost(8)
-    assert "best quality" in machine.cost(32)
-    assert "worse than" not in machine.cost(32)
-    assert machine.cost(0).startswith("**Auto** chooses 32 latents: about ")
+    assert "Less coherent than with more (0.25 nats per token worse)" in machine.cost(8)
+    assert "Best quality." in machine.cost(32)
+    assert machine.cost(0).startswith("**Auto** chooses 32 latents: music comes about ")
 
 
 def test_caches_are_bounded_and_are_freed_with_their_session(tiny_checkpoint, monkeypatch):
@@ -245,6 +325,24 @@ def test_caches_are_bounded_and_are_freed_with_their_session(tiny_checkpoint, mo
     for number in range(6):
         manager.forget(f"tab {number}")
     assert not any(map(can_continue, begun))
+
+
+def test_a_session_that_is_left_stops_and_is_forgotten_unless_it_comes_back(manager, monkeypatch):
+    for name in ("gone", "back"):
+        session = manager.session(name)
+        run = manager.generate(session, Settings(latents=8, seconds=1000, seed=3))
+        assert len(list(zip(range(2), run, strict=False))) == 2
+        manager.leave(name)
+        assert not session.generating
+        assert list(run) == []
+        assert session.revisions
+    manager.forget_left()
+    assert manager.session("back").revisions
+    now_s = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s + 300)
+    manager.forget_left()
+    assert manager.session("back").revisions
+    assert not manager.session("gone").revisions
 
 
 def test_without_music_there_is_nothing_to_save():

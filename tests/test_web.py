@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from music_ar import SamplingOptions, read_midi
+from app.web.calls import DEVICE
+from music_ar import SamplingOptions, read_midi, write_midi
 from music_ar.audio.synthesis import TAIL_S
 
 ROOT = Path(__file__).parents[1]
@@ -31,16 +32,18 @@ needs_browser = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def address(tiny_checkpoint):
+def address(tiny_checkpoint, tmp_path_factory):
     """The address of the page of a tiny model."""
     command = [sys.executable, "-m", "app.cli", "web", "--checkpoint", str(tiny_checkpoint), "--no-measure"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path_factory.mktemp("log") / "log.txt"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
     found = re.search(r"http://\S+", line)
     if found is None:
         process.kill()
-        pytest.fail(process.communicate()[1])
+        pytest.fail(log.read_text())
     yield found[0]
     process.terminate()
     process.wait(timeout=20)
@@ -187,9 +190,13 @@ def test_variations_from_nothing_with_a_seed_and_their_files(page, address, tmp_
     page.get_by_label("number input for Variations").fill("3")
     page.get_by_label("number input for Variations").press("Tab")
     page.locator("#generate").click()
-    wait_until_done(page)
-    assert "seeds 7 to 9" in status(page)
     strips = page.get_by_role("radio")
+    strips.nth(2).click()  # while nothing has been generated yet
+    wait_until_done(page)
+    assert strips.nth(2).get_attribute("aria-checked") == "true", "what was chosen stays chosen"
+    assert "seeds 7 to 9" in status(page)
+    lengths = re.findall(r"(?<= )\d+:\d\d(?= / | of )", status(page))
+    assert page.locator("#piece-player .time").inner_text().endswith(f"/ {lengths[2]}"), "status and player agree"
     assert strips.count() == 3
     strips.nth(1).click()
     page.keyboard.press("ArrowDown")
@@ -245,13 +252,124 @@ def test_bad_files_are_explained_and_the_page_lives_on(page, midi_file, tmp_path
         upload(page, path)
         page.locator(".toast-body", has_text=re.compile(explanation)).first.wait_for()
         page.locator(".toast-close").evaluate_all("buttons => buttons.forEach(button => button.click())")
-    upload(page, midi_file)
-    wait_for_notes(page, "prompt", len(read_midi(midi_file)))
+    karaoke = tmp_path / "song.KAR"
+    whole = read_midi(midi_file)
+    write_midi(dataclasses.replace(whole, onset_s=whole.onset_s + 300, offset_s=whole.offset_s + 300), karaoke)
+    upload(page, karaoke)
+    wait_for_notes(page, "prompt", len(whole))
+    start = float(page.locator("#start input").input_value())
+    assert start == pytest.approx(300 + whole.onset_s[0], abs=0.1), "the silence before the first note is not selected"
     choose_example(page)
+
+
+def toast(page, *, contains):
+    """Wait for a message that contains this, and close it."""
+    shown = page.locator(".toast-body", has_text=contains)
+    shown.first.wait_for()
+    text = shown.first.inner_text()
+    while page.locator(".toast-body").count():
+        page.locator(".toast-close").evaluate_all("buttons => buttons.forEach(button => button.click())")
+        time.sleep(0.1)
+    return text
+
+
+@needs_browser
+def test_settings_files_and_links_that_cannot_be_used_are_explained(page, address, tmp_path):
+    contents = {
+        b"[" * 100_000: "holds no settings of this page",
+        b'{"seconds": -5}': "length must be",
+        b'{"top_k": 1' + 300 * b"0" + b"}": "top-k must be",
+        b'{"start_s": 9, "end_s": 3}': "must end after it starts",
+        b'{"prompt": "<b>mine</b>\\ud800.mid", "start_s": 3}': "“<b>mine</b>?.mid”, which they do not contain",
+    }
+    page.get_by_text("More settings").click()
+    for number, (content, explanation) in enumerate(contents.items()):
+        path = tmp_path / f"{number}.json"
+        path.write_bytes(content)
+        page.locator("input[type=file][accept='.json']").set_input_files(path)
+        assert len(toast(page, contains=re.compile(re.escape(explanation), re.IGNORECASE))) < 300
+    path = tmp_path / "settings.json"
+    path.write_text('{"seconds": 7}')
+    page.locator("input[type=file][accept='.json']").set_input_files(path)
+    wait_until(lambda: float(page.locator("#seconds input").input_value()) == 7, "the page still takes settings")
+
+    opened = page
+    for link, explanation in {
+        "seconds=abc": "length must be",
+        "latents=99999": "latent budget must be",
+        "prompt=mine.mid&start_s=3": "“mine.mid”, which they do not contain. Upload it, and select the part from 3 s",
+        "prompt=Bach+prelude+in+f+minor&start_s=500": "prompt is 24.0 s long",
+    }.items():
+        opened = page.context.new_page()
+        opened.goto(f"{address}?{link}")
+        toast(opened, contains=explanation)
+    wait_for_notes(opened, "prompt", 139)
+    fill(opened, "start", 9)
+    fill(opened, "end", 3)
+    toast(opened, contains="must end after it starts, got 9 s to 3 s")
+
+
+@needs_browser
+def test_keys_focus_and_spoken_status(page, tmp_path):
+    def focused(name):
+        return page.evaluate("name => document.activeElement.getAttribute(name)", name)
+
+    choose_example(page)
+    start, end = (page.get_by_role("slider", name=f"{limit} of the selected part") for limit in ("Start", "End"))
+    end.focus()
+    page.keyboard.press("PageDown")
+    page.keyboard.press("ArrowLeft")
+    start.focus()
+    page.keyboard.press("Shift+ArrowRight")
+    wait_until(lambda: start.get_attribute("aria-valuetext") == "1.0 of 24.0 seconds", "the edge says where it is")
+    limits = [page.locator(f"#{limit} input") for limit in ("start", "end")]
+    wait_until(lambda: [float(limit.input_value()) for limit in limits] == [1, 22.9], "the part moves by keys")
+    page.locator("#example input").focus()
+    page.keyboard.press("ArrowDown")
+    page.get_by_role("option").first.wait_for()
+    page.keyboard.press("Tab")
+    wait_until(lambda: page.get_by_role("option").count() == 0, "Tab closes the list")
+    assert [float(limit.input_value()) for limit in limits] == [1, 22.9], "the part stays as it was"
+
+    page.get_by_text("More settings").click()
+    page.get_by_role("button", name="Reset Temperature").wait_for()
+    names = [button.get_attribute("aria-label") for button in page.locator("button.reset-button").all()]
+    assert len(set(names)) == len(names) > 5
+    page.keyboard.press("Tab")  # focus is marked for those who use the keyboard
+    for slider in page.get_by_role("slider").all():
+        slider.focus()
+        assert slider.evaluate("element => getComputedStyle(element).outlineStyle") == "solid"
+
+    fill(page, "seconds", 3000)
+    spoken, player = page.locator("#spoken-status"), page.locator("#piece-player .player")
+    assert spoken.get_attribute("role") == "status"
+    page.locator("#generate").click()
+    wait_until(lambda: "of 50:00 of music" in spoken.inner_text(), "the beginning is told")
+    wait_until(lambda: player.get_attribute("data-playing") == "true", "it plays")
+    page.keyboard.press("Space")
+    wait_until(lambda: player.get_attribute("data-playing") == "false", "space pauses after a click on Generate")
+    page.locator("#stop").click()
+    wait_until(lambda: spoken.inner_text().startswith("Stopped"), "the end is told")
+    assert focused("aria-label").startswith("Piano roll of the piece")
+    piece = spoken.inner_text()
+    page.locator("#generate").focus()
+    page.keyboard.press("Space")
+    wait_until(lambda: player.get_attribute("data-playing") == "true", "space plays, with the focus on Generate")
+    assert status(page).startswith(piece)
+
+    with page.expect_event("dialog") as asking:
+        page.evaluate("void setTimeout(() => location.reload())")
+    assert asking.value.type == "beforeunload", "it asks before music is lost"
+    asking.value.dismiss()
+    assert len(read_midi(download(page, "mid", tmp_path))) == shown(page, "piece", "notes"), "one may stay"
+    page.reload()  # music that was saved may go
+    assert shown(page, "piece", "notes") == 0
 
 
 @needs_browser
 def test_two_pages_get_their_own_music_and_keys_play(browser, page, address):
+    from gradio_client import Client
+
     other = browser.new_context().new_page()
     other.goto(address)
     for tab in (page, other):
@@ -259,6 +377,15 @@ def test_two_pages_get_their_own_music_and_keys_play(browser, page, address):
         tab.locator("#generate").click()
     for tab in (page, other):
         wait_until_done(tab)
+    clients = [Client(address, verbose=False) for _ in range(DEVICE["concurrency_limit"])]
+    jobs = [client.submit(seconds=3600, variations=2, latents=32, api_name="/generate") for client in clients]
+    wait_until(lambda: all(job.outputs() for job in jobs), "all places are taken")
+    other.locator("#generate").click()
+    wait_until(lambda: "Other pieces come first: you are next" in status(other), "the waiting see their place")
+    other.locator("#stop").click()
+    wait_until(lambda: "Done" in status(other), "one may stop waiting")
+    for job in jobs:
+        job.cancel()
     assert status(page).partition("seed ")[2] != status(other).partition("seed ")[2]
     other.context.close()
     player = page.locator("#piece-player .player")
@@ -333,7 +460,7 @@ def test_the_api_explains_what_it_cannot_do(address):
     client = Client(address, verbose=False)
     with pytest.raises(exceptions.AppError, match="length must be a number of seconds from 1 to 3600"):
         client.predict(seconds=1e9, api_name="/generate")
-    with pytest.raises(exceptions.AppError, match="temperature must be a number from 0 to 100"):
+    with pytest.raises(exceptions.AppError, match="temperature must be a number from 0 to 2, got -1"):
         client.predict(temperature=-1, api_name="/generate")
     with pytest.raises(exceptions.AppError, match="no music yet"):
         client.predict(api_name="/continue")

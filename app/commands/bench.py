@@ -127,8 +127,8 @@ class Bench:
 
         benchmark = self.benchmark
         weights = read_weights(benchmark.checkpoint)
-        if max(benchmark.latents) > weights.config.latents:
-            raise CommandError(f"--latents must be at most {weights.config.latents}, got {max(benchmark.latents)}")
+        if max(benchmark.latents) > weights.config.most_latents:
+            raise CommandError(f"--latents must be at most {weights.config.most_latents}, got {max(benchmark.latents)}")
         rows, facts = benchmark.measure(weights)
         records = [dataclasses.asdict(row) for row in rows]
         for name, value in facts.items():

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from app.console import CommandError, Unset, check_writable, clock, print_table, read_performance
+from app.console import SOME_FAILED, STDIN, CommandError, Unset, check_writable, clock, print_table, read_performance
 
 if TYPE_CHECKING:
     from music_ar.midi.performance import Performance
@@ -27,56 +27,115 @@ _MAESTRO_FIELDS = {
 }
 
 
+_MOST_ROLLS = 12
+_LIST_HEADER = f"{'notes':>7}  {'length':>8}  notes/s  polyphony  {'pitches':>9}  velocity  file"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Print statistics of a MIDI file next to those of MAESTRO. The sustain pedal is folded into the note durations.
+    """Print statistics of MIDI files; of one or two next to MAESTRO's. The sustain pedal is folded into the notes.
 
     Example: music-ar inspect mine.mid longer.mid --plot rolls.png
 
     Attributes:
-        file: MIDI file.
-        other: a second MIDI file to compare with the first.
+        files: MIDI files, pipes, "-" for standard input, or folders. Two files are compared with each other. More, and
+            those in folders, have a line each; so has a file that cannot be read, and the exit code is then 3.
         tokens: print the event tokens instead, one per line: time in seconds, id, meaning.
         plot: draw the piano rolls to this PNG, SVG or PDF file; needs the extra `plot`.
         data: dataset written by `music-ar prepare`. Also print the longest run of notes that each file shares with its
             training split, in any key and rhythm: a check for memorization.
     """
 
-    file: tyro.conf.Positional[Path]
-    other: tyro.conf.Positional[Unset[Path]] = None
+    files: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="")
+    ]
     tokens: bool = False
     plot: Unset[Path] = None
     data: Unset[Path] = None
 
     def __post_init__(self) -> None:
-        if self.tokens and self.other is not None:
-            raise CommandError("--tokens takes one file, got two; inspect them one at a time")
+        if not self.files:
+            raise CommandError("expected a MIDI file, a folder, or - for standard input")
+        if self.tokens and len(self.files) > 1:
+            raise CommandError(f"--tokens takes one file, got {len(self.files)}; inspect them one at a time")
+        if any(file.is_dir() for file in self.files) and (self.tokens or self.plot is not None):
+            raise CommandError("--tokens and --plot take files, got a folder; name files in it")
+        if self.plot is not None and len(self.files) > _MOST_ROLLS:
+            raise CommandError(f"--plot draws at most {_MOST_ROLLS} files, got {len(self.files)}")
+        if sum(str(file) == STDIN for file in self.files) > 1:
+            raise CommandError("standard input (-) can be read only once")
 
-    def run(self) -> None:
-        """Print the summary or the tokens, and draw the piano rolls."""
-        files = [self.file] if self.other is None else [self.file, self.other]
+    def run(self) -> int:
+        """Print the summary, the list or the tokens, and draw the piano rolls; return the exit code."""
         if self.plot is not None:
             check_writable(self.plot)
-        performances = [read_performance(file) for file in files]
-        if self.tokens:
-            for line in token_lines(performances[0]):
-                print(line)
+        if len(self.files) > 2 or any(file.is_dir() for file in self.files):
+            pieces, failed = self._print_list()
         else:
-            self._print_summary(files, performances)
-        if self.plot is not None:
+            pieces, failed = [(file, read_performance(file)) for file in self.files], 0
+            self._print_pieces(pieces)
+        if self.data is not None and pieces:
+            for (file, _), line in zip(pieces, shared_runs([piece for _, piece in pieces], self.data), strict=True):
+                print(f"{file.name}: {line}")
+        if self.plot is not None and pieces:
             from app.report.piano_roll import draw
 
-            draw([(str(file), piece) for file, piece in zip(files, performances, strict=True)], self.plot)
+            draw([(str(file), piece) for file, piece in pieces], self.plot)
+        return SOME_FAILED if failed else 0
 
-    def _print_summary(self, files: Sequence[Path], performances: "Sequence[Performance]") -> None:
-        columns = [summary(performance) for performance in performances]
-        header = ["", *(file.name for file in files), "MAESTRO: min / median / max"]
+    def _print_list(self) -> "tuple[list[tuple[Path, Performance]], int]":
+        """Print a line a file; return the pieces if they are needed, and how many files cannot be read."""
+        files = [found for file in self.files for found in _files_at(file)]
+        are_needed = self.data is not None or self.plot is not None
+        pieces, failed = [], 0
+        print(_LIST_HEADER)
+        for file in files:
+            try:
+                piece = read_performance(file)
+            except CommandError as error:
+                failed += 1
+                print(f"cannot be read: {error}")
+            else:
+                print(list_line(file, piece), flush=True)
+                pieces += [(file, piece)] if are_needed else []
+        if len(files) > 1:
+            print(f"{len(files)} files" + (f", of which {failed} cannot be read" if failed else ""))
+        return pieces, failed
+
+    def _print_pieces(self, pieces: "Sequence[tuple[Path, Performance]]") -> None:
+        if self.tokens:
+            for line in token_lines(pieces[0][1]):
+                print(line)
+            return
+        columns = [summary(piece) for _, piece in pieces]
+        header = ["", *(file.name for file, _ in pieces), "MAESTRO: min / median / max"]
         print_table(header, [[name, *(column[name] for column in columns), maestro_range(name)] for name in columns[0]])
-        if self.other is not None:
-            print(f"notes in common  {common_notes(*performances)}")
-        if self.data is not None:
-            for file, line in zip(files, shared_runs(performances, self.data), strict=True):
-                print(f"{file.name}: {line}")
+        if len(pieces) == 2:
+            print(f"notes in common  {common_notes(pieces[0][1], pieces[1][1])}")
+
+
+def _files_at(path: Path) -> list[Path]:
+    """The file, or the MIDI files in the folder."""
+    from music_ar.midi.folders import MIDI_EXTENSIONS, find_midi_files
+
+    if not path.is_dir():
+        return [path]
+    found = [file for file in find_midi_files(path) if not file.is_fifo()]  # a pipe would wait for a writer
+    if not found:
+        raise CommandError(f"{path}: expected MIDI files ({', '.join(MIDI_EXTENSIONS)}) in it, found none")
+    return found
+
+
+def list_line(file: Path, performance: "Performance") -> str:
+    """One line about a performance, in the columns of the list."""
+    from music_ar.metrics.statistics import Statistics
+
+    measured = Statistics.of(performance)
+    pitches = f"{pitch_name(measured.lowest_pitch)}-{pitch_name(measured.highest_pitch)}"
+    return (
+        f"{measured.notes:7}  {clock(performance.duration_s):>8}  {measured.notes_per_s:7.1f}  "
+        f"{measured.mean_polyphony:9.1f}  {pitches:>9}  {measured.median_velocity:8g}  {file}"
+    )
 
 
 def summary(performance: "Performance") -> dict[str, str]:

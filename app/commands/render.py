@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from app.console import SOME_FAILED, CommandError, ProgressLine, Sampling, Unset, check_options, clock, print_table
+from app.console import (
+    SOME_FAILED,
+    STDIN,
+    CommandError,
+    ProgressLine,
+    Sampling,
+    Unset,
+    check_options,
+    clock,
+    print_table,
+)
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.ranges import whole
 
@@ -83,7 +93,7 @@ class Render:
         from music_ar.decoding.request import Request
 
         check_options(self)
-        if "-" in self.prompts and self.jobs == Path("-"):
+        if STDIN in self.prompts and self.jobs == Path(STDIN):
             raise CommandError("standard input (-) can be a prompt or the jobs, not both")
         own = ("variations", "seconds", "prompt_seconds", "latents", "seed")
         Request(**{name: getattr(self, name) for name in own}, sampling=self.sampling)  # checks them

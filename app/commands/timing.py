@@ -177,7 +177,7 @@ def _interleaved(decoder: AnyDecoder, batch: int, latents: Sequence[int], tokens
             bare_s.append(seconds)
     return [
         _Timing(
-            context=decoder.config.context,
+            context=decoder.config.reach,
             latents=number,
             batch=batch,
             step_s=run.step_s,
@@ -201,7 +201,7 @@ class _Run:
         self._decoder, self._options = decoder, option_arrays([SamplingOptions()] * batch)
         self._length = decoder.backend.chunk_tokens(batch)
         self._chunk_s: list[float] = []
-        prompt = _prompt(decoder.config.context)
+        prompt = _prompt(decoder.config.reach)
 
         def first_chunk() -> None:
             self._state = decoder.start([prompt] * batch, latents=latents, seeds=range(batch), limit_steps=2**30)

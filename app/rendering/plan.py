@@ -13,18 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from app.console import CommandError
+from app.console import STDIN, CommandError
 from app.rendering.manifest import Output
 from app.rendering.names import Names, file_name, job_name
 from music_ar.decoding.request import DEFAULT_LATENTS, Request
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.files import parse_json, read_file
 from music_ar.generator import Generator
+from music_ar.midi.folders import MIDI_EXTENSIONS, find_midi_files
 from music_ar.midi.io import MAX_BYTES
 from music_ar.ranges import refuse, shown
 
-STDIN = "-"
-MIDI_EXTENSIONS = (".mid", ".midi")
 LIST_EXTENSIONS = (".txt", ".list")
 _EXACT = 2**53  # whole numbers up to this are floats, too
 _HALF_CHARACTER = re.compile("[\ud800-\udc7f\udd00-\udfff]")
@@ -51,11 +50,9 @@ def find_prompts(arguments: Sequence[str]) -> Iterator[Prompt]:
         if argument == STDIN:
             yield Prompt(STDIN, "stdin", is_stdin=True)
         elif path.is_dir():
-            found = sorted(
-                each for each in path.rglob("*") if each.suffix.lower() in MIDI_EXTENSIONS and not each.is_dir()
-            )
+            found = find_midi_files(path)
             if not found:
-                raise CommandError(f"{argument}: expected .mid or .midi files in this folder, found none")
+                raise CommandError(f"{argument}: expected MIDI files ({', '.join(MIDI_EXTENSIONS)}) in it, found none")
             yield from (Prompt(each.as_posix(), each.relative_to(path).with_suffix("").as_posix()) for each in found)
         elif path.is_file() and path.suffix.lower() in LIST_EXTENSIONS:
             lines = [line.strip(" \t\r") for line in _read_lines(path)]
@@ -194,7 +191,7 @@ class Plan:
         options = {**self._defaults, **options}
         batch_size = self.generator.batch_size(options["latents"])  # raises if the model cannot take so many latents
         if options["latents"] is None:
-            options["latents"] = min(DEFAULT_LATENTS, self.generator.config.latents)
+            options["latents"] = min(DEFAULT_LATENTS, self.generator.config.most_latents)
         settings = self._settings(options, batch_size)
         source = prompt if data is None else data
         digest = _sha256(source)

@@ -11,7 +11,17 @@ from app.web.calls import DEVICE, download_folder, errors_in_words, session_name
 from app.web.export import write_file
 from app.web.manager import SessionManager
 from app.web.session import Revision, Session
-from app.web.settings import AUTO, MAX_SECONDS, MAX_VARIATIONS, SAMPLING, Settings, sampling_help
+from app.web.settings import (
+    AUTO,
+    MAX_SECONDS,
+    MAX_VARIATIONS,
+    SAMPLING,
+    Extension,
+    Settings,
+    WebError,
+    checked,
+    sampling_help,
+)
 
 Result = tuple[dict[str, Any], list[str] | None]
 """Progress and, in the last result, the MIDI files."""
@@ -24,14 +34,19 @@ LICENCE = (
 # Programs may pass these by position, so keep the order. Further sampling options are appended.
 _ORDER = ("seconds", "latents", "variations", "temperature", "top_p", "seed", "start_s", "end_s", "steadiness")
 _HELP = {
-    "prompt": "MIDI file to continue; leave it out for a new piece.",
-    "seconds": "length of the music to generate, in seconds.",
+    "prompt": "MIDI file of piano music to continue; leave it out for a new piece. Python clients pass "
+    "handle_file(path), assistants the URL of a file that this server made, or data:audio/midi;base64,...",
+    "seconds": f"length of the music to generate, in seconds, from 1 to {MAX_SECONDS:g}.",
     "latents": f"latent budget: more is more coherent and slower; {AUTO} takes the most that keep ahead of playback.",
     "variations": f"number of variations to generate at once, up to {MAX_VARIATIONS}.",
     "seed": "random seed of the first variation; leave it out for a random one.",
     "start_s": "start of the part of the prompt to use, in seconds.",
     "end_s": "end of that part, in seconds; leave it out for the end of the file.",
+    "variation": "number of the variation to continue; 0 is the first.",
 }
+
+
+_EXTENSION = Extension().model_dump()
 
 
 class Api:
@@ -51,38 +66,44 @@ class Api:
         with gr.Group(visible=False):
             prompt = gr.File(label="prompt", file_types=[".mid", ".midi"])
             values = [_number(name, defaults[name]) for name in names]
-            seconds, variation = _number("seconds", 30.0), _number("variation", 0)
+            more = [_number(name, value) for name, value in _EXTENSION.items()]
             results = [gr.JSON(label="progress"), gr.File(label="files", file_count="multiple")]
             info = gr.JSON(label="info")
             buttons = [gr.Button() for _ in range(3)]
         generate = _with_parameters(self.generate, {"prompt": None} | {name: defaults[name] for name in names})
-        buttons[0].click(generate, [prompt, *values], results, api_name="generate", **DEVICE)
-        buttons[1].click(self.extend, [seconds, variation], results, api_name="continue", **DEVICE)
+        extend: Any = _with_parameters(self.extend, _EXTENSION)
+        extend._mcp_type = "none"  # all assistants share one client, so "what it generated last" means nothing there
+        # Without Gradio's preprocessing, which rounds numbers and fails on other values: `Settings` checks them.
+        raw: dict[str, Any] = {"preprocess": False, **DEVICE}
+        buttons[0].click(generate, [prompt, *values], results, api_name="generate", **raw)
+        buttons[1].click(extend, more, results, api_name="continue", **raw)
         buttons[2].click(self.info, None, info, api_name="info", queue=False)
 
     def generate(self, request: gr.Request, values: dict[str, Any]) -> Iterator[Result]:
-        """Generate pieces, from scratch or continuing a MIDI file."""
-        session, prompt = self.manager.session(session_name(request)), values["prompt"]
-        with errors_in_words():
-            settings = Settings.read(values | {"prompt": ""})
-            session.set_prompt(None if prompt is None else Path(prompt).read_bytes(), Path(prompt or "").name)
-            yield from _results(session, self.manager.generate(session, settings))
+        """Generate piano music as MIDI files, from scratch or continuing a MIDI file.
 
-    def extend(self, request: gr.Request, seconds: float = 30, variation: int = 0) -> Iterator[Result]:
-        """Continue a variation of what this client generated last.
-
-        Args:
-            request: identifies the client.
-            seconds: length of the music to add, in seconds.
-            variation: number of the variation to continue, from 0.
+        It takes about as long as the music lasts. The result is a pair: the progress, with length, number of notes and
+        seed of each variation, and the MIDI files, one for each variation.
         """
         session = self.manager.session(session_name(request))
-        session.choose(variation)
         with errors_in_words():
-            yield from _results(session, self.manager.extend(session, Settings.read({"seconds": seconds}).seconds))
+            settings = self.manager.settings(values | {"prompt": ""}, text=False)
+            session.set_prompt(*_file(values["prompt"]))
+            yield from _results(session, self.manager.generate(session, settings))
+
+    def extend(self, request: gr.Request, values: dict[str, Any]) -> Iterator[Result]:
+        """Continue a variation of the piano music that this client generated last.
+
+        The result is like that of generate.
+        """
+        session = self.manager.session(session_name(request))
+        with errors_in_words():
+            chosen = checked(Extension, values, {"variations": len(session.revision.pieces)})
+            session.choose(chosen.variation)
+            yield from _results(session, self.manager.extend(session, chosen.seconds))
 
     def info(self) -> dict[str, Any]:
-        """Limits and speed of this server."""
+        """Limits and speed of this server: the most latents, variations and seconds, and the licence of the music."""
         return {
             "most_latents": self.manager.machine.most_latents,
             "auto": self.manager.machine.cost(AUTO),
@@ -91,6 +112,21 @@ class Api:
             "warm": self.manager.machine.warm,
             "licence": LICENCE,
         }
+
+
+def _file(value: Any) -> tuple[bytes | None, str]:
+    """Content and name of an uploaded file.
+
+    Raises:
+        WebError: it is something else.
+    """
+    if value is None:
+        return None, ""
+    path = Path(value["path"])
+    try:
+        return path.read_bytes(), str(value.get("orig_name") or path.name)
+    except OSError as error:
+        raise WebError("the prompt is gone: upload it again") from error
 
 
 def _number(name: str, default: float | None) -> gr.Number:
@@ -107,6 +143,7 @@ def _with_parameters(handler: Callable[..., Iterator[Result]], defaults: dict[st
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, default=default) for name, default in defaults.items()]
     described: Any = call
+    described.__name__ = handler.__name__  # that of the tool for assistants
     described.__signature__ = inspect.Signature([inspect.Parameter("request", kind), *parameters])
     texts = _HELP | sampling_help()
     described.__doc__ = "\n".join([f"{handler.__doc__}\n\nArgs:", *(f"    {name}: {texts[name]}" for name in defaults)])

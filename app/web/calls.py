@@ -12,13 +12,17 @@ from gradio.utils import get_upload_folder
 from app.web.settings import WebError
 from music_ar import GenerationError, SamplingError
 
-DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
-"""Options of an event that generates music: all of these share one queue."""
+DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 4}
+"""Options of an event that generates music: all of these share one queue, and as many run at once, in turns."""
 
 
 def session_name(request: gr.Request) -> str:
-    """The name of the session that a call belongs to: one for each tab or client."""
-    return str(request.session_hash or secrets.token_hex(8))
+    """The name of the session that a call belongs to: one for each tab or client.
+
+    Gradio's MCP server is one client for all assistants, so each of its calls has a session of its own.
+    """
+    shared = request.headers.get("x-gradio-user") == "mcp"
+    return secrets.token_hex(8) if shared or not request.session_hash else str(request.session_hash)
 
 
 def download_folder() -> Path:

@@ -5,11 +5,15 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from app.console import clock
+from app.web.log import LOG
 from app.web.session import Revision, Session, prompt_revision, seeds_in_words
-from app.web.settings import AUTO, MAX_VARIATIONS, Settings
+from app.web.settings import AUTO, MAX_VARIATIONS, Settings, WebError
+from app.web.turns import Turns
 from app.web.warmup import Activity, Machine
 from music_ar import Chunk, Performance
 from music_ar import Session as Generation
@@ -17,38 +21,83 @@ from music_ar.decoding.request import MAX_SEED
 
 MAX_SESSIONS = 500  # beyond that, the least recently used is forgotten
 _MAX_GENERATIONS = 4  # whose caches stay on the device, so that their music can be extended from there
+LONG_RUN_S = 120.0  # of the device: a run that has had more ends if others wait for their first turn
+STOPPING = "the server is being stopped: try again when it is back"
+_STAYS_S = 60.0  # a session whose tab is closed: the browser may ask, and the user may stay
 _SECONDS_BETWEEN_REVISIONS = 0.4  # a small model generates faster than a page can draw
 
 
 class SessionManager:
     """Generates music for all sessions.
 
-    The caller must make sure that only one `generate` or `extend` runs at a time, as Gradio's queue does.
+    Several may call `generate` or `extend` at once: their runs take turns on the device, chunk by chunk.
 
     Args:
         machine: the generator, and its speed on this machine.
 
     Attributes:
         activity: whether a session is generating music.
+        others_wait: number of requests for music that have not begun.
+        stopping: whether the server is being stopped; runs then end with an error.
     """
 
     def __init__(self, machine: Machine):
         self.machine = machine
-        self.activity = Activity(self._busy)
+        self.activity = Activity(lambda: bool(self.in_progress()))
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         # Each belongs to the newest revision of its session and continues from there.
         self._generations: OrderedDict[Session, Generation] = OrderedDict()
         self._lock = threading.Lock()
+        self._turns = Turns()
+        self.others_wait: Callable[[], int] = lambda: 0
+        self.stopping = False
+
+    def settings(self, values: Mapping[str, Any], *, text: bool = True) -> Settings:
+        """Read settings that this model can meet; see `Settings.read`.
+
+        Raises:
+            WebError: a value has the wrong type, or is out of range.
+        """
+        return Settings.read(values, text=text, most_latents=self.machine.most_latents)
 
     def session(self, name: str) -> Session:
         """The session with this name; a new one if there is none."""
         with self._lock:
             session = self._sessions.setdefault(name, Session())
+            session.calls += 1
             self._sessions.move_to_end(name)
-            oldest = None if len(self._sessions) <= MAX_SESSIONS else next(iter(self._sessions))
-        if oldest is not None:
-            self.forget(oldest)
+            forgotten = self._least_wanted() if len(self._sessions) > MAX_SESSIONS else None
+        if forgotten is not None:
+            self.forget(forgotten)
         return session
+
+    def _least_wanted(self) -> str | None:
+        """The session to forget: the one used least recently, rather one without music, never one that makes some."""
+        idle = [name for name, session in list(self._sessions.items())[:-1] if not session.generating]
+        empty = (name for name in idle if not (self._sessions[name].revisions or self._sessions[name].prompt))
+        return next(empty, idle[0] if idle else None)
+
+    def leave(self, name: str) -> None:
+        """Stop a session's run, and forget the session if it is not used again soon."""
+        with self._lock:
+            session = self._sessions.get(name)
+        if session is None:
+            return
+        generating = session.generating
+        session.stop()
+        if not generating:  # otherwise they are in use until the chunk in progress ends
+            self.free_caches(session)
+        session.left = session.calls, time.monotonic()
+
+    def forget_left(self) -> None:
+        """Forget the sessions that were left and not used again since. The server calls this now and then."""
+        latest_s = time.monotonic() - _STAYS_S
+        with self._lock:
+            gone = [
+                name for name, each in self._sessions.items() if each.left[0] == each.calls and each.left[1] < latest_s
+            ]
+        for name in gone:
+            self.forget(name)
 
     def forget(self, name: str) -> None:
         """End a session's run and free everything it holds."""
@@ -68,24 +117,29 @@ class SessionManager:
         Raises:
             WebError, GenerationError: it cannot be done as asked.
         """
-        run = self._begin(session, "Reading the prompt …" if session.prompt else "Starting …")
-        try:
-            self.free_caches(session)
+        asked = f"{settings.seconds:g} s, variations: {settings.variations}"
+        with self._run(session, "Reading the prompt …" if session.prompt else "Starting …", asked) as run:
             prompt, prompt_seconds = session.cropped_prompt(settings)
             seed = secrets.randbelow(MAX_SEED - MAX_VARIATIONS + 1) if settings.seed is None else settings.seed
             settings = settings.model_copy(update={"prompt": session.prompt_name, "seed": seed})
             part = prompt if prompt is None or prompt_seconds is None else prompt.crop(0, prompt_seconds)
+            session.chosen = 0  # from now on the user may choose
             session.reading = prompt_revision(part or Performance.empty(), settings, run)
             yield session.reading
-            latents = settings.latents
-            if latents == AUTO:
-                latents = self.machine.auto_budget(part, settings.variations)
-            self.machine.make_room(latents, settings.variations)
-            generation = self.machine.generator.session(settings.request(prompt, prompt_seconds, latents))
-            session.chosen = 0
+            if settings.latents == AUTO and not self.machine.knows(settings.variations):
+                session.status = f"Timing {settings.variations} variations on this machine, once: a minute or two …"
+                yield session.reading
+            with self._turns.turn((session, run)):
+                if session.run != run:
+                    return
+                self.free_caches(session)
+                latents = settings.latents
+                if latents == AUTO:
+                    latents = self.machine.auto_budget(part, settings.variations)
+                self.machine.make_room(latents, settings.variations)
+                generation = self.machine.generator.session(settings.request(prompt, prompt_seconds, latents))
+                self._keep_caches(session, generation)
             yield from self._revisions(session, run, generation, settings, generation.prompt_s, run)
-        finally:
-            self._end(session, run)
 
     def extend(self, session: Session, seconds: float) -> Iterator[Revision]:
         """Continue the chosen variation. The first revision yielded is the one being continued.
@@ -97,24 +151,25 @@ class SessionManager:
         seed = revision.seeds[chosen]
         settings = revision.settings.model_copy(update={"seconds": seconds, "variations": 1, "seed": seed})
         continues = session.runs == revision.number
-        run = self._begin(session, "Continuing …")
-        try:
+        with self._run(session, "Continuing …", f"{seconds:g} s more") as run:
             yield revision
-            self.machine.make_room(revision.latents, 1)
-            generation = self._generations.get(session)
-            if continues and generation is not None and not generation.ended[chosen]:
-                generation.keep([chosen])
-            else:  # the caches are gone, the piece has ended by itself, or the user pressed Undo: read it again
-                self.free_caches(session)
-                another_seed = seed + len(session.revisions)  # the same one would sample the same notes again
-                request = settings.model_copy(update={"seed": another_seed})
-                generation = self.machine.generator.session(
-                    request.request(revision.pieces[chosen], None, revision.latents)
-                )
+            with self._turns.turn((session, run)):
+                if session.run != run:
+                    return
+                self.machine.make_room(revision.latents, 1)
+                generation = self._generations.get(session)
+                if continues and generation is not None and not generation.ended[chosen]:
+                    generation.keep([chosen])
+                else:  # the caches are gone, the piece has ended by itself, or the user pressed Undo: read it again
+                    self.free_caches(session)
+                    another_seed = seed + len(session.revisions)  # the same one would sample the same notes again
+                    request = settings.model_copy(update={"seed": another_seed})
+                    generation = self.machine.generator.session(
+                        request.request(revision.pieces[chosen], None, revision.latents)
+                    )
+                self._keep_caches(session, generation)
             session.chosen = 0
             yield from self._revisions(session, run, generation, settings, revision.join_s, revision.piece)
-        finally:
-            self._end(session, run)
 
     def free_caches(self, session: Session) -> None:
         """Free the caches of a session. Its music can still be extended, after being read again."""
@@ -123,60 +178,94 @@ class SessionManager:
         if generation is not None:
             generation.close()
 
-    def _busy(self) -> bool:
+    def in_progress(self) -> list[Session]:
+        """The sessions that generate music."""
         with self._lock:
-            return any(session.generating for session in self._sessions.values())
+            return [session for session in self._sessions.values() if session.generating]
 
-    def _begin(self, session: Session, status: str) -> int:
+    def _sharing(self) -> str:
+        """What makes a run slower than usual, in words."""
+        others = len(self.in_progress()) - 1
+        return f" · sharing the machine with {others} other{'s' * (others > 1)}" if others > 0 else ""
+
+    @contextmanager
+    def _run(self, session: Session, status: str, asked: str) -> Iterator[int]:
+        """Begin a run and end it, however it ends; its number."""
+        if self.stopping:
+            raise WebError(STOPPING)
         self.activity.runs += 1
-        return session.begin(status)
-
-    def _end(self, session: Session, run: int) -> None:
-        session.end(run)
-        if session.closed:
-            self.free_caches(session)
+        run, began_s, ended = session.begin(status), time.monotonic(), "ended by an error"
+        session.status += self._sharing()
+        self._turns.begin((session, run))
+        try:
+            yield run
+            ended = "stopped" if session.run is None and session.status.startswith("Stopped") else "done"
+        except GeneratorExit:
+            ended = "left by its client"
+            raise
+        finally:
+            self._turns.end((session, run))
+            session.end(run)
+            if session.closed:
+                self.free_caches(session)
+            LOG.info("job of %s: %s in %.1f s", asked, ended, time.monotonic() - began_s)
 
     def _keep_caches(self, session: Session, generation: Generation) -> None:
         with self._lock:
             self._generations[session] = generation
             self._generations.move_to_end(session)
-            oldest = None if len(self._generations) <= _MAX_GENERATIONS else next(iter(self._generations))
-        if oldest is not None:
-            self.free_caches(oldest)
+            idle = [each for each in self._generations if not each.generating]
+            surplus = idle[: max(0, len(self._generations) - _MAX_GENERATIONS)]
+        for each in surplus:
+            self.free_caches(each)
 
     def _revisions(
         self, session: Session, run: int, generation: Generation, settings: Settings, join_s: float, piece: int
     ) -> Iterator[Revision]:
-        self._keep_caches(session, generation)
-        began_s, shown_s = time.monotonic(), -math.inf
-        for chunk in generation.extend(settings.seconds):
-            if session.run != run:  # stopped, or the tab was closed: the last revision shown stays
+        began_s, shown_s, used_s = time.monotonic(), -math.inf, 0.0
+        chunks = generation.extend(settings.seconds)
+        while session.run == run:  # otherwise stopped, or the tab was closed: the last revision shown stays
+            if self.stopping:
+                raise WebError(STOPPING)
+            with self._turns.turn((session, run)):
+                turn_s = time.monotonic()
+                chunk = next(chunks, None) if session.run == run else None
+                used_s += time.monotonic() - turn_s
+            if chunk is None or session.run != run:
                 return
-            if not chunk.finished and time.monotonic() < shown_s + _SECONDS_BETWEEN_REVISIONS:
+            session.left_s, session.run_s = chunk.eta_s, time.monotonic() - began_s + chunk.eta_s
+            over_long = used_s > LONG_RUN_S and not chunk.finished and self.others_wait() > 0
+            last = chunk.finished or over_long
+            if not last and time.monotonic() < shown_s + _SECONDS_BETWEEN_REVISIONS:
                 continue
             shown_s = time.monotonic()
             revision = Revision(
                 number=run,
                 piece=piece,
                 pieces=chunk.performances,
-                until_s=tuple(map(max, (made.duration_s for made in chunk.performances), chunk.final_s)),
-                final_s=(math.inf,) * len(chunk.seeds) if chunk.finished else chunk.final_s,
+                until_s=tuple(
+                    min(max(made.duration_s, final_s), generation.prompt_s + chunk.seconds_wanted)
+                    for made, final_s in zip(chunk.performances, chunk.final_s, strict=True)
+                ),
+                final_s=chunk.final_s,
                 join_s=join_s,
                 seeds=chunk.seeds,
                 latents=generation.latents,
                 settings=settings,
             )
             session.show(revision)
-            session.status = _progress(chunk, generation.latents)
-            if chunk.finished:
+            session.status = _progress(chunk, generation.latents) + self._sharing()
+            if last:
                 session.end(run)
-                session.status = f"Done in {clock(time.monotonic() - began_s)}. {revision.summary()}"
+                revision = session.revision
+                how = "Others are waiting, so it ended early; Extend goes on. " if over_long else ""
+                session.status = f"{how}Done in {clock(time.monotonic() - began_s)}. {revision.summary()}"
             yield revision
 
 
 def _progress(chunk: Chunk, latents: int) -> str:
     speed = (chunk.seconds_wanted - chunk.seconds_made) / chunk.eta_s if chunk.eta_s > 0 else 0.0
     return (
-        f"{chunk.seconds_made:.0f} of {chunk.seconds_wanted:.0f} s · {chunk.tokens_per_s:.0f} tokens/s · "
-        f"{speed:.1f}× real time · {clock(chunk.eta_s)} left · {latents} latents · {seeds_in_words(chunk.seeds)}"
+        f"{clock(chunk.seconds_made)} of {clock(chunk.seconds_wanted)} of music · {clock(chunk.eta_s)} left · "
+        f"{speed:.1f}× as fast as it plays · {latents} latents · {seeds_in_words(chunk.seeds)}"
     )

@@ -1,28 +1,74 @@
 """Build the app, page and API, and serve it."""
 
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.themes import Base
 
+from app.web.addresses import Addresses
 from app.web.api import Api
-from app.web.manager import MAX_SESSIONS, SessionManager
+from app.web.blocks import Blocks
+from app.web.guard import Guard
+from app.web.health import Health
+from app.web.jobs import Jobs
+from app.web.joins import Joins
+from app.web.log import LOG
+from app.web.manager import MAX_SESSIONS, STOPPING, SessionManager
 from app.web.page import SAMPLES, Page
+from app.web.passwords import Passwords
 from app.web.session import MAX_PROMPT_BYTES
 
 FILES_LIVE_S = 3600
+_MAX_QUEUES = 5  # full ones of an address each; so one address cannot take all places
+_SECONDS_TO_FINISH = 4.0  # for a chunk, and for its message to reach the client
+_SECONDS_BETWEEN_CHECKS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to serve.
+
+    Attributes:
+        host: address to listen on.
+        port: port to listen on.
+        addresses: that the server answers to.
+        root_path: where a reverse proxy serves the page: a path, or the whole address.
+        passwords: of visitors, by name; without any, everyone is let in.
+        queue_size: number of requests from an address that may wait for their turn.
+        share: also create a public address.
+        mcp: also serve the Model Context Protocol.
+        open: open the page in the default browser.
+        model: name of the model, for `/health`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int | None = None
+    addresses: Addresses
+    root_path: str = ""
+    passwords: Mapping[str, str]
+    queue_size: int = 20
+    share: bool = False
+    mcp: bool = False
+    open: bool = False
+    model: str = ""
 
 
 def build_app(manager: SessionManager, *, about: str = "") -> gr.Blocks:
-    """Build the page and the API of a session manager; see `serve`.
+    """Build the page and the API of a session manager; see `Server`.
 
     Args:
         manager: generates the music.
         about: the model card, as Markdown.
     """
     gr.set_static_paths([SAMPLES])
-    with gr.Blocks(title="Music AR", analytics_enabled=False, delete_cache=(FILES_LIVE_S, FILES_LIVE_S)) as app:
+    with Blocks(title="Music AR", analytics_enabled=False, delete_cache=(FILES_LIVE_S, FILES_LIVE_S)) as app:
         page = Page(manager, about)
         page.layout()
         page.bind(app)
@@ -30,26 +76,100 @@ def build_app(manager: SessionManager, *, about: str = "") -> gr.Blocks:
     return app
 
 
-def serve(app: gr.Blocks, *, queue_size: int = 20, **launch: Any) -> str:
-    """Serve the app. Return its address if `prevent_thread_lock` is among the options for `gr.Blocks.launch`.
+class Server:
+    """Serves an app until `stop`.
 
     Args:
         app: from `build_app`.
-        queue_size: number of requests that may wait for their turn.
-        launch: more options for `gr.Blocks.launch`.
+        manager: that the app was built with.
+        options: how to serve.
+
+    Attributes:
+        address: of the page.
+        jobs: the queue of the app.
     """
-    app.queue(max_size=queue_size, default_concurrency_limit=4)
-    _, address, _ = app.launch(
-        theme=_theme(),
-        css=(Path(__file__).parent / "page.css").read_text(encoding="utf-8"),
-        max_file_size=MAX_PROMPT_BYTES,
-        state_session_capacity=MAX_SESSIONS,  # Gradio keeps 0.1 MB per session
-        footer_links=["api"],  # by default there is a link to Gradio's own site
-        ssr_mode=False,  # otherwise Gradio looks for Node.js to render pages on the server
-        quiet=True,
-        **launch,
-    )
-    return address
+
+    def __init__(self, app: gr.Blocks, manager: SessionManager, options: Options):
+        self._app, self._manager, self._options = app, manager, options
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # One that is out of the queue runs for a while; whoever joins is refused by `Joins` before this limit is met.
+        most = _MAX_QUEUES * options.queue_size
+        app.queue(max_size=most, default_concurrency_limit=4, api_open=False)
+        self.jobs = Jobs(app)
+        manager.others_wait = self.jobs.waiting_for_device
+        with redirect_stdout(sys.stderr):  # Gradio announces things in its own way
+            _, self.address, shared = self._launch()
+        if shared:
+            options.addresses.allow(shared)
+            self.address = f"{self.address} and {shared}"
+
+    @property
+    def healthy(self) -> bool:
+        """Whether jobs that wait will be done."""
+        return self.jobs.alive
+
+    def stop(self) -> None:
+        """End all runs, tell their clients why, and stop serving."""
+        self._manager.stopping = True
+        loop = self._loop
+        if loop is not None and self.healthy:
+            with suppress(TimeoutError):
+                asyncio.run_coroutine_threadsafe(self.jobs.refuse_all(STOPPING), loop).result(_SECONDS_TO_FINISH)
+            end_s = time.monotonic() + _SECONDS_TO_FINISH
+            while self.jobs.running() and time.monotonic() < end_s:
+                time.sleep(0.05)
+            time.sleep(0.2)  # the last messages leave
+            loop.call_soon_threadsafe(self._app.app.stop_event.set)
+        self._app.close(verbose=False)
+
+    def _launch(self) -> tuple[Any, str, str]:
+        options = self._options
+        check: Any = Passwords(options.passwords).check if options.passwords else None  # Gradio awaits it
+        return self._app.launch(
+            server_name=options.host,
+            server_port=options.port,
+            root_path=options.root_path.rstrip("/") or None,
+            auth=check,
+            auth_message="Enter the name and the password that you were given.",
+            share=options.share,
+            mcp_server=options.mcp,
+            inbrowser=options.open,
+            app_kwargs={"lifespan": self._lifespan},
+            prevent_thread_lock=True,
+            theme=_theme(),
+            css=(Path(__file__).parent / "page.css").read_text(encoding="utf-8"),
+            max_file_size=MAX_PROMPT_BYTES,
+            state_session_capacity=MAX_SESSIONS,  # Gradio keeps 0.1 MB per session
+            footer_links=["api"],  # by default there is a link to Gradio's own site
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,  # otherwise Gradio looks for Node.js to render pages on the server
+            quiet=True,
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, served: Any) -> AsyncIterator[None]:
+        """Put the guard before everything, and watch the queue, while the server runs."""
+        self._loop = asyncio.get_running_loop()
+        options, health = self._options, Health(self.jobs, self._options.model)
+        joins = Joins(self._app, self.jobs, options.queue_size)
+        path = options.root_path.rstrip("/") if options.root_path.startswith("/") else ""
+        served.middleware_stack = Guard(
+            served.middleware_stack, options.addresses, joins, path, options.mcp, health.report
+        )
+        watching = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_SECONDS_BETWEEN_CHECKS)
+            self._manager.forget_left()
+            dropped = await self.jobs.drop_unheard()
+            if dropped:
+                LOG.info("dropped jobs that no client listened to: %d", dropped)
 
 
 def _theme() -> Base:

@@ -48,9 +48,18 @@ class Revision:
         """The part of a variation that is shown, played and downloaded."""
         return self.pieces[variation].crop(self.from_s)
 
+    def length_s(self, variation: int) -> float:
+        """The length of the part of a variation that is shown, rounded as the player gets it."""
+        return round(max(0.0, self.until_s[variation] - self.from_s), 3)
+
+    def ended(self) -> "Revision":
+        """This revision as the last one of its run: each piece ends with its last note, and all notes are final."""
+        lengths_s = tuple(piece.duration_s for piece in self.pieces)
+        return dataclasses.replace(self, until_s=lengths_s, final_s=(math.inf,) * len(self.pieces))
+
     def summary(self) -> str:
         """Lengths, latent budget and seeds in words."""
-        lengths = " / ".join(clock(self.shown(n).duration_s) for n in range(len(self.pieces)))
+        lengths = " / ".join(clock(self.length_s(n)) for n in range(len(self.pieces)))
         return f"{lengths} of music, {self.latents} latents, {seeds_in_words(self.seeds)}."
 
 
@@ -93,6 +102,10 @@ class Session:
         status: what is happening, or what happened last, in words.
         run: number of the run in progress, or None. A run ends when this is no longer its own number.
         runs: number of runs so far.
+        left_s: estimated seconds until the run in progress ends; None if not known.
+        run_s: estimated seconds that it takes in all.
+        calls: how often the page or the client has used this session.
+        left: `calls` when its tab or client left, and the time, by the monotonic clock.
         closed: whether the tab is closed, or the session forgotten.
     """
 
@@ -105,8 +118,13 @@ class Session:
         self.status = ""
         self.run: int | None = None
         self.runs = 0
+        self.left_s: float | None = None
+        self.run_s = 0.0
+        self.calls = 0
+        self.left: tuple[int, float] = (-1, 0.0)
         self.closed = False
         self._chosen_at_ms = 0.0
+        self._chosen_before: dict[int, int] = {}  # by the number of a run: the variation chosen when it began
 
     @property
     def generating(self) -> bool:
@@ -155,6 +173,11 @@ class Session:
         end_s = prompt.duration_s if settings.end_s is None else settings.end_s
         if settings.start_s == 0 and end_s >= prompt.duration_s:
             return prompt, None
+        if settings.start_s >= prompt.duration_s:
+            raise WebError(
+                f"the prompt is {prompt.duration_s:.1f} s long, and the chosen part starts at {settings.start_s:g} s; "
+                "let it start earlier"
+            )
         rest, length_s = prompt.crop(settings.start_s), end_s - settings.start_s
         if not len(rest.crop(0, length_s)):
             raise WebError(
@@ -165,12 +188,14 @@ class Session:
     def begin(self, status: str) -> int:
         """Begin a run and return its number. This ends any run in progress."""
         self.runs += 1
-        self.run, self.status = self.runs, status
+        self.run, self.status, self.left_s = self.runs, status, None
+        self._chosen_before[self.runs] = self.chosen
         return self.runs
 
     def end(self, run: int) -> None:
         """End a run, if it is still the one in progress."""
         if self.run == run:
+            self._end_music()
             self.run, self.reading, self.status = None, None, ""
 
     def show(self, revision: Revision) -> None:
@@ -181,11 +206,16 @@ class Session:
     def stop(self) -> None:
         """End the run at its next chunk, and keep the music generated so far."""
         if self.generating:
+            self._end_music()
             self.run = self.reading = None
             self.status = "Stopped." + (f" {self.revision.summary()}" if self.revisions else "")
 
+    def _end_music(self) -> None:
+        if self.revisions and self.revisions[-1].number == self.run:
+            self.revisions[-1] = self.revisions[-1].ended()
+
     def undo(self) -> None:
-        """Return to the previous revision.
+        """Return to the previous revision, and to the variation that was chosen then.
 
         Raises:
             WebError: there is none, or a run is in progress.
@@ -194,12 +224,12 @@ class Session:
             raise WebError("music is being generated: press Stop first")
         if len(self.revisions) < 2:
             raise WebError("there is nothing to undo")
-        self.revisions.pop()
-        self.chosen = min(self.chosen, len(self.revision.pieces) - 1)
+        undone = self.revisions.pop()
+        self.chosen = min(self._chosen_before.pop(undone.number, 0), len(self.revision.pieces) - 1)
         self.status = f"Undone. {self.revision.summary()}"
 
     def choose(self, variation: int, at_ms: float = math.inf) -> None:
-        """Choose a variation of the revision shown.
+        """Choose a variation of the revision shown, also while its prompt is still being read.
 
         Args:
             variation: its number, from 0.
@@ -208,5 +238,6 @@ class Session:
         if at_ms < self._chosen_at_ms:
             return
         self._chosen_at_ms = at_ms if at_ms < math.inf else self._chosen_at_ms
-        if self.revisions and 0 <= variation < len(self.revision.pieces):
+        shown = self.reading or (self.revisions[-1] if self.revisions else None)
+        if shown is not None and 0 <= variation < len(shown.pieces):
             self.chosen = variation

@@ -2,12 +2,23 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from decimal import Decimal
+from typing import Annotated, Any, Self, TypeVar
 from urllib.parse import urlencode
 
 import docstring_parser
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    model_validator,
+)
 
 from music_ar import Performance, Request, SamplingOptions
 from music_ar.decoding.request import MAX_SEED
@@ -17,15 +28,68 @@ AUTO = 0
 MAX_VARIATIONS = 8
 MAX_SECONDS = 3600.0
 MAX_PROMPT_SECONDS = 3600.0
+_LEAST_LATENTS = 2
 _MAX_SEED = MAX_SEED - MAX_VARIATIONS
+_MAX_SHOWN = 40  # characters of a wrong value in a message
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class WebError(ValueError):
     """The page or the API cannot do what was asked; the message is shown to the user."""
 
 
-def _empty_is_none(value: Any) -> Any:
-    return None if value in ("", "None") else value
+def _number(value: Any, info: ValidationInfo) -> Any:
+    """Only numbers are numbers in JSON; in links and text boxes a number is a text."""
+    is_text = isinstance(value, str) and (info.context or {}).get("text", False)
+    if isinstance(value, bool) or not (isinstance(value, int | float) or is_text):
+        raise ValueError  # its message comes from the field's description
+    return value
+
+
+def _number_or_none(value: Any, info: ValidationInfo) -> Any:
+    return None if value in ("", "None", None) else _number(value, info)
+
+
+def _latents(value: Any, info: ValidationInfo) -> Any:
+    return AUTO if value == "auto" else _number(value, info)
+
+
+def _flag(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, bool) and not (isinstance(value, str) and (info.context or {}).get("text", False)):
+        raise ValueError
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Whole = Annotated[int, BeforeValidator(_number)]
+Seconds = Annotated[
+    Number, Field(ge=1, le=MAX_SECONDS, title="length", description=f"a number of seconds from 1 to {MAX_SECONDS:g}")
+]
+"""A length of music."""
+
+
+def _sampling_model() -> type[BaseModel]:
+    """A model with the fields of `SamplingOptions`, each within the range of its control."""
+    fields: dict[str, Any] = {}
+    for name, option in SAMPLING.items():
+        least, most, whole = option.metadata["minimum"], option.metadata["maximum"], isinstance(option.default, int)
+        title = option.metadata["label"].partition(" (")[0].lower()
+        description = f"a {'whole ' * whole}number from {least:g} to {most:g}"
+        kind = Annotated[Whole if whole else Number, Field(ge=least, le=most, title=title, description=description)]
+        fields[name] = kind, option.default
+    return create_model("Sampling", __config__=ConfigDict(allow_inf_nan=False), **fields)
+
+
+SAMPLING = {field.name: field for field in dataclasses.fields(SamplingOptions)}
+"""The sampling options by name, each with its default and, in its metadata, its label and range."""
+_Sampling = _sampling_model()
+
+
+def _sampling(value: Any, info: ValidationInfo) -> SamplingOptions:
+    if isinstance(value, SamplingOptions):
+        return value
+    return SamplingOptions(**checked(_Sampling, value, info.context).model_dump())
 
 
 class Settings(BaseModel):
@@ -47,13 +111,10 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    seconds: Annotated[
-        float,
-        Field(ge=1, le=MAX_SECONDS, title="length", description=f"a number of seconds from 1 to {MAX_SECONDS:g}"),
-    ] = 60.0
-    latents: Annotated[int, Field(title="latent budget", description=f"a whole number, or {AUTO} for auto")] = AUTO
+    seconds: Seconds = 60.0
+    latents: Annotated[int, BeforeValidator(_latents), Field(ge=AUTO, title="latent budget")] = AUTO
     variations: Annotated[
-        int,
+        Whole,
         Field(
             ge=1,
             le=MAX_VARIATIONS,
@@ -61,14 +122,14 @@ class Settings(BaseModel):
             description=f"a whole number from 1 to {MAX_VARIATIONS}",
         ),
     ] = 1
-    sampling: SamplingOptions = SamplingOptions()
+    sampling: Annotated[SamplingOptions, BeforeValidator(_sampling)] = SamplingOptions()
     seed: Annotated[
         Annotated[int, Field(ge=0, le=_MAX_SEED)] | None,
-        BeforeValidator(_empty_is_none),
-        Field(title="seed", description=f"a whole number from 0 to {_MAX_SEED}, or empty"),
+        BeforeValidator(_number_or_none),
+        Field(title="seed", description=f"a whole number from 0 to {_MAX_SEED}, or empty for a random one"),
     ] = None
     start_s: Annotated[
-        float,
+        Number,
         Field(
             ge=0,
             le=MAX_PROMPT_SECONDS,
@@ -77,35 +138,51 @@ class Settings(BaseModel):
         ),
     ] = 0.0
     end_s: Annotated[
-        float | None,
-        BeforeValidator(_empty_is_none),
-        Field(title="end of the prompt", description="a number of seconds, or empty"),
+        Annotated[float, Field(ge=0, le=MAX_PROMPT_SECONDS)] | None,
+        BeforeValidator(_number_or_none),
+        Field(
+            title="end of the prompt",
+            description=f"a number of seconds from 0 to {MAX_PROMPT_SECONDS:g}, or empty for the end of the file",
+        ),
     ] = None
-    continuation_only: Annotated[bool, Field(title="option continuation_only", description="true or false")] = False
-    prompt: Annotated[str, BeforeValidator(str)] = ""
+    continuation_only: Annotated[
+        bool,
+        BeforeValidator(_flag),
+        Field(title="choice to leave out the prompt (continuation_only)", description="true or false"),
+    ] = False
+    prompt: Annotated[str, Field(title="name of the prompt", description="a text")] = ""
 
     @model_validator(mode="after")
     def _check_part(self) -> Self:
         if self.end_s is not None and not self.start_s < self.end_s:
-            raise WebError(f"the prompt must end after it starts, got {self.start_s:g} s to {self.end_s:g} s")
+            raise WebError(
+                f"the prompt must end after it starts, got {in_words(self.start_s)} s to {in_words(self.end_s)} s"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_latents(self, info: ValidationInfo) -> Self:
+        most = (info.context or {}).get("most_latents", math.inf)
+        if self.latents != AUTO and not _LEAST_LATENTS <= self.latents <= most:
+            raise WebError(_latents_expected(most, self.latents))
         return self
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> Self:
-        """Read the values of the page's controls, of a settings file or of a link.
+    def read(cls, values: Mapping[str, Any], *, text: bool = True, most_latents: float = math.inf) -> Self:
+        """Read the values of the page's controls, of a settings file, of a link or of a call of the API.
 
         Args:
-            values: names of fields, and of fields of `SamplingOptions`, with numbers or their text. Missing names keep
-                their defaults, unknown ones are ignored.
+            values: names of fields, and of fields of `SamplingOptions`. Missing names keep their defaults, unknown ones
+                are ignored.
+            text: whether a number may be given as its text, as in links.
+            most_latents: what the model was trained with.
 
         Raises:
-            WebError: a value is out of range.
+            WebError: a value has the wrong type, or is out of range.
         """
         sampling = {name: values[name] for name in SAMPLING if name in values}
-        try:
-            return cls.model_validate({**values, "sampling": sampling})
-        except ValidationError as error:
-            raise WebError(_in_words(error)) from error
+        context = {"text": text, "most_latents": most_latents}
+        return checked(cls, {**values, "sampling": sampling}, context)
 
     def flat(self) -> dict[str, Any]:
         """All values by name, including those of `sampling`; `read` accepts them."""
@@ -129,8 +206,40 @@ class Settings(BaseModel):
         )
 
 
-SAMPLING = {field.name: field for field in dataclasses.fields(SamplingOptions)}
-"""The sampling options by name, each with its default and, in its metadata, its label and range."""
+class Extension(BaseModel):
+    """What a call of the API to continue a piece can choose.
+
+    Attributes:
+        seconds: length of the music to add.
+        variation: which variation to continue, from 0.
+    """
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    seconds: Seconds = 30.0
+    variation: Annotated[
+        Whole, Field(ge=0, title="variation", description="the number of one that exists; 0 is the first")
+    ] = 0
+
+    @model_validator(mode="after")
+    def _check_variation(self, info: ValidationInfo) -> Self:
+        number = (info.context or {}).get("variations", MAX_VARIATIONS)
+        if self.variation >= number:
+            range_ = "0, since there is only one" if number == 1 else f"a whole number from 0 to {number - 1}"
+            raise WebError(f"the variation must be {range_}, got {in_words(self.variation)}")
+        return self
+
+
+def checked(model: type[Model], values: Mapping[str, Any], context: Any = None) -> Model:
+    """Check values with a pydantic model.
+
+    Raises:
+        WebError: one is missing, has the wrong type or is out of range.
+    """
+    try:
+        return model.model_validate(values, context=context)
+    except ValidationError as error:
+        raise WebError(_first_in_words(error, model, context or {})) from error
 
 
 def sampling_help() -> dict[str, str]:
@@ -139,14 +248,38 @@ def sampling_help() -> dict[str, str]:
     return {option.arg_name: " ".join((option.description or "").split()) for option in described}
 
 
-def _in_words(error: ValidationError) -> str:
+def in_words(value: Any) -> str:
+    """A wrong value as it can be shown: numbers in full, texts in quotes, neither longer than a line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):  # more than 4,300 digits cannot be written at all
+        return str(value) if abs(value) < 10**_MAX_SHOWN else f"a number of more than {_MAX_SHOWN} digits"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return {math.inf: "infinity", -math.inf: "minus infinity"}.get(value, "no number (NaN)")
+        shown = format(Decimal(repr(value)), "f")
+        shown = shown.removesuffix(".0")
+        return shown if len(shown) <= _MAX_SHOWN else f"{value:g}"
+    if isinstance(value, str) and value:
+        shown = value.encode("utf-8", "replace").decode()
+        return f"“{shown[:_MAX_SHOWN]}{'…' * (len(shown) > _MAX_SHOWN)}”"
+    if isinstance(value, list | tuple):
+        return "a list"
+    return "an object" if isinstance(value, Mapping) else "nothing"
+
+
+def _latents_expected(most: float, got: Any) -> str:
+    range_ = f"from {_LEAST_LATENTS} to {most:g}" if most < math.inf else f"from {_LEAST_LATENTS}"
+    return f"the latent budget must be a whole number {range_}, or {AUTO} or “auto” for auto, got {in_words(got)}"
+
+
+def _first_in_words(error: ValidationError, model: type[BaseModel], context: Mapping[str, Any]) -> str:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
-    if cause is not None:  # its message is in words already: it is from `SamplingOptions` or `_check_part`
+    if isinstance(cause, WebError):  # in words already
         return str(cause)
-    name, value = str(first["loc"][-1]), first["input"]
-    got = "nothing" if value in (None, "") else repr(value)
-    if name in SAMPLING:
-        return f"{name} must be a {'whole ' * isinstance(SAMPLING[name].default, int)}number, got {got}"
-    field = Settings.model_fields[name]
-    return f"the {field.title} must be {field.description}, got {got}"
+    name = str(first["loc"][0])
+    if name == "latents":
+        return _latents_expected(context.get("most_latents", math.inf), first["input"])
+    field = model.model_fields[name]
+    return f"the {field.title} must be {field.description}, got {in_words(first['input'])}"

@@ -46,7 +46,7 @@ class Machine:
         max_programs: int = _MAX_PROGRAMS,
     ):
         self.generator = generator
-        self.most_latents = generator.config.latents
+        self.most_latents = generator.config.most_latents
         self.warm = False
         self._nll = {
             int(row["latents"]): float(row["nats_per_token"])
@@ -141,20 +141,23 @@ class Machine:
         budget = self.auto_budget(prompt, variations) if latents == AUTO else max(2, latents)
         each = self.tokens_per_s(budget, variations)
         chosen = f"**Auto** chooses {budget} latents" if latents == AUTO else f"{budget} latents"
-        text = f"{chosen}: about {each / MAESTRO_TOKENS_PER_S:.1f}× real time"
+        text = f"{chosen}: music comes about {each / MAESTRO_TOKENS_PER_S:.1f}× as fast as it plays"
         if variations > 1:
-            text += f" for each of {variations} variations"
-        text += f" ({variations * each:.0f} tokens/s)" + self._quality(budget)
+            text += f", in each of {variations} variations"
+        text += "." + self._quality(budget)
         if each < MAESTRO_TOKENS_PER_S:
             text += " Playback will pause now and then to wait for more music."
         return text
 
     def _quality(self, latents: int) -> str:
         if not self._nll:
-            return "."
+            return ""
         nearest = min(self._nll, key=lambda n: abs(math.log(n / latents)))
         loss = self._nll[nearest] - min(self._nll.values())
-        return f", {loss:.2f} nats per token worse than the best quality." if loss >= 0.005 else ", best quality."
+        if loss < 0.005:
+            return " Best quality."
+        quality = "Almost the best quality" if loss < 0.06 else "Less coherent than with more"
+        return f" {quality} ({loss:.2f} nats per token worse)."
 
 
 class Activity:

@@ -42,7 +42,7 @@ class Autotuner:
             variations: samples generated at once.
         """
         longest_s = 1 / (speed * _tokens_per_s(prompt) * _SPEED_MARGIN)
-        most = self._decoder.config.latents
+        most = self._decoder.config.most_latents
         candidates = [min(_LEAST_LATENTS, most)]
         while 2 * candidates[-1] <= most:
             candidates.append(2 * candidates[-1])

@@ -1,40 +1,33 @@
-"""MIDI bytes <-> `Performance`.
-
-symusic parses the files, but its clock is not used: ticks are converted to seconds by the same float64 operations as in
-pretty_midi 0.2, through which note-seq reads. A difference in the last bit of a time can move an event by one 10 ms
-step.
-"""
+"""MIDI bytes <-> `Performance`."""
 
 import io
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Float64, Int8, Int32, Int64
 from symusic.core import NoteTickList, ScoreTick, TempoTick, TrackTick
 
 from music_ar.files import write_atomically
+from music_ar.midi.clock import MICROSECONDS_PER_QUARTER
 from music_ar.midi.performance import MidiError, Performance
-from music_ar.midi.smf import NEVER_TICK, normalize
-from music_ar.midi.sustain import PEDAL_DOWN_VALUE, SUSTAIN_CONTROLLER, Instrument, merge
+from music_ar.midi.recording import read_recording
+from music_ar.midi.smf import MAX_TRACKS
+from music_ar.midi.voices import voices
 
 # To type checkers `io.BytesIO` is a BinaryIO; at run time it lacks some of its methods.
 BinaryFile = BinaryIO | io.BufferedIOBase
 
 MAX_BYTES = 16 * 2**20
 MAX_NOTES = 1_000_000
-MAX_SECONDS = 6 * 3600.0
+MAX_SECONDS = 36 * 3600.0
 
-MICROSECONDS_PER_QUARTER = 500_000
-"""Tempo of written files, and of files that set none: 120 quarter notes per minute."""
 TICKS_PER_QUARTER = 1000
 """Resolution of written files: a tick is 0.5 ms, so the 10 ms grid of the event tokens falls exactly on ticks."""
 TICKS_PER_SECOND = TICKS_PER_QUARTER * 1_000_000 // MICROSECONDS_PER_QUARTER
 ACOUSTIC_GRAND_PIANO = 0
 
-_MAX_WRITTEN_TICKS = 2**28
+_MAX_VOICES = MAX_TRACKS - 1  # each is a track; one more has the tempo
 
 
 def read_midi(
@@ -46,37 +39,26 @@ def read_midi(
 ) -> Performance:
     """Read the piano performance in a MIDI file.
 
-    Accepts formats 0 and 1, any number of tracks, tempo changes and SMPTE time. Drums (channel 10) are dropped; all
-    other instruments become piano. As in note-seq, the sustain pedal acts on the notes of its own track, channel and
-    program, and a note without a note-off is dropped, since its length is unknown.
+    Drums (channel 10) are dropped; all other instruments become piano. The sustain pedal and other controllers act on
+    their channel, in the order of the file. A note that is never released sounds to the end of the file. The file may
+    have any number of tracks, tempo changes or SMPTE time, and may be wrapped in RIFF (.rmi).
 
     Args:
         source: a path, the bytes themselves, or an open binary file.
-        max_bytes: size of the largest accepted file.
+        max_bytes: size of the largest accepted file. Time and memory grow with the size, whatever is in the file.
         max_notes: largest accepted number of notes, not counting drums.
         max_seconds: latest accepted end of a note.
 
     Raises:
         MidiError: `source` is not a usable MIDI file, or exceeds a limit. Nothing else is raised.
     """
-    midi, fixed_tick_s = normalize(_read_bytes(source, max_bytes))
-    try:
-        score = ScoreTick.from_midi(midi)
-    except Exception as error:  # symusic raises several types
-        raise MidiError(f"the MIDI events cannot be parsed: {error}") from error
-    note_count = sum(len(track.notes) for track in score.tracks if not track.is_drum)
-    if note_count > max_notes:
-        raise MidiError(
-            f"at most {max_notes} notes are accepted, but the file has {note_count}; raise max_notes or cut the file"
-        )
-    clock = _Clock.of_tempos(score) if fixed_tick_s is None else _Clock.constant(fixed_tick_s)
-    performance = merge([_read_instrument(track, clock) for track in score.tracks])
+    performance = read_recording(_read_bytes(source, max_bytes), max_notes=max_notes).performance()
     if not len(performance):
         raise MidiError("the MIDI file has no notes for a piano (drums do not count)")
     if performance.duration_s > max_seconds:
         raise MidiError(
-            f"at most {max_seconds:g} s are accepted, but the last note ends at {performance.duration_s:.1f} s; "
-            "raise max_seconds or cut the file"
+            f"at most {max_seconds:,.0f} s of music are accepted, but the last note ends at "
+            f"{performance.duration_s:,.1f} s; cut the file into parts"
         )
     return performance
 
@@ -90,85 +72,19 @@ def _read_bytes(source: str | os.PathLike[str] | bytes | BinaryFile, max_bytes: 
                 data = file.read(max_bytes + 1)
         except (OSError, ValueError) as error:  # ValueError: a null character in the path
             why = error.strerror if isinstance(error, OSError) else error
-            raise MidiError(f"cannot read {os.fspath(source)!r}: {why}") from error
+            raise MidiError(f"cannot read {os.fspath(source)}: {why}") from error
     else:
         try:
             data = source.read(max_bytes + 1)
         except Exception as error:
-            raise MidiError(f"cannot read from {source!r}: {error}") from error
+            raise MidiError(f"cannot read the open file: {error}") from error
     if not isinstance(data, bytes):
         raise MidiError(f"expected bytes, got {type(data).__name__}; open the MIDI file in binary mode")
     if not data:
         raise MidiError("the file is empty")
     if len(data) > max_bytes:
-        raise MidiError(f"expected at most {max_bytes} bytes, but the file has more; raise max_bytes if it is music")
+        raise MidiError(f"at most {max_bytes:,} bytes are accepted, but the file has more; cut it into parts")
     return data
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Clock:
-    """Ticks -> seconds. From `tick[k]`, which is at `start_s[k]`, each tick lasts `tick_s[k]` seconds."""
-
-    tick: Int64[np.ndarray, " k"]
-    start_s: Float64[np.ndarray, " k"]
-    tick_s: Float64[np.ndarray, " k"]
-
-    @classmethod
-    def constant(cls, tick_s: float) -> "_Clock":
-        return cls(tick=np.zeros(1, np.int64), start_s=np.zeros(1), tick_s=np.array([tick_s]))
-
-    @classmethod
-    def of_tempos(cls, score: ScoreTick) -> "_Clock":
-        """Build pretty_midi's clock: the same products and sums in the same order, so equal to the last bit."""
-        tempos = score.tempos.numpy()
-        tick, tempo = tempos["time"].astype(np.int64), tempos["mspq"].astype(np.float64)
-        usable = (tempo > 0) & (tick >= 0)  # ignore zero-length quarter notes
-        tick, tempo = tick[usable], tempo[usable]
-        first = tempo[tick == 0][-1:] if (tick == 0).any() else [float(MICROSECONDS_PER_QUARTER)]
-        tick = np.concatenate([[0], tick[tick > 0]])
-        tempo = np.concatenate([first, tempo[len(tempo) - len(tick) + 1 :]])
-        tick_s = 60.0 / ((6e7 / tempo) * score.ticks_per_quarter)
-        changed = np.concatenate([[True], tick_s[1:] != tick_s[:-1]])
-        tick, tick_s = tick[changed], tick_s[changed]
-        start_s = np.concatenate([[0.0], np.cumsum(tick_s[:-1] * np.diff(tick))])
-        return cls(tick=tick, start_s=start_s, tick_s=tick_s)
-
-    def seconds(self, tick: Int64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-        segment = np.searchsorted(self.tick, tick, side="right") - 1
-        return self.start_s[segment] + self.tick_s[segment] * (tick - self.tick[segment])
-
-
-def _read_instrument(track: TrackTick, clock: _Clock) -> Instrument:
-    notes, controls = track.notes.numpy(), track.controls.numpy()
-    onset = notes["time"].astype(np.int64)
-    offset = onset + notes["duration"]
-    controls_tick = controls["time"].astype(np.int64)
-    ticks = np.concatenate([onset, controls_tick])
-    if (ticks < 0).any() or (ticks >= NEVER_TICK).any() or (offset < onset).any():
-        raise MidiError(f"at most {NEVER_TICK} ticks are accepted; the delta times of this file are damaged")
-    # As in note-seq, zero-length notes and drums are dropped, but a drum track's pedal counts.
-    audible = np.flatnonzero((offset > onset) & (not track.is_drum))
-    offset = _first_note_off(onset[audible], offset[audible], notes["pitch"][audible])
-    released = offset < NEVER_TICK
-    audible, offset = audible[released], offset[released]
-    pedal = controls["number"] == SUSTAIN_CONTROLLER
-    return Instrument(
-        onset_s=clock.seconds(onset[audible]),
-        offset_s=clock.seconds(offset),
-        pitch=notes["pitch"][audible].astype(np.int32),
-        velocity=notes["velocity"][audible].astype(np.int32),
-        pedal_s=clock.seconds(controls_tick[pedal]),
-        pedal_down=controls["value"][pedal] >= PEDAL_DOWN_VALUE,
-    )
-
-
-def _first_note_off(
-    onset: Int64[np.ndarray, " n"], offset: Int64[np.ndarray, " n"], pitch: Int8[np.ndarray, " n"]
-) -> Int64[np.ndarray, " n"]:
-    """Offsets by pretty_midi's pairing: a note-off ends all notes of its pitch, not only the oldest."""
-    lane = pitch * np.int64(2**32)  # lane + tick sorts by pitch, then by tick
-    note_offs = np.sort(lane + offset)
-    return note_offs[np.searchsorted(note_offs, lane + onset, side="right")] - lane
 
 
 def write_midi(performance: Performance, target: str | os.PathLike[str] | BinaryFile) -> None:
@@ -182,7 +98,7 @@ def write_midi(performance: Performance, target: str | os.PathLike[str] | Binary
         target: a path, which is replaced atomically, or an open binary file.
 
     Raises:
-        MidiError: there are no notes, or they end too late for MIDI's clock.
+        MidiError: there are no notes, or more or later ones than `read_midi` accepts.
         OSError: the target cannot be written.
     """
     data = _midi_bytes(performance)
@@ -192,19 +108,32 @@ def write_midi(performance: Performance, target: str | os.PathLike[str] | Binary
         target.write(data)
 
 
+def _check_size(performance: Performance) -> None:
+    """Refuse what `read_midi` would not read back."""
+    if len(performance) > MAX_NOTES:
+        raise MidiError(f"at most {MAX_NOTES:,} notes fit in a MIDI file, got {len(performance):,}; write it in parts")
+    if performance.duration_s > MAX_SECONDS - 1:
+        raise MidiError(
+            f"a MIDI file lasts at most {MAX_SECONDS - 1:,.0f} s, got {performance.duration_s:,.1f} s; "
+            "write it in parts"
+        )
+
+
 def _midi_bytes(performance: Performance) -> bytes:
     if not len(performance):
         raise MidiError("a performance without notes cannot be written as a MIDI file")
-    if performance.duration_s * TICKS_PER_SECOND >= _MAX_WRITTEN_TICKS:
-        longest_s = _MAX_WRITTEN_TICKS // TICKS_PER_SECOND
-        raise MidiError(f"a written MIDI file lasts at most {longest_s} s, got {performance.duration_s:.1f} s")
+    _check_size(performance)
     onset = np.rint(performance.onset_s * TICKS_PER_SECOND).astype(np.int32)
     offset = np.maximum(np.rint(performance.offset_s * TICKS_PER_SECOND).astype(np.int32), onset + 1)
-    voice = _voices(onset, offset, performance.pitch)
+    voice = voices(onset, offset, performance.pitch)
+    if voice.max() >= _MAX_VOICES:
+        raise MidiError(
+            f"at most {_MAX_VOICES:,} notes of one pitch may overlap in a MIDI file, got {voice.max() + 1:,}"
+        )
     score = ScoreTick(TICKS_PER_QUARTER)
     score.tempos.append(TempoTick(0, mspq=MICROSECONDS_PER_QUARTER))
-    for number in range(int(voice.max()) + 1):
-        chosen = voice == number
+    by_voice = np.argsort(voice, kind="stable")
+    for chosen in np.split(by_voice, np.flatnonzero(np.diff(voice[by_voice])) + 1):
         track = TrackTick("Piano", ACOUSTIC_GRAND_PIANO)
         track.notes = NoteTickList.from_numpy(
             onset[chosen],
@@ -214,17 +143,3 @@ def _midi_bytes(performance: Performance) -> bytes:
         )
         score.tracks.append(track)
     return score.dumps_midi()
-
-
-def _voices(
-    onset: Int32[np.ndarray, " n"], offset: Int32[np.ndarray, " n"], pitch: Int32[np.ndarray, " n"]
-) -> Int64[np.ndarray, " n"]:
-    """Lowest voice that is free at each note's pitch and time; always 0 unless notes of one pitch overlap."""
-    voice = np.zeros(len(pitch), np.int64)
-    free_from: dict[int, list[int]] = {}
-    for note, (start, end, key) in enumerate(zip(onset.tolist(), offset.tolist(), pitch.tolist(), strict=True)):
-        ends = free_from.setdefault(key, [])
-        number = next((number for number, free in enumerate(ends) if free <= start), len(ends))
-        ends[number : number + 1] = [end]
-        voice[note] = number
-    return voice

@@ -1,84 +1,172 @@
-"""Sustain pedal -> longer notes: `apply_sustain_control_changes` of note-seq 0.0.5, exactly, in array operations."""
+"""Controllers -> longer and shorter notes.
 
-from collections.abc import Sequence
+A controller acts on its channel, in the order of the file. On a file in which the pedal moves before the notes of the
+same moment, as in MAESTRO, this is `apply_sustain_control_changes` of note-seq 0.0.5, exactly.
+"""
+
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int32
-
-from music_ar.midi.performance import Performance
+from jaxtyping import Bool, Int, Int64, Num
 
 SUSTAIN_CONTROLLER = 64
 PEDAL_DOWN_VALUE = 64
-"""The pedal is down at this value of the sustain controller (0..127) and above."""
+"""The sustain pedal is down at this value of its controller (0..127) and above. There is no half pedal."""
+_MOST_SWITCH_VALUES = 8  # a pedal that takes more values is continuous; notation programs write two to four
+ALL_SOUND_OFF, RESET_CONTROLLERS = 120, 121
+ALL_NOTES_OFF = 123
+"""So do the controllers above it, 124 to 127, which change the channel's mode."""
 
 
-class Instrument(NamedTuple):
-    """Notes and pedal movements of one instrument; times in seconds. A drum kit has pedal movements only."""
+class Keys(NamedTuple):
+    """Notes as they were played, in the order of their note-ons; a note sounds longer than its key is down.
 
-    onset_s: Float64[np.ndarray, " n"]
-    offset_s: Float64[np.ndarray, " n"]
-    pitch: Int32[np.ndarray, " n"]
-    velocity: Int32[np.ndarray, " n"]
-    pedal_s: Float64[np.ndarray, " p"]
-    pedal_down: Bool[np.ndarray, " p"]
-
-
-def merge(instruments: Sequence[Instrument]) -> Performance:
-    """Merge all instruments into one piano performance, each instrument's pedal applied to its own notes.
-
-    Raises:
-        MidiError: a note is invalid.
+    Attributes:
+        onset: time of the note-on, in any unit.
+        release: time of the note-off, > onset.
+        onset_order: place of the note-on among all events of the file.
+        release_order: the same for the note-off.
+        channel: 16 times the number of the port, plus the channel, 0..15.
+        pitch: 0..127.
+        velocity: 1..127.
     """
-    ends_s = [time_s for each in instruments for time_s in (each.offset_s, each.pedal_s)]
-    last_event_s = max((float(time_s.max(initial=0.0)) for time_s in ends_s), default=0.0)
-    sustained = [_sustain(each, last_event_s) for each in instruments if len(each.pitch)]
-    if not sustained:
-        return Performance.empty()
-    onset_s, offset_s, pitch, velocity = (np.concatenate(column) for column in zip(*sustained, strict=True))
-    return Performance(onset_s=onset_s, offset_s=offset_s, pitch=pitch, velocity=velocity)
+
+    onset: Num[np.ndarray, " n"]
+    release: Num[np.ndarray, " n"]
+    onset_order: Int64[np.ndarray, " n"]
+    release_order: Int64[np.ndarray, " n"]
+    channel: Int[np.ndarray, " n"]
+    pitch: Int[np.ndarray, " n"]
+    velocity: Int[np.ndarray, " n"]
+
+    def select(self, index: np.ndarray) -> "Keys":
+        """Return some of the notes, by a mask or by indices."""
+        return Keys(*(column[index] for column in self))
 
 
-def _sustain(instrument: Instrument, last_event_s: float) -> tuple[np.ndarray, ...]:
-    """Extend the notes that end while the pedal is down.
+class Controls(NamedTuple):
+    """Movements of controllers in the order of the file; the columns mean the same as in `Keys`."""
 
-    Simultaneous events are processed in the order pedal down, pedal up, note-on, note-off. A note that ends while the
-    pedal is down sounds until the pedal is next released or the file's last event. While the pedal is down, a note-on
-    ends every sounding note of its pitch; of two simultaneous ones, the second remains.
+    time: Num[np.ndarray, " c"]
+    order: Int64[np.ndarray, " c"]
+    channel: Int[np.ndarray, " c"]
+    number: Int[np.ndarray, " c"]
+    value: Int[np.ndarray, " c"]
 
-    Args:
-        instrument: one instrument.
-        last_event_s: time of the last note or pedal event of all instruments.
+    def select(self, index: np.ndarray) -> "Controls":
+        """Return some of the movements, by a mask or by indices."""
+        return Controls(*(column[index] for column in self))
+
+
+def fold(keys: Keys, controls: Controls) -> tuple[Keys, Num[np.ndarray, " m"]]:
+    """Find out when each note stops sounding.
+
+    - A key that is released while the sustain pedal is down sounds until the pedal next comes up, or else until the
+      last note-off or movement of these controllers in the file. Resetting all controllers raises the pedal.
+    - While the pedal is down, a note-on ends every sounding note of its pitch and channel; of two at one time, the
+      later in the file remains.
+    - All notes off releases all keys of its channel. All sound off silences it, too.
 
     Returns:
-        The columns of `Performance`, without notes cut to zero length.
+        The notes that sound, sorted by channel, pitch and order, and when each ends.
     """
-    pedal_order = np.lexsort((~instrument.pedal_down, instrument.pedal_s))
-    pedal_s, pedal_down = instrument.pedal_s[pedal_order], instrument.pedal_down[pedal_order]
-    pedal_up_s = np.append(pedal_s[~pedal_down], last_event_s)
+    controls = controls.select(np.argsort(controls.channel, kind="stable"))
+    keys = _release_all(keys, controls)
+    is_sustain = controls.number == SUSTAIN_CONTROLLER
+    is_mode = controls.number >= ALL_SOUND_OFF
+    last = max(keys.release.max(initial=0), controls.time[is_sustain | is_mode].max(initial=0))
+    keys = keys.select(_by_channel_and_pitch(keys))
 
-    def is_down(time_s: np.ndarray) -> np.ndarray:
-        return np.append(pedal_down, False)[np.searchsorted(pedal_s, time_s, side="right") - 1]
-
-    order = np.argsort(instrument.onset_s, kind="stable")
-    order = order[np.argsort(instrument.pitch[order].astype(np.int8), kind="stable")]  # int8: a radix sort
-    onset_s, offset_s = instrument.onset_s[order], instrument.offset_s[order]
-    pitch, velocity = instrument.pitch[order], instrument.velocity[order]
-
-    release = np.searchsorted(pedal_s[~pedal_down], offset_s, side="right")
-    sustained_s = np.where(is_down(offset_s), pedal_up_s[release], offset_s)
-    cut_s = _next_cut(onset_s, pitch, is_down(onset_s))
-    kept = cut_s > onset_s
-    return onset_s[kept], np.minimum(sustained_s, cut_s)[kept], pitch[kept], velocity[kept]
+    pedal, is_down = _pedal_changes(controls.select(is_sustain | (controls.number == RESET_CONTROLLERS)))
+    up = pedal.select(~is_down)
+    end = np.append(up.time, last)[_next(up, keys.channel, keys.release_order)]
+    end = np.where(_state(pedal, is_down, keys.channel, keys.release_order), end, keys.release)
+    end = _earlier(end, keys.onset, _next_cut(keys, _state(pedal, is_down, keys.channel, keys.onset_order)))
+    silenced = controls.select(controls.number == ALL_SOUND_OFF)
+    if len(silenced.order):
+        end = _earlier(end, silenced.time, _next(silenced, keys.channel, keys.onset_order))
+    sounds = end > keys.onset
+    return keys.select(sounds), end[sounds]
 
 
-def _next_cut(
-    onset_s: Float64[np.ndarray, " n"], pitch: Int32[np.ndarray, " n"], cuts: Bool[np.ndarray, " n"]
-) -> Float64[np.ndarray, " n"]:
-    """Onset of the next cutting note of the same pitch, infinity if there is none; sorted by (pitch, onset)."""
-    n = len(pitch)
+def _pedal_changes(pedal: Controls) -> tuple[Controls, Bool[np.ndarray, " c"]]:
+    """The movements with which the pedal of a channel goes down or comes up, and whether it goes down."""
+    is_down = _is_down(pedal)
+    begins_channel = np.append(True, np.diff(pedal.channel) != 0)[: len(is_down)]
+    was_down = np.append(False, is_down[:-1])[: len(is_down)] & ~begins_channel
+    changes = is_down != was_down
+    return pedal.select(changes), is_down[changes]
+
+
+def _is_down(pedal: Controls) -> Bool[np.ndarray, " p"]:
+    """Whether the pedal is down after each movement.
+
+    Movements at one time count in the order of the file, except those of a continuous pedal. If it is up in one of
+    them, it stays up at that time, as in note-seq: 36 moments of MAESTRO are so, and its tokens depend on them.
+    """
+    is_down = (pedal.number == SUSTAIN_CONTROLLER) & (pedal.value >= PEDAL_DOWN_VALUE)
+    begins = np.append(True, (np.diff(pedal.time) != 0) | (np.diff(pedal.channel) != 0))[: len(is_down)]
+    if begins.all():
+        return is_down
+    channel_values = np.bincount(pedal.channel * 128 + pedal.value, minlength=(pedal.channel.max() + 1) * 128)
+    is_continuous = np.count_nonzero(channel_values.reshape(-1, 128), axis=1) > _MOST_SWITCH_VALUES
+    ups = np.cumsum(~is_down)
+    first = np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
+    was_up = ups > (ups - ~is_down)[first]
+    return is_down & ~(was_up & is_continuous[pedal.channel])
+
+
+def _release_all(keys: Keys, controls: Controls) -> Keys:
+    """Release the keys that are down at a controller that turns all notes off."""
+    offs = controls.select((controls.number == ALL_SOUND_OFF) | (controls.number >= ALL_NOTES_OFF))
+    if not len(offs.order):
+        return keys
+    off = _next(offs, keys.channel, keys.onset_order)
+    return keys._replace(
+        release=_earlier(keys.release, offs.time, off), release_order=_earlier(keys.release_order, offs.order, off)
+    )
+
+
+def _earlier(
+    times: Num[np.ndarray, " n"], others: Num[np.ndarray, " k"], index: Int64[np.ndarray, " n"]
+) -> Num[np.ndarray, " n"]:
+    """The earlier of each of `times` and that of `others` at the index, if there is one."""
+    exists = index < len(others)
+    earlier = times.copy()
+    earlier[exists] = np.minimum(times[exists], others[index[exists]])
+    return earlier
+
+
+def _by_channel_and_pitch(keys: Keys) -> Int64[np.ndarray, " n"]:
+    """Return the order by channel, pitch and note-on."""
+    order = np.argsort(keys.pitch, kind="stable")  # uint8: a radix sort
+    return order[np.argsort(keys.channel[order], kind="stable")]
+
+
+def _state(
+    pedal: Controls, is_down: Bool[np.ndarray, " p"], channel: Int[np.ndarray, " n"], order: Int64[np.ndarray, " n"]
+) -> Bool[np.ndarray, " n"]:
+    """Whether the pedal of each channel is down at a place in the file."""
+    last = np.searchsorted(_code(pedal.channel, pedal.order), _code(channel, order)) - 1
+    return np.append(is_down, False)[last] & (np.append(pedal.channel, -1)[last] == channel)
+
+
+def _next(events: Controls, channel: Int[np.ndarray, " n"], order: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """Index of the next event on each channel after a place in the file; the number of events if there is none."""
+    index = np.searchsorted(_code(events.channel, events.order), _code(channel, order), side="right")
+    return np.where(np.append(events.channel, -1)[index] == channel, index, len(events.order))
+
+
+def _code(channel: Int[np.ndarray, " n"], order: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """One number that sorts by channel and then by place in the file, of which there are fewer than 2**40."""
+    return (channel.astype(np.int64) << 40) | order
+
+
+def _next_cut(keys: Keys, cuts: Bool[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """Index of the next cutting note of the same channel and pitch, n if there is none."""
+    n = len(cuts)
     # Index of the first cutting note after each note: a running minimum from the right.
     cutting = np.append(np.where(cuts, np.arange(n), n), n)
     following = np.minimum.accumulate(cutting[::-1])[::-1][1:]
-    same_pitch = np.append(pitch, -1)[following] == pitch
-    return np.where(same_pitch, np.append(onset_s, np.inf)[following], np.inf)
+    key = np.append(keys.channel.astype(np.int64) << 7 | keys.pitch, -1)
+    return np.where(key[following] == key[:-1], following, n)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import safetensors.numpy
 from flax import nnx
@@ -63,10 +63,9 @@ def model_of(weights: Weights, *, compute: Compute = Compute()) -> PerceiverAR:
         compute: how it computes.
     """
     graph, params = nnx.split(nnx.eval_shape(lambda: PerceiverAR(weights.config, rngs=nnx.Rngs(0), compute=compute)))
-    flat = {
-        path: variable.replace(jnp.asarray(weights.float32(_name(path))))
-        for path, variable in nnx.to_flat_state(params)
-    }
+    variables = dict(nnx.to_flat_state(params))
+    arrays = jax.device_put({path: weights.float32(_name(path)) for path in variables})  # all at once
+    flat = {path: variable.replace(arrays[path]) for path, variable in variables.items()}
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 

@@ -68,7 +68,7 @@ def piece_value(session: Session) -> dict[str, Any]:
         "join": 0,
         "generating": session.generating,
         "autoplay": False,
-        "message": session.status if session.generating else _EMPTY_TEXT,
+        "message": session.status or _EMPTY_TEXT,
         "variations": [],
     }
     if session.reading is None and not session.revisions:
@@ -80,7 +80,7 @@ def piece_value(session: Session) -> dict[str, Any]:
         value["variations"].append(
             {
                 "seed": seed,
-                "until": round(revision.until_s[number] - revision.from_s, 3),
+                "until": revision.length_s(number),
                 "notes": packed(piece.select(final)),
                 "open": packed(piece.select(~final)),
             }

@@ -5,7 +5,12 @@ const root = element.querySelector('.player');
 const find = (name) => root.querySelector('.' + name);
 const [playButton, roll, strips, time, count, waiting] =
   ['play', 'roll', 'strips', 'time', 'count', 'waiting'].map(find);
-const clock = (s) => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, '0')}`;
+
+function clock(exact) { // as app/console.py writes it
+  const seconds = Math.floor(exact + 0.5), hours = Math.floor(seconds / 3600), minutes = Math.floor(seconds / 60) % 60;
+  const rest = String(seconds % 60).padStart(2, '0');
+  return hours ? `${hours}:${String(minutes).padStart(2, '0')}:${rest}` : `${minutes}:${rest}`;
+}
 
 // All players of the page share one piano.
 const piano = (window.musicArPiano ??= new Piano(root.dataset.samples));
@@ -21,6 +26,7 @@ let generating = false;
 let startWithNotes = false; // playback starts as soon as there are notes
 let dirty = true;
 
+const calm = window.matchMedia('(prefers-reduced-motion: reduce)');
 const PROMPT_LEAD_S = 4; // playback starts this long before the end of the prompt
 const empty = { seed: null, until: 0, text: '', final: [], notes: [] };
 const current = () => variations[chosen] ?? empty;
@@ -35,7 +41,7 @@ function parse(text) {
 function receive() {
   const value = props.value;
   if (!value || typeof value !== 'object') return;
-  const fresh = value.piece !== piece, was = length();
+  const fresh = value.piece !== piece, was = ending(), count = variations.length;
   if (fresh) { pause(); variations = []; position = 0; chosen = 0; startWithNotes = false; piece = value.piece; }
   state = value;
   variations = value.variations.map(({ seed, until, notes, open }, number) => {
@@ -46,15 +52,15 @@ function receive() {
     const rest = parse(open).map((note) => ({ ...note, held: value.generating && note.off >= until - 0.02 }));
     return { seed, until, text: notes, final, notes: final.concat(rest) };
   });
-  chosen = Math.min(value.chosen ?? chosen, Math.max(0, variations.length - 1));
-  position = Math.min(position, length());
+  // Within a piece the choice made here counts: the server may have sent this before it heard of it.
+  if (fresh || variations.length !== count) chosen = value.chosen ?? 0;
+  position = Math.min(position, ending());
   const begins = value.autoplay && (fresh || !generating);
   generating = value.generating;
   // A new piece plays from shortly before the end of its prompt, an extension from shortly before the old end.
   if (begins) {
     startWithNotes = true;
     if (!playing) position = Math.max(0, fresh ? value.join - PROMPT_LEAD_S : was - 2);
-    root.scrollIntoView({ block: 'nearest', behavior: 'smooth' });
   }
   if (startWithNotes && current().notes.length) { startWithNotes = false; play(); }
   if (playing) settle();
@@ -62,7 +68,8 @@ function receive() {
   dirty = true;
 }
 
-const length = () => Math.max(0, ...variations.map((variation) => variation.until));
+const ending = () => current().until;
+const longest = () => Math.max(1, ...variations.map((variation) => variation.until));
 
 // ---------------------------------------------------------------- playing
 
@@ -99,7 +106,7 @@ function silence() {
 function seek(seconds) {
   const was = playing;
   pause();
-  position = Math.max(0, Math.min(seconds, length()));
+  position = Math.max(0, Math.min(seconds, ending()));
   if (was) play();
   dirty = true;
 }
@@ -213,7 +220,7 @@ function drawNotes(pen, notes, width, height, from, span, ink, at) {
 function drawRoll() {
   const { pen, width, height } = prepare(roll);
   if (!width) return;
-  const ink = colours(), at = now(), whole = Math.max(length(), state.generating ? 10 : 1);
+  const ink = colours(), at = now(), whole = Math.max(ending(), state.generating ? 10 : 1);
   pen.textAlign = 'left';
   if (!current().notes.length) {
     pen.font = '14px sans-serif';
@@ -223,7 +230,9 @@ function drawRoll() {
   }
   const most = state.kind === 'prompt' ? whole : Math.max(12, width / 22);
   view = { from: 0, span: Math.min(whole, most) };
-  if (whole > most) view.from = Math.max(0, Math.min(at - 0.35 * most, whole - most));
+  // The roll moves along with the music, or page by page for those who prefer little motion.
+  const from = calm.matches ? Math.floor(at / (0.9 * most)) * 0.9 * most : at - 0.35 * most;
+  if (whole > most) view.from = Math.max(0, Math.min(from, whole - most));
   const bottom = height - 18;
   const x = (seconds) => ((seconds - view.from) / view.span) * width;
 
@@ -285,7 +294,7 @@ function buildStrips() {
     strip.tabIndex = number === chosen ? 0 : -1; // arrow keys reach the others, as in any radio group
     strip.firstChild.textContent = `${number + 1} · seed ${variations[number].seed}`;
     const { pen, width, height } = prepare(strip.lastChild);
-    drawNotes(pen, variations[number].notes, width, height, 0, Math.max(1, length()), colours(), null);
+    drawNotes(pen, variations[number].notes, width, height, 0, longest(), colours(), null);
   });
 }
 
@@ -311,13 +320,14 @@ function draw() {
   if (!root.isConnected) return;
   if (playing || dirty) {
     dirty = false;
-    const at = now(), whole = length(), noteCount = current().notes.length;
+    const at = now(), whole = ending(), noteCount = current().notes.length;
     root.dataset.notes = noteCount;
     root.dataset.position = at.toFixed(2);
     root.dataset.playing = playing && startedAt !== null;
     root.dataset.generating = Boolean(state.generating);
+    root.dataset.generated = state.kind === 'piece' && current().notes.some((note) => note.on >= state.join);
     playButton.textContent = playing ? '❚❚' : '▶';
-    playButton.setAttribute('aria-label', playing ? 'Pause' : 'Play');
+    playButton.setAttribute('aria-label', `${playing ? 'Pause' : 'Play'} the ${state.kind}`);
     playButton.disabled = !noteCount;
     time.textContent = `${clock(at)} / ${clock(whole)}`;
     count.textContent = noteCount ? `${noteCount.toLocaleString('en')} notes` : '';
@@ -326,8 +336,45 @@ function draw() {
     roll.setAttribute('aria-valuenow', at.toFixed(1));
     roll.setAttribute('aria-valuetext', `${clock(at)} of ${clock(whole)}, ${noteCount} notes`);
     drawRoll();
+    placeEdges();
   }
   requestAnimationFrame(draw);
+}
+
+// ---------------------------------------------------------------- the selected part of a prompt
+
+const LEAST_PART_S = 0.2;
+
+let telling = 0;
+function select(start, end, heardFrom) {
+  state = { ...state, start, end };
+  seek(heardFrom);
+  clearTimeout(telling);
+  telling = setTimeout(() => trigger('crop', { start, end }), 150); // not for each step of a key that is held down
+  dirty = true;
+}
+
+function placeEdges() {
+  if (state.kind !== 'prompt') return;
+  for (const edge of root.querySelectorAll('.edge')) {
+    const at = state[edge.dataset.edge], start = edge.dataset.edge === 'start';
+    edge.style.left = `${(100 * (at - view.from)) / view.span}%`;
+    edge.setAttribute('aria-valuemin', start ? 0 : state.start);
+    edge.setAttribute('aria-valuemax', start ? state.end : ending());
+    edge.setAttribute('aria-valuenow', at);
+    edge.setAttribute('aria-valuetext', `${at.toFixed(1)} of ${ending().toFixed(1)} seconds`);
+  }
+}
+
+// An edge moves by 0.1 s, and by 1 s with Shift or Page Up and Page Down.
+const strides = { ArrowLeft: -0.1, ArrowDown: -0.1, ArrowRight: 0.1, ArrowUp: 0.1, PageDown: -1, PageUp: 1,
+  Home: -Infinity, End: Infinity };
+function moveEdge(edge, event) {
+  const by = strides[event.key] * (event.shiftKey ? 10 : 1);
+  const [least, most] = edge === 'start' ? [0, state.end - LEAST_PART_S] : [state.start + LEAST_PART_S, ending()];
+  const to = Math.round(10 * Math.max(least, Math.min(state[edge] + by, most))) / 10;
+  const { start, end } = { ...state, [edge]: to };
+  select(start, end, edge === 'start' ? start : Math.max(start, end - 2)); // play what leads to the edge
 }
 
 // ---------------------------------------------------------------- mouse, touch and keyboard
@@ -335,7 +382,7 @@ function draw() {
 const secondsAt = (event) => {
   const box = roll.getBoundingClientRect();
   const seconds = view.from + ((event.clientX - box.left) / box.width) * view.span;
-  return Math.max(0, Math.min(seconds, length()));
+  return Math.max(0, Math.min(seconds, ending()));
 };
 roll.addEventListener('pointerdown', (event) => {
   roll.setPointerCapture(event.pointerId);
@@ -353,11 +400,7 @@ roll.addEventListener('pointerup', (event) => {
   if (drag.from === null) return seek(secondsAt(event));
   const [start, end] = [Math.min(drag.from, drag.to), Math.max(drag.from, drag.to)].map((s) => Math.round(s * 10) / 10);
   drag.from = drag.to = null;
-  if (end - start >= 0.2) {
-    state = { ...state, start, end };
-    seek(start);
-    trigger('crop', { start, end });
-  }
+  if (end - start >= LEAST_PART_S) select(start, end, start);
   dirty = true;
 });
 roll.addEventListener('pointercancel', () => { drag.pressed = false; drag.from = null; dirty = true; });
@@ -365,13 +408,15 @@ playButton.addEventListener('click', () => { window.musicArLast = root; toggle()
 root.addEventListener('pointerdown', () => { window.musicArLast = root; });
 
 const keys = { ' ': toggle, ArrowLeft: () => seek(now() - 5), ArrowRight: () => seek(now() + 5),
-  Home: () => seek(0), End: () => seek(length()) };
+  Home: () => seek(0), End: () => seek(ending()) };
 const stripKeys = { ArrowUp: () => chooseNext(-1), ArrowDown: () => chooseNext(1) };
 document.addEventListener('keydown', (event) => {
   const target = event.target;
   const mine = root.contains(target);
+  const edge = target.dataset?.edge;
   const idle = target === document.body && (window.musicArLast ?? document.querySelector('.player.piece')) === root;
-  const act = strips.contains(target) && stripKeys[event.key] || keys[event.key];
+  const act = edge && event.key in strides ? () => moveEdge(edge, event)
+    : strips.contains(target) && stripKeys[event.key] || keys[event.key];
   if (!(mine || idle) || !act || event.ctrlKey || event.metaKey || event.altKey) return;
   if (mine && target.tagName === 'BUTTON' && event.key === ' ') return; // the button handles it
   event.preventDefault();

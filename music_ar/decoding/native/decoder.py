@@ -88,8 +88,8 @@ class NativeDecoder:
             )
         if len(prompts) != len(seeds):
             raise ValueError(f"expected a seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
-        if not 1 <= latents <= self.config.context:
-            raise ValueError(f"latents must be in 1..{self.config.context}, the context; got {latents}")
+        if not 1 <= latents <= self.config.reach:
+            raise ValueError(f"latents must be in 1..{self.config.reach}, the context; got {latents}")
         checked = [_checked_tokens(prompt, 1) for prompt in prompts]
         numbers: dict[bytes, int] = {}
         index = [numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in checked]
@@ -200,7 +200,7 @@ def _open(library: Library, config: ModelConfig, weights: Mapping[str, Weights])
     exponent_R = np.linspace(0.0, 1.0, pairs, dtype=np.float32)
     rates_R = np.ascontiguousarray(np.float32(config.rotary_wavelength) ** -exponent_R)
     floats = ctypes.POINTER(ctypes.c_float)
-    sizes = {name: getattr(config, name) for name in CConfig.SIZES}
+    sizes = {name: getattr(config, name) for name in CConfig.SIZES} | {"context": config.reach}
     c_config = CConfig(**sizes, rotary_rates=rates_R.ctypes.data_as(floats))
     tensors = (CTensor * len(weights))()
     for tensor, (name, (numbers, values)) in zip(tensors, weights.items(), strict=True):

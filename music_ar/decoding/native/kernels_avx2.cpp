@@ -54,6 +54,7 @@ static inline void tile(const int8_t* weights, int groups, const int8_t* numbers
     for (int r = 0; r < ROWS; ++r)
       for (int part = 0; part < 4; ++part) sums[r][part] = _mm256_setzero_si256();
     for (int group = begin; group < end; ++group) {
+      __builtin_prefetch(weights + group * 4 * OUTPUTS + 4096);  // the next page
       __m256i w[4];
       for (int part = 0; part < 4; ++part)
         w[part] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(weights + group * 4 * OUTPUTS + 16 * part)));

@@ -56,7 +56,7 @@ static inline void tile(const int8_t* weights, int groups, const int8_t* numbers
       low[r][half] = _mm512_set1_epi32(-128 * sums_Tx2[2 * r + 1]);
     }
   for (int group = 0; group < groups; ++group, weights += 4 * OUTPUTS, numbers += 8) {
-    __builtin_prefetch(weights + 4096);
+    __builtin_prefetch(weights + 4096);  // the next page
     __builtin_prefetch(weights + 4096 + 64);
     const __m512i w[2] = {_mm512_loadu_si512(weights), _mm512_loadu_si512(weights + 64)};
     for (int r = 0; r < ROWS; ++r) {

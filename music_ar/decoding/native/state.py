@@ -154,4 +154,4 @@ def self_slots(latents: int) -> int:
 
 def cross_slots(config: ModelConfig) -> int:
     """S: the context, and the tokens that a prefill writes before the first of them is used."""
-    return -(-(config.context + _MOST_POSITIONS) // _SLOT_PADDING) * _SLOT_PADDING
+    return -(-(config.reach + _MOST_POSITIONS) // _SLOT_PADDING) * _SLOT_PADDING

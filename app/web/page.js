@@ -1,0 +1,74 @@
+() => {
+  // What the page does beyond Gradio: keys, focus, names and spoken status. Gradio runs this when the page opens.
+  const find = (selector) => document.querySelector(selector);
+  const roll = () => find('#piece-player .roll');
+  const within = (target, ...names) => target instanceof Element && target.closest(names.map((name) => `#${name}`).join());
+
+  // Space plays or pauses, and never makes a new piece in place of the one that is heard. Enter presses the button.
+  for (const kind of ['keydown', 'keyup']) {
+    document.addEventListener(kind, (event) => {
+      if (event.key !== ' ' || !within(event.target, 'generate', 'extend')) return;
+      event.preventDefault();
+      event.stopImmediatePropagation();
+      if (kind === 'keydown' && !event.repeat) find('#piece-player .play').click();
+    }, true);
+  }
+  const calm = window.matchMedia('(prefers-reduced-motion: reduce)');
+  document.addEventListener('click', (event) => {
+    if (within(event.target, 'generate', 'extend')) {
+      find('#piece-player').scrollIntoView(
+        { block: window.innerWidth < 900 ? 'start' : 'nearest', behavior: calm.matches ? 'auto' : 'smooth' });
+      // A click with the mouse leads on to the music; with the keyboard one may want the next button.
+      if (event.detail) roll().focus({ preventScroll: true });
+    }
+    if (within(event.target, 'stop')) roll().focus({ preventScroll: true }); // the button is about to be disabled
+  });
+
+  // Gradio opens the list of choices on any key, also on the Tab that leaves it.
+  const example = find('#example');
+  const closeLeft = () => {
+    const box = example.querySelector('[aria-expanded="true"]');
+    if (box && box !== document.activeElement) box.dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape', bubbles: true }));
+  };
+  new MutationObserver(closeLeft).observe(example, { subtree: true, attributeFilter: ['aria-expanded'] });
+  example.addEventListener('focusout', () => setTimeout(closeLeft, 50));
+
+  // Screen readers hear each new sentence, and of one that only counts on, the latest every 20 seconds.
+  const live = document.createElement('div');
+  live.id = 'spoken-status';
+  live.setAttribute('role', 'status');
+  document.body.append(live);
+  const pattern = (text) => text.replace(/\d[\d:.,]*/g, '0');
+  let said = '', saidAt = -Infinity, later = 0;
+  const say = () => {
+    const text = (find('#status .md')?.firstElementChild?.firstChild?.textContent ?? '').trim();
+    clearTimeout(later);
+    const wait = saidAt + 20000 - performance.now();
+    if (!text || text === said) return;
+    if (pattern(text) === pattern(said) && wait > 0) { later = setTimeout(say, wait); return; }
+    [said, saidAt] = [text, performance.now()];
+    live.textContent = text;
+  };
+  new MutationObserver(say).observe(find('#status'), { childList: true, subtree: true, characterData: true });
+
+  // Gradio gives all these buttons one name.
+  const nameResets = () => {
+    for (const button of document.querySelectorAll('.reset-button[aria-label="Reset to default value"]')) {
+      const slider = button.closest('.block').querySelector('[data-testid="block-info"]');
+      button.setAttribute('aria-label', `Reset ${slider.textContent.trim()}`);
+    }
+  };
+  nameResets();
+  new MutationObserver(nameResets).observe(find('#more'), { childList: true, subtree: true }); // drawn when it is opened
+
+  // Music lives as long as its tab: ask before it is lost, unless it has been saved as it is.
+  let saved = null;
+  const shown = () => {
+    const { notes, generated } = find('#piece-player .player').dataset;
+    return generated === 'true' ? notes : null;
+  };
+  document.addEventListener('click', (event) => { if (within(event.target, 'saved')) saved = shown(); });
+  window.addEventListener('beforeunload', (event) => {
+    if (shown() !== null && shown() !== saved) event.preventDefault();
+  });
+}
