@@ -150,13 +150,13 @@ def read_performance(path: Path) -> "Performance":
     Raises:
         CommandError: the file does not exist or is not usable MIDI.
     """
-    from music_ar.midi.io import read_midi
+    from music_ar.midi.io import read_prompt
     from music_ar.midi.performance import MidiError
 
     is_stdin = str(path) == STDIN
     if not is_stdin and not path.exists():
         raise CommandError(f"{path}: no such file")
     try:
-        return read_midi(sys.stdin.buffer if is_stdin else path)
+        return read_prompt(sys.stdin.buffer if is_stdin else path)
     except MidiError as error:
         raise CommandError(f"{'standard input' if is_stdin else path}: {error}") from error

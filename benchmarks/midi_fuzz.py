@@ -8,8 +8,8 @@ notes of one pitch that are never released, long deltas. File N is the same in e
 slices: it stops after `--seconds` and prints the number to go on from.
 
 A file fails if reading raises anything but `MidiError`, takes more than 2 s of the processor, or if what was read
-cannot be written and read again. Prints a table and, as the last line, JSON. Exit code 1 if a file fails
-or the process takes 200 MB.
+cannot be written and read again. Prints a table and, as the last line, JSON. Exit code 1 if a file fails or the process
+takes 200 MB.
 """
 
 import argparse

@@ -204,13 +204,12 @@ def _piece(completion: Completion) -> Piece:
         return Piece(
             request=request, performance=nothing, continuation=nothing, tokens=0, nats_per_token=math.nan, error=error
         )
-    join_s = sequence.prompt_time / vocabulary.STEPS_PER_SECOND
-    whole = sequence.performance()
-    continuation = whole.crop(join_s, join_s + request.seconds)
+    notes = sequence.notes()
+    until_s = notes.join_s + request.seconds
     return Piece(
         request=request,
-        performance=continuation if request.continuation_only else whole.crop(0, join_s + request.seconds),
-        continuation=continuation,
+        performance=notes.performance(until_s, continuation_only=request.continuation_only),
+        continuation=notes.performance(until_s, continuation_only=True),
         tokens=sequence.count,
         nats_per_token=float(sequence.nats.mean(dtype="float64")),
     )

@@ -8,12 +8,18 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
+import mido
 import numpy as np
 import pytest
+import soundfile
 
 from app import cli
 from app.commands import inspect
+from app.output import AUDIO_ENDINGS, MIDI_ENDINGS
+from music_ar.audio import AudioFormat
+from music_ar.audio.synthesis import TAIL_S
 from music_ar.decoding import backend
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.midi.io import read_midi, write_midi
@@ -290,6 +296,60 @@ def test_a_prompt_is_continued(capsys, tmp_path, tiny_checkpoint, midi_file):
     np.testing.assert_array_equal(whole.pitch[: before.sum()], prompt.pitch[before])
     alone = read_midi(generate(capsys, tmp_path, tiny_checkpoint, *options, "--continuation-only")[0])
     assert len(alone) < len(whole)
+
+
+def test_a_prompts_file_comes_back_with_its_own_events(capsys, tmp_path, tiny_checkpoint):
+    """Names, tempo, pedal and velocities; variations, too."""
+    prompt, buffer = mido.MidiFile(ticks_per_beat=384), tmp_path / "prompt.mid"
+    prompt.tracks.append(
+        mido.MidiTrack([mido.MetaMessage("track_name", name="Étude"), mido.MetaMessage("set_tempo", tempo=654_321)])
+    )
+    messages = [mido.Message("control_change", control=64, value=value, time=5) for value in (0, 71, 127)]
+    messages += [mido.Message("note_on", note=60 + number, velocity=31 + number, time=77) for number in range(6)]
+    messages += [mido.Message("note_off", note=60 + number, velocity=3, time=11) for number in range(6)]
+    prompt.tracks.append(mido.MidiTrack([*messages, mido.Message("control_change", control=64, value=0, time=100)]))
+    prompt.save(buffer)
+    generate(capsys, tmp_path, tiny_checkpoint, "--prompt", buffer, "--seed", 3, "--variations", 2, "--pedal")
+    for name in ("piece-1.mid", "piece-2.mid"):
+        written = mido.MidiFile(tmp_path / name)
+        assert written.ticks_per_beat == 384
+        assert [list(track)[:-1] for track in written.tracks[:2]] == [list(track) for track in prompt.tracks]
+        new = [track.name for track in written.tracks[2:]]
+        assert new == ["Continuation"] * (len(read_midi(tmp_path / name)) > 6)  # some pieces end at once
+
+
+@pytest.mark.parametrize("ending", [".wav", ".mp3", ".flac", ".OGG"])
+def test_an_output_that_ends_like_sound_is_sound(capsys, tmp_path, tiny_checkpoint, ending):
+    path, _ = generate(capsys, tmp_path, tiny_checkpoint, "--seed", 2, name=f"piece{ending}")
+    midi, _ = generate(capsys, tmp_path, tiny_checkpoint, "--seed", 2)
+    with soundfile.SoundFile(path) as file:
+        assert file.format == {".OGG": "OGG"}.get(ending, ending[1:].upper())
+        assert file.frames / file.samplerate == pytest.approx(read_midi(midi).duration_s + TAIL_S, abs=0.1)
+        assert "seed 2" in file.comment
+
+
+@pytest.mark.parametrize("name", ["piece.aiff", "piece.mid.txt", "piece"])
+def test_an_output_with_another_ending_is_refused_before_the_work(capsys, tmp_path, name):
+    refused = refusal(capsys, "generate", "--output", tmp_path / name, "--checkpoint", "never/read")
+    for ending in (*MIDI_ENDINGS, *AUDIO_ENDINGS):
+        assert ending in refused
+
+
+def test_sound_without_its_extra_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
+    for name in ("music_ar.audio", "music_ar.audio.synthesis"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    refused = refusal(capsys, "generate", "--output", tmp_path / "piece.mp3", "--checkpoint", "never/read")
+    assert "pip install '.[audio]'" in refused
+
+
+def test_sound_has_the_pedal_in_any_case(capsys, tmp_path):
+    refused = refusal(capsys, "generate", "--output", tmp_path / "piece.mp3", "--pedal", "--checkpoint", "never/read")
+    assert "--pedal is for MIDI" in refused
+
+
+def test_all_formats_of_sound_have_an_ending():
+    assert {ending[1:] for ending in AUDIO_ENDINGS} == set(get_args(AudioFormat))
 
 
 def test_evaluate_prints_and_writes_the_score(capsys, tmp_path, prepared, tiny_checkpoint):

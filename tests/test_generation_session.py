@@ -55,6 +55,18 @@ def test_final_notes_do_not_change(generator, prompt):
     assert any((chunk.performance.onset_s >= chunk.final_s[0]).any() for chunk in chunks)  # some still sound
 
 
+def test_added_and_open_notes_are_the_piece(generator, prompt):
+    """Also after the session was extended, and for each variation."""
+    session, added = generator.session(prompt, seed=4, variations=2), [[], []]
+    for chunk in itertools.chain(session.extend(6.0), session.extend(4.0)):
+        for number, piece in enumerate(chunk.performances):
+            added[number].append(chunk.added[number])
+            parts = [*added[number], chunk.open[number]]
+            assert sum(map(len, parts)) == len(piece)
+            onset_s = np.concatenate([part.onset_s for part in added[number]])
+            np.testing.assert_array_equal(onset_s, piece.onset_s[piece.onset_s < chunk.final_s[number]])
+
+
 def test_times_of_a_continuation_count_from_where_the_prompt_ended(generator, prompt):
     session = generator.session(prompt, prompt_seconds=3.0, seed=4)
     alone = generator.stream(prompt, prompt_seconds=3.0, seed=4, seconds=5.0, continuation_only=True)

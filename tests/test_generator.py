@@ -11,7 +11,7 @@ from music_ar.decoding.decoder import Decoder
 from music_ar.decoding.request import GenerationError, Request
 from music_ar.decoding.sampling import SamplingError, SamplingOptions
 from music_ar.generator import Generator
-from music_ar.midi.io import write_midi
+from music_ar.midi.io import read_midi, write_midi
 from music_ar.midi.performance import MidiError, Performance
 from music_ar.model.config import PRESETS
 from music_ar.model.weights import CheckpointError
@@ -80,9 +80,21 @@ def test_a_prompt_is_kept_and_continued(generator, prompt):
 def test_a_prompt_may_be_a_file(generator, prompt, tmp_path):
     path = tmp_path / "prompt.mid"
     write_midi(prompt, path)
-    expected = generator.generate(prompt, seconds=2.0, seed=1)
+    expected = generator.generate(read_midi(path), seconds=2.0, seed=1)
     for file in (path, str(path), path.read_bytes()):
         assert generator.generate(file, seconds=2.0, seed=1) == expected
+
+
+def test_a_prompt_comes_back_with_its_own_times_and_velocities(generator):
+    """Though the model hears steps of 10 ms and bins of velocity; alone, as variations, and among many."""
+    notes = make_performance(5, notes=30)
+    played = dataclasses.replace(notes, onset_s=notes.onset_s + 0.0031, velocity=notes.velocity | 3)
+    options = {"seconds": 1.0, "seed": 6, "variations": 2}
+    *_, chunk = generator.stream(played, **options)
+    pieces = [piece.performance for piece in generator.generate_many([played], batch_size=2, **options)]
+    for piece in (*chunk.performances, *pieces):
+        prompt = piece.select(piece.onset_s < played.onset_s[-1] + 0.001)
+        assert prompt == played
 
 
 def test_notes_that_sound_at_the_cut_are_held(generator, prompt):

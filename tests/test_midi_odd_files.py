@@ -206,3 +206,14 @@ def test_ten_thousand_tracks_of_every_channel_and_program_are_read():
     events = b"".join(bytes([0, 0xC0 | channel, channel, 0, 0x90 | channel, 60, 1]) for channel in range(16))
     tracks = [chunk(b"MTrk", events + b"\x10\xff\x2f\x00")] * 10_000
     assert len(read_midi(midi(*tracks))) == 150_000
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_running_status_goes_on_in_long_tracks(shift):
+    """Of one data byte, then of two: also where the reader goes from one part of the file to the next."""
+    text = (0, b"\xff\x01" + bytes([shift]) + bytes(shift))
+    programs = [(tick, b"\xc0\x05" if tick == 1 else b"\x06") for tick in range(1, 30_000)]
+    played = [(30_000 + tick, on(60) if tick == 0 else bytes([60, 0 if tick % 2 else 64])) for tick in range(70_000)]
+    read = read_midi(midi(track(text, *programs, *played)))
+    assert len(read) == 35_000
+    assert (read.onset_s[0], read.onset_s[-1]) == (30.0, 99.998)

@@ -23,6 +23,7 @@ from app.rendering.leases import Leases
 from music_ar.decoding.autotune import Autotuner
 from music_ar.metrics.statistics import plausibility
 from music_ar.midi import read_midi, write_midi
+from music_ar.tokens.codec import encode
 
 ROOT = Path(__file__).parents[1]
 
@@ -448,6 +449,19 @@ def test_a_full_disk_stops_it_and_keeps_what_is_finished(capsys, monkeypatch, op
     assert len(lines_of(output)) == 1
     assert run(capsys, "render", "--count", 2, *options)[0] == 0
     assert len(lines_of(output)) == 2
+
+
+def test_the_pedal_is_written_if_asked_for(capsys, options, output):
+    """It is one of the settings, and changes how the same notes are written."""
+    arguments = ["render", "--count", 1, *options]
+    assert run(capsys, *arguments)[0] == 0
+    plain = (output / "piece-0001-v1.mid").read_bytes()
+    assert "pedal was None, is True" in refusal(capsys, *arguments, "--pedal")
+    assert run(capsys, *arguments, "--pedal", "--overwrite")[0] == 0
+    with_pedal = (output / "piece-0001-v1.mid").read_bytes()
+    assert with_pedal != plain
+    assert encode(read_midi(with_pedal)).tolist() == encode(read_midi(plain)).tolist()
+    assert lines_of(output)[0]["settings"]["pedal"] is True
 
 
 def test_audio_files_are_written_beside_the_pieces_and_tagged(capsys, options, output):

@@ -2,15 +2,23 @@
 
 import numpy as np
 import pytest
-from event_tokens import SECOND, off, on, shift, token_sequences, tokens_of, velocity
+from event_tokens import SECOND, off, on, performances, shift, token_sequences, tokens_of, velocity
 from hypothesis import given
 from hypothesis import strategies as st
 
 from music_ar.decoding import sequence as module
+from music_ar.decoding.request import Request
 from music_ar.decoding.sequence import Sequence
+from music_ar.midi.performance import Performance
 from music_ar.tokens import codec, vocabulary
 from music_ar.tokens.codec import decode, length_steps
 from music_ar.tokens.vocabulary import END, PAD, START
+
+
+def rows_in(performance: Performance) -> list[tuple[float, float, int, int]]:
+    columns = (performance.onset_s, performance.offset_s, performance.pitch, performance.velocity)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
 
 CHUNKED = st.tuples(token_sequences(), token_sequences(max_size=20), st.lists(st.integers(0, 30), max_size=12))
 
@@ -40,10 +48,10 @@ def test_the_performance_is_that_of_all_tokens_however_they_are_chunked(chunked)
         taken = min(taken + size, len(tokens))
         all_tokens = np.concatenate([sequence.prompt, tokens[:taken]])
         if size % 2 == 0:  # what is looked at in between changes nothing
-            assert sequence.performance() == decode(all_tokens)
-            assert sequence.final_until_s() == final_until_steps(all_tokens) / 100
-    assert sequence.performance() == decode(all_tokens)
-    assert sequence.final_until_s() == final_until_steps(all_tokens) / 100
+            assert sequence.notes().performance() == decode(all_tokens)
+            assert sequence.notes().final_s == final_until_steps(all_tokens) / 100
+    assert sequence.notes().performance() == decode(all_tokens)
+    assert sequence.notes().final_s == final_until_steps(all_tokens) / 100
     np.testing.assert_array_equal(sequence.tokens, tokens[tokens != PAD])
     assert (sequence.count, sequence.ended) == (len(sequence.tokens), False)
     assert sequence.time == length_steps(all_tokens)
@@ -53,19 +61,75 @@ def test_the_performance_is_that_of_all_tokens_however_they_are_chunked(chunked)
 def test_held_notes_end_at_the_last_event():
     sequence = Sequence(tokens_of(START, velocity(5), on(60), SECOND))
     sequence.add(tokens_of(on(64), shift(50)))
-    assert sequence.performance().offset_s.tolist() == [1.5, 1.5]
+    assert sequence.notes().performance().offset_s.tolist() == [1.5, 1.5]
     sequence.add(tokens_of(off(60), shift(50)))
-    assert sequence.performance().offset_s.tolist() == [1.5, 2.0]
+    assert sequence.notes().performance().offset_s.tolist() == [1.5, 2.0]
 
 
 def test_notes_are_final_before_the_first_held_one():
     """Of three notes, two of one pitch, of which the older ends first."""
     sequence = Sequence(tokens_of(START, velocity(1), on(60), SECOND, on(64), SECOND, on(60), SECOND))
-    final_s = [sequence.final_until_s()]
+    final_s = [sequence.notes().final_s]
     for token in (off(60), off(64), off(60)):
         sequence.add(tokens_of(token))
-        final_s.append(sequence.final_until_s())
+        final_s.append(sequence.notes().final_s)
     assert final_s == [0.0, 1.0, 2.0, 3.0]
+
+
+# The prompt's own notes, and moments.
+
+
+@given(performances(), st.floats(0.01, 6.0), token_sequences(max_size=30))
+def test_a_prompts_own_notes_come_back_before_what_the_tokens_say(played, prompt_seconds, tokens):
+    """Those that sound at the cut end as the tokens say."""
+    tokens = tokens[tokens != END]
+    step = codec.quantize(played.onset_s)
+    if not len(played) or prompt_seconds * 100 < step.min():
+        return
+    prompt = Request(prompt=played, prompt_seconds=prompt_seconds).prompt_tokens()
+    sequence = Sequence(prompt, played)
+    sequence.add(tokens)
+    piece, decoded = sequence.notes().performance(), decode(np.concatenate([prompt, tokens[tokens != PAD]]))
+    assert len(piece) == len(decoded)
+    own = played.select(step <= sequence.prompt_time)
+    complete = np.maximum(codec.quantize(own.offset_s), codec.quantize(own.onset_s) + 1) <= sequence.prompt_time
+    left = rows_in(piece)
+    for row, is_complete in zip(rows_in(own), complete.tolist(), strict=True):
+        place = next(place for place, other in enumerate(left) if other[0] == row[0] and other[2:] == row[2:])
+        assert not is_complete or left[place][1] == row[1]
+        del left[place]
+    new = decoded.select(codec.quantize(decoded.onset_s) >= sequence.prompt_time)
+    assert {row[0] for row in left} <= set(new.onset_s.tolist())
+
+
+@given(CHUNKED)
+def test_added_notes_are_those_that_become_final(chunked):
+    """Each once, in order; with the open ones they are the piece. An earlier moment stays as it was."""
+    tokens, prompt, sizes = chunked
+    tokens = tokens[tokens != END]
+    sequence, taken, earlier, rows, moments = Sequence(np.append(np.int32(START), prompt)), 0, None, [], []
+    for size in [*sizes, len(tokens)]:
+        sequence.add(tokens[taken : taken + size])
+        taken += size
+        notes = sequence.notes()
+        added = rows_in(notes.added(earlier))
+        assert [row[0] for row in rows + added] == sorted(row[0] for row in rows + added)
+        rows, earlier = rows + added, notes
+        whole = rows_in(notes.performance())
+        assert sorted(rows + rows_in(notes.open())) == sorted(whole)
+        assert rows == [row for row in whole if row[0] < notes.final_s]
+        moments.append((notes, whole))
+    for notes, whole in moments:
+        assert rows_in(notes.performance()) == whole
+
+
+def test_the_continuation_is_timed_from_the_end_of_the_prompt():
+    sequence = Sequence(tokens_of(START, velocity(5), on(60), SECOND, off(60)))
+    sequence.add(tokens_of(shift(50), on(62), shift(30), off(62)))
+    notes = sequence.notes()
+    assert notes.join_s == 1.0
+    assert [row[:3] for row in rows_in(notes.performance(continuation_only=True))] == [(0.5, 0.8, 62)]
+    assert [row[:3] for row in rows_in(notes.performance(1.6))] == [(0.0, 1.0, 60), (1.5, 1.6, 62)]
 
 
 # Limits.
@@ -124,7 +188,7 @@ def test_each_token_is_read_once(monkeypatch):
     notes = np.concatenate([[on(60 + number % 20), shift(5), off(60 + number % 20)] for number in range(400)])
     for chunk in np.split(notes.astype(np.int32), 100):
         sequence.add(chunk)
-        assert sequence.final_until_s() == 0.0
-        sequence.performance()
-    assert len(sequence.performance()) == 401
-    assert sum(lengths) == 3 + len(notes) + 99  # and the held note in each chunk but the first
+        assert sequence.notes().final_s == 0.0
+        sequence.notes().performance()
+    assert len(sequence.notes().performance()) == 401
+    assert sum(lengths) == 3 + len(notes) + 100  # and the held note in each chunk

@@ -205,3 +205,18 @@ def test_a_note_that_is_struck_again_before_its_note_off_at_the_same_tick_goes_o
 def test_program_changes_and_system_events_do_not_part_a_note_from_its_note_off(wedge):
     events = [(0, on(60)), (10, bytes([PROGRAM, 40])), (20, wedge), (50, off(60))]
     assert notes(read_midi(midi(track(*events)))) == [(0, 0.05, 60, 64)]
+
+
+def test_many_devices_have_channels_of_their_own():
+    """Up to 256, as many as ports have numbers."""
+    tracks = [
+        track(
+            (0, b"\xff\x09\x02" + number.to_bytes(2)),
+            (0, pedal(DOWN if number == 7 else UP)),
+            (0, on(60)),
+            (9, off(60)),
+        )
+        for number in range(600)
+    ]
+    read = read_midi(midi(*tracks, track((500, pedal(UP, channel=3)))))
+    assert sorted(read.offset_s.round(6).tolist()) == [0.009] * 599 + [0.5]

@@ -1,29 +1,36 @@
 """The command `music-ar generate`: generate one piece, or several variations of it, as MIDI."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from app.console import CommandError, ProgressLine, Sampling, Unset, check_writable, clock, read_performance
+from app.output import import_write_audio, is_audio
 from music_ar.decoding.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from music_ar.decoding.request import Request
     from music_ar.decoding.session import Chunk
+    from music_ar.midi.performance import Performance
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Generate piano pieces, from scratch or continuing a prompt, and write them as MIDI.
+    """Generate piano pieces, from scratch or continuing a prompt, and write them as MIDI or as sound.
 
     Example: music-ar generate --output longer.mid --prompt mine.mid --prompt-seconds 20 --seconds 120 --latents auto
 
     Attributes:
-        output: MIDI file to write. Several variations are numbered: piece-1.mid, piece-2.mid and so on.
-        prompt: MIDI file to continue; default: none, for a piece from scratch.
+        output: file to write: MIDI (.mid, .midi), or sound (.wav, .mp3, .flac, .ogg), which needs the extra `audio`.
+            Several variations are numbered: piece-1.mid, piece-2.mid and so on.
+        prompt: MIDI file to continue; default: none, for a piece from scratch. A MIDI output keeps its events as they
+            are: tracks, tempos, pedal.
         prompt_seconds: use only this many seconds of the prompt, from its beginning; default: all.
         continuation_only: write only the new music, without the prompt.
+        pedal: play the generated notes with the sustain pedal, so that a player piano or a workstation shows keys and
+            pedal as a pianist would use them. It sounds the same.
         seconds: length of the music to generate; a piece may end earlier.
         variations: number of pieces to generate at once; variation i uses seed + i. On a CPU each is the piece that
             its seed gives alone; on a GPU or TPU it may be another one, since the number of pieces moves the last bits
@@ -42,6 +49,7 @@ class Generate:
     prompt: Unset[Path] = None
     prompt_seconds: Unset[float] = None
     continuation_only: bool = False
+    pedal: bool = False
     seconds: float = 60.0
     variations: int = 1
     latents: Unset[int | Literal["auto"]] = None
@@ -56,9 +64,10 @@ class Generate:
 
     def run(self) -> None:
         """Write the pieces; print their length, the time they took and the seeds."""
-        from music_ar import Generator, write_midi
+        from music_ar import Generator
 
         check_writable(self.output)
+        write = self._writer()  # raises before the work
         request = self._request()
         began_s, first_s, chunk = time.monotonic(), None, None
         with ProgressLine("loading the model") as line:
@@ -70,13 +79,24 @@ class Generate:
         elapsed_s = time.monotonic() - began_s
         for number, (seed, piece) in enumerate(zip(chunk.seeds, chunk.performances, strict=True), start=1):
             path = self.output if len(chunk.seeds) == 1 else self.output.with_stem(f"{self.output.stem}-{number}")
-            write_midi(piece, path)
+            write(piece, path, seed)
             print(f"{path}: {len(piece)} notes, {piece.duration_s:.1f} s, seed {seed}")
         print(
             f"generated {chunk.seconds_made:.1f} s of music in {elapsed_s:.1f} s, including loading: "
             f"{chunk.seconds_made / elapsed_s:.2f} times real time, first notes after {first_s:.1f} s, "
             f"{session.latents} latents"
         )
+
+    def _writer(self) -> "Callable[[Performance, Path, int], None]":
+        """What writes a piece to a file, given its seed."""
+        from music_ar import write_midi
+
+        if not is_audio(self.output):
+            return lambda piece, path, _: write_midi(piece, path, pedal=self.pedal)
+        if self.pedal:
+            raise CommandError("--pedal is for MIDI files: sound has the pedal in any case; leave it out")
+        write_audio = import_write_audio(f"--output {self.output}")
+        return lambda piece, path, seed: write_audio(piece, path, title=path.stem, comment=f"Music AR, seed {seed}")
 
     def _request(self) -> "Request":
         from music_ar import Request

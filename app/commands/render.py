@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -20,6 +20,7 @@ from app.console import (
     clock,
     print_table,
 )
+from app.output import import_write_audio
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.ranges import whole
 
@@ -56,6 +57,8 @@ class Render:
             has fewer.
         seed: random seed of each prompt's first variation. Change it for other pieces.
         audio: also write each piece as an audio file, tagged with title, seed and model; needs the extra `audio`.
+        pedal: play the generated notes with the sustain pedal, so that a player piano or a workstation shows keys and
+            pedal as a pianist would use them. It sounds the same.
         batch_size: pieces generated at once; default: 16 on a CPU, elsewhere as many as fit in memory. On a GPU or TPU
             the music depends on it, in the last bits of the logits: set it if you need the same bytes on another one.
         overwrite: replace pieces that were generated with other settings. Without it, such pieces are an error.
@@ -80,7 +83,8 @@ class Render:
     continuation_only: bool = False
     latents: Unset[int] = None
     seed: int = 0
-    audio: Unset[Literal["wav", "flac", "mp3"]] = None
+    audio: Unset[Literal["wav", "flac", "mp3", "ogg"]] = None
+    pedal: bool = False
     batch_size: Unset[int] = whole(None, 1, 2**12)
     overwrite: bool = False
     fail_fast: bool = False
@@ -113,7 +117,9 @@ class Render:
         from app.rendering.run import Run
         from music_ar.model.weights import identity
 
-        write_audio = None if self.audio is None else _import_write_audio(self.audio)  # raises before the work
+        write_audio = (
+            None if self.audio is None else import_write_audio(f"--audio {self.audio}")
+        )  # raises before the work
         if self.output == "-":
             return self._pipe()
         plan = self._plan(identity(self.checkpoint))
@@ -155,6 +161,7 @@ class Render:
             defaults={name: own[name] for name in OPTION_TYPES},
             batch_size=self.batch_size,
             audio=self.audio,
+            pedal=self.pedal,
             keep_best=self.keep_best,
         )
         stdin = sys.stdin.buffer.read(MAX_BYTES + 1) if any(prompt.is_stdin for prompt in prompts) else None
@@ -212,7 +219,7 @@ class Render:
         if piece.error is not None:
             print(f"music-ar: {request.tag.prompt}: {piece.error}", file=sys.stderr)
             return SOME_FAILED
-        write_midi(piece.performance, sys.stdout.buffer)
+        write_midi(piece.performance, sys.stdout.buffer, pedal=self.pedal)
         sys.stdout.buffer.flush()
         return 0
 
@@ -227,11 +234,3 @@ def _estimate_s(generator: "Generator", requests: "Sequence[Request]") -> float:
         step_s = generator.autotuner.seconds_per_token(latents, size)
         estimate_s += request.seconds * MAESTRO_TOKENS_PER_S * step_s / min(size, len(requests))
     return estimate_s
-
-
-def _import_write_audio(audio: str) -> Callable[..., None]:
-    try:
-        from music_ar.audio import write_audio
-    except ImportError as error:
-        raise CommandError(f"--audio {audio} needs the extra `audio` (pip install '.[audio]'); {error}") from error
-    return write_audio

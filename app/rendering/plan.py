@@ -132,6 +132,7 @@ class Plan:
         defaults: the value of each of `OPTION_TYPES` where a piece has none of its own.
         batch_size: pieces generated at once; default: the generator's.
         audio: format of the audio files, if any.
+        pedal: whether the MIDI files play the generated notes with the pedal.
         keep_best: number of variations of a prompt to keep; default: all.
 
     Attributes:
@@ -147,12 +148,13 @@ class Plan:
         defaults: Mapping[str, Any],
         batch_size: int | None = None,
         audio: str | None = None,
+        pedal: bool = False,
         keep_best: int | None = None,
     ):
         self.generator, self.requests = generator, list[Request]()
         self._model = dict(model)
         self._defaults, self._batch_size = defaults, batch_size
-        self._audio, self._keep_best = audio, keep_best
+        self._audio, self._pedal, self._keep_best = audio, pedal, keep_best
         self._names = Names()
 
     def add_job(self, job: Mapping[str, Any], number: int) -> None:
@@ -215,6 +217,8 @@ class Plan:
         settings["batch_size"] = self._batch_size or batch_size
         if self._audio is not None:
             settings["audio"] = self._audio
+        if self._pedal:
+            settings["pedal"] = True
         if self._keep_best is not None:  # which pieces are kept depends on both
             settings |= {"keep_best": self._keep_best, "variations": options["variations"]}
         return settings

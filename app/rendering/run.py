@@ -128,7 +128,7 @@ class Run:
         error, buffer = piece.error, io.BytesIO()
         try:
             if error is None:
-                write_midi(piece.performance, buffer)
+                write_midi(piece.performance, buffer, pedal=piece.request.tag.settings.get("pedal", False))
                 return self._add_line(piece.request, self._write(piece, buffer.getvalue()))
         except MidiError as refused:  # the piece ended before its first note
             error = f"the generated piece cannot be written: {refused}"

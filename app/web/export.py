@@ -1,4 +1,4 @@
-"""Files to download: MIDI, audio, and an archive of everything."""
+"""Files to download: MIDI with the pedal, audio, and an archive of everything."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def write_file(session: Session, kind: str, folder: Path) -> Path:
     if not len(piece):
         raise WebError("this variation has no notes yet: wait for some, or choose another")
     if kind == "mid":
-        write_midi(piece, path)
+        write_midi(piece, path, pedal=True)
     elif piece.duration_s > MAX_SOUND_SECONDS:
         raise WebError(
             f"an audio file may last at most {MAX_SOUND_SECONDS / 60:g} minutes; download the MIDI file instead"
@@ -53,7 +53,7 @@ def _archive(revision: Revision) -> bytes:
             if not len(piece):
                 continue
             midi, sound = io.BytesIO(), io.BytesIO()
-            write_midi(piece, midi)
+            write_midi(piece, midi, pedal=True)
             files.writestr(f"{number + 1}-seed-{seed}.mid", midi.getvalue())
             if piece.duration_s <= MAX_SOUND_SECONDS:
                 write_audio(piece, sound, format="mp3", title=f"Music AR, seed {seed}")

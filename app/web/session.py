@@ -5,7 +5,8 @@ import math
 
 from app.console import clock
 from app.web.settings import MAX_PROMPT_SECONDS, Settings, WebError
-from music_ar import MidiError, Performance, decode, encode, read_midi
+from music_ar import MidiError, Performance
+from music_ar.midi import read_prompt
 
 MAX_PROMPT_BYTES = 2 * 2**20
 MAX_PROMPT_NOTES = 50_000
@@ -71,14 +72,13 @@ def prompt_revision(prompt: Performance, settings: Settings, number: int) -> Rev
         settings: what was asked for, with the seed.
         number: number of the run.
     """
-    notes = decode(encode(prompt))  # with the quantized times of the revisions that follow
     return Revision(
         number=number,
         piece=number,
-        pieces=(notes,) * settings.variations,
-        until_s=(notes.duration_s,) * settings.variations,
+        pieces=(prompt,) * settings.variations,
+        until_s=(prompt.duration_s,) * settings.variations,
         final_s=(0.0,) * settings.variations,
-        join_s=notes.duration_s,
+        join_s=prompt.duration_s,
         seeds=tuple((settings.seed or 0) + row for row in range(settings.variations)),
         latents=settings.latents,
         settings=settings,
@@ -152,7 +152,7 @@ class Session:
             self.prompt, self.prompt_name = None, ""
             return
         try:
-            self.prompt = read_midi(
+            self.prompt = read_prompt(
                 data, max_bytes=MAX_PROMPT_BYTES, max_notes=MAX_PROMPT_NOTES, max_seconds=MAX_PROMPT_SECONDS
             )
         except MidiError as error:

@@ -1,4 +1,4 @@
-"""`Performance` -> sound: a sampled grand piano, written as WAV, FLAC or MP3.
+"""`Performance` -> sound: a sampled grand piano, written as WAV, FLAC, MP3 or Ogg Vorbis.
 
 The samples in `samples/` are one velocity layer of the Salamander Grand Piano V3 by Alexander Holm (CC BY 3.0), every
 third key. The keys in between play the nearest sample a semitone higher or lower; softer notes are quieter and duller.
@@ -25,8 +25,9 @@ SAMPLE_RATE = 48_000
 TAIL_S = 1.0
 """Length of the audio after the last note: dampers take time, and the highest strings have none."""
 ATTRIBUTION = "Piano: Salamander Grand Piano V3 by Alexander Holm, CC BY 3.0"
-AudioFormat = Literal["wav", "flac", "mp3"]
+AudioFormat = Literal["wav", "flac", "mp3", "ogg"]
 
+_SUBTYPES = {"mp3": "MPEG_LAYER_III", "ogg": "VORBIS"}
 _SAMPLED_PITCHES = range(21, 109, 3)
 _SAMPLED_VELOCITY = 76
 _LONGEST_S = 8  # of a recording
@@ -139,12 +140,12 @@ def write_audio(
     title: str | None = None,
     comment: str | None = None,
 ) -> None:
-    """Synthesize a performance and write it as 16-bit WAV, 16-bit FLAC or MP3.
+    """Synthesize a performance and write it as 16-bit WAV, 16-bit FLAC, MP3 or Ogg Vorbis.
 
     Args:
         performance: the notes.
         target: a path, which is replaced atomically, or an open binary file.
-        format: "wav", "flac" or "mp3"; default: the extension of the path.
+        format: "wav", "flac", "mp3" or "ogg"; default: the extension of the path.
         title: title tag.
         comment: comment tag, appended to the attribution of the piano samples.
 
@@ -176,7 +177,7 @@ def _write(
 ) -> None:
     chosen = _checked(format)
     sound = render(performance)
-    subtype = "MPEG_LAYER_III" if chosen == "mp3" else "PCM_16"
+    subtype = _SUBTYPES.get(chosen, "PCM_16")
     stream: Any = file  # the stubs of soundfile list fewer types than it accepts
     with soundfile.SoundFile(stream, "w", SAMPLE_RATE, 2, subtype, format=chosen.upper()) as output:
         output.comment = ATTRIBUTION if comment is None else f"{ATTRIBUTION}. {comment}"

@@ -20,7 +20,7 @@ from music_ar.decoding.request import GenerationError, Request, limits, stuck_er
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.sequence import Sequence
 from music_ar.decoding.windows import cache_size
-from music_ar.midi.performance import MidiError
+from music_ar.midi.performance import MidiError, Performance
 from music_ar.tokens import vocabulary
 from music_ar.tokens.vocabulary import EventError
 
@@ -84,13 +84,14 @@ def _sequences(
     for request in requests:
         try:
             resolved = resolve(request.read())
-            prompt = resolved.prompt_tokens()
+            prompt, played = resolved.prompt_tokens(), resolved.prompt
         except (GenerationError, MidiError, EventError) as error:
             failed += [Completion(sample, None, str(error)) for sample in request.samples()]
         else:
             # The file's name again, which takes less memory than its notes.
             asked = dataclasses.replace(resolved, prompt=request.prompt)
-            yield from ((sample, Sequence(prompt)) for sample in asked.samples())
+            assert played is None or isinstance(played, Performance)
+            yield from ((sample, Sequence(prompt, played)) for sample in asked.samples())
 
 
 def _latents(request: Request) -> int:

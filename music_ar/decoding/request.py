@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from music_ar.decoding.sampling import OPTION_NAMES, SamplingOptions
-from music_ar.midi.io import read_midi
+from music_ar.midi.io import read_prompt
 from music_ar.midi.performance import Performance
 from music_ar.ranges import MAX_SECONDS, MAX_SEED, check_ranges, number, whole
 from music_ar.tokens import vocabulary
@@ -109,14 +109,14 @@ class Request:
         return dataclasses.replace(self, seed=secrets.randbelow(MAX_SEED + 1 - (self.variations - 1)))
 
     def read(self) -> "Request":
-        """The request with its prompt read, if that is a MIDI file.
+        """The request with its prompt read, if that is a MIDI file, whose bytes the prompt then refers to.
 
         Raises:
             MidiError: the file is not usable.
         """
         if self.prompt is None or isinstance(self.prompt, Performance):
             return self
-        return dataclasses.replace(self, prompt=read_midi(self.prompt))
+        return dataclasses.replace(self, prompt=read_prompt(self.prompt))
 
     def samples(self) -> "Iterator[Request]":
         """A request for each variation."""
@@ -136,7 +136,8 @@ class Request:
             if self.prompt_seconds is not None:
                 raise GenerationError(f"prompt_seconds = {self.prompt_seconds} needs a prompt")
             return np.array([vocabulary.START], np.int32)
-        performance = self.prompt if isinstance(self.prompt, Performance) else read_midi(self.prompt)
+        performance = self.read().prompt
+        assert isinstance(performance, Performance)
         tokens = encode(performance)
         limit = np.inf if self.prompt_seconds is None else self.prompt_seconds * vocabulary.STEPS_PER_SECOND
         usable = np.flatnonzero(vocabulary.is_note(tokens) & (event_steps(tokens) <= limit))

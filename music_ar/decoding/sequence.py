@@ -1,54 +1,119 @@
 """`Sequence`: the tokens of one piece as they are generated. Each token is processed once, however many follow."""
 
 import dataclasses
+import math
+from collections.abc import Sequence as Many
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from music_ar.midi.performance import Performance
+from music_ar.midi.prompt_file import PromptFile
 from music_ar.tokens import vocabulary
-from music_ar.tokens.codec import event_steps, length_steps, lowest_velocity, pair_notes, velocity_bins
+from music_ar.tokens.codec import event_steps, length_steps, lowest_velocity, pair_notes, quantize, velocity_bins
 
 
 class _Columns(NamedTuple):
-    """Some notes: onset and offset in steps, pitch, velocity."""
+    """Some notes: onset and offset in seconds, pitch and velocity."""
 
-    onset: np.ndarray
-    offset: np.ndarray
+    onset_s: np.ndarray
+    offset_s: np.ndarray
     pitch: np.ndarray
     velocity: np.ndarray
 
     @classmethod
-    def none(cls) -> "_Columns":
-        return cls(*(np.zeros(0, np.int64) for _ in range(4)))
+    def joined(cls, parts: "Many[_Columns]") -> "_Columns":
+        numbers = np.zeros(0, np.int64)
+        none = cls(np.zeros(0), np.zeros(0), numbers, numbers)
+        return cls(*(np.concatenate(columns) for columns in zip(none, *parts, strict=True)))
 
     def select(self, kept: np.ndarray) -> "_Columns":
         return _Columns(*(column[kept] for column in self))
 
+    def ended(self, step: int | np.ndarray) -> "_Columns":
+        """The notes with their ends at a time step, but at least one step long."""
+        offset_step = np.maximum(step, quantize(self.onset_s) + 1)
+        return self._replace(offset_s=offset_step / vocabulary.STEPS_PER_SECOND)
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Notes:
+    """The notes of a piece at one moment; later tokens do not change them. Taking them costs the same at any length.
+
+    Attributes:
+        final_s: notes that begin before this time are complete, and later moments have them, too.
+        join_s: where the prompt ends.
+    """
+
+    final_s: float
+    join_s: float
+    _final: list[_Columns]  # final notes in the order in which they became so; the sequence appends to it
+    _count: int  # of its members at this moment
+    _open: _Columns
+    _prompt_file: PromptFile | None
+
+    def performance(self, until_s: float = math.inf, *, continuation_only: bool = False) -> Performance:
+        """The piece: the prompt's own notes, then the generated ones. Notes that are held end at the last event.
+
+        Args:
+            until_s: cut the piece at this time.
+            continuation_only: leave out what begins before `join_s`, and count time from there.
+        """
+        return self._performance([*self._final[: self._count], self._open], until_s, continuation_only)
+
+    def added(
+        self, earlier: "Notes | None", until_s: float = math.inf, *, continuation_only: bool = False
+    ) -> Performance:
+        """The notes that have become final since an earlier moment, or ever; see `performance`."""
+        first = 0 if earlier is None else earlier._count
+        return self._performance(self._final[first : self._count], until_s, continuation_only)
+
+    def open(self, until_s: float = math.inf, *, continuation_only: bool = False) -> Performance:
+        """The notes that are not final; see `performance`."""
+        return self._performance([self._open], until_s, continuation_only)
+
+    def _performance(self, parts: list[_Columns], until_s: float, continuation_only: bool) -> Performance:
+        notes = _Columns.joined(parts)
+        piece = Performance(
+            onset_s=notes.onset_s,
+            offset_s=notes.offset_s,
+            pitch=notes.pitch,
+            velocity=notes.velocity,
+            prompt_file=None if continuation_only else self._prompt_file,
+        )
+        return piece.crop(self.join_s if continuation_only else 0, until_s)
+
+
 class Sequence:
     """A piece in progress: its prompt, the tokens generated so far, and their notes.
 
-    Attributes:
+    Args:
         prompt: tokens that it continues, beginning with `vocabulary.START`.
-        time: of the last token, in steps of 10 ms from the start of the piece.
+        performance: the notes of those tokens as they were played, and perhaps more that follow; default: as decoded.
+
+    Attributes:
+        prompt: its tokens.
+        prompt_time: time of their end, in steps of 10 ms from the start of the piece.
+        time: of the last token.
         count: tokens generated.
         ended: whether it has ended on its own.
     """
 
-    prompt: Int[np.ndarray, " P"]
-
-    def __post_init__(self) -> None:
-        self.time = self.prompt_time = length_steps(self.prompt)
+    def __init__(self, prompt: Int[np.ndarray, " P"], performance: Performance | None = None):
+        self.prompt = prompt
+        self.time = self.prompt_time = length_steps(prompt)
         self.count, self.ended = 0, False
         self._tokens: list[np.ndarray] = []
         self._nats: list[np.ndarray] = []
-        self._unread: list[np.ndarray] = [self.prompt]
+        self._unread: list[np.ndarray] = []
         self._read_time, self._velocity_bin = 0, vocabulary.DEFAULT_VELOCITY_BIN
-        self._finished_notes: list[_Columns] = []
-        self._held = _Columns.none()
+        self._final: list[_Columns] = []
+        self._complete = self._held = _Columns.joined([])  # notes that are not final: with their ends, and still held
+        self._prompt_file = None
+        self._read_tokens(prompt)
+        if performance is not None:
+            self._take_prompt(performance)
 
     def add(
         self,
@@ -102,39 +167,51 @@ class Sequence:
         """Music after the prompt, in steps."""
         return self.time - self.prompt_time
 
-    def performance(self) -> Performance:
-        """The piece so far, with its prompt, as `decode` gives it for all tokens; held notes end at the last event."""
-        self._read()
-        held = self._held._replace(offset=np.full(len(self._held.onset), self.time))
-        onset, offset, pitch, velocity = (
-            np.concatenate(columns) for columns in zip(*self._finished_notes, held, strict=True)
-        )
-        return Performance(
-            onset_s=onset / vocabulary.STEPS_PER_SECOND,
-            offset_s=np.maximum(offset, onset + 1) / vocabulary.STEPS_PER_SECOND,
-            pitch=pitch,
-            velocity=velocity,
+    def notes(self) -> Notes:
+        """The notes of the piece so far."""
+        if self._unread:
+            self._read_tokens(np.concatenate(self._unread))
+            self._unread = []
+        final_s = min([self.time / vocabulary.STEPS_PER_SECOND, *self._held.onset_s.tolist()])
+        final = self._complete.onset_s < final_s
+        if final.any():
+            self._final.append(self._complete.select(final))
+            self._complete = self._complete.select(~final)
+        return Notes(
+            final_s=final_s,
+            join_s=self.prompt_time / vocabulary.STEPS_PER_SECOND,
+            _final=self._final,
+            _count=len(self._final),
+            _open=_Columns.joined([self._complete, self._held.ended(self.time)]),
+            _prompt_file=self._prompt_file,
         )
 
-    def final_until_s(self) -> float:
-        """Notes that begin before this time are complete: the onset of the first held note, or the last event."""
-        self._read()
-        return min([self.time, *self._held.onset.tolist()]) / vocabulary.STEPS_PER_SECOND
+    def _take_prompt(self, played: Performance) -> None:
+        """Put the prompt's own notes in place of those of its tokens."""
+        onset_step = quantize(played.onset_s)
+        offset_step = np.maximum(quantize(played.offset_s), onset_step + 1)
+        notes = _Columns(played.onset_s, played.offset_s, played.pitch, played.velocity)
+        begun, complete = onset_step <= self.prompt_time, offset_step <= self.prompt_time
+        self._complete, self._held = notes.select(begun & complete), notes.select(begun & ~complete)
+        file = played.prompt_file
+        if file is not None:
+            end_s = min(file.end_s, self.prompt_time / vocabulary.STEPS_PER_SECOND)
+            self._prompt_file = dataclasses.replace(file, end_s=end_s)
 
-    def _read(self) -> None:
-        """Turn the unread tokens into notes; held notes are put before them as note-ons."""
-        new = np.concatenate(self._unread).astype(np.int64)
-        self._unread = [np.zeros(0, np.int64)]
-        if not len(new):
-            return
-        held = self._held
+    def _read_tokens(self, new: Int[np.ndarray, " T"]) -> None:
+        """Turn tokens into notes; held notes are put before them as note-ons."""
+        new, held = new.astype(np.int64), self._held
         tokens = np.concatenate([vocabulary.NOTE_ON + held.pitch, new])
-        time = np.concatenate([held.onset, self._read_time + event_steps(new)])
+        step = self._read_time + event_steps(new)
+        onset_s = np.concatenate([held.onset_s, step / vocabulary.STEPS_PER_SECOND])
         velocity = np.concatenate([held.velocity, lowest_velocity(velocity_bins(new, self._velocity_bin))])
         pairs = pair_notes(tokens)
-        notes = _Columns(time[pairs.on], time[pairs.off], tokens[pairs.on] - vocabulary.NOTE_ON, velocity[pairs.on])
-        self._finished_notes.append(notes.select(pairs.off >= 0))
-        self._held = notes.select(pairs.off < 0)
+        on, pitch = pairs.on, tokens[pairs.on] - vocabulary.NOTE_ON
+        notes = _Columns(onset_s[on], onset_s[on], pitch, velocity[on])
+        is_held = pairs.off < 0
+        off_step = step[pairs.off[~is_held] - len(held.pitch)]
+        self._complete = _Columns.joined([self._complete, notes.select(~is_held).ended(off_step)])
+        self._held = notes.select(is_held)
         self._read_time += length_steps(new)
         velocities = new[vocabulary.is_velocity(new)]
         if len(velocities):

@@ -1,6 +1,7 @@
 """`Session`: samples of one prompt whose caches stay on the device, so that they can be extended."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from music_ar.decoding.interface import AnyDecoder, AnyState, shared_options
 from music_ar.decoding.request import GenerationError, Request, check_seconds, limits, stuck_error
+from music_ar.decoding.sequence import Notes
 from music_ar.decoding.sequence import Sequence as TokenSequence
 from music_ar.midi.performance import Performance
 from music_ar.tokens import vocabulary
@@ -17,10 +19,16 @@ from music_ar.tokens import vocabulary
 class Chunk:
     """The pieces as generated so far.
 
+    The pieces are put together when they are asked for, so a chunk costs the same however long they are. To follow a
+    piece at that cost, append the notes in `added` of each chunk; those in `open` follow, and change.
+
     Attributes:
         performances: one per variation: all notes so far; those still sounding end at the last event.
-        final_s: one per variation: notes that begin before this time are complete, and later chunks repeat them
-            unchanged.
+        added: one per variation: the notes that have become final since the last chunk of the session; they begin
+            after those that were final before.
+        open: one per variation: the notes that are not final.
+        final_s: one per variation: notes that begin before this time are final: they are complete, and later chunks
+            repeat them unchanged.
         seeds: one per variation.
         tokens: event tokens generated, over all variations.
         tokens_per_s: speed of this call so far, over all variations, excluding the prefill of the prompt.
@@ -30,7 +38,6 @@ class Chunk:
         finished: whether this is the last chunk.
     """
 
-    performances: tuple[Performance, ...]
     final_s: tuple[float, ...]
     seeds: tuple[int, ...]
     tokens: int
@@ -39,6 +46,28 @@ class Chunk:
     seconds_wanted: float
     eta_s: float
     finished: bool
+    _notes: tuple[Notes, ...]
+    _earlier: tuple[Notes | None, ...]  # of the last chunk
+    _until_s: float
+    _continuation_only: bool
+
+    @functools.cached_property
+    def performances(self) -> tuple[Performance, ...]:
+        """See the class."""
+        only = self._continuation_only
+        return tuple(notes.performance(self._until_s, continuation_only=only) for notes in self._notes)
+
+    @functools.cached_property
+    def added(self) -> tuple[Performance, ...]:
+        """See the class."""
+        pairs, only = zip(self._notes, self._earlier, strict=True), self._continuation_only
+        return tuple(notes.added(earlier, self._until_s, continuation_only=only) for notes, earlier in pairs)
+
+    @functools.cached_property
+    def open(self) -> tuple[Performance, ...]:
+        """See the class."""
+        only = self._continuation_only
+        return tuple(notes.open(self._until_s, continuation_only=only) for notes in self._notes)
 
     @property
     def performance(self) -> Performance:
@@ -66,14 +95,16 @@ class Session:
 
     def __init__(self, decoder: AnyDecoder, request: Request):
         assert isinstance(request.latents, int)
+        assert request.prompt is None or isinstance(request.prompt, Performance)
         prompt = request.prompt_tokens()
         self.seeds = tuple(seed for sample in request.samples() if (seed := sample.seed) is not None)
         self.latents = request.latents
         self._decoder = decoder
         self._options = shared_options(request.sampling)
-        self._sequences = [TokenSequence(prompt) for _ in self.seeds]
+        self._sequences = [TokenSequence(prompt, request.prompt) for _ in self.seeds]
+        self._shown: list[Notes | None] = [None] * len(self.seeds)
         self.prompt_s = self._sequences[0].prompt_time / vocabulary.STEPS_PER_SECOND
-        self._from_s = self.prompt_s if request.continuation_only else 0.0
+        self._continuation_only = request.continuation_only
         self._wanted_s = 0.0
         self._state: AnyState | None = decoder.start(
             [prompt] * len(self.seeds), latents=self.latents, seeds=self.seeds, limit_steps=0
@@ -114,6 +145,7 @@ class Session:
             raise GenerationError(f"variations must be some of 0..{len(self.seeds) - 1}, got {list(variations)}")
         self._state = self._state.rows(variations)
         self._sequences = [self._sequences[number] for number in variations]
+        self._shown = [self._shown[number] for number in variations]
         self.seeds = tuple(self.seeds[number] for number in variations)
 
     def close(self) -> None:
@@ -152,9 +184,11 @@ class Session:
             finished = self._all_done()
             made_s, spent_s = self._made_s(), time.monotonic() - began_s
             pace = max(made_s - before_s, 0.01) / spent_s
+            notes, earlier = tuple(sequence.notes() for sequence in self._sequences), tuple(self._shown)
+            self._shown = list(notes)
+            from_s = self.prompt_s if self._continuation_only else 0.0
             yield Chunk(
-                performances=tuple(self._performance(sequence) for sequence in self._sequences),
-                final_s=tuple(sequence.final_until_s() - self._from_s for sequence in self._sequences),
+                final_s=tuple(each.final_s - from_s for each in notes),
                 seeds=self.seeds,
                 tokens=self._count(),
                 tokens_per_s=(self._count() - before_tokens) / spent_s,
@@ -162,7 +196,8 @@ class Session:
                 seconds_wanted=self._wanted_s,
                 eta_s=0.0 if finished else (self._wanted_s - made_s) / pace,
                 finished=finished,
+                _notes=notes,
+                _earlier=earlier,
+                _until_s=self.prompt_s + self._wanted_s,
+                _continuation_only=self._continuation_only,
             )
-
-    def _performance(self, sequence: TokenSequence) -> Performance:
-        return sequence.performance().crop(self._from_s, self.prompt_s + self._wanted_s)

@@ -1,4 +1,4 @@
-"""Ticks -> seconds.
+"""Ticks <-> seconds.
 
 The same float64 operations in the same order as in pretty_midi 0.2, through which note-seq reads: a difference in the
 last bit of a time can move an event by one 10 ms step.
@@ -51,3 +51,13 @@ class Clock:
         """When each tick is."""
         segment = np.searchsorted(self.tick, tick, side="right") - 1
         return self.start_s[segment] + self.tick_s[segment] * (tick - self.tick[segment])
+
+    def ticks(self, seconds: Float64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """The tick nearest to each time."""
+        segment = np.searchsorted(self.start_s, seconds, side="right") - 1
+        return self.tick[segment] + np.rint((seconds - self.start_s[segment]) / self.tick_s[segment]).astype(np.int64)
+
+    def until(self, tick: int) -> "Clock":
+        """The clock without the tempos after a tick: the last one before goes on."""
+        kept = self.tick <= tick
+        return Clock(tick=self.tick[kept], start_s=self.start_s[kept], tick_s=self.tick_s[kept])

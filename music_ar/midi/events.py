@@ -23,11 +23,11 @@ NOTE_OFF, NOTE_ON, CONTROL = 0x8, 0x9, 0xB
 """Kinds of messages that are read: the upper half of the status byte."""
 CONTROLLERS = (64, 66, 67, 120, 121, 123, 124, 125, 126, 127)
 """Controllers that are read: the pedals, all sound off, reset all controllers, and those that turn all notes off."""
-TRACK_NAME, DEVICE_NAME, PORT, TEMPO = 0x03, 0x09, 0x21, 0x51
+DEVICE_NAME, PORT, TEMPO = 0x09, 0x21, 0x51
 """Kinds of meta-events that are read."""
 
 _IS_READ_CONTROLLER = np.isin(np.arange(256), CONTROLLERS)
-_IS_READ_META = np.isin(np.arange(256), (TRACK_NAME, DEVICE_NAME, PORT, TEMPO))
+_IS_READ_META = np.isin(np.arange(256), (DEVICE_NAME, PORT, TEMPO))
 _IS_UNDEFINED = np.isin(np.arange(256), (0xF4, 0xF5, 0xF9, 0xFD))
 _SETS_STATUS = IS_MESSAGE | ENDS_RUNNING_STATUS
 _BLOCK = 2**16  # events at a time: bounds the memory

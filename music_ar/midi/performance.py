@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Int32, Int64
 
+from music_ar.midi.prompt_file import PromptFile
+
 
 class MidiError(ValueError):
     """The input is not a usable MIDI file, or a note is invalid."""
@@ -21,6 +23,8 @@ class Performance:
         offset_s: `float64 [n]`, when it stops sounding, in seconds, > onset_s. The sustain pedal is included.
         pitch: `int32 [n]`, MIDI pitch, 0..127.
         velocity: `int32 [n]`, MIDI velocity, 1..127.
+        prompt_file: the MIDI file that a generated piece continues, whose events `write_midi` keeps; None for others.
+            It does not count in comparisons.
 
     Raises:
         MidiError: the columns differ in length, or a value is out of range.
@@ -30,6 +34,7 @@ class Performance:
     offset_s: Float[np.ndarray, " n"]
     pitch: Int[np.ndarray, " n"]
     velocity: Int[np.ndarray, " n"]
+    prompt_file: PromptFile | None = None
 
     def __post_init__(self) -> None:
         onset_s = np.array(self.onset_s, np.float64)
@@ -99,6 +104,7 @@ class Performance:
             offset_s=np.minimum(inside.offset_s, end_s) - start_s,
             pitch=inside.pitch,
             velocity=inside.velocity,
+            prompt_file=None if self.prompt_file is None else self.prompt_file.crop(start_s, end_s),
         )
 
 

@@ -1,19 +1,19 @@
 """What a MIDI file says about a performance, before the pedal is folded into the notes."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Int32
 
 from music_ar.midi.clock import Clock
-from music_ar.midi.events import CONTROL, DEVICE_NAME, NOTE_ON, PORT, TEMPO, TRACK_NAME, Events, Messages, read_events
+from music_ar.midi.events import CONTROL, DEVICE_NAME, NOTE_ON, PORT, TEMPO, Events, Messages, read_events
 from music_ar.midi.keys import NoteEvents, press_keys
 from music_ar.midi.performance import MidiError, Performance
 from music_ar.midi.smf import MidiFile, open_file
 from music_ar.midi.sustain import Controls, Keys, fold
 
 _DRUM_CHANNEL = 9
+_MAX_PORT = 255  # as many as the meta-event for ports can count
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,21 +24,11 @@ class Recording:
         keys: the notes as played, without drums, in the order of their note-ons.
         controls: what the pedals did, and other controllers that end notes (`events.CONTROLLERS`).
         clock: ticks -> seconds.
-        tempo_tick: when each tempo begins.
-        tempo: microseconds per quarter note.
-        ticks_per_quarter: resolution; None if the ticks are parts of a second.
-        track_names: of every track, in the file's own encoding; empty if it has none.
-        end_tick: when the longest track ends.
     """
 
     keys: Keys
     controls: Controls
     clock: Clock
-    tempo_tick: Int64[np.ndarray, " k"]
-    tempo: Int64[np.ndarray, " k"]
-    ticks_per_quarter: int | None
-    track_names: tuple[bytes, ...]
-    end_tick: int
 
     def performance(self) -> Performance:
         """Fold the pedal into the notes."""
@@ -81,12 +71,6 @@ def _recording(
     is_note: Bool[np.ndarray, " n"],
 ) -> Recording:
     """Sort the messages, which are in the order in which they are played, into notes and controllers."""
-    tempo_tick, tempo = _tempos(events)
-    if file.tick_s is not None:
-        clock = Clock.constant(file.tick_s)
-    else:
-        assert file.ticks_per_quarter is not None
-        clock = Clock.of_tempos(tempo_tick, tempo, file.ticks_per_quarter)
     place = np.flatnonzero(is_note)
     played = messages.select(place)
     notes = NoteEvents(
@@ -100,32 +84,19 @@ def _recording(
     place = np.flatnonzero(messages.status >> 4 == CONTROL)
     moved = messages.select(place)
     controls = Controls(time=moved.tick, order=place, channel=channel[place], number=moved.data1, value=moved.data2)
-    return Recording(
-        keys=press_keys(notes, events.end_tick),
-        controls=controls,
-        clock=clock,
-        tempo_tick=tempo_tick,
-        tempo=tempo,
-        ticks_per_quarter=file.ticks_per_quarter,
-        track_names=_track_names(events),
-        end_tick=events.end_tick,
-    )
+    return Recording(keys=press_keys(notes, events.end_tick), controls=controls, clock=_clock(file, events))
 
 
-def _tempos(events: Events) -> tuple[Int64[np.ndarray, " k"], Int64[np.ndarray, " k"]]:
-    """Ticks and microseconds per quarter note of the tempos. Shorter meta-events are ignored, and further bytes too."""
+def _clock(file: MidiFile, events: Events) -> Clock:
+    """Ticks -> seconds. Tempos of fewer than three bytes are ignored, and further bytes too."""
+    if file.tick_s is not None:
+        return Clock.constant(file.tick_s)
+    assert file.ticks_per_quarter is not None
     metas = events.metas.select((events.metas.kind == TEMPO) & (events.metas.length >= 3))
     metas = metas.select(np.argsort(metas.tick, kind="stable"))
     data = np.frombuffer(events.data, np.uint8)
     high, middle, low = (data[metas.start + byte].astype(np.int64) for byte in range(3))
-    return metas.tick, high << 16 | middle << 8 | low
-
-
-def _track_names(events: Events) -> tuple[bytes, ...]:
-    names = [b""] * len(events.track_start)
-    for track, _, name in _first_of_each_track(events, TRACK_NAME):
-        names[track] = name
-    return tuple(names)
+    return Clock.of_tempos(metas.tick, high << 16 | middle << 8 | low, file.ticks_per_quarter)
 
 
 def _channels(events: Events) -> Int32[np.ndarray, " n"]:
@@ -138,9 +109,11 @@ def _channels(events: Events) -> Int32[np.ndarray, " n"]:
     metas = events.metas.select((events.metas.kind == PORT) & (events.metas.length == 1))
     position, port = metas.position.tolist(), [events.data[start] for start in metas.start.tolist()]
     devices: dict[bytes, int] = {}
-    for _, where, name in _first_of_each_track(events, DEVICE_NAME):
+    named = events.metas.select(events.metas.kind == DEVICE_NAME)
+    _, first = np.unique(np.searchsorted(events.track_start, named.position, side="right"), return_index=True)
+    for _, where, _, start, length in zip(*(column.tolist() for column in named.select(first)), strict=True):
         position.append(where)
-        port.append(devices.setdefault(name, len(devices)))
+        port.append(devices.setdefault(events.data[start : start + length], min(len(devices), _MAX_PORT)))
     if not any(port):
         return channel
     position = np.concatenate([events.track_start, np.array(position, np.int64)])
@@ -148,13 +121,3 @@ def _channels(events: Events) -> Int32[np.ndarray, " n"]:
     order = np.argsort(position, kind="stable")
     last = np.searchsorted(position[order], events.messages.position, side="right") - 1
     return channel + 16 * port[order][last]
-
-
-def _first_of_each_track(events: Events, kind: int) -> Iterator[tuple[int, int, bytes]]:
-    """Track, position and contents of the first meta-event of this kind in each track that has one."""
-    metas = events.metas.select(events.metas.kind == kind)
-    tracks, first = np.unique(np.searchsorted(events.track_start, metas.position, side="right") - 1, return_index=True)
-    for track, *(position, _, start, length) in zip(
-        tracks.tolist(), *(column.tolist() for column in metas.select(first)[1:]), strict=False
-    ):
-        yield track, position, events.data[start : start + length]

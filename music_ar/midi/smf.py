@@ -31,11 +31,13 @@ class MidiFile(NamedTuple):
         tracks: contents of the track chunks.
         ticks_per_quarter: resolution; None if the ticks are parts of a second.
         tick_s: seconds per tick; None if tempos set them.
+        division: the two bytes of the header that say so.
     """
 
     tracks: list[memoryview]
     ticks_per_quarter: int | None
     tick_s: float | None
+    division: bytes
 
 
 def open_file(data: bytes) -> MidiFile:
@@ -58,13 +60,13 @@ def open_file(data: bytes) -> MidiFile:
         raise MidiError(f"the MIDI header is damaged: expected a length of at least 6 bytes, got {header_bytes}")
     if midi_format > 2:
         raise MidiError(f"the file has MIDI format {midi_format}; formats 0, 1 and 2 exist")
-    ticks_per_quarter, tick_s = _read_division(data[12:14])
+    ticks_per_quarter, tick_s = read_division(data[12:14])
     tracks = _read_tracks(data, 8 + header_bytes, announced)
     if midi_format == 2 and len(tracks) > 1:
         raise MidiError(
             f"the file is a collection of {len(tracks)} separate pieces (MIDI format 2); save each as a file of its own"
         )
-    return MidiFile(tracks, ticks_per_quarter, tick_s)
+    return MidiFile(tracks, ticks_per_quarter, tick_s, data[12:14])
 
 
 def _unwrap(data: bytes) -> bytes:
@@ -94,7 +96,7 @@ def _what_it_is(data: bytes) -> str:
     return f"this is not a MIDI file: a MIDI file begins with the letters MThd, but this one with {begins}"
 
 
-def _read_division(field: bytes) -> tuple[int | None, float | None]:
+def read_division(field: bytes) -> tuple[int | None, float | None]:
     """Ticks per quarter note, or seconds per tick if the file counts SMPTE frames instead of beats."""
     if field[0] < 128:
         ticks_per_quarter = int.from_bytes(field)
