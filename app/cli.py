@@ -3,16 +3,19 @@
 A command is a frozen dataclass: its fields are the options, its `run` does the work. Only the requested command is
 imported, and it imports JAX only in `run`, so `--help` is quick.
 
-Exit codes: 0 done; 2 wrong usage or bad input (one line on standard error, no traceback); 3 some of many pieces failed;
-1 a bug.
+Exit codes: 0 done; 2 wrong usage or bad input (one line on standard error, no traceback); 3 some of many items failed;
+130 interrupted; 1 a bug.
 """
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Protocol
 
@@ -89,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from music_ar.decoding import backend
 
             os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(backend.cpu_devices(many_rows=many_rows)))
-        return command.run() or 0
+        with _termination_interrupts():
+            return command.run() or 0
     except BrokenPipeError:  # whatever reads our output, `head` for example, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -101,6 +105,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"music-ar: {error_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, so that it cleans up."""
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def is_bad_input(error: Exception) -> bool:

@@ -7,18 +7,23 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from music_ar.decoding.sampling import SamplingOptions
+from music_ar.files import MAX_NAME_BYTES
+from music_ar.ranges import check_ranges, shown
 
 if TYPE_CHECKING:
     from music_ar.midi.performance import Performance
 
 T = TypeVar("T")
+
+SOME_FAILED = 3
+"""Exit code of a command that did its work, except for some of many items: each of them has a line that says why."""
 
 Sampling = tyro.conf.OmitArgPrefixes[SamplingOptions]
 """Type of a command's field `sampling: Sampling = SamplingOptions()`.
@@ -40,6 +45,15 @@ STDIN = "-"
 
 class CommandError(ValueError):
     """A command cannot run as given; the message says what to change."""
+
+
+def check_options(command: Any) -> None:
+    """Check the options whose range is declared in their fields (`music_ar.ranges`). Call it in `__post_init__`.
+
+    Raises:
+        CommandError: an option is out of its range.
+    """
+    check_ranges(command, CommandError, name=lambda field: f"--{field.replace('_', '-')}")
 
 
 class ProgressLine:
@@ -115,10 +129,15 @@ def check_writable(path: Path) -> None:
     """Check that a file can be written, before the work instead of after it.
 
     Raises:
-        CommandError: `path` is a folder, or its folder is missing or read-only.
+        CommandError: `path` is a folder or its name is too long, or its folder is missing or read-only.
     """
+    length = len(os.fsencode(path.name))
+    if length > MAX_NAME_BYTES:
+        raise CommandError(f"a file's name must have at most {MAX_NAME_BYTES} bytes, got {length}: {shown(path.name)}")
     if path.is_dir():
         raise CommandError(f"cannot write {path}: it is a folder; name a file in it")
+    if path.exists() and not path.is_file():  # it would be replaced
+        raise CommandError(f"cannot write {path}: it is a pipe or a device; name a file")
     if not path.parent.is_dir():
         raise CommandError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
     if not os.access(path.parent, os.W_OK):

@@ -13,7 +13,7 @@ from jaxtyping import Integer
 from data_pipeline.augmentation.mode_and_rubato import ORIGINAL, PieceAugmentation, augmented_copy
 from data_pipeline.manifest import MANIFEST_NAME, SPLITS, DatasetError, Manifest, PieceRecord, ShardRecord
 from data_pipeline.splits import assign_folds
-from music_ar.tokens.vocabulary import END, FINGERPRINT, START
+from music_ar.tokens.vocabulary import END, EVENT_CLASSES, FINGERPRINT, START
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,7 +100,7 @@ def _map_shard(folder: str | os.PathLike[str], shard: ShardRecord) -> list[np.nd
     try:
         # A plain view, because slicing np.memmap itself is slow.
         flat = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise DatasetError(f"{path}: not a readable array ({error}). Prepare the data again.") from error
     starts = np.array([piece.start for piece in shard.pieces])
     ends = np.append(starts[1:], shard.tokens) - 1
@@ -108,4 +108,6 @@ def _map_shard(folder: str | os.PathLike[str], shard: ShardRecord) -> list[np.nd
         raise DatasetError(f"{path}: expected {shard.tokens} uint16 tokens, found {flat.dtype} {flat.shape}.")
     if not ((flat[starts] == START).all() and (flat[ends] == END).all()):
         raise DatasetError(f"{path}: its pieces are not where the manifest says. Prepare the data again.")
+    if np.count_nonzero(flat >= EVENT_CLASSES) != 2 * len(starts):  # the STARTs and ENDs
+        raise DatasetError(f"{path}: it has tokens that are no events. Prepare the data again.")
     return [flat[start : end + 1] for start, end in zip(starts, ends, strict=True)]

@@ -8,7 +8,9 @@ The official splits keep each composition in one split, so they are used as they
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import lzma
 import os
 import zipfile
 import zlib
@@ -19,6 +21,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from data_pipeline.manifest import SPLITS, DatasetError
+from music_ar.files import read_file
 from music_ar.midi.folders import is_hidden, is_midi_name
 
 MAX_FILE_BYTES = 64 * 2**20
@@ -92,15 +95,17 @@ class MidiFiles:
         Raises:
             DatasetError: the file cannot be read, or is larger than `MAX_FILE_BYTES`.
         """
+        info = self._files[name]
         try:
-            size = self._size(name)
-            if size > MAX_FILE_BYTES:
-                raise DatasetError(f"{name}: {size} bytes, expected at most {MAX_FILE_BYTES} for a MIDI file.")
-            if self._zip is not None:
-                return self._zip.read(name)
-            return (self.path / name).read_bytes()
+            if self._zip is None or info is None:
+                return read_file(self.path / name, max_bytes=MAX_FILE_BYTES)
+            if info.file_size > MAX_FILE_BYTES:
+                raise OSError(errno.EFBIG, f"it has more than {MAX_FILE_BYTES / 2**20:.4g} MB")
+            return self._zip.read(name)
+        except OSError as error:
+            raise DatasetError(f"{name}: cannot be read ({error.strerror or error}).") from error
         # zipfile raises RuntimeError for an encrypted member, NotImplementedError for an unknown compression.
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        except (EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError) as error:
             raise DatasetError(f"{name}: cannot be read ({error}).") from error
 
     def checksum(self, name: str) -> str:
@@ -114,10 +119,6 @@ class MidiFiles:
             return f"{info.file_size} {info.CRC:08x}"
         content = self.read(name)
         return f"{len(content)} {zlib.crc32(content):08x}"
-
-    def _size(self, name: str) -> int:
-        info = self._files[name]
-        return info.file_size if info is not None else (self.path / name).stat().st_size
 
 
 def read_table(files: MidiFiles) -> list[MaestroPiece]:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from music_ar.files import write_atomically
+from music_ar.files import parse_json, read_file, write_atomically
+from music_ar.ranges import check_ranges, number, shown, whole
 
 SPLITS = ("train", "validation", "test")
 MANIFEST_NAME = "manifest.json"
@@ -43,10 +44,13 @@ class SplitCounts:
         hours: length of the music, each piece up to the end of its last note.
     """
 
-    pieces: int
-    notes: int
-    tokens: int
-    hours: float
+    pieces: int = whole()
+    notes: int = whole()
+    tokens: int = whole()
+    hours: float = number(least=0)
+
+    def __post_init__(self) -> None:
+        check_ranges(self, ValueError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +67,16 @@ class PieceRecord:
     """
 
     name: str
-    start: int
-    tokens: int
-    notes: int
-    seconds: float
+    start: int = whole()
+    tokens: int = whole()
+    notes: int = whole()
+    seconds: float = number(least=0)
     composition: str | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self, ValueError)
+        if not isinstance(self.name, str) or not isinstance(self.composition, str | None):
+            raise ValueError(f"a piece is called {shown(self.name)}, of the composition {shown(self.composition)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +95,12 @@ class ShardRecord:
     file: str
     split: str
     sha256: str
-    bytes: int
-    tokens: int
+    bytes: int = whole(least=1)
+    tokens: int = whole(least=1)
     pieces: tuple[PieceRecord, ...]
 
     def __post_init__(self) -> None:
+        check_ranges(self, ValueError)
         if not _SHARD_NAME.fullmatch(self.file) or self.split not in SPLITS:
             raise ValueError(f"shard {self.file!r} of split {self.split!r}")
         end = 0
@@ -152,10 +162,12 @@ class Manifest:
         """
         path = Path(folder) / MANIFEST_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(read_file(path))
         except FileNotFoundError as error:
             raise DatasetError(f"{path}: no such file. Prepare the data first: `music-ar prepare`.") from error
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise DatasetError(f"{path}: cannot be read ({error.strerror}). Prepare the data again.") from error
+        except ValueError as error:
             raise DatasetError(f"{path}: cannot be read ({error}). Prepare the data again.") from error
         found = content.get("format") if isinstance(content, dict) else None
         if found != MANIFEST_FORMAT:
@@ -206,5 +218,8 @@ def _manifest_from_json(content: dict[str, Any]) -> Manifest:
         ShardRecord(**{**shard, "pieces": tuple(PieceRecord(**piece) for piece in shard["pieces"])})
         for shard in content["shards"]
     )
+    for texts in (content["source"], content["skipped"], {"fingerprint": content["fingerprint"]}):
+        if not all(isinstance(text, str) for text in texts.values()):
+            raise ValueError("source, skipped and fingerprint must be texts")
     splits = {split: SplitCounts(**content["splits"][split]) for split in SPLITS}
     return Manifest(**{**content, "shards": shards, "splits": splits})

@@ -6,13 +6,17 @@ prepared folder is laid out and kept complete.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -153,9 +157,17 @@ class _Task:
     def source(self) -> dict[str, str]:
         """The manifest's `source`; equal sources give equal shards."""
         compositions = json.dumps(sorted(self.compositions.items()))
-        contents = [f"{name}\n{self.files.checksum(path)}\n" for name, path in sorted(self.paths.items())]
+        contents = [f"{name}\n{self._checksum(path)}\n" for name, path in sorted(self.paths.items())]
         digests = {"compositions": text_digest(compositions), "sha256": text_digest("".join(contents))}
         return {**self.settings, **digests}
+
+    def _checksum(self, path: str) -> str:
+        try:
+            return self.files.checksum(path)
+        except DatasetError as error:  # it may be skipped, as any file that is not MIDI
+            if not self.skip_unusable:
+                raise
+            return str(error)
 
 
 class _Tokenized(NamedTuple):
@@ -237,7 +249,17 @@ _worker_files: MidiFiles | None = None
 
 def _start_worker(path: str) -> None:
     global _worker_files  # opened once per process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_files = MidiFiles(path)
+
+
+def _end_with_parent() -> None:
+    """End this worker as soon as its parent has ended, even if that was killed and could not say so."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _tokenize_in_worker(name: str, path: str) -> _Tokenized | _Unusable:
@@ -260,13 +282,14 @@ def _tokenize_all(
     task: _Task, workers: int | None, on_progress: Callable[[float], None] | None
 ) -> Iterator[_Tokenized | _Unusable]:
     """Results in the order of `task.paths`."""
-    for done, result in enumerate(_map_files(task.files, task.paths, workers), start=1):
-        if on_progress is not None:
-            on_progress(done / len(task.paths))
-        yield result
+    with contextlib.closing(_map_files(task.files, task.paths, workers)) as results:
+        for done, result in enumerate(results, start=1):
+            if on_progress is not None:
+                on_progress(done / len(task.paths))
+            yield result
 
 
-def _map_files(files: MidiFiles, paths: Mapping[str, str], workers: int | None) -> Iterator[_Tokenized | _Unusable]:
+def _map_files(files: MidiFiles, paths: Mapping[str, str], workers: int | None) -> Generator[_Tokenized | _Unusable]:
     workers = min(workers or usable_cores(), -(-len(paths) // _FILES_PER_TASK))
     if workers <= 1:
         yield from (_tokenize(files, name, path) for name, path in paths.items())
@@ -280,7 +303,11 @@ def _map_files(files: MidiFiles, paths: Mapping[str, str], workers: int | None) 
     ) as pool:
         try:
             yield from pool.map(_tokenize_in_worker, paths.keys(), paths.values(), chunksize=_FILES_PER_TASK)
-        finally:
+        except BrokenProcessPool as error:
+            raise DatasetError(
+                f"{files.path}: a worker process was killed, most likely for want of memory; try fewer workers."
+            ) from error
+        finally:  # after an interrupt, workers finish the few files that they have begun
             pool.shutdown(cancel_futures=True)
 
 

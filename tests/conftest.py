@@ -82,6 +82,16 @@ def make_performance(seed: int, notes: int = 200) -> Performance:
 
 
 @pytest.fixture
+def any_types():
+    """Lets a call have values of the wrong types, as it may outside tests: here, annotations are checked first."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def midi_file(tmp_path):
     """A MIDI file of 200 notes, 30 to 40 seconds."""
     path = tmp_path / "some notes.mid"

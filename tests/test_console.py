@@ -1,9 +1,32 @@
 """Progress, tables and times, where standard error is not a terminal."""
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 
 from app import console
-from app.console import ProgressLine, clock, print_table
+from app.console import CommandError, ProgressLine, check_writable, clock, print_table
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes")
+def test_what_cannot_be_a_new_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    cases = {
+        tmp_path: "it is a folder",
+        tmp_path / "pipe": "it is a pipe or a device",
+        Path("/dev/null"): "it is a pipe or a device",
+        tmp_path / "nowhere" / "file": "does not exist; create it first",
+        tmp_path / "file" / "file": "does not exist; create it first",
+        tmp_path / ("é" * 121): "at most 240 bytes, got 242",
+    }
+    for path, message in cases.items():
+        with pytest.raises(CommandError, match=message):
+            check_writable(path)
+    for name in ("file", "new", "x" * 240):
+        check_writable(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The pieces of a prepared split: which folders are refused, how folds are cut, what augmented copies share."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -75,6 +76,20 @@ def moved_pieces(folder):
     change_manifest(folder, move)
 
 
+def no_events(token):
+    """A shard with another token in its first piece, and a manifest that agrees with it."""
+
+    def damage(folder):
+        path = shard_of(folder, "train")
+        tokens = np.load(path)
+        tokens[3] = token
+        np.save(path, tokens)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        change_manifest(folder, lambda manifest: manifest["shards"][0].update(sha256=digest))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -84,6 +99,9 @@ def moved_pieces(folder):
         (foreign_vocabulary, r"manifest\.json: expected the event vocabulary .* found 0123456789ab…"),
         (no_shards, r"manifest\.json: the train split is empty"),
         (moved_pieces, r"train-00000-\w+\.npy: its pieces are not where the manifest says"),
+        (no_events(PAD), r"train-00000-\w+\.npy: it has tokens that are no events"),
+        (no_events(END), r"train-00000-\w+\.npy: it has tokens that are no events"),
+        (no_events(60_000), r"train-00000-\w+\.npy: it has tokens that are no events"),
     ],
 )
 def test_damaged_data_is_refused_by_name(folder, damage, message):

@@ -315,6 +315,12 @@ def test_a_piece_that_ended_is_followed_by_padding_and_leaves_the_others(decoder
     np.testing.assert_array_equal(tokens[1:], free[1:])
 
 
+def test_tokens_outside_of_the_vocabulary_are_refused(decoder):
+    for token in (-1, 391, 2**30):
+        with pytest.raises(ValueError, match=r"tokens must be in 0\.\.390"):
+            start(decoder, [PIECE[:2], np.append(PIECE[:3], token)])
+
+
 def test_a_seed_for_each_prompt(decoder):
     with pytest.raises(ValueError, match="a seed for each prompt, got 2 prompts and 1 seeds"):
         start(decoder, [PIECE[:2], PIECE[:3]], seeds=[0])

@@ -162,6 +162,8 @@ def test_nothing_to_score_is_refused(model):
         score(model, [], ScoringConfig(stride=8))
     with pytest.raises(ValueError, match="a start and an end"):
         score(model, [np.array([vocabulary.START])], ScoringConfig(stride=8))
+    with pytest.raises(ValueError, match=r"tokens must be in 0\.\.390, got 3\.\.391"):
+        score(model, [np.array([vocabulary.START, 3, vocabulary.VOCABULARY_SIZE])], ScoringConfig(stride=8))
 
 
 def test_scoring_through_the_decoder(model):

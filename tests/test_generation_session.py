@@ -11,7 +11,7 @@ from conftest import make_performance
 
 from music_ar.decoding.request import GenerationError
 from music_ar.generator import Generator
-from music_ar.tokens import codec
+from music_ar.tokens import codec, vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -159,5 +159,27 @@ def test_closing_frees_the_device(generator, live_bytes):
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
 def test_only_a_length_extends(generator, seconds):
-    with pytest.raises(GenerationError, match="seconds must be more than 0"):
+    with pytest.raises(GenerationError, match="seconds must be a number above 0"):
         generator.session(seed=2).extend(seconds)
+
+
+def without_time(decode):
+    """Decoding in which every token is a velocity or a note-on."""
+
+    def stuck(*arguments, **options):
+        state, tokens, *rest = decode(*arguments, **options)
+        notes = np.resize(np.array([vocabulary.VELOCITY + 5, vocabulary.NOTE_ON + 60], np.int32), tokens.shape)
+        return state, tokens * 0 + notes, *rest
+
+    return stuck
+
+
+def test_a_piece_that_never_lets_time_pass_has_failed(tiny_checkpoint, monkeypatch):
+    generator = Generator.from_pretrained(tiny_checkpoint)
+    for name in ("decode", "decode_scored"):
+        monkeypatch.setattr(generator.decoder, name, without_time(getattr(generator.decoder, name)))
+    with pytest.raises(GenerationError, match=r"events for 0\.0 s of music and hardly lets"):
+        generator.generate(seconds=3000.0, seed=0)
+    [piece] = generator.generate_many([None], seconds=3000.0, seed=0, batch_size=1)
+    assert "hardly lets time pass" in (piece.error or "")
+    assert len(piece.performance) == 0

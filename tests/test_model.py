@@ -276,18 +276,23 @@ def test_operations_are_counted_as_by_hand():
     assert more == pytest.approx(6 * (12 * (16 + features) / N + 2 * 16))
 
 
+@pytest.mark.usefixtures("any_types")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"latents": M + 1}, "latents must be at most context = 16, got 17"),
-        ({"latents": 0}, "latents must be a whole number of at least 1, got 0"),
+        ({"latents": 0}, "latents must be a whole number from 1 to 1048576, got 0"),
         ({"layers": -1}, "layers must be"),
+        ({"layers": True}, "layers must be"),
+        ({"width": 10**9}, "width must be a whole number from 1 to 65536, got 1000000000"),
+        ({"context": 10**400}, "context must be .*, got a number of 401 digits"),
+        ({"rotary_wavelength": float("inf")}, "rotary_wavelength must be"),
         ({"head_size": 0}, "head_size must be"),
         ({"conv_width": 0}, "conv_width must be"),
         ({"heads": 3}, "heads must be a multiple of kv_heads, got 3 and 2"),
         ({"head_size": 6}, r"must be even.* 0\.5 \* 6"),
-        ({"rotary_fraction": 1.5}, r"rotary_fraction must be in 0\.\.1.*got 1\.5"),
-        ({"rotary_wavelength": 0.0}, "rotary_wavelength above 0"),
+        ({"rotary_fraction": 1.5}, r"rotary_fraction must be a number from 0 to 1, got 1\.5"),
+        ({"rotary_wavelength": 0.0}, "rotary_wavelength must be a number above 0"),
         ({"time_heads": 3}, "time_heads must be at most kv_heads = 2, got 3"),
         ({"retrieval_notes": 11}, "retrieval_notes must be 0 or at least 12, got 11"),
         ({"retrieval_notes": 12, "onsets": 13}, "retrieval_notes must be 0 or at least 13, got 12"),

@@ -1,7 +1,14 @@
 """MIDI files to shards and manifest: what is written, that it is written completely or not at all, what is refused."""
 
+import contextlib
 import itertools
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +19,7 @@ from hypothesis import strategies as st
 from tiny_maestro import PIECES, archive_files, forget_compositions, midi_bytes, write_folder, write_zip
 
 from app.commands.prepare import Prepare
+from data_pipeline import maestro as reader
 from data_pipeline import prepare
 from data_pipeline.manifest import SPLITS, DatasetError, Manifest
 from data_pipeline.prepare import prepare_maestro, prepare_midi
@@ -19,6 +27,8 @@ from data_pipeline.splits import assign_splits
 from music_ar.midi.io import read_midi
 from music_ar.tokens.codec import encode
 from music_ar.tokens.vocabulary import END, FINGERPRINT, START
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -118,7 +128,7 @@ def test_progress_grows_to_one(archive, output, workers):
 def test_the_command_prints_the_splits_and_what_was_skipped(own_midi, output, capsys):
     command = Prepare(midi=own_midi, output=output, workers=1)
     (own_midi / "book 1" / "broken.mid").write_bytes(b"MThd, not really")
-    command.run()
+    assert command.run() == 3
     printed = capsys.readouterr()
     assert [line.split()[:2] for line in printed.out.splitlines()] == [
         ["split", "pieces"],
@@ -128,11 +138,14 @@ def test_the_command_prints_the_splits_and_what_was_skipped(own_midi, output, ca
     ]
     assert "skipped 1 of 11 files: book 1/broken.mid: " in printed.err
     assert "up to date" not in printed.err
-    command.run()
+    assert command.run() == 3
     again = capsys.readouterr()
     assert again.out == printed.out
     assert f"{output} is up to date" in again.err
-    assert "skipped" not in again.err
+    assert "skipped 1 of 11 files: book 1/broken.mid: " in again.err
+    (own_midi / "book 1" / "broken.mid").unlink()
+    assert command.run() == 0
+    assert "skipped" not in capsys.readouterr().err
 
 
 def test_changed_inputs_replace_the_data_set_and_nothing_else(archive, output):
@@ -247,6 +260,82 @@ def test_unusable_files_are_skipped_and_named(own_midi, output):
     assert own(own_midi, output) == manifest
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes and devices")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_no_readable_file_is_skipped_and_never_waited_for(own_midi, output, monkeypatch, workers):
+    monkeypatch.setattr(reader, "MAX_FILE_BYTES", 2**20)
+    with (own_midi / "large.mid").open("wb") as file:
+        file.truncate(65 * 2**20)  # too large for the workers, too, which have the real limit
+    os.mkfifo(own_midi / "pipe.mid")
+    (own_midi / "device.mid").symlink_to("/dev/zero")
+    (own_midi / "nowhere.mid").symlink_to(own_midi / "nowhere")
+    (own_midi / "loop.mid").symlink_to(own_midi / "loop.mid")
+    (own_midi / "folder.mid").mkdir()
+    prepared = prepare_midi(own_midi, output, workers=workers)
+    reasons = {name: reason.partition("cannot be read ")[2] for name, reason in prepared.manifest.skipped.items()}
+    assert reasons == {
+        "device.mid": "(it is a device, not a file).",
+        "large.mid": f"(it has more than {1 if workers == 1 else 64} MB).",
+        "loop.mid": "(Too many levels of symbolic links).",
+        "nowhere.mid": "(No such file or directory).",
+        "pipe.mid": "(it is a pipe, not a file).",
+    }
+    assert prepare_midi(own_midi, output, workers=workers) == prepared._replace(was_up_to_date=True)
+
+
+def living(group):
+    """Processes of a group, without zombies that nobody has waited for."""
+    states = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            states.append([*stat.read_text().rpartition(")")[2].split(), stat.parent.name])
+    return [fields for fields in states if int(fields[2]) == group and fields[0] != "Z"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_it_leaves_no_workers_and_a_whole_data_set(tmp_path, output, number):
+    music = midi_bytes(1, 5_000)
+    folder = write_folder(tmp_path / "many", {f"{number}.mid": music for number in range(600)})
+    own(write_folder(tmp_path / "few", {f"{number}.mid": midi_bytes(number, 5) for number in range(3)}), output)
+    before = content(output)
+    command = [sys.executable, "-m", "app.cli", "prepare", "--midi", folder, "--output", output, "--workers", "2"]
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stderr is not None
+        while b"left" not in process.stderr.readline():  # until workers have read some of the files
+            assert process.poll() is None
+        assert len(living(process.pid)) >= 3
+        process.send_signal(number)
+        process.wait(timeout=60)
+        deadline = time.monotonic() + 30
+        while (left := living(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for fields in left:
+            os.kill(int(fields[-1]), signal.SIGKILL)
+        errors = process.stderr.read()
+    assert not left
+    assert b"Traceback" not in errors
+    assert content(output) == before
+    assert process.returncode == (130 if number != signal.SIGKILL else -signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_a_worker_that_is_killed_is_an_error_and_not_a_hang(own_midi, output):
+    def kill_workers(_):
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(DatasetError, match=r"a worker process was killed, .* try fewer workers"):
+        prepare_midi(
+            write_folder(own_midi / "more", {f"{number}.mid": midi_bytes(number, 5) for number in range(200)}),
+            output,
+            workers=2,
+            on_progress=kill_workers,
+        )
+    assert content(output) == {}
+
+
 def test_splits_may_be_empty(own_midi, output):
     manifest = own(own_midi, output, validation=0.0, test=0.0)
     assert manifest.splits["train"].pieces == 10
@@ -302,15 +391,32 @@ def test_folders_that_cannot_be_prepared(tmp_path, own_midi, output):
 # --- the manifest ----------------------------------------------------------------------------------------------------
 
 
+COUNTS = ("pieces", "notes", "tokens", "hours")
+
+
 def edit(manifest, **changes):
     return {**manifest, **changes}
 
 
+@pytest.mark.usefixtures("any_types")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda _: None, r"manifest\.json: no such file.*music-ar prepare"),
         (lambda _: "{", r"manifest\.json: cannot be read"),
+        (lambda _: "[" * 100_000, r"manifest\.json: cannot be read \(it is nested too deeply\)"),
+        (lambda manifest: edit(manifest, source=5), r"manifest\.json: damaged or edited"),
+        (lambda manifest: edit(manifest, source={"kind": [1]}), r"manifest\.json: damaged or edited"),
+        (lambda manifest: edit(manifest, fingerprint=None), r"manifest\.json: damaged or edited"),
+        (
+            lambda manifest: edit(manifest, splits=dict.fromkeys(SPLITS, dict.fromkeys(COUNTS, "many"))),
+            r'damaged or edited \(pieces must be a whole number of at least 0, got "many"\)',
+        ),
+        (
+            lambda manifest: edit(manifest, shards=[edit(manifest["shards"][0], bytes=1e9)]),
+            r"damaged or edited \(bytes must be a whole number",
+        ),
+        (lambda manifest: edit(manifest, shards=[edit(manifest["shards"][0], file=7)]), r"damaged or edited"),
         (lambda _: [], r"manifest\.json: expected format 1, found None"),
         (lambda manifest: edit(manifest, format=2), r"manifest\.json: expected format 1, found 2"),
         (lambda manifest: edit(manifest, shards=3), r"manifest\.json: damaged or edited"),
@@ -329,7 +435,7 @@ def edit(manifest, **changes):
                 manifest,
                 shards=[edit(manifest["shards"][0], pieces=[edit(manifest["shards"][0]["pieces"][0], start=-5)])],
             ),
-            r"manifest\.json: damaged or edited.*2004/aria\.midi.*start -5",
+            r"manifest\.json: damaged or edited.*start must be .*got -5",
         ),
     ],
 )

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 
 import huggingface_hub
@@ -283,6 +285,9 @@ def test_new_weights_beside_an_old_configuration_are_refused(folder, monkeypatch
         ("", "not a model configuration"),
         ("{", "not a model configuration"),
         ("[]", "not a model configuration"),
+        ("[" * 100_000, "not a model configuration: it is nested too deeply"),
+        ('{"format": ["music-ar 2"]}', "expected format"),
+        (" " * 2**21, "cannot be read: it has more than 1 MB"),
         ("{}", "format"),
         ("\udcff", "not a model configuration"),
         ('{"format": "music-ar 0"}', 'expected format "music-ar 2", got "music-ar 0"'),
@@ -304,12 +309,73 @@ def test_an_invalid_configuration_is_refused(folder, text, message):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.usefixtures("any_types")
 @pytest.mark.parametrize(
-    "changes", [{"width": "16"}, {"width": 16.5}, {"heads": 3}, {"layers": -1}, {"wings": 2}, {"label_size": None}]
+    "changes",
+    [
+        {"width": "16"},
+        {"width": 16.5},
+        {"width": True},
+        {"width": 10**9},
+        {"context": 10**400},
+        {"heads": 3},
+        {"layers": -1},
+        {"layers": 10**9},
+        {"wings": 2},
+        {"label_size": None},
+        {"rotary_wavelength": float("inf")},
+        {"rotary_fraction": float("nan")},
+        {"retrieval_notes": [12]},
+        {"vocabulary_size": 0},
+    ],
 )
 def test_sizes_that_cannot_be_are_refused(folder, changes):
     edit_config(folder, model=json.loads((folder / "config.json").read_text())["model"] | changes)
     assert f"{folder / 'config.json'} is not a model configuration" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(CONFIG) if field.name != "segment"])
+def test_each_size_must_be_there(folder, name):
+    """Weights do not show some of them, such as the number of time heads: a default would be a different model."""
+    sizes = json.loads((folder / "config.json").read_text())["model"]
+    del sizes[name]
+    edit_config(folder, model=sizes)
+    assert f"{folder / 'config.json'} lacks {name}" in refusal(folder)
+
+
+def test_a_model_that_its_weights_cannot_hold_is_refused_before_it_is_built(folder):
+    sizes = json.loads((folder / "config.json").read_text())["model"]
+    edit_config(folder, model=sizes | {"width": 60_000, "layers": 900, "hidden": 200_000})
+    assert re.search(
+        r"model\.safetensors has 0\.\d MB, but .* 2[\d,]+ parameters, which takes 2[\d,]+\.\d MB", refusal(folder)
+    )
+
+
+def test_weights_far_larger_than_the_model_are_not_read(folder):
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(2**40)  # it has holes
+    assert "model.safetensors has 1,048,576.0 MB" in refusal(folder)
+
+
+def test_another_number_of_tokens_is_refused(folder):
+    edit_config(folder, model=json.loads((folder / "config.json").read_text())["model"] | {"vocabulary_size": 500})
+    assert "config.json: expected vocabulary_size 391, got 500" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "loop", "folder", "device"])
+def test_what_is_no_file_is_refused(folder, name, kind):
+    path = folder / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    message = refusal(folder)
+    assert str(path) in message
+    assert len(message) < 300
 
 
 @pytest.mark.parametrize(
@@ -345,8 +411,21 @@ def test_weights_of_other_sizes_are_refused(folder, changes, name):
             r"expected head.bias of shape \(391",
         ),
         (lambda tensors: tensors.update(embedding=tensors["embedding"].T.copy()), "embedding"),
+        (lambda tensors: tensors["head.bias"].__setitem__(7, np.nan), "head.bias has numbers that are infinite or not"),
+        (lambda tensors: tensors["embedding.scale"].__setitem__(3, np.inf), "embedding.scale has numbers"),
     ],
-    ids=["missing", "extra", "no scale", "short scale", "double scale", "double", "short", "transposed"],
+    ids=[
+        "missing",
+        "extra",
+        "no scale",
+        "short scale",
+        "double scale",
+        "double",
+        "short",
+        "transposed",
+        "nan",
+        "inf",
+    ],
 )
 def test_tensors_that_do_not_fit_are_refused(folder, edit, message):
     edit_weights(folder, edit)
@@ -355,9 +434,23 @@ def test_tensors_that_do_not_fit_are_refused(folder, edit, message):
     assert str(folder / "model.safetensors") in str(caught.value)
 
 
-def test_a_type_that_numpy_does_not_have_is_refused(folder):
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]},  # a type that NumPy does not have
+        {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 1]},
+        {"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]},
+        {"dtype": "F32", "shape": [2**62, 0, 2**62], "data_offsets": [0, 0]},
+        {"dtype": "I8", "shape": [-1], "data_offsets": [0, 1]},
+        {"dtype": "I8", "shape": [1], "data_offsets": [2**63, 2**63 + 1]},
+        {"dtype": "I8", "shape": [1], "data_offsets": [1, 0]},
+        {"dtype": "I8", "shape": [[1]], "data_offsets": [0, 1]},
+    ],
+    ids=range(8),
+)
+def test_a_header_that_lies_is_refused(folder, tensor):
     path = folder / "model.safetensors"
-    header = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    header = json.dumps({"x": tensor}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
     edit_config(folder, weights_sha256=None)
     assert str(path) in refusal(folder)

@@ -254,10 +254,23 @@ def test_a_dry_run_generates_nothing(capsys, options, output):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("damage", ["{", "[1]", '{"seed": 1}'])
+WHOLE_LINE = {
+    "file": "a.mid", "prompt_sha256": None, "seed": 0, "settings": {}, "model": {}, "score": None, "status": "failed",
+    "sha256": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"{", b"[1]", b'{"seed": 1}', b"", b"[" * 100_000, b"\xff", b"NaN",
+     *(json.dumps(WHOLE_LINE | change).encode() for change in (
+         {"seed": "1"}, {"file": "../b.mid"}, {"audio": "../../b.mp3"}, {"settings": None}, {"score": "high"},
+     ))],
+    ids=range(12),
+)  # fmt: skip
 def test_a_damaged_manifest_is_refused(capsys, options, output, damage):
     output.mkdir()
-    (output / "manifest.jsonl").write_text(f'{{"file": "a.mid"}}\n{damage}\n')
+    (output / "manifest.jsonl").write_bytes(json.dumps(WHOLE_LINE).encode() + b"\n" + damage + b"\n")
     assert "manifest.jsonl:2 is not a record of a piece" in refusal(capsys, "render", "--count", 1, *options)
 
 
@@ -285,13 +298,22 @@ def test_jobs_have_their_own_settings(capsys, options, output, prompts, tmp_path
         assert (own | changed).items() <= line["settings"].items()
 
 
+@pytest.mark.usefixtures("any_types")
 @pytest.mark.parametrize(
     ("line", "said"),
     [("{", "a JSON object"), ('{"tempo": 3}', "tempo"), ('{"mode": "exact"}', "mode"),
      ('{"seed": "x"}', "seed must be a whole number"), ('{"seconds": true}', "seconds must be a number"),
      ('{"latents": "auto"}', "latents must be a whole number"), ('{"latents": 1}', "latents must be in 2"),
-     ('{"latents": 100000}', "latents must be in 2"), ('{"variations": 0}', "variations must be at least 1"),
-     ('{"name": "../x"}', "relative path"), ('{"temperature": -1}', "temperature")],
+     ('{"latents": 100000}', "latents must be in 2"), ('{"variations": 0}', "variations must be a whole number from 1"),
+     ('{"prompt": "\\ud800.mid"}', "whole Unicode characters"), ('{"name": "a\\udfff"}', "whole Unicode characters"),
+     ('{"seconds": NaN}', "seconds must be a number above 0 and at most 86400, got nan"),
+     ('{"seconds": 3e7}', "at most 86400, got 30000000"), ('{"seconds": 1' + "0" * 400 + "}", "a number of 401 digits"),
+     ('{"top_k": 1099511627776}', "top_k must be a whole number from 0 to 1000, got 1099511627776"),
+     ('{"seed": ' + "9" * 5000 + "}", "expected a JSON object"), ("[" * 100_000, "expected a JSON object"),
+     ('{"temperature": -Infinity}', "temperature must be a number from 0 to 100, got -inf"),
+     ('{"variations": 1e3}', "variations must be a whole number, got 1000"),
+     ('{"continuation_only": 1}', "continuation_only must be true or false, got 1"),
+     ('{"temperature": -1}', "temperature")],
 )  # fmt: skip
 def test_a_wrong_job_is_refused_before_the_work(capsys, options, output, tmp_path, line, said):
     (tmp_path / "jobs.jsonl").write_text(line)
@@ -302,9 +324,9 @@ def test_a_wrong_job_is_refused_before_the_work(capsys, options, output, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [([], "nothing to generate"), (["nowhere.mid"], "no such file"), (["*.nothing"], "no file matches"),
-     (["--count", 1, "--variations", 0], "--variations must be at least 1, got 0"),
-     (["--count", 1, "--batch-size", 0], "--batch-size must be at least 1, got 0"),
-     (["--count", 1, "--seconds", 0], "seconds must be more than 0, got 0"),
+     (["--count", 1, "--variations", 0], "variations must be a whole number from 1 to 10000, got 0"),
+     (["--count", 1, "--batch-size", 0], "--batch-size must be a whole number from 1 to 4096, got 0"),
+     (["--count", 1, "--seconds", 0], "seconds must be a number above 0 and at most 86400, got 0"),
      (["--count", 2, "--output", "-"], "single piece"), (["--count", 1, "--output", "-", "--dry-run"], "--dry-run")],
 )  # fmt: skip
 def test_wrong_usage(capsys, tiny_checkpoint, tmp_path, arguments, said):
@@ -342,12 +364,14 @@ def test_odd_names_in_a_real_folder(capsys, options, output, prompts, tmp_path):
     for name in names:
         shutil.copy(prompts / "a.mid", folder / name)
     arguments = [folder, *options, "--seconds", 1]
-    assert run(capsys, "render", *arguments)[0] == 0
-    lines = lines_of(output)
-    assert {Path(line["prompt"]).name for line in lines} == set(names)
-    assert all((output / line["file"]).is_file() for line in lines)
+    code, _, errors = run(capsys, "render", *arguments)
+    assert code == 3
+    assert "pipe.mid: the prompt cannot be read: it is a pipe, not a file" in errors
+    made = [line for line in lines_of(output) if line["status"] == "made"]
+    assert {Path(line["prompt"]).name for line in made} == set(names)
+    assert all((output / line["file"]).is_file() for line in made)
     code, text, _ = run(capsys, "render", *arguments)
-    assert (code, "3 already complete" in text) == (0, True)
+    assert (code, "3 already complete, 1 failed" in text) == (3, True)
     assert run(capsys, "render", *arguments, "--overwrite", "--seed", 1, "--dry-run", "--log", "json")[0] == 0
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from event_tokens import on, performance_of
 
-from music_ar.decoding.request import MAX_SEED, GenerationError, Request, limits
+from music_ar.decoding.request import MAX_SEED, GenerationError, Request, limits, stuck_error
 from music_ar.decoding.sampling import SamplingError, SamplingOptions
 from music_ar.midi.io import read_midi, write_midi
 from music_ar.midi.performance import MidiError, Performance
@@ -36,20 +36,27 @@ def test_an_unknown_option_is_refused_with_the_known_ones():
         Request.of(None, mode="exact", seconds=3.0)
 
 
+@pytest.mark.usefixtures("any_types")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seconds": 0.0}, "seconds must be more than 0, got 0"),
+        ({"seconds": 0.0}, "seconds must be a number above 0 and at most 86400, got 0"),
         ({"seconds": float("inf")}, "seconds"),
         ({"seconds": float("nan")}, "seconds"),
-        ({"seed": -1}, "seeds must be in"),
-        ({"seed": 2**31}, "seeds must be in"),
+        ({"seconds": 3e7}, "seconds .* at most 86400, got 30000000"),
+        ({"seconds": True}, "seconds .*, got true"),
+        ({"seconds": "60"}, 'seconds .*, got "60"'),
+        ({"seed": -1}, "seed must be a whole number from 0 to 2147483647, got -1"),
+        ({"seed": 2**31}, "seed must be"),
+        ({"seed": 10**400}, "seed must be .* got a number of 401 digits"),
+        ({"seed": 1.0}, "seed must be a whole number"),
+        ({"latents": "all"}, 'latents must be a whole number of at least 2, or auto, got "all"'),
         ({"seed": 2**31 - 2, "variations": 3}, "first of 3 variations"),
-        ({"variations": 0}, "variations must be at least 1, got 0"),
+        ({"variations": 0}, "variations must be a whole number from 1 to 10000, got 0"),
         ({"speed": 2.0}, 'speed = 2.0 needs latents = "auto"'),
         ({"latents": 32, "speed": 2.0}, 'needs latents = "auto"'),
-        ({"latents": "auto", "speed": 0.0}, "speed must be more than 0"),
-        ({"prompt": PROMPT, "prompt_seconds": 0.0}, "prompt_seconds must be more than 0"),
+        ({"latents": "auto", "speed": 0.0}, "speed must be a number above 0"),
+        ({"prompt": PROMPT, "prompt_seconds": 0.0}, "prompt_seconds must be a number above 0"),
         ({"prompt": PROMPT, "prompt_seconds": float("nan")}, "prompt_seconds"),
     ],
 )
@@ -140,3 +147,10 @@ def test_prompts_without_notes_are_refused():
 def test_limits_are_a_length_and_enough_tokens_for_the_densest_music():
     assert limits(2.0) == (200, 1500)
     assert limits(0.001)[0] == 1
+
+
+def test_more_events_than_any_music_has_mean_that_time_stands_still():
+    assert stuck_error(500, 0) is None
+    assert stuck_error(500 + 1000, 200) is None
+    said = "the model wrote 1,501 events for 2.0 s of music and hardly lets time pass"
+    assert said in (stuck_error(1501, 200) or "")

@@ -11,12 +11,18 @@ from music_ar.decoding.sampling import OPTION_NAMES, SamplingError, SamplingOpti
 FIELDS = dataclasses.fields(SamplingOptions)
 
 
+@pytest.mark.usefixtures("any_types")
 @pytest.mark.parametrize(
     "options",
     [
         {"temperature": -1.0},
         {"temperature": float("nan")},
         {"temperature": float("inf")},
+        {"temperature": True},
+        {"temperature": "1"},
+        {"temperature": None},
+        {"top_k": 2**40},
+        {"top_k": 5.0},
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.1},
@@ -34,7 +40,7 @@ def test_options_out_of_range_are_refused(options):
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
 def test_each_option_describes_its_control(field):
-    assert set(field.metadata) == {"label", "minimum", "maximum", "step"}
+    assert set(field.metadata) == {"range", "label", "minimum", "maximum", "step"}
     least, most, step = (field.metadata[name] for name in ("minimum", "maximum", "step"))
     assert least <= field.default <= most
     assert 0 < step <= most - least

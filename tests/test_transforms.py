@@ -283,5 +283,5 @@ def test_draws_are_uniform_and_reach_both_ends():
     ],
 )
 def test_an_impossible_augmentation_is_refused(fields):
-    with pytest.raises(ValueError, match=r"expected .* got"):
+    with pytest.raises(ValueError, match=r"must be .* got"):
         Augmentation(**fields)

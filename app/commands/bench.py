@@ -2,18 +2,20 @@
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from app.console import CommandError, Unset, print_table
+from app.console import CommandError, Unset, check_options, print_table
+from music_ar.ranges import MAX_SECONDS, number, whole
 
 if TYPE_CHECKING:
     from app.commands.timing import DecodeRow, RenderRow
     from music_ar.model.weights import Weights
+
+_MOST = 2**20  # of latents, tokens and pieces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +40,18 @@ class Decode:
     """
 
     checkpoint: Unset[str] = None
-    latents: tuple[int, ...] = (64, 256, 1024, 2048)
-    context: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")] = ()
-    batch: tuple[int, ...] = (1, 4)
-    tokens: int = 256
+    latents: tuple[int, ...] = whole((64, 256, 1024, 2048), 1, _MOST)
+    context: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")] = whole((), 1, _MOST)
+    batch: tuple[int, ...] = whole((1, 4), 1, 2**12)
+    tokens: int = whole(256, 1, _MOST)
     data: Unset[Path] = None
-    pieces: int = 8
-    piece_tokens: int = 4096
+    pieces: int = whole(8, 1, _MOST)
+    piece_tokens: int = whole(4096, 1, _MOST)
     output: Unset[Path] = None
 
     def __post_init__(self) -> None:
-        _check_at_least_one(self, "tokens", "pieces", "piece_tokens", "latents", "batch")
-        _check_at_least_one(self, *(["context"] if self.context else []))
+        check_options(self)
+        _check_given(self, "latents", "batch")
 
     def measure(self, weights: "Weights") -> "tuple[list[DecodeRow], dict[str, Any]]":
         """The rows of the table, and what is the same for all of them."""
@@ -81,19 +83,18 @@ class Render:
     """
 
     checkpoint: Unset[str] = None
-    latents: tuple[int, ...] = (64, 256, 1024, 2048)
-    batch: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")] = ()
-    pieces: int = 32
-    loop_pieces: int = 4
-    seconds: float = 60.0
+    latents: tuple[int, ...] = whole((64, 256, 1024, 2048), 1, _MOST)
+    batch: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")] = whole((), 1, 2**12)
+    pieces: int = whole(32, 1, _MOST)
+    loop_pieces: int = whole(4, 1, _MOST)
+    seconds: float = number(60.0, above=0, most=MAX_SECONDS)
     output: Unset[Path] = None
 
     def __post_init__(self) -> None:
-        _check_at_least_one(self, "latents", *(["batch"] if self.batch else []))
+        check_options(self)
+        _check_given(self, "latents")
         if not 1 <= self.loop_pieces <= self.pieces:
             raise CommandError(f"expected 1 <= --loop-pieces <= --pieces, got {self.loop_pieces} and {self.pieces}")
-        if not 0 < self.seconds < math.inf:
-            raise CommandError(f"--seconds must be more than 0, got {self.seconds}")
 
     def measure(self, weights: "Weights") -> "tuple[list[RenderRow], dict[str, Any]]":
         """The rows of the table, and what is the same for all of them."""
@@ -144,13 +145,10 @@ class Bench:
         print(json.dumps(result))
 
 
-def _check_at_least_one(benchmark: Decode | Render, *options: str) -> None:
+def _check_given(benchmark: Decode | Render, *options: str) -> None:
     for option in options:
-        value = getattr(benchmark, option)
-        numbers = value if isinstance(value, tuple) else (value,)
-        if min(numbers, default=0) < 1:
-            got = " ".join(map(str, numbers)) or "nothing"
-            raise CommandError(f"--{option.replace('_', '-')} must be at least 1, got {got}")
+        if not getattr(benchmark, option):
+            raise CommandError(f"--{option} must be one or more whole numbers, got nothing")
 
 
 def _cell(value: Any) -> str:

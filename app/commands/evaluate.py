@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from app.console import CommandError, ProgressLine, Sampling, Unset, check_writable, print_table
+from app.console import CommandError, ProgressLine, Sampling, Unset, check_options, check_writable, print_table
 from app.report.config import ReportConfig
 from music_ar.decoding.sampling import SamplingOptions
+from music_ar.ranges import whole
 
 if TYPE_CHECKING:
     from data_pipeline.dataset import Pieces
@@ -48,11 +49,11 @@ class Evaluate:
     data: Path
     split: tuple[Literal["train", "validation", "test"], ...] = ("validation",)
     checkpoint: Unset[str] = None
-    context: Unset[int] = None
-    latents: Unset[int] = None
-    stride: int = 512
-    batch_size: int = 32
-    max_pieces: Unset[int] = None
+    context: Unset[int] = whole(None, 1, 2**20)
+    latents: Unset[int] = whole(None, 1, 2**20)
+    stride: int = whole(512, 1, 2**20)
+    batch_size: int = whole(32, 1, 2**16)
+    max_pieces: Unset[int] = whole(None, 1)
     output: Unset[Path] = None
     report: Unset[Path] = None
     reporting: Annotated[ReportConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="report")] = field(
@@ -61,9 +62,7 @@ class Evaluate:
     sampling: Sampling = SamplingOptions()
 
     def __post_init__(self) -> None:
-        for option, value in (("batch-size", self.batch_size), ("max-pieces", self.max_pieces)):
-            if value is not None and value < 1:
-                raise CommandError(f"--{option} must be at least 1, got {value}")
+        check_options(self)
         if not self.split or len(set(self.split)) < len(self.split):
             raise CommandError(f"--split must be one or more different splits, got {' '.join(self.split) or 'none'}")
 

@@ -32,7 +32,9 @@ class Generate:
         pedal: play the generated notes with the sustain pedal, so that a player piano or a workstation shows keys and
             pedal as a pianist would use them. It sounds the same.
         seconds: length of the music to generate; a piece may end earlier.
-        variations: number of pieces to generate at once; variation i uses seed + i.
+        variations: number of pieces to generate at once; variation i uses seed + i. On a CPU each is the piece that
+            its seed gives alone; on a GPU or TPU it may be another one, since the number of pieces moves the last bits
+            of the logits.
         latents: number of latents. Fewer is faster, more is more coherent. "auto" times this machine for a moment and
             takes the most that keep up with --speed. Default: 1024, or the model's maximum if it has fewer.
         speed: with --latents auto, seconds of music to generate per second. Raise it to leave room for other work;

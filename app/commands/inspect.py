@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from app.console import STDIN, CommandError, Unset, check_writable, clock, print_table, read_performance
+from app.console import SOME_FAILED, STDIN, CommandError, Unset, check_writable, clock, print_table, read_performance
 
 if TYPE_CHECKING:
     from music_ar.midi.performance import Performance
@@ -27,8 +27,6 @@ _MAESTRO_FIELDS = {
 }
 
 
-SOME_FAILED = 3
-"""Exit code if some files cannot be read."""
 _MOST_ROLLS = 12
 _LIST_HEADER = f"{'notes':>7}  {'length':>8}  notes/s  polyphony  {'pitches':>9}  velocity  file"
 

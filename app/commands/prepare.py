@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.console import CommandError, ProgressLine, Unset, print_table
+from app.console import SOME_FAILED, CommandError, ProgressLine, Unset, check_options, print_table
+from music_ar.ranges import number, whole
 
 if TYPE_CHECKING:
     from data_pipeline.prepare import Prepared
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
     """Prepare MIDI files for `music-ar train`: token shards and a manifest. If nothing has changed, it does nothing.
+
+    Exit code 0: all files are in the dataset; 3: some were skipped, and the manifest says why; 2: wrong usage.
 
     Example: music-ar prepare --maestro maestro-v3.0.0-midi.zip --output data/maestro
 
@@ -33,25 +36,26 @@ class Prepare:
     output: Path
     maestro: Unset[Path] = None
     midi: Unset[Path] = None
-    validation: float = 0.1
-    test: float = 0.1
+    validation: float = number(0.1, least=0, most=1)
+    test: float = number(0.1, least=0, most=1)
     seed: int = 0
-    workers: Unset[int] = None
+    workers: Unset[int] = whole(None, 1, 1000)
 
     def __post_init__(self) -> None:
+        check_options(self)
         if (self.maestro is None) == (self.midi is None):
             got = "neither" if self.midi is None else "both"
             raise CommandError(f"expected either --maestro or --midi, got {got}")
 
-    def run(self) -> None:
-        """Write the shards and print a table of the splits."""
+    def run(self) -> int:
+        """Write the shards and print a table of the splits; return the exit code."""
         from data_pipeline.prepare import describe_skipped
 
         with ProgressLine(f"preparing {self.output}") as line:
             manifest, was_up_to_date = self._prepare(line.timed("reading MIDI files"))
         if was_up_to_date:
             print(f"{self.output} is up to date", file=sys.stderr)
-        elif manifest.skipped:
+        if manifest.skipped:
             files = len(manifest.skipped) + sum(count.pieces for count in manifest.splits.values())
             reasons = describe_skipped(manifest.skipped)
             print(f"skipped {len(manifest.skipped)} of {files} files: {reasons}", file=sys.stderr)
@@ -60,6 +64,7 @@ class Prepare:
             for split, count in manifest.splits.items()
         ]
         print_table(("split", "pieces", "hours", "notes", "tokens"), rows)
+        return SOME_FAILED if manifest.skipped else 0
 
     def _prepare(self, on_progress: Callable[[float], None]) -> "Prepared":
         from data_pipeline.prepare import prepare_maestro, prepare_midi

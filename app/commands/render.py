@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from app.console import CommandError, ProgressLine, Sampling, Unset, clock, print_table
+from app.console import (
+    SOME_FAILED,
+    STDIN,
+    CommandError,
+    ProgressLine,
+    Sampling,
+    Unset,
+    check_options,
+    clock,
+    print_table,
+)
 from app.output import import_write_audio
 from music_ar.decoding.sampling import SamplingOptions
+from music_ar.ranges import whole
 
 if TYPE_CHECKING:
     from app.rendering.plan import Plan
@@ -35,7 +46,7 @@ class Render:
         count: also generate this many pieces without a prompt; piece i uses seed + i.
         jobs: JSONL file with one object per line: prompt, name, and any of the options here that change the music
             (variations, seed, seconds, latents, temperature and so on). Use it if pieces need different options;
-            whatever a line leaves out is taken from this command.
+            whatever a line leaves out is taken from this command. "-" reads it from standard input.
         variations: number of pieces per prompt; variation i uses seed + i.
         keep_best: keep only this many variations of each prompt: those closest to real music in note density,
             polyphony, loudness, silences and likelihood under the model. Default: all.
@@ -48,8 +59,8 @@ class Render:
         audio: also write each piece as an audio file, tagged with title, seed and model; needs the extra `audio`.
         pedal: play the generated notes with the sustain pedal, so that a player piano or a workstation shows keys and
             pedal as a pianist would use them. It sounds the same.
-        batch_size: pieces generated at once; default: 16 on a CPU, elsewhere as many as fit in memory. The music
-            depends on it, so set it if you need the same bytes on another device.
+        batch_size: pieces generated at once; default: 16 on a CPU, elsewhere as many as fit in memory. On a GPU or TPU
+            the music depends on it, in the last bits of the logits: set it if you need the same bytes on another one.
         overwrite: replace pieces that were generated with other settings. Without it, such pieces are an error.
         fail_fast: stop at the first piece that fails instead of recording the error and continuing.
         dry_run: print what would be generated and about how long it would take, and generate nothing.
@@ -63,10 +74,10 @@ class Render:
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PROMPTS ...]", help_behavior_hint="")
     ] = ()
     output: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
-    count: int = 0
+    count: int = whole(0, 0, 1_000_000)
     jobs: Unset[Path] = None
     variations: int = 1
-    keep_best: Unset[int] = None
+    keep_best: Unset[int] = whole(None, 1)
     seconds: float = 60.0
     prompt_seconds: Unset[float] = None
     continuation_only: bool = False
@@ -74,7 +85,7 @@ class Render:
     seed: int = 0
     audio: Unset[Literal["wav", "flac", "mp3", "ogg"]] = None
     pedal: bool = False
-    batch_size: Unset[int] = None
+    batch_size: Unset[int] = whole(None, 1, 2**12)
     overwrite: bool = False
     fail_fast: bool = False
     dry_run: bool = False
@@ -83,13 +94,15 @@ class Render:
     sampling: Sampling = SamplingOptions()
 
     def __post_init__(self) -> None:
+        from music_ar.decoding.request import Request
+
+        check_options(self)
+        if STDIN in self.prompts and self.jobs == Path(STDIN):
+            raise CommandError("standard input (-) can be a prompt or the jobs, not both")
+        own = ("variations", "seconds", "prompt_seconds", "latents", "seed")
+        Request(**{name: getattr(self, name) for name in own}, sampling=self.sampling)  # checks them
         if not self.prompts and not self.count and self.jobs is None:
             raise CommandError("nothing to generate: give prompts, --count or --jobs")
-        if self.count < 0:
-            raise CommandError(f"--count must be at least 0, got {self.count}")
-        for option in ("variations", "keep_best", "batch_size"):
-            if (value := getattr(self, option)) is not None and value < 1:
-                raise CommandError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
         if self.output == "-" and (self.audio or self.keep_best or self.log == "json" or self.dry_run):
             raise CommandError(
                 "--output - writes a single MIDI file to standard output; it does not go with --audio, --keep-best, "
@@ -135,10 +148,12 @@ class Render:
 
     def _plan(self, model: dict[str, Any]) -> "Plan":
         """Plan all pieces, in the order they were asked for."""
-        from app.rendering.plan import OPTION_TYPES, STDIN, Plan, find_prompts, job_name, read_jobs
+        from app.rendering.plan import OPTION_TYPES, Plan, find_prompts, read_jobs
         from music_ar import Generator
+        from music_ar.midi.io import MAX_BYTES
 
         prompts = list(find_prompts(self.prompts))
+        jobs = [] if self.jobs is None else list(read_jobs(self.jobs))
         own = vars(self) | dataclasses.asdict(self.sampling)
         plan = Plan(
             Generator.from_pretrained(self.checkpoint),
@@ -148,15 +163,14 @@ class Render:
             audio=self.audio,
             pedal=self.pedal,
             keep_best=self.keep_best,
-            stdin=sys.stdin.buffer.read() if STDIN in self.prompts else None,
         )
-        for path, name in prompts:
-            plan.add(path, name)
+        stdin = sys.stdin.buffer.read(MAX_BYTES + 1) if any(prompt.is_stdin for prompt in prompts) else None
+        for prompt in prompts:
+            plan.add(prompt.path, prompt.name, data=stdin if prompt.is_stdin else None)
         for number in range(self.count):
             plan.add(None, f"piece-{number + 1:04}", seed=self.seed + number, variations=1)
-        for number, job in enumerate([] if self.jobs is None else read_jobs(self.jobs), start=1):
-            name = job_name(job, number)
-            plan.add(**{"prompt": None, **job, "name": name})
+        for number, job in enumerate(jobs, start=1):
+            plan.add_job(job, number)
         return plan
 
     def _print_plan(self, plan: "Plan", missing: "Sequence[Request]") -> None:
@@ -183,7 +197,7 @@ class Render:
 
     def _pipe(self) -> int:
         """Write a single piece to standard output."""
-        from app.rendering.run import SOME_FAILED
+        from app.rendering.plan import load_prompt
         from music_ar import write_midi
 
         with ProgressLine("generating a piece") as line:
@@ -192,6 +206,9 @@ class Render:
                 asked = len(plan.requests)
                 raise CommandError(f"--output - writes a single piece, these options ask for {asked}; name a folder")
             [request], music_s = plan.requests, 0.0
+            if request.tag.error is not None:
+                raise CommandError(request.tag.error)
+            request = load_prompt(request)
 
             def progress(seconds: float) -> None:
                 nonlocal music_s

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import numpy as np
 import tyro
 
-from app.console import CommandError, ProgressLine, Unset, clock
+from app.console import CommandError, ProgressLine, Unset, check_options, clock
 from data_pipeline.augmentation.transforms import Augmentation
 from data_pipeline.manifest import Manifest
+from music_ar.ranges import whole
 from music_ar.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -72,10 +73,10 @@ class Train:
     expand_to: Unset[str] = None
     teacher: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = ()
     out_of_fold: bool = False
-    folds: Unset[int] = None
-    without_fold: Unset[int] = None
-    augmented_copies: int = 0
-    workers: int = 0
+    folds: Unset[int] = whole(None, 2, 1000)
+    without_fold: Unset[int] = whole(None, 1, 1000)
+    augmented_copies: int = whole(0, 0, 1000)
+    workers: int = whole(0, 0, 1000)
     resume: bool = False
     augment: Annotated[
         bool,
@@ -88,10 +89,9 @@ class Train:
     augmentation: tyro.conf.OmitArgPrefixes[Augmentation] = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.expand_to is not None and self.start is None:
             raise CommandError("--expand-to needs --start, the model to expand")
-        if self.augmented_copies < 0:
-            raise CommandError(f"--augmented-copies must be at least 0, got {self.augmented_copies}")
         self._check_folds()
         if self.out_of_fold:
             self._check_cross_fitting()
@@ -106,9 +106,7 @@ class Train:
             )
         if self.out_of_fold:
             raise CommandError("give either --without-fold, to train a teacher, or --out-of-fold, to train its student")
-        if self.folds < 2:
-            raise CommandError(f"--folds must be at least 2, got {self.folds}")
-        if not 1 <= self.without_fold <= self.folds:
+        if self.without_fold > self.folds:
             raise CommandError(f"--without-fold must be in 1..{self.folds}, got {self.without_fold}")
 
     def _check_cross_fitting(self) -> None:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from app.console import CommandError
 
 LEASES = ".leases"
+_GUARD = "guard"
 
 
 class Leases:
@@ -30,6 +31,8 @@ class Leases:
     def __init__(self, folder: Path):
         self._folder = folder / LEASES
         self._held: dict[str, FileLock] = {}
+        # Held while a lease file is opened and locked, or deleted: nobody locks a file that is gone.
+        self._guard = FileLock(self._folder / _GUARD)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -41,7 +44,8 @@ class Leases:
         """Lease a piece until `release` or the end of this process. Return False if another process holds it."""
         lock = FileLock(self._folder / hashlib.sha256(piece.encode()).hexdigest())
         try:
-            lock.acquire(blocking=False)
+            with self._guard:
+                lock.acquire(blocking=False)
         except Timeout:
             return False
         self._held[piece] = lock
@@ -50,9 +54,10 @@ class Leases:
     def release(self, piece: str) -> None:
         """Release a lease."""
         lock = self._held.pop(piece)
-        with contextlib.suppress(OSError):  # Windows cannot delete an open file; there an empty one is left
-            Path(lock.lock_file).unlink()
-        lock.release()
+        with self._guard:
+            with contextlib.suppress(OSError):  # Windows cannot delete an open file; there an empty one is left
+                Path(lock.lock_file).unlink()
+            lock.release()
 
     def __enter__(self) -> Self:
         return self

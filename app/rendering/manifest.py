@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from filelock import FileLock
@@ -19,10 +19,23 @@ from filelock import FileLock
 from app.console import CommandError
 from music_ar.decoding.request import Request
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.files import write_atomically
+from music_ar.files import parse_json, read_file, write_atomically
+from music_ar.ranges import shown
 
 MANIFEST = "manifest.jsonl"
 _LOCK = ".manifest.lock"
+_TEXT, _NUMBER = str | None, int | float | None
+_FIELDS = {  # that are read again
+    "file": str,
+    "prompt_sha256": _TEXT,
+    "seed": int,
+    "settings": dict,
+    "model": dict,
+    "score": _NUMBER,
+    "status": str,
+    "sha256": _TEXT,
+    "audio": _TEXT,
+}
 
 Line = dict[str, Any]
 
@@ -38,6 +51,7 @@ class Output:
         settings: everything the music depends on apart from prompt, seed and model.
         model: the model's identity.
         group: name shared by the variations of which --keep-best keeps the best.
+        error: why the piece cannot be generated, if that is known before the work.
     """
 
     file: str
@@ -46,6 +60,7 @@ class Output:
     settings: dict[str, Any]
     model: dict[str, Any]
     group: str
+    error: str | None = None
 
 
 class Manifest:
@@ -66,35 +81,41 @@ class Manifest:
         self.lines: dict[str, Line] = {}
         self._path = folder / MANIFEST
         self._lock = FileLock(folder / _LOCK)
-        self._bytes, self._count, self._inode = 0, 0, -1
+        self._read = b""
         self.read()
 
     def read(self) -> None:
-        """Read the lines that any process has added since the last call.
+        """Read the lines that any process has added or changed since the last call.
+
+        Only the bytes tell whether the file has grown or was rewritten: an inode is used again once it is free.
 
         Raises:
             CommandError: a line is damaged.
         """
         try:
-            with self._path.open("rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                if inode != self._inode:  # new, or rewritten by another process
-                    self._bytes, self._count, self._inode = 0, 0, inode
-                file.seek(self._bytes)
-                added = file.read()
+            data = read_file(self._path)
         except (FileNotFoundError, NotADirectoryError):
             return
-        whole = added[: _complete(added)]
-        for text in whole.splitlines():
-            self._count += 1
-            try:
-                line = json.loads(text)
-                self.lines[line["file"]] = line
-            except (ValueError, TypeError, KeyError) as error:
-                raise CommandError(
-                    f"{self._path}:{self._count} is not a record of a piece: {text[:60]!r}; fix or remove the file"
-                ) from error
-        self._bytes += len(whole)
+        whole = data[: _complete(data)]
+        if not whole.startswith(self._read):
+            self.lines.clear()
+            self._read = b""
+        added, before = whole[len(self._read) :], self._read.count(b"\n")
+        for number, text in enumerate(added.split(b"\n")[:-1], start=before + 1):
+            line = self._parsed(text, number)
+            self.lines[line["file"]] = line
+        self._read = whole
+
+    def _parsed(self, text: bytes, number: int) -> Line:
+        try:
+            line = parse_json(text)
+            _check(line)
+        except ValueError as error:
+            raise CommandError(
+                f"{self._path}:{number} is not a record of a piece: {shown(text.decode(errors='replace'))}; "
+                "fix or remove the file"
+            ) from error
+        return line
 
     def write(self, name: str, data: bytes) -> str:
         """Write a file of the folder atomically, for a piece that this process has leased. Returns its SHA-256."""
@@ -129,7 +150,6 @@ class Manifest:
             changes: fields to set, by file.
         """
         with self._lock:
-            self._bytes = self._count = 0
             self.read()
             places = {name: place for place, name in enumerate(order)}
             names = sorted(self.lines, key=lambda name: (places.get(name, len(places)), name))
@@ -146,7 +166,7 @@ class Manifest:
             return True
         audio = line.get("audio")
         has_audio = audio is None or (self.folder / audio).exists()
-        return has_audio and file_sha256(self.folder / line["file"]) == line["sha256"]
+        return has_audio and _sha256(self.folder / line["file"]) == line["sha256"]
 
     def check_unchanged(self, requests: Sequence[Request]) -> None:
         """Raise `CommandError` if an existing piece was generated with other settings."""
@@ -190,17 +210,34 @@ def changed_settings(line: Line, request: Request) -> list[str]:
     was, now = dataclasses.asdict(SamplingOptions()) | flat(line), flat(planned_line(request))
     if was.get("mode") == "sliding":  # an option until 0.2.0; this value is the only one now
         del was["mode"]
+    if request.tag.prompt is not None and now["prompt_sha256"] is None:  # the prompt is gone, the piece is not
+        del was["prompt_sha256"], now["prompt_sha256"]
     names = [name for name in dict.fromkeys((*was, *now)) if was.get(name) != now.get(name)]
     return [f"{name} was {was.get(name)}, is {now.get(name)}" for name in names]
 
 
-def file_sha256(path: Path) -> str | None:
+def is_inside(name: str) -> bool:
+    """Whether a relative path stays in its folder."""
+    path = PurePath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name and bool(path.name.strip())
+
+
+def _sha256(path: Path) -> str | None:
     """The hexadecimal SHA-256 of a file, or None if it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError):  # ValueError: a null character in the path
+        return hashlib.sha256(read_file(path)).hexdigest()
+    except OSError:
         return None
+
+
+def _check(line: Any) -> None:
+    """Raise ValueError unless this is a line that `planned_line` began."""
+    if not isinstance(line, dict):
+        raise ValueError("not an object")
+    if not all(isinstance(line.get(name), kind) for name, kind in _FIELDS.items()):
+        raise ValueError("a field is missing or of another type")
+    if not all(is_inside(name) for name in (line["file"], line.get("audio") or line["file"])):
+        raise ValueError("a file outside of the folder")
 
 
 def _encode(line: Line) -> bytes:

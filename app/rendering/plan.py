@@ -6,35 +6,41 @@ ends with the same bytes.
 
 import dataclasses
 import hashlib
-import json
-import os
+import re
+import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from app.console import STDIN, CommandError
-from app.rendering.manifest import Output, file_sha256
+from app.rendering.manifest import Output
+from app.rendering.names import Names, file_name, job_name
 from music_ar.decoding.request import DEFAULT_LATENTS, Request
 from music_ar.decoding.sampling import SamplingOptions
+from music_ar.files import parse_json, read_file
 from music_ar.generator import Generator
 from music_ar.midi.folders import MIDI_EXTENSIONS, find_midi_files
+from music_ar.midi.io import MAX_BYTES
+from music_ar.ranges import refuse, shown
 
 LIST_EXTENSIONS = (".txt", ".list")
-_MAX_NAME_BYTES = 200
+_EXACT = 2**53  # whole numbers up to this are floats, too
+_HALF_CHARACTER = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 _NOT_OPTIONS = ("prompt", "speed", "sampling", "tag")
 _TYPE_NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
 class Prompt(NamedTuple):
-    """A prompt as given, and the name of its pieces."""
+    """A prompt as given, the name of its pieces, and whether it comes from standard input."""
 
     path: str
     name: str
+    is_stdin: bool = False
 
 
 def find_prompts(arguments: Sequence[str]) -> Iterator[Prompt]:
-    """List the prompts in folders, files, lists of files and globs; `STDIN` is a prompt, too.
+    """List the prompts in folders, files, lists of files and globs; the argument `STDIN` is standard input.
 
     Raises:
         CommandError: an argument does not name a prompt.
@@ -42,23 +48,23 @@ def find_prompts(arguments: Sequence[str]) -> Iterator[Prompt]:
     for argument in arguments:
         path = Path(argument)
         if argument == STDIN:
-            yield Prompt(STDIN, "stdin")
+            yield Prompt(STDIN, "stdin", is_stdin=True)
         elif path.is_dir():
-            found = [each for each in find_midi_files(path) if _is_file(each)]
+            found = find_midi_files(path)
             if not found:
                 raise CommandError(f"{argument}: expected MIDI files ({', '.join(MIDI_EXTENSIONS)}) in it, found none")
             yield from (Prompt(each.as_posix(), each.relative_to(path).with_suffix("").as_posix()) for each in found)
         elif path.is_file() and path.suffix.lower() in LIST_EXTENSIONS:
-            lines = [line.strip() for line in _read_lines(path)]
+            lines = [line.strip(" \t\r") for line in _read_lines(path)]
             listed = [path.parent / line for line in lines if line and not line.startswith("#")]
             if not listed:
                 raise CommandError(f"{argument}: expected one file name per line, found none")
             yield from (Prompt(each.as_posix(), each.stem) for each in listed)
-        elif path.is_file():
+        elif path.exists() or path.is_symlink():  # a pipe, a device or a dead link fails on its own
             yield Prompt(path.as_posix(), path.stem)
         elif any(letter in argument for letter in "*?["):
             files = Path(path.anchor or ".").glob(argument.removeprefix(path.anchor))
-            matching = sorted(each.as_posix() for each in files if _is_file(each))
+            matching = sorted(each.as_posix() for each in files if not each.is_dir())
             if not matching:
                 raise CommandError(f"{argument}: no file matches this pattern")
             yield from (Prompt(each, PurePath(each).stem) for each in matching)
@@ -83,30 +89,38 @@ JOB_TYPES = {"prompt": str, "name": str, **OPTION_TYPES}
 def read_jobs(path: Path) -> Iterator[dict[str, Any]]:
     """Read a jobs file: one JSON object per line, with any of `JOB_TYPES`. Prompts are relative to the file.
 
+    Args:
+        path: the file; `STDIN` is standard input, with prompts relative to the current folder.
+
     Raises:
         CommandError: a line is not such an object.
     """
-    for number, text in enumerate(_read_lines(path), start=1):
+    lines = _decoded(sys.stdin.buffer.read()) if path == Path(STDIN) else _read_lines(path)
+    for number, text in enumerate(lines, start=1):
         if not text.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            job = json.loads(text)
+            job = parse_json(text)
         except ValueError as error:
-            raise CommandError(f"{where}: expected a JSON object, got {text[:60]!r}") from error
+            raise CommandError(f"{where}: expected a JSON object, got {shown(text)}") from error
         if not isinstance(job, dict) or not job.keys() <= JOB_TYPES.keys():
-            raise CommandError(f"{where}: expected an object with any of {', '.join(JOB_TYPES)}, got {text[:60]!r}")
-        job = {key: _convert(value, JOB_TYPES[key], f"{where}: {key}") for key, value in job.items()}
+            raise CommandError(f"{where}: expected an object with any of {', '.join(JOB_TYPES)}, got {shown(text)}")
+        job = {key: _checked(f"{where}: {key}", value, JOB_TYPES[key]) for key, value in job.items()}
         if "prompt" in job:
             job["prompt"] = (path.parent / job["prompt"]).as_posix()
         yield job
 
 
-def _convert(value: Any, kind: type, where: str) -> Any:
+def _checked(where: str, value: Any, kind: type) -> Any:
+    """A job's value, if it is of its key's type; `Request` and `SamplingOptions` check its range."""
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
-        raise CommandError(f"{where} must be {_TYPE_NAMES[kind]}, got {value!r}")
-    return kind(value)
+        refuse(where, _TYPE_NAMES[kind], value, CommandError)
+    if isinstance(value, str) and _HALF_CHARACTER.search(value):
+        refuse(where, "text in whole Unicode characters", value, CommandError)
+    is_small = isinstance(value, int) and -_EXACT <= value <= _EXACT
+    return float(value) if kind is float and is_small else value
 
 
 class Plan:
@@ -120,7 +134,6 @@ class Plan:
         audio: format of the audio files, if any.
         pedal: whether the MIDI files play the generated notes with the pedal.
         keep_best: number of variations of a prompt to keep; default: all.
-        stdin: content of the MIDI file that the prompt `STDIN` stands for.
 
     Attributes:
         generator: as given.
@@ -137,32 +150,52 @@ class Plan:
         audio: str | None = None,
         pedal: bool = False,
         keep_best: int | None = None,
-        stdin: bytes | None = None,
     ):
         self.generator, self.requests = generator, list[Request]()
-        self._model, self._stdin = dict(model), stdin
+        self._model = dict(model)
         self._defaults, self._batch_size = defaults, batch_size
         self._audio, self._pedal, self._keep_best = audio, pedal, keep_best
-        self._names: set[str] = set()
+        self._names = Names()
 
-    def add(self, prompt: str | None, name: str, **options: Any) -> None:
+    def add_job(self, job: Mapping[str, Any], number: int) -> None:
+        """Plan a job, as `read_jobs` yields it. If its name is not possible, its pieces have numbers and fail.
+
+        Raises:
+            CommandError, GenerationError, SamplingError: an option is out of range.
+        """
+        options = {key: value for key, value in job.items() if key not in ("prompt", "name")}
+        try:
+            name, error = job_name(job, number), None
+        except CommandError as refused:
+            name, error = f"job-{number:04}", str(refused)
+        self.add(job.get("prompt"), name, error=error, **options)
+
+    def add(
+        self, prompt: str | None, name: str, *, data: bytes | None = None, error: str | None = None, **options: Any
+    ) -> None:
         """Plan the variations of a prompt.
 
         Args:
             prompt: MIDI file to continue; None generates pieces from scratch.
             name: name of the pieces; numbered if it is taken.
+            data: the prompt's content, if it is not a file.
+            error: why the pieces cannot be generated, if that is known already.
             options: those of `OPTION_TYPES` that differ from the defaults.
 
         Raises:
             CommandError, GenerationError, SamplingError: an option is out of range.
         """
-        name = self._unique(_file_name(name))
+        try:
+            name = file_name(name)
+        except CommandError as refused:
+            name, error = f"piece-{len(self.requests) + 1:04}", str(refused)
+        name = self._names.unique(name)
         options = {**self._defaults, **options}
         batch_size = self.generator.batch_size(options["latents"])  # raises if the model cannot take so many latents
         if options["latents"] is None:
             options["latents"] = min(DEFAULT_LATENTS, self.generator.config.most_latents)
         settings = self._settings(options, batch_size)
-        source = self._stdin if prompt == STDIN else prompt
+        source = prompt if data is None else data
         digest = _sha256(source)
         if prompt is None:
             options["prompt_seconds"] = None
@@ -174,6 +207,7 @@ class Plan:
                 settings=settings,
                 model=self._model,
                 group=name,
+                error=error,
             )
             self.requests.append(dataclasses.replace(request, tag=output))
 
@@ -189,46 +223,36 @@ class Plan:
             settings |= {"keep_best": self._keep_best, "variations": options["variations"]}
         return settings
 
-    def _unique(self, name: str) -> str:
-        """The name, numbered if a prompt from another folder or list has it already."""
-        unique, number = name, 1
-        while unique.casefold() in self._names:
-            number += 1
-            unique = f"{name}~{number}"
-        self._names.add(unique.casefold())
-        return unique
 
+def load_prompt(request: Request) -> Request:
+    """The request with the bytes of its prompt, and their hash in its tag.
 
-def job_name(job: Mapping[str, Any], number: int) -> str:
-    """The name of a job's pieces: the name given, that of the prompt, or the job's number.
+    The file is read once, so that the hash is that of the music that was continued, whatever happens to the file.
 
     Raises:
-        CommandError: the name would lead out of the output folder.
+        OSError: the prompt cannot be read, is no file, or is too large to be one.
     """
-    name = job.get("name") or (PurePath(job["prompt"]).stem if "prompt" in job else f"job-{number:04}")
-    path = PurePath(name)
-    if path.is_absolute() or ".." in path.parts or not path.name.strip() or "\0" in name:
-        raise CommandError(f"a job's name must be a relative path without .., got {name!r}")
-    return path.as_posix()
+    if not isinstance(request.prompt, str):
+        return request
+    data = read_file(request.prompt, max_bytes=MAX_BYTES)
+    output = dataclasses.replace(request.tag, prompt_sha256=_sha256(data))
+    return dataclasses.replace(request, prompt=data, tag=output)
 
 
 def _sha256(source: str | bytes | None) -> str | None:
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).hexdigest()
-    return None if source is None else file_sha256(Path(source))
-
-
-def _is_file(path: Path) -> bool:
-    """Whether it is a file or a broken link, which becomes a failed piece, and not a folder or a pipe."""
-    return path.is_file() or (path.is_symlink() and not path.exists())
+    """The hash of a prompt's bytes; None if there is none or it cannot be read."""
+    if isinstance(source, str):
+        try:
+            source = read_file(source, max_bytes=MAX_BYTES)
+        except OSError:
+            return None
+    return None if source is None else hashlib.sha256(source).hexdigest()
 
 
 def _read_lines(path: Path) -> list[str]:
-    """The lines of a text file. The file names in it may not be Unicode."""
-    return path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    """The lines of a text file, which end with a line feed and nothing else. File names may not be Unicode."""
+    return _decoded(read_file(path))
 
 
-def _file_name(name: str) -> str:
-    """A name that file systems accept, with room for an extension: Unicode, and not too long."""
-    path = PurePath(os.fsencode(name).decode(errors="replace"))
-    return path.with_name(path.name.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")).as_posix()
+def _decoded(data: bytes) -> list[str]:
+    return data.decode("utf-8-sig", errors="surrogateescape").split("\n")

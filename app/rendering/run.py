@@ -1,24 +1,25 @@
 """One run of a plan: generate what is missing, write it, and rank the variations."""
 
+import errno
 import io
 import itertools
 import math
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePath
-from types import FrameType
 
+from app.console import SOME_FAILED
 from app.rendering.leases import Leases
 from app.rendering.log import Log, Tally
 from app.rendering.manifest import Line, Manifest, planned_line
+from app.rendering.plan import load_prompt
 from music_ar.decoding.request import Request
 from music_ar.generator import Generator, Piece
 from music_ar.metrics.statistics import plausibility
 from music_ar.midi import MidiError, write_midi
 
-SOME_FAILED = 3
-"""Exit code when some pieces failed."""
+_ERRORS_OF_A_NAME = (errno.ENAMETOOLONG, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EILSEQ)
+"""What only the name of a piece is to blame for: it is too long, or a folder is where its file should be."""
 
 WriteAudio = Callable[..., None]
 
@@ -61,12 +62,11 @@ class Run:
 
     def run(self, log: Log) -> int:
         """Generate the missing pieces and log them; return the exit code."""
-        previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
             for piece in self._pieces(log):
                 log.piece(self._finish(piece))
                 log.progress(self._tally)
-                if self._tally.failed and self._fail_fast:
+                if self._is_over():
                     break
             self._rank()
         except KeyboardInterrupt:
@@ -75,8 +75,6 @@ class Run:
         except OSError as error:
             self._print_stopped(f"cannot write {error.filename or f'in {self._manifest.folder}'}: {error.strerror}")
             return 2
-        finally:
-            signal.signal(signal.SIGTERM, previous)
         log.summary(self._tally)
         return SOME_FAILED if self._tally.failed else 0
 
@@ -93,11 +91,17 @@ class Run:
         # Sorted by latents, because similar numbers of latents share a batch.
         ordered = sorted(self._missing, key=lambda request: (batch_size(request), request.latents))
         for size, requests in itertools.groupby(ordered, key=batch_size):
-            yield from self._generator.generate_many(self._leased(requests), batch_size=size, progress=progress)
+            leased = self._leased(requests, log)
+            yield from self._generator.generate_many(leased, batch_size=size, progress=progress)
 
-    def _leased(self, requests: Iterable[Request]) -> Iterator[Request]:
+    def _is_over(self) -> bool:
+        return self._fail_fast and self._tally.failed > 0
+
+    def _leased(self, requests: Iterable[Request], log: Log) -> Iterator[Request]:
         """Lease each request when its turn comes; skip what another process is generating or has generated."""
         for request in requests:
+            if self._is_over():
+                return
             if not self._leases.acquire(request.tag.file):
                 self._tally.elsewhere += 1
                 continue
@@ -105,25 +109,44 @@ class Run:
             if self._manifest.is_complete(request):
                 self._tally.complete += 1
                 self._leases.release(request.tag.file)
-            else:
-                yield request
+            elif (loaded := self._loaded(request, log)) is not None:
+                yield loaded
+
+    def _loaded(self, request: Request, log: Log) -> Request | None:
+        """The request with its prompt's bytes; None if it has failed, which its line then says."""
+        error = request.tag.error
+        if error is None:
+            try:
+                return load_prompt(request)
+            except OSError as unreadable:
+                error = f"the prompt cannot be read: {unreadable.strerror}"
+        log.piece(self._add_line(request, {"status": "failed", "error": error}))
+        return None
 
     def _finish(self, piece: Piece) -> Line:
         """Write a piece and its manifest line; return the line."""
-        line, error, buffer = planned_line(piece.request), piece.error, io.BytesIO()
-        if error is None:
-            try:
+        error, buffer = piece.error, io.BytesIO()
+        try:
+            if error is None:
                 write_midi(piece.performance, buffer, pedal=piece.request.tag.settings.get("pedal", False))
-            except MidiError as refused:  # the piece ended before its first note
-                error = f"the generated piece cannot be written: {refused}"
-        if error is not None:
-            line |= {"status": "failed", "error": error}
-            self._tally.failed += 1
-        else:
-            line |= self._write(piece, buffer.getvalue())
-            self._tally.generated += 1
+                return self._add_line(piece.request, self._write(piece, buffer.getvalue()))
+        except MidiError as refused:  # the piece ended before its first note
+            error = f"the generated piece cannot be written: {refused}"
+        except OSError as refused:
+            if refused.errno not in _ERRORS_OF_A_NAME:  # a full disk, for example: no other piece could be written
+                raise
+            error = f"{refused.filename} cannot be written: {refused.strerror}"
+        return self._add_line(piece.request, {"status": "failed", "error": error})
+
+    def _add_line(self, request: Request, fields: Line) -> Line:
+        """Add the line of a piece that is finished or has failed, and release it; return the line."""
+        line = planned_line(request) | fields
         self._manifest.add(line)
         self._leases.release(line["file"])
+        if line["error"] is None:
+            self._tally.generated += 1
+        else:
+            self._tally.failed += 1
         return line
 
     def _write(self, piece: Piece, midi: bytes) -> Line:
@@ -191,7 +214,3 @@ def _kept_and_dropped(plan: Sequence[Request], lines: dict[str, Line], keep_best
 
 def _score(line: Line) -> float:
     return -math.inf if line["score"] is None else line["score"]
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -1,10 +1,10 @@
 """`ReportConfig`: what a report generates and measures. It is part of the command line, so it avoids JAX."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.console import CommandError, Unset
+from app.console import Unset, check_options
+from music_ar.ranges import MAX_SECONDS, MAX_SEED, number, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +25,13 @@ class ReportConfig:
         motifs: number of planted motifs per distance. More make the retrieval probe more reliable, and slower.
     """
 
-    pieces: int = 64
-    seconds: float = 120.0
-    prompt_seconds: float = 0.0
-    generation_latents: Unset[int] = None
+    pieces: int = whole(64, 1, 1_000_000)
+    seconds: float = number(120.0, above=0, most=MAX_SECONDS)
+    prompt_seconds: float = number(0.0, least=0, most=MAX_SECONDS)
+    generation_latents: Unset[int] = whole(None, 2)
     generated: Unset[Path] = None
-    seed: int = 0
-    motifs: int = 32
+    seed: int = whole(0, 0, MAX_SEED)
+    motifs: int = whole(32, 1, 1_000_000)
 
     def __post_init__(self) -> None:
-        if min(self.pieces, self.motifs) < 1:
-            raise CommandError(f"--pieces and --motifs must be at least 1, got {self.pieces} and {self.motifs}")
-        if not 0 < self.seconds < math.inf:
-            raise CommandError(f"--seconds must be more than 0, got {self.seconds}")
-        if not 0 <= self.prompt_seconds < math.inf:
-            raise CommandError(f"--prompt-seconds must be 0 or more, got {self.prompt_seconds}")
+        check_options(self)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64, Integer
 
+from music_ar.ranges import check_ranges, number, whole
 from music_ar.tokens.codec import with_time_shifts
 from music_ar.tokens.vocabulary import (
     EVENT_CLASSES,
@@ -43,24 +44,14 @@ class Augmentation:
         velocity_bins: largest velocity shift, up or down, in velocity bins (of 32).
     """
 
-    min_semitones: int = -5
-    max_semitones: int = 6
-    min_stretch: float = 0.9
-    max_stretch: float = 1.1
-    velocity_bins: int = 0
+    min_semitones: int = whole(-5, -87, 0)
+    max_semitones: int = whole(6, 0, 87)
+    min_stretch: float = number(0.9, least=0.5, most=1)
+    max_stretch: float = number(1.1, least=1, most=2)
+    velocity_bins: int = whole(0, 0, VELOCITY_BINS - 1)
 
     def __post_init__(self) -> None:
-        if not -87 <= self.min_semitones <= 0 <= self.max_semitones <= 87:
-            raise ValueError(
-                "expected -87 <= min_semitones <= 0 <= max_semitones <= 87; "
-                f"got {self.min_semitones} and {self.max_semitones}"
-            )
-        if not 0.5 <= self.min_stretch <= 1 <= self.max_stretch <= 2:
-            raise ValueError(
-                f"expected 0.5 <= min_stretch <= 1 <= max_stretch <= 2; got {self.min_stretch} and {self.max_stretch}"
-            )
-        if not 0 <= self.velocity_bins < VELOCITY_BINS:
-            raise ValueError(f"expected 0 <= velocity_bins < {VELOCITY_BINS}; got {self.velocity_bins}")
+        check_ranges(self, ValueError)
 
     def draw(self, rng: np.random.Generator) -> tuple[int, float, int]:
         """Draw a transposition in semitones, a stretch factor and a velocity shift in bins."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from music_ar.decoding.interface import AnyDecoder, option_arrays
-from music_ar.decoding.request import GenerationError, Request, limits
+from music_ar.decoding.request import GenerationError, Request, limits, stuck_error
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.sequence import Sequence
 from music_ar.decoding.windows import cache_size
@@ -151,8 +151,9 @@ class _Batch:
             before = min(sequence.generated_steps, limit_steps)
             done = sequence.add(tokens_BxT[row], nats_BxT[row], limit_steps=limit_steps, max_tokens=max_tokens)
             steps += min(sequence.generated_steps, limit_steps) - before
-            if done:
-                finished.append(Completion(request, sequence))
+            error = stuck_error(sequence.count, sequence.generated_steps)
+            if done or error is not None:
+                finished.append(Completion(request, None if error else sequence, error))
                 del self._running[row]
         if finished:  # an idle row still costs its share of a step, but the loop need not wait for it
             idle = np.array([row not in self._running for row in range(self._rows)])

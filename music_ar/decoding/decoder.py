@@ -75,6 +75,8 @@ class Decoder:
         """See `AnyDecoder.start`."""
         if len(prompts) != len(seeds):
             raise ValueError(f"expected a seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
+        for prompt in prompts:
+            vocabulary.check_tokens(prompt)
         numbers: dict[bytes, int] = {}
         index = [numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in prompts]
         different = [prompts[index.index(number)] for number in range(len(numbers))]

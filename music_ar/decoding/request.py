@@ -4,7 +4,6 @@ This module does not import JAX.
 """
 
 import dataclasses
-import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -16,12 +15,13 @@ from jaxtyping import Int
 from music_ar.decoding.sampling import OPTION_NAMES, SamplingOptions
 from music_ar.midi.io import read_prompt
 from music_ar.midi.performance import Performance
+from music_ar.ranges import MAX_SECONDS, MAX_SEED, check_ranges, number, whole
 from music_ar.tokens import vocabulary
 from music_ar.tokens.codec import encode, event_steps
 
 DEFAULT_LATENTS = 1024
 DEFAULT_SPEED = 1.5
-MAX_SEED = 2**31 - 1
+MAX_VARIATIONS = 10_000
 # A stuck model could emit notes forever without advancing time; the densest second of MAESTRO has fewer tokens.
 _MAX_TOKENS_PER_S = 500
 
@@ -46,8 +46,9 @@ class Request:
         sampling: how tokens are drawn.
         seed: 0 to 2**31 - 1; the same seed and request give the same piece on the same kind of machine. Default: a
             random one, which the results include.
-        variations: how many samples of the prompt to generate, with the seeds `seed`, `seed` + 1 and so on; each is the
-            same piece that its seed gives alone.
+        variations: how many samples of the prompt to generate, with the seeds `seed`, `seed` + 1 and so on. On a CPU,
+            in the native engine, each is the piece that its seed gives alone, to the byte. With JAX, the number of
+            pieces generated at once moves the last bits of the logits, so that a seed may give another piece alone.
         prompt_seconds: use only the beginning of the prompt. Notes that sound at the cut are held, and the model
             decides when they end.
         continuation_only: leave the prompt out of the result, and count time from where it ended.
@@ -58,30 +59,24 @@ class Request:
     """
 
     prompt: Prompt | None = None
-    seconds: float = 60.0
-    latents: int | Literal["auto"] | None = None
-    speed: float | None = None
+    seconds: float = number(60.0, above=0, most=MAX_SECONDS)
+    latents: int | Literal["auto"] | None = whole(None, 2, words=("auto",))
+    speed: float | None = number(None, above=0, most=1000)
     sampling: SamplingOptions = SamplingOptions()
-    seed: int | None = None
-    variations: int = 1
-    prompt_seconds: float | None = None
+    seed: int | None = whole(None, 0, MAX_SEED)
+    variations: int = whole(1, 1, MAX_VARIATIONS)
+    prompt_seconds: float | None = number(None, above=0, most=MAX_SECONDS)
     continuation_only: bool = False
     tag: Any = None
 
     def __post_init__(self) -> None:
-        check_seconds(self.seconds)
-        if self.variations < 1:
-            raise GenerationError(f"variations must be at least 1, got {self.variations}")
-        if self.seed is not None and not 0 <= self.seed <= MAX_SEED - (self.variations - 1):
+        check_ranges(self, GenerationError)
+        if self.seed is not None and self.seed > MAX_SEED - (self.variations - 1):
             raise GenerationError(
                 f"seeds must be in 0..{MAX_SEED}, got {self.seed} for the first of {self.variations} variations"
             )
         if self.speed is not None and self.latents != "auto":
             raise GenerationError(f'speed = {self.speed} needs latents = "auto"')
-        if self.speed is not None and not 0 < self.speed < math.inf:
-            raise GenerationError(f"speed must be more than 0, got {self.speed}")
-        if self.prompt_seconds is not None and not self.prompt_seconds > 0:
-            raise GenerationError(f"prompt_seconds must be more than 0, got {self.prompt_seconds}")
 
     @classmethod
     def of(cls, prompt: "Prompt | Request | None" = None, **options: Any) -> "Request":
@@ -127,8 +122,8 @@ class Request:
         """A request for each variation."""
         first = self.with_seed().seed
         assert first is not None
-        for number in range(self.variations):
-            yield dataclasses.replace(self, variations=1, seed=first + number)
+        for seed in range(first, first + self.variations):
+            yield dataclasses.replace(self, variations=1, seed=seed)
 
     def prompt_tokens(self) -> Int[np.ndarray, " P"]:
         """`START`, and the events of the prompt up to the last note that begins or ends within `prompt_seconds`.
@@ -153,11 +148,26 @@ class Request:
 
 
 def check_seconds(seconds: float) -> None:
-    """Raise `GenerationError` unless `seconds` is positive and finite."""
-    if not 0 < seconds < math.inf:
-        raise GenerationError(f"seconds must be more than 0, got {seconds}")
+    """Raise `GenerationError` unless `seconds` is a valid length of a `Request`."""
+    Request(seconds=seconds)
 
 
 def limits(seconds: float) -> tuple[int, int]:
     """A length of music in steps of 10 ms, and the most tokens to generate for it."""
     return max(1, round(seconds * vocabulary.STEPS_PER_SECOND)), round(seconds * _MAX_TOKENS_PER_S) + _MAX_TOKENS_PER_S
+
+
+def stuck_error(tokens: int, steps: int) -> str | None:
+    """Why a piece has failed in which time stands still, or None: no music has so many events in so little time.
+
+    Args:
+        tokens: tokens generated.
+        steps: length of the generated music, in steps of 10 ms.
+    """
+    seconds = steps / vocabulary.STEPS_PER_SECOND
+    if tokens <= limits(seconds)[1]:
+        return None
+    return (
+        f"the model wrote {tokens:,} events for {seconds:.1f} s of music and hardly lets time pass; try another seed, "
+        "or a temperature nearer to 1"
+    )

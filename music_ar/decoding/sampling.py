@@ -3,15 +3,45 @@
 import dataclasses
 from typing import Any
 
+from music_ar.ranges import check_ranges, number
+
 
 class SamplingError(ValueError):
     """A sampling option is out of range."""
 
 
-def _option(default: int | float, label: str, minimum: int | float, maximum: int | float, step: int | float) -> Any:
-    """A field whose metadata describes a control: its label, range and step."""
-    metadata = {"label": label, "minimum": minimum, "maximum": maximum, "step": step}
-    return dataclasses.field(default=default, metadata=metadata)
+def _option(
+    default: int | float,
+    label: str,
+    minimum: int | float,
+    maximum: int | float,
+    step: int | float,
+    *,
+    above: int | float | None = None,
+    most: int | float | None = None,
+) -> Any:
+    """A field whose metadata describes a control: its label, range and step.
+
+    Args:
+        default: the default; a whole one makes a field for whole numbers.
+        label: what the control is called.
+        minimum: lowest value of the control.
+        maximum: highest value of the control.
+        step: step of the control.
+        above: what a valid value must exceed, if it may be lower than `minimum`.
+        most: highest valid value, if it is not `maximum`.
+    """
+    return number(
+        default,
+        least=minimum if above is None else None,
+        above=above,
+        most=maximum if most is None else most,
+        whole=isinstance(default, int),
+        label=label,
+        minimum=minimum,
+        maximum=maximum,
+        step=step,
+    )
 
 
 # The command line, batch jobs, the web page and its API take names, defaults, ranges and help texts from this class. To
@@ -35,29 +65,16 @@ class SamplingOptions:
         SamplingError: a value is out of range.
     """
 
-    temperature: float = _option(1.0, "Temperature", 0.0, 2.0, 0.05)
-    top_k: int = _option(0, "Top-k (0: all)", 0, 128, 1)
-    top_p: float = _option(0.97, "Top-p", 0.05, 1.0, 0.01)
-    min_p: float = _option(0.0, "Min-p", 0.0, 0.5, 0.01)
+    temperature: float = _option(1.0, "Temperature", 0.0, 2.0, 0.05, most=100.0)
+    top_k: int = _option(0, "Top-k (0: all)", 0, 128, 1, most=1000)
+    top_p: float = _option(0.97, "Top-p", 0.05, 1.0, 0.01, above=0.0)
+    min_p: float = _option(0.0, "Min-p", 0.0, 0.5, 0.01, most=1.0)
     steadiness: float = _option(0.25, "Steadiness", 0.0, 1.0, 0.05)
     lowest_pitch: int = _option(0, "Lowest pitch", 0, 54, 1)
     highest_pitch: int = _option(127, "Highest pitch", 72, 127, 1)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise SamplingError(f"temperature must be 0 or more, got {self.temperature}")
-        if self.top_k < 0:
-            raise SamplingError(f"top_k must be 0 (off) or more, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise SamplingError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise SamplingError(f"min_p must be in 0..1, got {self.min_p}")
-        if not 0 <= self.steadiness <= 1:
-            raise SamplingError(f"steadiness must be in 0..1, got {self.steadiness}")
-        if not 0 <= self.lowest_pitch <= 54:
-            raise SamplingError(f"lowest_pitch must be in 0..54, got {self.lowest_pitch}")
-        if not 72 <= self.highest_pitch <= 127:
-            raise SamplingError(f"highest_pitch must be in 72..127, got {self.highest_pitch}")
+        check_ranges(self, SamplingError)
 
 
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(SamplingOptions))

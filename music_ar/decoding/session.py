@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from music_ar.decoding.interface import AnyDecoder, AnyState, shared_options
-from music_ar.decoding.request import GenerationError, Request, check_seconds, limits
+from music_ar.decoding.request import GenerationError, Request, check_seconds, limits, stuck_error
 from music_ar.decoding.sequence import Notes
 from music_ar.decoding.sequence import Sequence as TokenSequence
 from music_ar.midi.performance import Performance
@@ -121,7 +121,8 @@ class Session:
         The iterator may be dropped at any chunk, and another call continues from there.
 
         Raises:
-            GenerationError: `seconds` is not a valid length, or the session is closed.
+            GenerationError: `seconds` is not a valid length, the session is closed, or the model writes one note after
+                another without letting time pass.
         """
         check_seconds(seconds)
         if self._state is None:
@@ -164,7 +165,7 @@ class Session:
         return sum(sequence.count for sequence in self._sequences)
 
     def _chunks(self) -> Iterator[Chunk]:
-        limit_steps, max_tokens = limits(self._wanted_s)
+        limit_steps, _ = limits(self._wanted_s)
         before_s, before_tokens = self._made_s() if self._count() else 0.0, self._count()
         began_s, finished = time.monotonic(), False
         while not finished:
@@ -177,8 +178,10 @@ class Session:
             )
             for sequence, tokens in zip(self._sequences, np.asarray(tokens_BxT), strict=True):
                 sequence.add(tokens)
-            longest = max(sequence.count for sequence in self._sequences)
-            finished = self._all_done() or longest >= max_tokens
+            for sequence in self._sequences:
+                if (error := stuck_error(sequence.count, sequence.generated_steps)) is not None:
+                    raise GenerationError(error)
+            finished = self._all_done()
             made_s, spent_s = self._made_s(), time.monotonic() - began_s
             pace = max(made_s - before_s, 0.01) / spent_s
             notes, earlier = tuple(sequence.notes() for sequence in self._sequences), tuple(self._shown)

@@ -24,11 +24,13 @@ class Window(NamedTuple):
 
 
 def check_pieces(pieces: Sequence[np.ndarray]) -> None:
-    """Raise ValueError if there are no pieces, or one has no target."""
+    """Raise ValueError if there are no pieces, or one has no target or a token outside of the vocabulary."""
     if not pieces:
         raise ValueError("expected at least one piece to score, got none")
     if (shortest := min(map(len, pieces))) < 2:
         raise ValueError(f"expected pieces of at least a start and an end token, got one of length {shortest}")
+    for piece in pieces:
+        vocabulary.check_tokens(piece)
 
 
 def cut_windows(pieces: Sequence[np.ndarray], counts: Sequence[int], stride: int) -> list[Window]:

@@ -10,10 +10,11 @@ import dataclasses
 from typing import Literal
 
 from music_ar.features import keyboard, notes, retrieval
+from music_ar.ranges import check_ranges, number, whole
 from music_ar.tokens import vocabulary
 
 _TOKENS_PER_NOTE = 4  # of MAESTRO, on average
-_MAY_BE_ZERO = ("onsets", "retrieval_notes", "time_heads", "label_size", "segment")
+_MAX_TOKENS = 2**20  # a day of music; far more than fits in the caches of any machine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,30 +47,26 @@ class ModelConfig:
         ValueError: a size out of range, or sizes that do not fit together.
     """
 
-    context: int = 4096
-    latents: int = 2048
-    width: int = 384
-    layers: int = 12
-    heads: int = 6
-    kv_heads: int = 6
-    head_size: int = 64
-    hidden: int = 1536
-    conv_width: int = 1
-    onsets: int = 0
-    retrieval_notes: int = 0
-    time_heads: int = 0
-    segment: int = 0
-    label_size: int = 0
-    rotary_fraction: float = 0.5
-    rotary_wavelength: float = 10_000.0
-    vocabulary_size: int = vocabulary.VOCABULARY_SIZE
+    context: int = whole(4096, 1, _MAX_TOKENS)
+    latents: int = whole(2048, 1, _MAX_TOKENS)
+    width: int = whole(384, 1, 2**16)
+    layers: int = whole(12, 1, 1000)
+    heads: int = whole(6, 1, 1000)
+    kv_heads: int = whole(6, 1, 1000)
+    head_size: int = whole(64, 1, 2**12)
+    hidden: int = whole(1536, 1, 2**18)
+    conv_width: int = whole(1, 1, 1000)
+    onsets: int = whole(0, 0, 1000)
+    retrieval_notes: int = whole(0, 0, _MAX_TOKENS)
+    time_heads: int = whole(0, 0, 1000)
+    segment: int = whole(0, 0, _MAX_TOKENS)
+    label_size: int = whole(0, 0, 1000)
+    rotary_fraction: float = number(0.5, least=0, most=1)
+    rotary_wavelength: float = number(10_000.0, above=0, most=1e9)
+    vocabulary_size: int = whole(vocabulary.VOCABULARY_SIZE, 1, 2**16)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name in _MAY_BE_ZERO else 1
-            if field.type is int and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{field.name} must be a whole number of at least {least}, got {value!r}")
+        check_ranges(self, ValueError)
         if self.latents > self.context:
             raise ValueError(f"latents must be at most context = {self.context}, got {self.latents}")
         if self.heads % self.kv_heads:
@@ -78,22 +75,14 @@ class ModelConfig:
             raise ValueError(f"time_heads must be at most kv_heads = {self.kv_heads}, got {self.time_heads}")
         if self.segment and self.latents != self.context:
             raise ValueError(f"segments need latents = context = {self.context}, got {self.latents} latents")
-        self._check_rotary()
-        least = max(retrieval.LEAST_CAPACITY, self.onsets)
-        if 0 < self.retrieval_notes < least:
-            raise ValueError(f"retrieval_notes must be 0 or at least {least}, got {self.retrieval_notes}")
-
-    def _check_rotary(self) -> None:
-        if not 0 <= self.rotary_fraction <= 1 or not self.rotary_wavelength > 0:
-            raise ValueError(
-                "rotary_fraction must be in 0..1 and rotary_wavelength above 0, got "
-                f"{self.rotary_fraction} and {self.rotary_wavelength}"
-            )
         if self.rotary_size % 2:
             raise ValueError(
                 "rotary_fraction * head_size must be even, since channels rotate in pairs; got "
                 f"{self.rotary_fraction} * {self.head_size}"
             )
+        least = max(retrieval.LEAST_CAPACITY, self.onsets)
+        if 0 < self.retrieval_notes < least:
+            raise ValueError(f"retrieval_notes must be 0 or at least {least}, got {self.retrieval_notes}")
 
     @property
     def rotary_size(self) -> int:

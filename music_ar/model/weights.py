@@ -5,8 +5,9 @@ SHA-256 of the weights) and `model.safetensors`. Matrices are int8 with one floa
 parameters are float32. `pretrained` builds the model from it.
 """
 
+import dataclasses
 import hashlib
-import json
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from music_ar.features import keyboard, notes, retrieval
+from music_ar.files import parse_json, read_file
 from music_ar.model.config import ModelConfig
 from music_ar.model.quantization import dequantize
 from music_ar.tokens import vocabulary
@@ -28,6 +30,9 @@ _HERE = Path(__file__).resolve().parents[1]
 SHIPPED_FOLDERS = (_HERE.parent / "checkpoints", _HERE / "checkpoints")
 """Folders of the models that ship with the project: in a checkout, and in an installed wheel."""
 
+_MAX_CONFIG_BYTES = 2**20
+_SIZE_SLACK = 2**20  # bytes, for the header and what small models have besides int8 matrices
+_LATER_SIZES = ("segment",)  # not in the first configs of the format, and off by default
 _OLD_FORMAT = "music-ar 1"
 _OLD_NAMES = {  # of sizes and of tensors in the old format
     "recall": "retrieval_notes",
@@ -74,8 +79,9 @@ def read_weights(source: str | os.PathLike[str] | None = None) -> Weights:
     """
     folder = _folder_of(source)
     config, sha256 = _read_config(folder / CONFIG)
-    path = folder / WEIGHTS
-    tensors, shapes = _read_tensors(path, sha256), parameter_shapes(config)
+    path, shapes = folder / WEIGHTS, parameter_shapes(config)
+    _check_size(path, shapes)
+    tensors = _read_tensors(path, sha256)
     for name, shape in shapes.items():
         _check_tensor(tensors, name, shape, path)
     scales = {f"{name}.scale" for name in shapes if tensors[name].dtype == np.int8}
@@ -136,7 +142,27 @@ def read_companion(source: str | os.PathLike[str] | None, name: str) -> str:
         CheckpointError: there is no such model.
     """
     path = _folder_of(source) / name
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _check_size(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a config whose parameters the file cannot hold, before anything of their size is read or built."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    if not parameters - _SIZE_SLACK <= size <= 8 * parameters + _SIZE_SLACK:
+        raise CheckpointError(
+            f"{path} has {size / 2**20:,.1f} MB, but {CONFIG} describes a model of {parameters:,} parameters, which "
+            f"takes {parameters / 2**20:,.1f} MB or up to four times as much: fetch both files again"
+        )
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError(f"{path.parent} has no {path.name}, so it is not a pretrained model")
+    return CheckpointError(f"{path} cannot be read: {error.strerror}")
 
 
 def _read_tensors(path: Path, sha256: str | None) -> dict[str, np.ndarray]:
@@ -145,14 +171,15 @@ def _read_tensors(path: Path, sha256: str | None) -> dict[str, np.ndarray]:
     import safetensors.numpy
 
     try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} has no {path.name}") from error
+        data = read_file(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise CheckpointError(f"{path} does not match its SHA-256 in {CONFIG}: fetch both files again")
     try:
         tensors = safetensors.numpy.load(data)
-    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a type that NumPy does not have
+    # KeyError: a type that NumPy does not have; the others: shapes that it cannot have.
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged: {error}. Fetch it again") from error
     return _with_current_names(tensors)
 
@@ -169,6 +196,9 @@ def _check_tensor(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, .
         raise CheckpointError(f"{path}: expected {name} in int8 or float32, got {array.dtype}")
     if array.shape != shape:
         raise CheckpointError(f"{path}: expected {name} of shape {shape} by {CONFIG}, got {array.shape}")
+    for part in (name, f"{name}.scale"):
+        if part in tensors and tensors[part].dtype == np.float32 and not np.isfinite(tensors[part]).all():
+            raise CheckpointError(f"{path}: {part} has numbers that are infinite or not a number; fetch it again")
 
 
 def _folder_of(source: str | os.PathLike[str] | None) -> Path:
@@ -197,7 +227,7 @@ def _folder_of(source: str | os.PathLike[str] | None) -> Path:
 def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
     """Return the sizes of a model and, if present, the SHA-256 of its weights."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(read_file(path, max_bytes=_MAX_CONFIG_BYTES))
         if record["format"] not in (FORMAT, _OLD_FORMAT):
             raise CheckpointError(f'{path}: expected format "{FORMAT}", got "{record["format"]}"')
         if record["fingerprint"] != vocabulary.FINGERPRINT:
@@ -208,13 +238,33 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
         sizes = _with_current_names(record["model"])
         if sizes.pop("cross_depths", []):
             raise CheckpointError(f"{path}: models with cross_depths are not supported since version 0.2.0")
-        return ModelConfig(**sizes), record.get("weights_sha256")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} has no {path.name}, so it is not a pretrained model") from error
+        if missing := [name for name in _needed_sizes(record["format"]) if name not in sizes]:
+            raise CheckpointError(f"{path} lacks {', '.join(missing)}, so it is not a model configuration")
+        config = ModelConfig(**sizes)
+        if config.vocabulary_size != vocabulary.VOCABULARY_SIZE:
+            raise CheckpointError(
+                f"{path}: expected vocabulary_size {vocabulary.VOCABULARY_SIZE}, got {config.vocabulary_size}"
+            )
+        return config, record.get("weights_sha256")
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except CheckpointError:
         raise
     except (AttributeError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a model configuration: {error!r}") from error
+        raise CheckpointError(f"{path} is not a model configuration: {_in_words(error)}") from error
+
+
+def _in_words(error: Exception) -> str:
+    return f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
+
+
+def _needed_sizes(record_format: str) -> list[str]:
+    """The fields of `ModelConfig` that a config must have: all that its format began with.
+
+    Weights do not show all sizes, such as the number of time heads: a default for those would be another model.
+    """
+    sizes = [field for field in dataclasses.fields(ModelConfig) if field.name not in _LATER_SIZES]
+    return [field.name for field in sizes if record_format == FORMAT or field.default not in (0, 1)]
 
 
 def _with_current_names(named: dict[str, Any]) -> dict[str, Any]:

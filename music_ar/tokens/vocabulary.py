@@ -80,6 +80,12 @@ def is_velocity(tokens: Any) -> Any:
     return (tokens >= VELOCITY) & (tokens < EVENT_CLASSES)
 
 
+def check_tokens(tokens: np.ndarray) -> None:
+    """Raise `EventError` if a token is outside of the vocabulary: a model would take it for another one."""
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < VOCABULARY_SIZE):
+        raise EventError(f"tokens must be in 0..{VOCABULARY_SIZE - 1}, got {tokens.min()}..{tokens.max()}")
+
+
 def flat_integers(tokens: np.ndarray) -> Int64[np.ndarray, " T"]:
     """Tokens as a flat int64 array.
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from music_ar.files import write_atomically
+from music_ar.files import parse_json, read_file, write_atomically
 from music_ar.model.weights import CheckpointError
 from music_ar.tokens import vocabulary
 
@@ -106,7 +106,9 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """
     path = folder / SETTINGS
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = parse_json(read_file(path))
+        if not isinstance(saved, dict):
+            raise ValueError("expected an object")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}, the settings of the run: {error}") from error
     differences = sorted(_differences(saved, json.loads(json.dumps(_with_fingerprint(settings)))))

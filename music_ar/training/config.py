@@ -1,7 +1,11 @@
 """`TrainingConfig` and `TrainingError`; importing them does not import JAX."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+
+from music_ar.ranges import check_ranges, number, whole
+
+_MAX_STEPS = 10**9
+_MAX_MINUTES = 60 * 24 * 365
 
 
 class TrainingError(ValueError):
@@ -40,48 +44,35 @@ class TrainingConfig:
         validate_every: steps between validations; 0 turns validation off.
     """
 
-    steps: int | None = None
-    minutes: float | None = None
-    batch_size: int = 16
-    micro_batches: int = 1
-    muon_learning_rate: float = 0.03
-    adamw_learning_rate: float = 2e-3
-    weight_decay: float = 0.1
-    warmup_steps: int = 100
-    decay_fraction: float = 0.9
-    final_fraction: float = 0.0
-    clip_norm: float = 1.0
-    ema_decay: float = 0.9995
-    z_loss: float = 1e-4
-    dropout: float = 0.1
-    distillation_weight: float = 0.5
-    prefix_keep: float = 0.5
-    seed: int = 0
-    log_every: int = 20
-    checkpoint_minutes: float = 5.0
-    validate_every: int = 2000
+    steps: int | None = whole(None, 1, _MAX_STEPS)
+    minutes: float | None = number(None, above=0, most=_MAX_MINUTES)
+    batch_size: int = whole(16, 1, 2**16)
+    micro_batches: int = whole(1, 1, 2**16)
+    muon_learning_rate: float = number(0.03, least=0, most=10)
+    adamw_learning_rate: float = number(2e-3, least=0, most=10)
+    weight_decay: float = number(0.1, least=0, most=100)
+    warmup_steps: int = whole(100, 0, _MAX_STEPS)
+    decay_fraction: float = number(0.9, least=0, most=1)
+    final_fraction: float = number(0.0, least=0, most=1)
+    clip_norm: float = number(1.0, above=0, most=1e9)
+    ema_decay: float = number(0.9995, least=0, most=1)
+    z_loss: float = number(1e-4, least=0, most=100)
+    dropout: float = number(0.1, least=0, most=1)
+    distillation_weight: float = number(0.5, least=0, most=1)
+    prefix_keep: float = number(0.5, least=0, most=1)
+    seed: int = whole(0, 0, 2**31 - 1)
+    log_every: int = whole(20, 1, _MAX_STEPS)
+    checkpoint_minutes: float = number(5.0, least=0, most=_MAX_MINUTES)
+    validate_every: int = whole(2000, 0, _MAX_STEPS)
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
             raise TrainingError(f"give either steps or minutes; got steps={self.steps}, minutes={self.minutes}")
-        fractions = ("decay_fraction", "final_fraction", "ema_decay", "dropout", "distillation_weight", "prefix_keep")
-        not_negative = ("muon_learning_rate", "adamw_learning_rate", "weight_decay", "warmup_steps", "z_loss")
-        self._check(("steps", "batch_size", "micro_batches", "log_every"), lambda value: value >= 1, "at least 1")
-        self._check(("minutes", "clip_norm"), lambda value: value > 0, "above 0")
-        self._check(fractions, lambda value: 0 <= value <= 1, "in 0..1")
-        self._check(not_negative, lambda value: value >= 0, "at least 0")
-        self._check(("seed",), lambda value: 0 <= value < 2**31, f"in 0..{2**31 - 1}")
+        check_ranges(self, TrainingError)
         if self.batch_size % self.micro_batches:
             raise TrainingError(
                 f"batch_size must be a multiple of micro_batches, got {self.batch_size} and {self.micro_batches}"
             )
-
-    def _check(self, names: Iterable[str], allowed: Callable[[float], bool], range_: str) -> None:
-        """Raise TrainingError if one of these options is set and not allowed."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not allowed(value):
-                raise TrainingError(f"{name} must be {range_}, got {value}")
 
     def learning_rate_factor(self, step: int, progress: float) -> float:
         """Return the learning rate as a fraction of its peak: warm-up, constant, linear decay to zero.

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from tensorboardX import SummaryWriter
 
-from music_ar.files import write_atomically
+from music_ar.files import parse_json, read_file, write_atomically
 from music_ar.model.config import ModelConfig
 from music_ar.training.checkpointing import TrainingCheckpoints
 from music_ar.training.config import TrainingConfig, TrainingError
@@ -204,10 +204,10 @@ def _lines_until(path: Path, step: int) -> Iterator[str]:
     """Yield the complete lines of a log up to `step`; none for a new run."""
     if step == 0 or not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        with contextlib.suppress(json.JSONDecodeError):  # a kill may have truncated the last line
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
-                yield line
+    for line in read_file(path).decode(errors="replace").split("\n")[:-1]:  # a kill may have truncated the last line
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # or a power cut one before it
+            if parse_json(line)["step"] <= step:
+                yield f"{line}\n"
 
 
 def flops_utilization(flops_per_s: float, device_kind: str, devices: int) -> float | None:
