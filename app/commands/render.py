@@ -45,8 +45,8 @@ class Render:
             has fewer.
         seed: random seed of each prompt's first variation. Change it for other pieces.
         audio: also write each piece as an audio file, tagged with title, seed and model; needs the extra `audio`.
-        batch_size: pieces generated at once; default: 16 on a CPU, elsewhere as many as fit in memory. The music
-            depends on it, so set it if you need the same bytes on another device.
+        batch_size: pieces generated at once; default: 16 on a CPU, elsewhere as many as fit in memory. Where JAX
+            decodes, the music depends on it, so set it if you need the same bytes on another device.
         overwrite: replace pieces that were generated with other settings. Without it, such pieces are an error.
         fail_fast: stop at the first piece that fails instead of recording the error and continuing.
         dry_run: print what would be generated and about how long it would take, and generate nothing.
