@@ -33,10 +33,9 @@ CONFIG = dataclasses.replace(TINY, onsets=3, retrieval_notes=24, time_heads=1)
 CONFIGS = {
     "all features": CONFIG,
     "tokens only": dataclasses.replace(TINY, conv_width=1),
-    "onsets only": dataclasses.replace(TINY, onsets=2, heads=12, layers=1),
-    "retrieval only": dataclasses.replace(TINY, retrieval_notes=12, conv_width=8, time_heads=2),
-    "odd sizes": dataclasses.replace(CONFIG, width=36, heads=6, head_size=20, hidden=70, rotary_fraction=0.3),
-    "one query head a key": dataclasses.replace(CONFIG, heads=5, kv_heads=5, head_size=80, rotary_fraction=1.0),
+    "onsets only, many query heads": dataclasses.replace(TINY, onsets=2, heads=12, layers=1),
+    "retrieval only, one query head a key": dataclasses.replace(TINY, retrieval_notes=12, kv_heads=4, conv_width=8),
+    "odd sizes": dataclasses.replace(CONFIG, width=36, heads=6, head_size=80, hidden=70, rotary_fraction=0.3),
 }
 FOREVER = 2**30
 # Longer than the context, and than all caches; it returns to its beginning, so that there is something to retrieve.
@@ -142,7 +141,7 @@ def test_float_weights_are_rounded_to_int8(model, native):
     allowed=st.sampled_from([1, 2, 20, 391]),
     draw=st.integers(0, 9),
 )
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_a_key_draws_the_same_token_as_in_jax(seed, position, allowed, draw):
     rng = np.random.default_rng(draw)
     logits = (3 * rng.normal(size=VOCABULARY_SIZE)).astype(np.float32)
@@ -185,7 +184,7 @@ def after(decoder, tokens):
 
 
 @given(tokens=token_sequences(min_size=1, max_size=60), sampling=SAMPLING, seed=st.integers(0, 9))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_processors_are_those_of_jax(native, reference, chain, tokens, sampling, seed):
     tokens = np.resize(tokens[tokens != END], 60) if (tokens != END).any() else np.full(60, START, np.int32)
     logits = (3 * np.random.default_rng(seed).normal(size=(1, VOCABULARY_SIZE))).astype(np.float32)
