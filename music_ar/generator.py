@@ -139,7 +139,7 @@ class Generator:
     ) -> Iterator[Piece]:
         """Generate many pieces in a batch that is kept full, and yield each when it is finished.
 
-        A piece depends on its own request and, in the last bit of its logits, on the batch size (see
+        A piece depends on its own request and, where JAX decodes, in the last bit of its logits on the batch size (see
         `continuous_batching`). For a given batch size it is always the same, whatever else is generated.
 
         Args:

@@ -59,8 +59,8 @@ class Render:
         audio: also write each piece as an audio file, tagged with title, seed and model; needs the extra `audio`.
         pedal: play the generated notes with the sustain pedal, so that a player piano or a workstation shows keys and
             pedal as a pianist would use them. It sounds the same.
-        batch_size: pieces generated at once; default: 16 on a CPU, elsewhere as many as fit in memory. On a GPU or TPU
-            the music depends on it, in the last bits of the logits: set it if you need the same bytes on another one.
+        batch_size: pieces generated at once; default: 16 on a CPU, elsewhere as many as fit in memory. Where JAX
+            decodes, the music depends on it, so set it if you need the same bytes on another device.
         overwrite: replace pieces that were generated with other settings. Without it, such pieces are an error.
         fail_fast: stop at the first piece that fails instead of recording the error and continuing.
         dry_run: print what would be generated and about how long it would take, and generate nothing.

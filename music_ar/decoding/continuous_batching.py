@@ -4,9 +4,9 @@ When a sequence is finished, the next takes its row and the others continue. Seq
 (their prompts, numbers of latents, seeds, lengths and sampling options may differ); if the next one needs a different
 size, the batch is drained first.
 
-A sequence depends on its own request and, in the last bit of its logits, on the size of the batch, because matrix
-products of different shapes sum in different orders. It does not depend on its row, on the other rows, or on when it
-began: generating some of the requests later gives the same results as generating all of them at once.
+A sequence depends on its own request and, with JAX, in the last bit of its logits on the size of the batch, because
+matrix products of different shapes sum in different orders. It does not depend on its row, on the other rows, or on
+when it began: generating some of the requests later gives the same results as generating all of them at once.
 """
 
 import dataclasses
