@@ -66,7 +66,9 @@ def test_memory_is_linear_in_the_context():
         arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
         program = with_gradients.lower(in_parts, lengths, *arrays).compile()
-        return program.memory_analysis().temp_size_in_bytes
+        analysis = program.memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     assert temporary_bytes(65_536) < 2.2 * temporary_bytes(32_768)
     square = 64 * 65_536 * HEADS * 4

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import mido
 import numpy as np
@@ -288,8 +289,9 @@ def test_notes_are_in_lexsort_order(performance):
 )
 def test_impossible_notes_are_refused(column, value, message):
     columns = {"onset_s": [0.0, 0.5], "offset_s": [1.0, 1.0], "pitch": [60, 61], "velocity": [1, 127]}
+    arrays: dict[str, Any] = {name: np.array(given) for name, given in {**columns, column: value}.items()}
     with pytest.raises(MidiError, match=message):
-        Performance(**{name: np.array(given) for name, given in {**columns, column: value}.items()})
+        Performance(**arrays)
 
 
 def test_crop_keeps_the_notes_that_begin_inside_and_cuts_them_at_the_end():

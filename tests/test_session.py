@@ -20,7 +20,7 @@ from app.web.saved_settings import read_settings_file
 from app.web.session import Session
 from app.web.settings import Settings, WebError
 from app.web.warmup import Machine
-from music_ar import Chunk, GenerationError, Generator, SamplingOptions, read_midi
+from music_ar import GenerationError, Generator, SamplingOptions, read_midi
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +219,11 @@ def test_the_length_shown_is_the_length_of_the_music(manager, midi_file, continu
 def test_variations_that_wait_for_the_slowest_do_not_grow_beyond_what_was_asked_for(manager, monkeypatch):
     """They go on in their caches, and their notes are cut at the length asked for."""
     notes = make_performance(3).crop(0, 15)
-    chunk = Chunk(
+    chunk = SimpleNamespace(
         performances=(notes, notes.crop(0, 6)), final_s=(28.0, 7.0), seeds=(7, 8), tokens=9, tokens_per_s=9.0,
         seconds_made=7.0, seconds_wanted=15.0, eta_s=1.0, finished=False,
     )  # fmt: skip
-    last = dataclasses.replace(chunk, performances=(notes, notes), final_s=(31.0, 16.0), finished=True)
+    last = SimpleNamespace(**vars(chunk) | {"performances": (notes, notes), "final_s": (31.0, 16.0), "finished": True})
     generation = SimpleNamespace(prompt_s=0.0, latents=8, extend=lambda _: iter([chunk, last]), close=lambda: None)
     monkeypatch.setattr(manager.machine.generator, "session", lambda _: generation)
     _, growing, finished = manager.generate(Session(), Settings(latents=8, seconds=15, variations=2))

@@ -59,10 +59,10 @@ def pause(performance, seconds):
     before, after = performance.select(~late), performance.select(late)
     after = after.shift(seconds + max(0.0, before.duration_s - float(after.onset_s[0])))
     return Performance(
-        **{
-            field.name: np.concatenate([getattr(before, field.name), getattr(after, field.name)])
-            for field in dataclasses.fields(performance)
-        }
+        onset_s=np.concatenate([before.onset_s, after.onset_s]),
+        offset_s=np.concatenate([before.offset_s, after.offset_s]),
+        pitch=np.concatenate([before.pitch, after.pitch]),
+        velocity=np.concatenate([before.velocity, after.velocity]),
     )
 
 
