@@ -44,36 +44,47 @@ static inline void store_numbers(int8_t* numbers, int i, Ints high, Ints low) {
 // Groups whose sums of products fit into int32: 1,024 inputs times 127 times LARGEST.
 constexpr int SEGMENT = 256;
 
-template <int ROWS>
-static inline void tile(const int8_t* weights, int groups, const int8_t* numbers, int stride, const int32_t*,
-                        float* y_TxO) {
-  for (int i = 0; i < ROWS * OUTPUTS; ++i) y_TxO[i] = 0;
+// Four times PARTS of a tile's outputs.
+template <int ROWS, int PARTS>
+static inline void part_tile(const int8_t* weights, int groups, const int8_t* numbers, int stride, float* y_TxO) {
+  for (int r = 0; r < ROWS; ++r)
+    for (int o = 0; o < 4 * PARTS; ++o) y_TxO[r * OUTPUTS + o] = 0;
   for (int begin = 0; begin < groups; begin += SEGMENT) {
     const int end = begin + SEGMENT < groups ? begin + SEGMENT : groups;
-    __m256i sums[ROWS][4];  // each of four outputs, and of two sums of pairs each
+    __m256i sums[ROWS][PARTS];  // each of four outputs, and of two sums of pairs each
     for (int r = 0; r < ROWS; ++r)
-      for (int part = 0; part < 4; ++part) sums[r][part] = _mm256_setzero_si256();
+      for (int part = 0; part < PARTS; ++part) sums[r][part] = _mm256_setzero_si256();
     for (int group = begin; group < end; ++group) {
-      __builtin_prefetch(weights + group * 4 * OUTPUTS + 4096);  // the next page
-      __m256i w[4];
-      for (int part = 0; part < 4; ++part)
-        w[part] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(weights + group * 4 * OUTPUTS + 16 * part)));
+      const int8_t* bytes = weights + group * 4 * OUTPUTS;
+      __builtin_prefetch(bytes + 4096);  // the next page
+      __m256i w[PARTS];
+      for (int part = 0; part < PARTS; ++part)
+        w[part] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(bytes + 16 * part)));
       for (int r = 0; r < ROWS; ++r) {
         int64_t four;
         __builtin_memcpy(&four, numbers + size_t(r) * stride + group * 8, 8);
         const __m256i x = _mm256_set1_epi64x(four);
-        for (int part = 0; part < 4; ++part)
+        for (int part = 0; part < PARTS; ++part)
           sums[r][part] = _mm256_add_epi32(sums[r][part], _mm256_madd_epi16(w[part], x));
       }
     }
     for (int r = 0; r < ROWS; ++r)
-      for (int part = 0; part < 2; ++part) {
-        const __m256i pairs = _mm256_hadd_epi32(sums[r][2 * part], sums[r][2 * part + 1]);
-        float* y = y_TxO + r * OUTPUTS + 8 * part;
+      for (int part = 0; part < PARTS; part += 2) {
+        const __m256i pairs = _mm256_hadd_epi32(sums[r][part], sums[r][part + 1]);
+        float* y = y_TxO + r * OUTPUTS + 4 * part;
         const __m256 y8 = _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(pairs, 0xD8));
         _mm256_storeu_ps(y, _mm256_add_ps(_mm256_loadu_ps(y), y8));
       }
   }
+}
+
+// Two rows of all sixteen outputs do not fit into the registers: the loop would wait for a sum in memory.
+template <int ROWS>
+static inline void tile(const int8_t* weights, int groups, const int8_t* numbers, int stride, const int32_t*,
+                        float* y_TxO) {
+  constexpr int PARTS = ROWS == 1 ? 4 : 2;
+  for (int first = 0; first < OUTPUTS; first += 4 * PARTS)
+    part_tile<ROWS, PARTS>(weights + 4 * first, groups, numbers, stride, y_TxO + first);
 }
 
 #include "kernels.inc"
