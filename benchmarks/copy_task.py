@@ -86,7 +86,7 @@ def trained(
         decay_fraction=0.5 if last else 0.1,
         ema_decay=0.99,
         log_every=100,
-        checkpoint_minutes=1e6,
+        checkpoint_minutes=1e5,
     )
     batches = CopyBatches(length, latents, config.batch_size, seed=length)
     folder = arguments.output / f"{length}-{time.time_ns()}"

@@ -54,7 +54,9 @@ def test_equals_one_masked_attention(latents, longest, prefix):
 
 def test_what_is_not_seen_has_no_gradient():
     q, k = jnp.ones((2, 3, HEADS, SIZE)), jnp.ones((2, 9, KEY_HEADS, SIZE))
-    *_, k_gradient, v_gradient = with_gradients(in_parts, jnp.array([6, 2]), q, k, k * jnp.arange(9)[None, :, None, None], q)
+    *_, k_gradient, v_gradient = with_gradients(
+        in_parts, jnp.array([6, 2]), q, k, k * jnp.arange(9)[None, :, None, None], q
+    )
     assert np.any(v_gradient[0], axis=(1, 2)).all()
     np.testing.assert_array_equal(np.any(v_gradient[1], axis=(1, 2)), np.arange(9) < 5)
     assert not np.any(k_gradient[1, 5:])

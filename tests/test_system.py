@@ -67,7 +67,7 @@ def test_the_whole_way(midi_folder, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_compiled_programs_are_kept_for_the_next_start(tmp_path, tiny_checkpoint):
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "MUSIC_AR_CPU": "jax"}
     del environment["JAX_COMPILATION_CACHE_DIR"]
     command = [*MUSIC_AR, "generate", "--checkpoint", tiny_checkpoint, "--seconds", "1", "--seed", "1", "--output"]
     pieces, kept = [], []
