@@ -5,6 +5,22 @@ from flax import nnx
 
 from music_ar.features import keyboard, notes, retrieval
 from music_ar.features.categorical import one_hot
+from music_ar.model.config import ModelConfig
+
+SMALL = ModelConfig(
+    context=16,
+    latents=8,
+    width=12,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=4,
+    hidden=20,
+    conv_width=3,
+    onsets=2,
+    time_heads=1,
+)
+"""A small model with everything that changes how it attends."""
 
 
 def keyboard_features(state, onsets):

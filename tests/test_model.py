@@ -11,28 +11,16 @@ from conftest import noisy_model
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from reference_model import reference
+from reference_model import SMALL, reference
 
 from music_ar.features import keyboard, notes
 from music_ar.model.attention import causal_attention, rotate
-from music_ar.model.config import PRESETS, Compute, ModelConfig
+from music_ar.model.config import PRESETS, Compute
 from music_ar.model.perceiver_ar import PerceiverAR, parameter_count
 from music_ar.tokens import vocabulary
 
-M, N = 16, 8
-CONFIG = ModelConfig(
-    context=M,
-    latents=N,
-    width=12,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_size=4,
-    hidden=20,
-    conv_width=3,
-    onsets=2,
-    time_heads=1,
-)
+CONFIG = SMALL
+M, N = CONFIG.context, CONFIG.latents
 PLAIN = dataclasses.replace(CONFIG, layers=1, conv_width=1, kv_heads=4, onsets=0, time_heads=0)
 # Every input is another token, so the gradient of an embedding's row is that of one input.
 DISTINCT = np.arange(2 * M, dtype=np.int32).reshape(2, M)

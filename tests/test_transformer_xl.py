@@ -9,28 +9,14 @@ import numpy as np
 import pytest
 from conftest import noisy_model
 from flax import nnx
-from reference_model import reference
+from reference_model import SMALL, reference
 
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.decoder import Decoder
-from music_ar.model.config import ModelConfig
 from music_ar.tokens import vocabulary
 
-LENGTH, SEGMENT = 16, 4
-CONFIG = ModelConfig(
-    context=LENGTH,
-    latents=LENGTH,
-    segment=SEGMENT,
-    width=12,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_size=4,
-    hidden=20,
-    conv_width=3,
-    onsets=2,
-    time_heads=1,
-)
+LENGTH, SEGMENT = SMALL.context, 4
+CONFIG = dataclasses.replace(SMALL, latents=LENGTH, segment=SEGMENT)
 TOKENS = np.arange(LENGTH, dtype=np.int32)
 
 model_of = functools.cache(noisy_model)

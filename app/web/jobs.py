@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from typing import Any
 
 import gradio as gr
-from gradio.queueing import Event
+from gradio.queueing import Event, EventQueue, Queue
 from gradio.server_messages import ProcessCompletedMessage
 
 from app.web.calls import DEVICE
@@ -20,6 +20,11 @@ UNHEARD_S = 30.0
 """Time after which a job is dropped if no client listens to it."""
 _UNHEARD_WHILE_OTHERS_WAIT_S = 2.0
 _MAX_MAILBOXES = 2000
+
+
+def device_line(queue: Queue) -> EventQueue | None:
+    """The jobs that wait for the device; None before the first."""
+    return queue.event_queue_per_concurrency_id.get(DEVICE["concurrency_id"])
 
 
 class Mailboxes(OrderedDict[str, "asyncio.Queue[Any]"]):
@@ -80,7 +85,7 @@ class Jobs:
 
     def waiting_for_device(self) -> int:
         """Number of jobs that would generate music if there were room."""
-        line = self._queue.event_queue_per_concurrency_id.get(DEVICE["concurrency_id"])
+        line = device_line(self._queue)
         return 0 if line is None else len(line.queue)
 
     def busy_sessions(self) -> set[str]:
@@ -120,7 +125,7 @@ class Jobs:
 
     def _next(self) -> Any:
         """The jobs to start now: Gradio's choice, of those who listen first, and one of each session at a time."""
-        line = self._queue.event_queue_per_concurrency_id.get(DEVICE["concurrency_id"])
+        line = device_line(self._queue)
         if line is None:
             return self._first_in_line()
         busy = {event.session_hash for event in self.running() if event.concurrency_id == line.concurrency_id}

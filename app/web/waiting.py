@@ -3,7 +3,7 @@
 from gradio.queueing import Queue
 
 from app.console import clock
-from app.web.calls import DEVICE
+from app.web.jobs import device_line
 from app.web.manager import SessionManager
 
 
@@ -15,7 +15,7 @@ def waiting_in_words(queue: Queue, manager: SessionManager, name: str) -> str | 
         manager: knows how long the runs in progress still take.
         name: of the session.
     """
-    device = queue.event_queue_per_concurrency_id.get(DEVICE["concurrency_id"])
+    device = device_line(queue)
     names = [] if device is None else [event.session_hash for event in device.queue]
     if name not in names:
         return None

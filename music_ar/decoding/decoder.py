@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Integer
 from music_ar.decoding import backend as backends
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.int8_layers import Int8Forms
-from music_ar.decoding.interface import Options
+from music_ar.decoding.interface import Options, distinct
 from music_ar.decoding.layers import DecodingModel, Forms, HashedGraph, PlainForms, TransposedForms
 from music_ar.decoding.prefill import Prompts, prefill
 from music_ar.decoding.processors import draw
@@ -77,11 +77,9 @@ class Decoder:
             raise ValueError(f"expected a seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
         for prompt in prompts:
             vocabulary.check_tokens(prompt)
-        numbers: dict[bytes, int] = {}
-        index = [numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in prompts]
-        different = [prompts[index.index(number)] for number in range(len(numbers))]
+        different, index = distinct(prompts)
         state = self._prefilled(different, latents, limit_steps, WINDOWS[mode])
-        if index != list(range(len(numbers))):
+        if len(different) < len(prompts):
             state = state.rows(index)
         return state.with_seeds(seeds)
 

@@ -32,6 +32,13 @@ def shared_options(options: SamplingOptions) -> Options:
     return {name: array.reshape(()) for name, array in option_arrays([options]).items()}
 
 
+def distinct(prompts: Sequence[Integer[np.ndarray, " _P"]]) -> tuple[list[Integer[np.ndarray, " _P"]], list[int]]:
+    """The different prompts, in their order, and which of them each prompt is: equal ones are prefilled once."""
+    numbers: dict[bytes, int] = {}
+    index = [numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in prompts]
+    return [prompts[index.index(number)] for number in range(len(numbers))], index
+
+
 @runtime_checkable
 class AnyState(Protocol):
     """What decoding carries from token to token, for a batch of rows."""

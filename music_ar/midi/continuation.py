@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from music_ar.midi.clock import Clock
+from music_ar.midi.events import DRUM_CHANNEL
 from music_ar.midi.performance import MidiError, Performance
 from music_ar.midi.prompt_file import PromptFile
-from music_ar.midi.raw_events import CONTROL, DRUM_CHANNEL, META, NOTE_OFF, NOTE_ON, SYSEX, Event, RawFile
+from music_ar.midi.raw_events import CONTROL, META, NOTE_OFF, NOTE_ON, SYSEX, Event, RawFile
 from music_ar.midi.sustain import SUSTAIN_CONTROLLER
 from music_ar.midi.tracks import PIANO_CHANNELS, TickNotes, note_tracks
 

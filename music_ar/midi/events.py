@@ -21,8 +21,10 @@ from music_ar.midi.performance import MidiError
 
 NOTE_OFF, NOTE_ON, CONTROL = 0x8, 0x9, 0xB
 """Kinds of messages that are read: the upper half of the status byte."""
-CONTROLLERS = (64, 66, 67, 120, 121, 123, 124, 125, 126, 127)
-"""Controllers that are read: the pedals, all sound off, reset all controllers, and those that turn all notes off."""
+DRUM_CHANNEL = 9
+"""Channel 10, as musicians count."""
+CONTROLLERS = (64, 120, 121, 123, 124, 125, 126, 127)
+"""Controllers that are read: sustain pedal, all sound off, reset all controllers, those that turn all notes off."""
 DEVICE_NAME, PORT, TEMPO = 0x09, 0x21, 0x51
 """Kinds of meta-events that are read."""
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 
-from music_ar.midi.sustain import Keys
+from music_ar.midi.sustain import Keys, first_true
 
 
 class NoteEvents(NamedTuple):
@@ -43,7 +43,7 @@ def press_keys(events: NoteEvents, end_tick: int) -> Keys:
     begins_key = _changes(events.pitch[by_key]) | _changes(events.channel[by_key]) | _changes(events.track[by_key])
     begins_moment = begins_key | _changes(events.tick[by_key])
     key = np.append(np.cumsum(begins_key), -1)
-    off = _next(is_off)[_search_start(is_off, begins_key, begins_moment)]
+    off = first_true(is_off)[_search_start(is_off, begins_key, begins_moment)]
     release_index = np.empty(len(by_key), np.int64)
     release_index[by_key] = np.where(key[off] == key[:-1], np.append(by_key, -1)[off], -1)
 
@@ -80,13 +80,6 @@ def _by_key(events: NoteEvents) -> Int64[np.ndarray, " n"]:
 def _changes(column: np.ndarray) -> Bool[np.ndarray, " n"]:
     """Whether each value differs from the one before; true for the first."""
     return np.concatenate([np.ones(min(1, len(column)), bool), column[1:] != column[:-1]])
-
-
-def _next(mask: Bool[np.ndarray, " n"]) -> Int64[np.ndarray, " n+1"]:
-    """Index of the first true value from each index on; n if there is none."""
-    n = len(mask)
-    index = np.append(np.where(mask, np.arange(n), n), n)
-    return np.minimum.accumulate(index[::-1])[::-1]
 
 
 def _search_start(

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from music_ar.midi.clock import Clock
+from music_ar.midi.events import TEMPO
 from music_ar.midi.performance import MidiError
 from music_ar.midi.smf import open_file, read_division
 
 NOTE_OFF, NOTE_ON, CONTROL, PROGRAM = 0x80, 0x90, 0xB0, 0xC0
 SYSEX, META = 0xF0, 0xFF
-TRACK_NAME, END_OF_TRACK, TEMPO = 0x03, 0x2F, 0x51
-DRUM_CHANNEL = 9
+TRACK_NAME, END_OF_TRACK = 0x03, 0x2F
 
 _ESCAPE = 0xF7
 _ONE_DATA_BYTE = (0xC0, 0xD0)

@@ -6,13 +6,12 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from music_ar.midi.clock import Clock
-from music_ar.midi.events import CONTROL, DEVICE_NAME, NOTE_ON, PORT, TEMPO, Events, Messages, read_events
+from music_ar.midi.events import CONTROL, DEVICE_NAME, DRUM_CHANNEL, NOTE_ON, PORT, TEMPO, Events, Messages, read_events
 from music_ar.midi.keys import NoteEvents, press_keys
 from music_ar.midi.performance import MidiError, Performance
 from music_ar.midi.smf import MidiFile, open_file
 from music_ar.midi.sustain import Controls, Keys, fold
 
-_DRUM_CHANNEL = 9
 _MAX_PORT = 255  # as many as the meta-event for ports can count
 
 
@@ -22,7 +21,7 @@ class Recording:
 
     Attributes:
         keys: the notes as played, without drums, in the order of their note-ons.
-        controls: what the pedals did, and other controllers that end notes (`events.CONTROLLERS`).
+        controls: what the sustain pedal did, and other controllers that end notes (`events.CONTROLLERS`).
         clock: ticks -> seconds.
     """
 
@@ -53,7 +52,7 @@ def read_recording(data: bytes, *, max_notes: int) -> Recording:
     events = read_events(file.tracks)
     messages, channel = events.messages, _channels(events)
     kind = messages.status >> 4
-    is_note = (kind != CONTROL) & (channel % 16 != _DRUM_CHANNEL)
+    is_note = (kind != CONTROL) & (channel % 16 != DRUM_CHANNEL)
     note_count = int(np.count_nonzero(is_note & (kind == NOTE_ON) & (messages.data2 > 0)))
     if note_count > max_notes:
         raise MidiError(f"at most {max_notes:,} notes are accepted, but the file has {note_count:,}; cut it into parts")

@@ -164,9 +164,13 @@ def _code(channel: Int[np.ndarray, " n"], order: Int64[np.ndarray, " n"]) -> Int
 
 def _next_cut(keys: Keys, cuts: Bool[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
     """Index of the next cutting note of the same channel and pitch, n if there is none."""
-    n = len(cuts)
-    # Index of the first cutting note after each note: a running minimum from the right.
-    cutting = np.append(np.where(cuts, np.arange(n), n), n)
-    following = np.minimum.accumulate(cutting[::-1])[::-1][1:]
+    following = first_true(cuts)[1:]
     key = np.append(keys.channel.astype(np.int64) << 7 | keys.pitch, -1)
-    return np.where(key[following] == key[:-1], following, n)
+    return np.where(key[following] == key[:-1], following, len(cuts))
+
+
+def first_true(mask: Bool[np.ndarray, " n"]) -> Int64[np.ndarray, " n+1"]:
+    """Index of the first true value from each index on; n if there is none."""
+    n = len(mask)
+    index = np.append(np.where(mask, np.arange(n), n), n)
+    return np.minimum.accumulate(index[::-1])[::-1]  # a running minimum from the right

@@ -6,15 +6,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int64
 
+from music_ar.midi.events import DRUM_CHANNEL, TEMPO
 from music_ar.midi.pedalling import Playing, unfold
 from music_ar.midi.performance import MidiError
 from music_ar.midi.raw_events import (
     CONTROL,
-    DRUM_CHANNEL,
     NOTE_OFF,
     NOTE_ON,
     PROGRAM,
-    TEMPO,
     TRACK_NAME,
     Event,
     RawFile,

@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Float32, Int32, Integer
 
 from music_ar.decoding.backend import CPU, Backend
+from music_ar.decoding.interface import distinct
 from music_ar.decoding.native.library import CConfig, COptions, CState, CTensor, Library, load
 from music_ar.decoding.native.state import NativeState
-from music_ar.decoding.native.weights import Weights, weights_of
+from music_ar.decoding.native.weights import Tensor, engine_tensors
 from music_ar.model.config import ModelConfig
 from music_ar.tokens import vocabulary
 
@@ -53,7 +54,7 @@ class NativeDecoder:
                 f"the native engine needs heads of at most {_MOST_HEAD_SIZE} channels and the vocabulary of "
                 f"{vocabulary.VOCABULARY_SIZE} tokens; got {config.head_size} and {config.vocabulary_size}"
             )
-        weights = weights_of(config, tensors)
+        weights = engine_tensors(config, tensors)
         self.config, self.backend = config, backend
         self._library = library
         self._model = _open(library, config, weights)
@@ -91,16 +92,14 @@ class NativeDecoder:
         if not 1 <= latents <= self.config.reach:
             raise ValueError(f"latents must be in 1..{self.config.reach}, the context; got {latents}")
         checked = [_checked_tokens(prompt, 1) for prompt in prompts]
-        numbers: dict[bytes, int] = {}
-        index = [numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in checked]
+        different, index = distinct(checked)
         state = NativeState.before_the_first_token(
-            self.config, len(numbers), latents=max(2, latents), limit_steps=limit_steps, cached=self._cached
+            self.config, len(different), latents=max(2, latents), limit_steps=limit_steps, cached=self._cached
         )
-        for number in range(len(numbers)):
-            prompt = checked[index.index(number)]
+        for number, prompt in enumerate(different):
             self._library.prefill(self._model, self._c_state(state), number, prompt.ctypes.data, len(prompt))
         state.prompt_end_B[:] = state.time_B
-        if index != list(range(len(numbers))):
+        if len(different) < len(checked):
             state = state.rows(index)
         return state.with_seeds(seeds)
 
@@ -195,7 +194,7 @@ def set_threads(count: int) -> None:
         library.set_threads(max(1, count))
 
 
-def _open(library: Library, config: ModelConfig, weights: Mapping[str, Weights]) -> int:
+def _open(library: Library, config: ModelConfig, weights: Mapping[str, Tensor]) -> int:
     pairs = config.rotary_size // 2
     exponent_R = np.linspace(0.0, 1.0, pairs, dtype=np.float32)
     rates_R = np.ascontiguousarray(np.float32(config.rotary_wavelength) ** -exponent_R)
@@ -216,8 +215,7 @@ def _checked_tokens(tokens: Any, axes: int) -> Int32[np.ndarray, "..."]:
     tokens = np.asarray(tokens)
     if tokens.ndim != axes or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"expected whole numbers along {axes} axes, at least one; got {tokens.dtype} {tokens.shape}")
-    if tokens.min() < 0 or tokens.max() >= vocabulary.VOCABULARY_SIZE:
-        raise ValueError(f"tokens must be in 0..{vocabulary.VOCABULARY_SIZE - 1}")
+    vocabulary.check_tokens(tokens)
     return np.ascontiguousarray(tokens, np.int32)
 
 

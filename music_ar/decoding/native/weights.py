@@ -10,8 +10,8 @@ from music_ar.model.quantization import quantize
 from music_ar.model.weights import parameter_shapes
 
 
-class Weights(NamedTuple):
-    """One tensor.
+class Tensor(NamedTuple):
+    """A matrix or a vector.
 
     Attributes:
         numbers: int8 [in, out] of a matrix; None for a vector.
@@ -22,7 +22,7 @@ class Weights(NamedTuple):
     values: np.ndarray
 
 
-def weights_of(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Weights]:
+def engine_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     """The tensors that decoding reads, by name.
 
     Args:
@@ -41,18 +41,18 @@ def weights_of(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[s
         array = np.asarray(tensors[name])
         if array.shape != shape:
             raise ValueError(f"expected {name} of shape {shape}, got {array.shape}")
-        found[name] = _matrix(name, array, tensors) if len(shape) == 2 else Weights(None, _floats(array))
+        found[name] = _matrix(name, array, tensors) if len(shape) == 2 else Tensor(None, _floats(array))
     return found
 
 
-def _matrix(name: str, array: np.ndarray, tensors: Mapping[str, np.ndarray]) -> Weights:
+def _matrix(name: str, array: np.ndarray, tensors: Mapping[str, np.ndarray]) -> Tensor:
     if array.dtype != np.int8:
         numbers, scale = quantize(_floats(array))
-        return Weights(np.ascontiguousarray(numbers), scale)
+        return Tensor(np.ascontiguousarray(numbers), scale)
     scale = tensors.get(f"{name}.scale")
     if scale is None or np.shape(scale) != array.shape[1:]:
         raise ValueError(f"{name} is int8 and needs {name}.scale, one number per output channel")
-    return Weights(np.ascontiguousarray(array), _floats(scale))
+    return Tensor(np.ascontiguousarray(array), _floats(scale))
 
 
 def _floats(array: np.ndarray) -> np.ndarray:
