@@ -13,9 +13,13 @@ from music_ar.decoding.interface import AnyDecoder
 from music_ar.decoding.loading import load_decoder
 from music_ar.decoding.request import DEFAULT_LATENTS, DEFAULT_SPEED, GenerationError, Prompt, Request
 from music_ar.decoding.session import Chunk, Session
+from music_ar.features.measured import Measured, measure
+from music_ar.features.wishes import WishControl, WishError, Wishes, wish_ids
+from music_ar.midi.io import read_prompt
 from music_ar.midi.performance import Performance
 from music_ar.model.config import ModelConfig
 from music_ar.tokens import vocabulary
+from music_ar.tokens.codec import encode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +47,9 @@ class Generator:
     """Generates piano music with a trained model.
 
     The methods take options by keyword: the fields of `Request` (seconds, latents, speed, seed, variations,
-    prompt_seconds, continuation_only, tag) and of `SamplingOptions` (temperature, top_k, top_p, min_p, steadiness).
-    They also take a whole `Request` in place of a prompt.
+    prompt_seconds, continuation_only, tag), of `SamplingOptions` (temperature, top_k, top_p, min_p, steadiness) and, if
+    the model takes wishes, of `Wishes` (density, loudness, composer and so on). They also take a whole `Request` in
+    place of a prompt.
 
     Args:
         decoder: a model ready to decode; `from_pretrained` is the usual way to load one.
@@ -157,6 +162,7 @@ class Generator:
         if batch_size is not None and batch_size < 1:
             raise GenerationError(f"batch_size must be at least 1, got {batch_size}")
         shared = Request.of(None, **options).with_seed()
+        self.check_wishes(shared.wishes)
         if shared.latents != "auto":
             self._checked_latents(shared.latents)
 
@@ -177,11 +183,39 @@ class Generator:
         """Default number of pieces that `generate_many` generates at once, for a number of latents."""
         return self.decoder.batch_rows(self._checked_latents(latents))
 
+    def wish_controls(self, prompt: Prompt | None = None) -> list[WishControl]:
+        """The wishes that the model takes, with their ranges or names; empty if it takes none.
+
+        Args:
+            prompt: music whose own numbers are the defaults.
+
+        Raises:
+            MidiError: the prompt is not a usable MIDI file.
+        """
+        table = self.config.wishes
+        if table is None:
+            return []
+        played = prompt if prompt is None or isinstance(prompt, Performance) else read_prompt(prompt)
+        return table.controls(Measured() if played is None else measure(encode(played)))
+
+    def check_wishes(self, wishes: Wishes) -> None:
+        """Check that the model can take these wishes.
+
+        Raises:
+            GenerationError: it cannot; the message says what is possible.
+        """
+        try:
+            wish_ids(self.config.wishes, wishes)
+        except WishError as error:
+            raise GenerationError(str(error)) from error
+
     def _resolved(self, request: Request) -> Request:
-        """The request with its number of latents resolved and checked."""
+        """The request with its number of latents resolved, and checked."""
+        self.check_wishes(request.wishes)
         if request.latents == "auto":
             speed = DEFAULT_SPEED if request.speed is None else request.speed
-            latents = self.autotuner.latents(speed, request.prompt_tokens(), variations=request.variations)
+            rows = request.variations * (2 if request.wishes.is_guided else 1)
+            latents = self.autotuner.latents(speed, request.prompt_tokens(), variations=rows)
         else:
             latents = self._checked_latents(request.latents)
         return dataclasses.replace(request, latents=latents, speed=None)

@@ -1,8 +1,8 @@
 """Continuous batching: many sequences in a batch that is kept full.
 
 When a sequence is finished, the next takes its row and the others continue. Sequences of one cache size share a batch
-(their prompts, numbers of latents, seeds, lengths and sampling options may differ); if the next one needs a different
-size, the batch is drained first.
+(their prompts, numbers of latents, seeds, lengths, sampling options and wishes may differ); if the next one needs a
+different size, or guidance where the others need none, the batch is drained first.
 
 A sequence depends on its own request and, with JAX, in the last bit of its logits on the size of the batch, because
 matrix products of different shapes sum in different orders. It does not depend on its row, on the other rows, or on
@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from music_ar.decoding.interface import AnyDecoder, option_arrays
+from music_ar.decoding.guidance import GuidedDecoder
+from music_ar.decoding.interface import AnyDecoder, Options, option_arrays
 from music_ar.decoding.request import GenerationError, Request, limits, stuck_error
-from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.sequence import Sequence
 from music_ar.decoding.windows import cache_size
+from music_ar.features.wishes import Wishes
 from music_ar.midi.performance import MidiError, Performance
 from music_ar.tokens import vocabulary
 from music_ar.tokens.vocabulary import EventError
@@ -62,7 +63,8 @@ def complete(
     entry = next(waiting, None)
     while entry is not None:
         latents = _latents(entry[0])
-        batch = _Batch(decoder, decoder.batch_rows(latents) if rows is None else rows, latents)
+        rows_of = GuidedDecoder(decoder) if entry[0].wishes.is_guided else decoder
+        batch = _Batch(rows_of, rows_of.batch_rows(latents) if rows is None else rows, latents)
         while (entry is not None and batch.takes(entry[0])) or batch.busy:
             while entry is not None and batch.takes(entry[0]) and batch.has_room:
                 batch.add(*entry)
@@ -102,14 +104,15 @@ def _latents(request: Request) -> int:
 class _Batch:
     """The rows of one batch, and which sequences are in them."""
 
-    def __init__(self, decoder: AnyDecoder, rows: int, latents: int):
+    def __init__(self, decoder: AnyDecoder | GuidedDecoder, rows: int, latents: int):
         self._decoder, self._rows = decoder, rows
         self._cache_size = cache_size(latents)
         self._state = _idle(decoder, rows, latents)
-        self._sampling = [SamplingOptions()] * rows
-        self._options = option_arrays(self._sampling)
+        self._is_guided = isinstance(decoder, GuidedDecoder)
+        self._requests = [Request()] * rows
         self._running: dict[int, tuple[Request, Sequence]] = {}
-        self._prefilled: tuple[tuple[bytes, int], Any] | None = None
+        self._prefilled: tuple[tuple[bytes, int, Wishes], Any] | None = None
+        self._options = self._row_options()
 
     @property
     def busy(self) -> bool:
@@ -120,21 +123,29 @@ class _Batch:
         return len(self._running) < self._rows
 
     def takes(self, request: Request) -> bool:
-        return cache_size(_latents(request)) == self._cache_size
+        return cache_size(_latents(request)) == self._cache_size and request.wishes.is_guided == self._is_guided
 
     def add(self, request: Request, sequence: Sequence) -> None:
         row = next(row for row in range(self._rows) if row not in self._running)
         self._state = self._state.replaced(row, self._started(request, sequence))
-        self._sampling[row] = request.sampling
-        self._options = option_arrays(self._sampling)
+        self._requests[row] = request
+        self._options = self._row_options()
         self._running[row] = request, sequence
+
+    def _row_options(self) -> Options:
+        options = option_arrays([request.sampling for request in self._requests])
+        if self._is_guided:
+            options["guidance"] = np.array([request.wishes.guidance for request in self._requests], np.float32)
+        return options
 
     def _started(self, request: Request, sequence: Sequence) -> Any:
         """The sequence's first state. Variations of one prompt usually follow each other and share its prefill."""
-        key = (sequence.prompt.tobytes(), _latents(request))
+        key = (sequence.prompt.tobytes(), _latents(request), request.wishes)
         if self._prefilled is None or self._prefilled[0] != key:
             self._prefilled = None
-            state = self._decoder.start([sequence.prompt], latents=_latents(request), seeds=[0], limit_steps=0)
+            state = self._decoder.start(
+                [sequence.prompt], latents=_latents(request), seeds=[0], limit_steps=0, wishes=[request.wishes]
+            )
             self._prefilled = key, state
         limit_steps, _ = limits(request.seconds)
         assert request.seed is not None
@@ -161,7 +172,7 @@ class _Batch:
         return steps, finished
 
 
-def _idle(decoder: AnyDecoder, rows: int, latents: int) -> Any:
+def _idle(decoder: AnyDecoder | GuidedDecoder, rows: int, latents: int) -> Any:
     """A batch in which no row generates anything."""
     start = np.array([vocabulary.START], np.int32)
     state = decoder.start([start], latents=latents, seeds=[0], limit_steps=0).rows([0] * rows)

@@ -18,18 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Float32, Int, Integer
 
 from music_ar.decoding import backend as backends
 from music_ar.decoding.backend import Backend
+from music_ar.decoding.guidance import guided_logits, with_partners
 from music_ar.decoding.int8_layers import Int8Forms
-from music_ar.decoding.interface import Options, distinct
+from music_ar.decoding.interface import Options, distinct, row_wishes
 from music_ar.decoding.layers import DecodingModel, Forms, HashedGraph, PlainForms, TransposedForms
 from music_ar.decoding.prefill import Prompts, prefill
 from music_ar.decoding.processors import draw
 from music_ar.decoding.state import BY_ROWS, Caches, DecodeState, on_each_device
 from music_ar.decoding.step import advance, step
 from music_ar.decoding.windows import WINDOWS, WindowMode, cache_size
+from music_ar.features.wishes import Wishes, wish_vectors
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.tokens import vocabulary
 
@@ -61,6 +63,7 @@ class Decoder:
         self.config, self.dtype = model.config, model.dtype
         self.device, self.path = jax.local_devices()[0].device_kind, "jax"
         self.graph, self.params = _prepared(model, self.backend)
+        self._wish_kernel_RxD = np.array(model.wishes.kernel[...]) if model.config.wish_rows else None
         self._params_on: dict[Mesh | None, nnx.State] = {None: self.params}
 
     def start(
@@ -71,20 +74,28 @@ class Decoder:
         seeds: Sequence[int],
         limit_steps: int,
         mode: WindowMode = "sliding",
+        wishes: Sequence[Wishes] | None = None,
     ) -> DecodeState:
         """See `AnyDecoder.start`."""
         if len(prompts) != len(seeds):
             raise ValueError(f"expected a seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
         for prompt in prompts:
             vocabulary.check_tokens(prompt)
-        different, index = distinct(prompts)
-        state = self._prefilled(different, latents, limit_steps, WINDOWS[mode])
+        wishes_BxD = wish_vectors(self.config.wishes, self._wish_kernel_RxD, row_wishes(wishes, len(prompts)))
+        different, index = distinct(prompts, wishes_BxD)
+        first = [prompts[row] for row in different]
+        state = self._prefilled(first, wishes_BxD[different], latents, limit_steps, WINDOWS[mode])
         if len(different) < len(prompts):
             state = state.rows(index)
         return state.with_seeds(seeds)
 
     def _prefilled(
-        self, prompts: list[Integer[np.ndarray, " _P"]], latents: int, limit_steps: int, windows: int
+        self,
+        prompts: list[Integer[np.ndarray, " _P"]],
+        wishes_BxD: Float32[np.ndarray, "B D"],
+        latents: int,
+        limit_steps: int,
+        windows: int,
     ) -> DecodeState:
         B, L, R = len(prompts), self.config.conv_width, self._cache_size(latents)
         # Everything that a latent still in a window can see, and the convolution taps before that.
@@ -101,6 +112,7 @@ class Decoder:
             limit_B=jnp.full(B, limit_steps, jnp.int32),
             rng_B=jax.random.split(jax.random.key(0), B),
             ended_B=jnp.zeros(B, bool),
+            wishes_BxD=jnp.asarray(wishes_BxD) if self.config.wish_rows else None,
             **jax.tree.map(jnp.asarray, ready.state),
         )
         if ready.length == 0:
@@ -142,7 +154,7 @@ class Decoder:
         self, state: DecodeState, options: Options, *, length: int
     ) -> tuple[DecodeState, Int[Array, "B length"], Float[Array, "B length"]]:
         """See `AnyDecoder.decode_scored`."""
-        state, mesh = self._sharded(state)
+        state, mesh = self._sharded(state, pairs="guidance" in options)
         micro_batches = self.backend.micro_batches(state.clock_B.shape[0] // (1 if mesh is None else mesh.size))
         decode = _compiled_decode(self.backend.options(micro_batches))
         program = (self.graph, self.backend, length, mesh, micro_batches)
@@ -180,10 +192,14 @@ class Decoder:
         """See `AnyDecoder.free_programs`."""
         jax.clear_caches()
 
-    def _sharded(self, state: DecodeState) -> tuple[DecodeState, Mesh | None]:
-        """Shard the state over as many devices as can share its rows evenly; also return their mesh, None for one."""
+    def _sharded(self, state: DecodeState, *, pairs: bool = False) -> tuple[DecodeState, Mesh | None]:
+        """Shard the state over as many devices as can share its rows, or pairs of rows, evenly.
+
+        Returns:
+            The state and the mesh of the devices; None for one.
+        """
         devices = jax.local_devices()
-        count = math.gcd(state.clock_B.shape[0], len(devices))
+        count = math.gcd(state.clock_B.shape[0] // (1 + pairs), len(devices))
         if count == 1:
             return state, None
         mesh = Mesh(np.array(devices[:count]), ("rows",))
@@ -256,7 +272,7 @@ def _decode_rows(
         index, state, tokens, nats = carry
         logits_BxV, state = step(model, state, backend, micro_batches)
         rng_B = jax.vmap(jax.random.fold_in)(state.rng_B, state.age_B)
-        drawn_B = draw(rng_B, logits_BxV, state, options)
+        drawn_B = with_partners(draw(rng_B, guided_logits(logits_BxV, options), state, options), options)
         drawn_logit_B = jnp.take_along_axis(logits_BxV, drawn_B[:, None], axis=1)[:, 0]
         nats_B = jax.nn.logsumexp(logits_BxV, axis=1) - drawn_logit_B
         state = advance(state, drawn_B)

@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Int, Integer
+from jaxtyping import Bool, Float32, Int, Integer
 
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.windows import WindowMode
+from music_ar.features.wishes import Wishes
 from music_ar.model.config import ModelConfig
 
 Options = dict[str, Any]
-"""`SamplingOptions` as arrays: scalars for all rows, or one entry per row."""
+"""`SamplingOptions` as arrays: scalars for all rows, or one entry per row. With "guidance" among them, rows come in
+pairs (see `guidance`)."""
 
 
 def option_arrays(rows: Sequence[SamplingOptions]) -> Options:
@@ -32,11 +34,30 @@ def shared_options(options: SamplingOptions) -> Options:
     return {name: array.reshape(()) for name, array in option_arrays([options]).items()}
 
 
-def distinct(prompts: Sequence[Integer[np.ndarray, " _P"]]) -> tuple[list[Integer[np.ndarray, " _P"]], list[int]]:
-    """The different prompts, in their order, and which of them each prompt is: equal ones are prefilled once."""
-    numbers: dict[bytes, int] = {}
-    index = [numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in prompts]
-    return [prompts[index.index(number)] for number in range(len(numbers))], index
+def distinct(
+    prompts: Sequence[Integer[np.ndarray, " _P"]], wishes_BxD: Float32[np.ndarray, "B D"]
+) -> tuple[list[int], list[int]]:
+    """Rows that differ in prompt or wishes, and which of them each row equals: equal ones are prefilled once.
+
+    Args:
+        prompts: of each row.
+        wishes_BxD: the vector of each row's wishes.
+    """
+    numbers: dict[tuple[bytes, bytes], int] = {}
+    keys = [(prompt.tobytes(), wishes_D.tobytes()) for prompt, wishes_D in zip(prompts, wishes_BxD, strict=True)]
+    index = [numbers.setdefault(key, len(numbers)) for key in keys]
+    return [index.index(number) for number in range(len(numbers))], index
+
+
+def row_wishes(wishes: Sequence[Wishes] | None, rows: int) -> Sequence[Wishes]:
+    """The wishes of each of so many rows; None stands for none in all of them.
+
+    Raises:
+        ValueError: not as many wishes as rows.
+    """
+    if wishes is not None and len(wishes) != rows:
+        raise ValueError(f"expected wishes for each of {rows} prompts, got {len(wishes)}")
+    return [Wishes()] * rows if wishes is None else wishes
 
 
 @runtime_checkable
@@ -98,6 +119,7 @@ class AnyDecoder(Protocol):
         seeds: Sequence[int],
         limit_steps: int,
         mode: WindowMode = "sliding",
+        wishes: Sequence[Wishes] | None = None,
     ) -> Any:
         """State (`AnyState`) after all but the last token of each prompt; the last one is pending.
 
@@ -107,9 +129,11 @@ class AnyDecoder(Protocol):
             seeds: one per row; a row's tokens depend only on its own prompt, seed and options.
             limit_steps: a row is done when this much music (in steps of 10 ms) follows its prompt.
             mode: how the window of latents continues once it is full; see `windows`.
+            wishes: one per row; default: none.
 
         Raises:
-            ValueError: not as many seeds as prompts.
+            ValueError: not as many seeds or wishes as prompts.
+            WishError: the model cannot take the wishes.
         """
         ...
 

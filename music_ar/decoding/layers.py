@@ -224,6 +224,8 @@ class DecodingModel(nnx.Module):
             outer.retrieval = forms.features(outer.retrieval)
         if model.config.label_size:
             del outer.label  # for training only
+        if model.config.wishes is not None:
+            del outer.wishes  # their sum is computed once for each row
         self.outer: PerceiverAR = outer
 
 

@@ -124,7 +124,7 @@ def prefill(
     M, R = caches.cross_v.shape[1], caches.self_v[0].shape[1]
     times_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
     positions_BxPx2 = jnp.stack([times_BxP - state.birth_B[:, None], conditioning_BxP.keyboard.time], axis=-1)
-    embedded_BxPxD = model.outer.condition(model.outer.embed(tokens_BxP), conditioning_BxP)
+    embedded_BxPxD = state.with_wishes(model.outer.condition(model.outer.embed(tokens_BxP), conditioning_BxP))
     k_BxPxGxK, v_BxPxGxK = model.cross.keys_values(model.outer.context_norm(embedded_BxPxD), positions_BxPx2)
     context = _Context(embedded_BxPxD, positions_BxPx2, k_BxPxGxK, v_BxPxGxK)
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from music_ar.decoding.sampling import OPTION_NAMES, SamplingOptions
+from music_ar.features.wishes import WISH_OPTIONS, Wishes
 from music_ar.midi.io import read_prompt
 from music_ar.midi.performance import Performance
 from music_ar.ranges import MAX_SECONDS, MAX_SEED, check_ranges, number, whole
@@ -44,6 +45,7 @@ class Request:
             this machine.
         speed: with "auto", seconds of music to generate per second; default 1.5.
         sampling: how tokens are drawn.
+        wishes: how the music should be, for a model that takes wishes.
         seed: 0 to 2**31 - 1; the same seed and request give the same piece on the same kind of machine. Default: a
             random one, which the results include.
         variations: how many samples of the prompt to generate, with the seeds `seed`, `seed` + 1 and so on. On a CPU,
@@ -63,6 +65,7 @@ class Request:
     latents: int | Literal["auto"] | None = whole(None, 2, words=("auto",))
     speed: float | None = number(None, above=0, most=1000)
     sampling: SamplingOptions = SamplingOptions()
+    wishes: Wishes = Wishes()
     seed: int | None = whole(None, 0, MAX_SEED)
     variations: int = whole(1, 1, MAX_VARIATIONS)
     prompt_seconds: float | None = number(None, above=0, most=MAX_SECONDS)
@@ -84,23 +87,28 @@ class Request:
 
         Args:
             prompt: what to continue, or a request to change.
-            options: fields of `Request` and of `SamplingOptions`.
+            options: fields of `Request`, of `SamplingOptions` and of `Wishes`.
 
         Raises:
             GenerationError: an option is unknown, or a value is out of range.
-            SamplingError: a sampling option is out of range.
+            SamplingError, WishError: a sampling option or a wish is out of range.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [name for name in options if name not in known and name not in OPTION_NAMES]
+        nested = {"sampling": OPTION_NAMES, "wishes": WISH_OPTIONS}
+        every = [*known, *OPTION_NAMES, *WISH_OPTIONS]
+        unknown = [name for name in options if name not in every]
         if unknown:
-            names = ", ".join([*known, *OPTION_NAMES])
+            names = ", ".join(every)
             raise GenerationError(f"unknown option {', '.join(unknown)}; expected any of {names}")
         request = prompt if isinstance(prompt, Request) else cls(prompt=prompt)
-        drawn = {name: options.pop(name) for name in OPTION_NAMES if name in options}
+        inner = {
+            group: {name: options.pop(name) for name in names if name in options} for group, names in nested.items()
+        }
         changed = dataclasses.replace(request, **options)
-        return (
-            dataclasses.replace(changed, sampling=dataclasses.replace(changed.sampling, **drawn)) if drawn else changed
-        )
+        groups = {
+            group: dataclasses.replace(getattr(changed, group), **given) for group, given in inner.items() if given
+        }
+        return dataclasses.replace(changed, **groups)
 
     def with_seed(self) -> "Request":
         """The request with a seed: its own, or a random one."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from music_ar.decoding.guidance import GuidedDecoder
 from music_ar.decoding.interface import AnyDecoder, AnyState, shared_options
 from music_ar.decoding.request import GenerationError, Request, check_seconds, limits, stuck_error
 from music_ar.decoding.sequence import Notes
@@ -91,6 +92,7 @@ class Session:
 
     Raises:
         GenerationError, MidiError: there is nothing to continue from in the prompt.
+        WishError: the model cannot take the wishes.
     """
 
     def __init__(self, decoder: AnyDecoder, request: Request):
@@ -99,15 +101,20 @@ class Session:
         prompt = request.prompt_tokens()
         self.seeds = tuple(seed for sample in request.samples() if (seed := sample.seed) is not None)
         self.latents = request.latents
-        self._decoder = decoder
         self._options = shared_options(request.sampling)
+        if request.wishes.is_guided:
+            self._decoder = GuidedDecoder(decoder)
+            self._options["guidance"] = np.float32(request.wishes.guidance)
+        else:
+            self._decoder = decoder
         self._sequences = [TokenSequence(prompt, request.prompt) for _ in self.seeds]
         self._shown: list[Notes | None] = [None] * len(self.seeds)
         self.prompt_s = self._sequences[0].prompt_time / vocabulary.STEPS_PER_SECOND
         self._continuation_only = request.continuation_only
         self._wanted_s = 0.0
-        self._state: AnyState | None = decoder.start(
-            [prompt] * len(self.seeds), latents=self.latents, seeds=self.seeds, limit_steps=0
+        rows = len(self.seeds)
+        self._state: AnyState | None = self._decoder.start(
+            [prompt] * rows, latents=self.latents, seeds=self.seeds, limit_steps=0, wishes=[request.wishes] * rows
         )
 
     @property

@@ -72,6 +72,7 @@ class DecodeState(NamedTuple):
             rows on its device are not done.
         rng_B: each row's random key.
         ended_B: whether the piece has ended on its own; from then on, its tokens are `vocabulary.PAD`.
+        wishes_BxD: the vector of each row's wishes, for a model that takes wishes.
     """
 
     clock_B: Int[Array, " B"]
@@ -88,6 +89,7 @@ class DecodeState(NamedTuple):
     limit_B: Int[Array, " B"]
     rng_B: Array
     ended_B: Bool[Array, " B"]
+    wishes_BxD: Float[Array, "B D"] | None
 
     @property
     def done_B(self) -> Bool[Array, " B"]:
@@ -108,6 +110,12 @@ class DecodeState(NamedTuple):
         """Conditioning features after the pending token."""
         found = None if self.match is None else retrieval.retrieved(self.notes, self.match)
         return Conditioning(self.keyboard, notes.latest(self.notes, config.onsets), found)
+
+    def with_wishes(self, embedded_BxTxD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Embedded tokens of each row with its wishes added."""
+        if self.wishes_BxD is None:
+            return embedded_BxTxD
+        return embedded_BxTxD + self.wishes_BxD.astype(embedded_BxTxD.dtype)[:, None]
 
     def with_limit(self, limit_steps: int) -> "DecodeState":
         """The state with another limit: rows are done after `limit_steps` of music after their prompts."""

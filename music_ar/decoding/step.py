@@ -49,7 +49,8 @@ def step(
     visible_since_B = jnp.maximum(state.birth_B, 0)
     window_since_BxW = starts_BxW + state.birth_B[:, None]
     outer = model.outer
-    embedded_Bx1xD = outer.condition(outer.embed_last(state.recent_BxL), state.conditioning(model.config))[:, None]
+    embedded_BxD = outer.condition(outer.embed_last(state.recent_BxL), state.conditioning(model.config))
+    embedded_Bx1xD = state.with_wishes(embedded_BxD[:, None])
 
     rows = [slice(first, first + B // micro_batches) for first in range(0, B, B // micro_batches)]
     attentions = [_attention(model, state, backend, part, W, micro_batches) for part in rows]

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Literal
 
 from music_ar.features import keyboard, notes, retrieval
+from music_ar.features.wishes import WishTable
 from music_ar.ranges import check_ranges, number, whole
 from music_ar.tokens import vocabulary
 
@@ -39,6 +40,7 @@ class ModelConfig:
         time_heads: number of key/value heads (the last of the G) whose rotary positions count time instead of tokens.
         segment: length of the segments of a Transformer-XL (see `transformer_xl`), with N = M; 0 means none.
         label_size: length of the label that describes how a training window was augmented; see `PerceiverAR.__call__`.
+        wishes: the wishes that the model takes (see `features.wishes`); None if it takes none.
         rotary_fraction: share of each head's channels that is rotated by position.
         rotary_wavelength: longest wavelength of the rotary positions, in tokens.
         vocabulary_size: V, including padding and the two piece boundaries.
@@ -61,6 +63,7 @@ class ModelConfig:
     time_heads: int = whole(0, 0, 1000)
     segment: int = whole(0, 0, _MAX_TOKENS)
     label_size: int = whole(0, 0, 1000)
+    wishes: WishTable | None = None
     rotary_fraction: float = number(0.5, least=0, most=1)
     rotary_wavelength: float = number(10_000.0, above=0, most=1e9)
     vocabulary_size: int = whole(vocabulary.VOCABULARY_SIZE, 1, 2**16)
@@ -112,6 +115,11 @@ class ModelConfig:
     def attended(self, inputs: int) -> int:
         """Number of `inputs` that attention reads: the last M with retrieval, all of them without."""
         return min(inputs, self.context) if self.retrieval_notes else inputs
+
+    @property
+    def wish_rows(self) -> int:
+        """Number of vectors of wishes; 0 if the model takes none."""
+        return 0 if self.wishes is None else self.wishes.rows
 
     @property
     def feature_count(self) -> int:

@@ -22,6 +22,7 @@ from music_ar.model.attention import Block, Matrix, linear
 from music_ar.model.config import Compute, ModelConfig
 from music_ar.model.context_attention import attend_context
 from music_ar.model.transformer_xl import attend_segments
+from music_ar.model.wish_embedding import WishEmbedding
 from music_ar.tokens import vocabulary
 
 
@@ -84,6 +85,8 @@ class PerceiverAR(nnx.Module):
             self.retrieval = FeatureProjection(0, retrieval.feature_count(), width, dtype=dtype, rngs=rngs)
         if config.label_size:
             self.label = linear(config.label_size, width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        if config.wishes is not None:
+            self.wishes = WishEmbedding(config.wishes, width)
         self.context_norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
         self.latent = linear(width, width, kernel_init=nnx.initializers.lecun_normal(), dtype=dtype, rngs=rngs)
         self.cross = Block(config, compute=compute, rngs=rngs)
@@ -104,6 +107,7 @@ class PerceiverAR(nnx.Module):
         kept_prefix: int | None = None,
         dropout: float = 0.0,
         labels_BxC: Float[Array, "B C"] | None = None,
+        wishes_BxW: Int[Array, "B W"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "B N V"]:
         """Logits of the token that follows each of the last N inputs.
@@ -118,6 +122,7 @@ class PerceiverAR(nnx.Module):
             labels_BxC: training only: how each window was augmented, C = `config.label_size` numbers; all 0, like None,
                 means no augmentation. Scoring and generation use none. (Conditioning on the augmentation keeps its
                 distribution separate: Jun et al., "Distribution augmentation for generative modeling", 2020.)
+            wishes_BxW: ids of the wishes of each row (`features.wishes.WishTable`); all 0, like None, means none.
             key: random key for the prefix and dropout.
 
         Returns:
@@ -141,6 +146,8 @@ class PerceiverAR(nnx.Module):
         embedded_BxSxD = self.condition(self._embed_rows(tokens_BxM, rows), conditioning_BxS)
         if labels_BxC is not None:
             embedded_BxSxD = embedded_BxSxD + self.label(labels_BxC.astype(self.dtype))[:, None]
+        if wishes_BxW is not None:
+            embedded_BxSxD = embedded_BxSxD + self.wishes(wishes_BxW).astype(self.dtype)[:, None]
         positions_BxSxP = jnp.stack([rows.positions_BxS, conditioning_BxS.keyboard.time], axis=-1)
 
         tower = self._recur if self.config.segment else self._attend

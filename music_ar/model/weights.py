@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from music_ar.features import keyboard, notes, retrieval
+from music_ar.features.wishes import WishTable
 from music_ar.files import parse_json, read_file
 from music_ar.model.config import ModelConfig
 from music_ar.model.quantization import dequantize
@@ -32,7 +33,7 @@ SHIPPED_FOLDERS = (_HERE.parent / "checkpoints", _HERE / "checkpoints")
 
 _MAX_CONFIG_BYTES = 2**20
 _SIZE_SLACK = 2**20  # bytes, for the header and what small models have besides int8 matrices
-_LATER_SIZES = ("segment",)  # not in the first configs of the format, and off by default
+_LATER_SIZES = ("segment", "wishes")  # not in the first configs of the format, and off by default
 _OLD_FORMAT = "music-ar 1"
 _OLD_NAMES = {  # of sizes and of tensors in the old format
     "recall": "retrieval_notes",
@@ -111,6 +112,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "keyboard.kernel": (keyboard.CHANNELS + notes.feature_count(config.onsets) if config.onsets else 0, D),
         "retrieval.kernel": (retrieval.feature_count() if config.retrieval_notes else 0, D),
         "label.kernel": (config.label_size, D),
+        "wishes.kernel": (config.wish_rows, D),
     }
     return {
         "embedding": (V, D),
@@ -240,6 +242,8 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
             raise CheckpointError(f"{path}: models with cross_depths are not supported since version 0.2.0")
         if missing := [name for name in _needed_sizes(record["format"]) if name not in sizes]:
             raise CheckpointError(f"{path} lacks {', '.join(missing)}, so it is not a model configuration")
+        if sizes.get("wishes") is not None:
+            sizes["wishes"] = WishTable.of_json(sizes["wishes"])
         config = ModelConfig(**sizes)
         if config.vocabulary_size != vocabulary.VOCABULARY_SIZE:
             raise CheckpointError(

@@ -113,5 +113,6 @@ def _probabilities(model: PerceiverAR, batch: dict[str, Array], **window: Any) -
 
 
 def label_argument(model: PerceiverAR, batch: dict[str, Array]) -> dict[str, Array]:
-    """Return the augmentation labels of a batch as a keyword argument for a model; empty if it takes none."""
-    return {"labels_BxC": batch["labels"]} if model.config.label_size else {}
+    """Return the augmentation labels and the wishes of a batch as keyword arguments for a model, if it takes them."""
+    labels = {"labels_BxC": batch["labels"]} if model.config.label_size else {}
+    return labels | ({"wishes_BxW": batch["wishes"]} if model.config.wishes and "wishes" in batch else {})

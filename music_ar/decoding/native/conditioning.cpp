@@ -67,7 +67,8 @@ static void add_retrieved_rows(std::vector<int32_t>& rows, const Piece& piece) {
 }
 
 Conditioning::Conditioning(const Config& config, const Piece& piece)
-    : age(piece.age), time(piece.time), recent_L(piece.recent_L, piece.recent_L + piece.conv_width) {
+    : age(piece.age), time(piece.time), recent_L(piece.recent_L, piece.recent_L + piece.conv_width),
+      wishes_D(piece.wishes_D) {
   std::copy(piece.keys_128, piece.keys_128 + PITCHES, keys_128);
   if (config.onsets) add_onset_rows(onset_rows, piece, config.onsets);
   if (config.retrieval_notes) add_retrieved_rows(retrieved_rows, piece);

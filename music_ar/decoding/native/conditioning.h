@@ -14,6 +14,7 @@ struct Conditioning {
   int32_t keys_128[PITCHES];            // see `Keyboard.keys`
   std::vector<int32_t> onset_rows;      // of the keyboard's matrix, one for each known class
   std::vector<int32_t> retrieved_rows;  // of the retrieval matrix
+  const float* wishes_D;                // or null
 
   Conditioning(const Config& config, const Piece& piece);
 };

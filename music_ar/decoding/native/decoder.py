@@ -13,11 +13,13 @@ import numpy as np
 from jaxtyping import Float32, Int32, Integer
 
 from music_ar.decoding.backend import CPU, Backend
-from music_ar.decoding.interface import distinct
+from music_ar.decoding.interface import distinct, row_wishes
 from music_ar.decoding.native.library import CConfig, COptions, CState, CTensor, Library, load
 from music_ar.decoding.native.state import NativeState
 from music_ar.decoding.native.weights import Tensor, engine_tensors
+from music_ar.features.wishes import Wishes, wish_vectors
 from music_ar.model.config import ModelConfig
+from music_ar.model.weights import Weights
 from music_ar.tokens import vocabulary
 
 _MOST_HEAD_SIZE = 256  # as in kernels.h
@@ -56,6 +58,8 @@ class NativeDecoder:
             )
         weights = engine_tensors(config, tensors)
         self.config, self.backend = config, backend
+        kernel = "wishes.kernel"
+        self._wish_kernel_RxD = Weights(config, dict(tensors)).float32(kernel) if config.wish_rows else None
         self._library = library
         self._model = _open(library, config, weights)
         weakref.finalize(self, library.close, self._model)
@@ -76,12 +80,14 @@ class NativeDecoder:
         seeds: Sequence[int],
         limit_steps: int,
         mode: Literal["sliding", "exact"] = "sliding",
+        wishes: Sequence[Wishes] | None = None,
     ) -> NativeState:
         """State after all but the last token of each prompt; see `Decoder.start`.
 
         Raises:
-            ValueError: not as many seeds as prompts, a prompt without tokens or with others than the vocabulary's, more
-                latents than the context, or re-anchored windows.
+            WishError: the model cannot take the wishes.
+            ValueError: not as many seeds or wishes as prompts, a prompt without tokens or with others than the
+                vocabulary's, more latents than the context, or re-anchored windows.
         """
         if mode != "sliding":
             raise ValueError(
@@ -92,11 +98,14 @@ class NativeDecoder:
         if not 1 <= latents <= self.config.reach:
             raise ValueError(f"latents must be in 1..{self.config.reach}, the context; got {latents}")
         checked = [_checked_tokens(prompt, 1) for prompt in prompts]
-        different, index = distinct(checked)
+        wishes_BxD = wish_vectors(self.config.wishes, self._wish_kernel_RxD, row_wishes(wishes, len(prompts)))
+        different, index = distinct(checked, wishes_BxD)
         state = NativeState.before_the_first_token(
             self.config, len(different), latents=max(2, latents), limit_steps=limit_steps, cached=self._cached
         )
-        for number, prompt in enumerate(different):
+        state.wishes_BxD[:] = wishes_BxD[different]
+        for number, row in enumerate(different):
+            prompt = checked[row]
             self._library.prefill(self._model, self._c_state(state), number, prompt.ctypes.data, len(prompt))
         state.prompt_end_B[:] = state.time_B
         if len(different) < len(checked):
@@ -220,13 +229,13 @@ def _checked_tokens(tokens: Any, axes: int) -> Int32[np.ndarray, "..."]:
 
 
 def _option_arrays(options: Mapping[str, Any], rows: int) -> dict[str, np.ndarray]:
-    """Options, scalars or one entry per row, as one entry per row."""
+    """Options, scalars or one entry per row, as one entry per row; the guidance only if rows are pairs."""
+    types = [*COptions.TYPES, *([("guidance", np.float32)] if "guidance" in options else [])]
     return {
-        name: np.ascontiguousarray(np.broadcast_to(np.asarray(options[name], dtype), (rows,)))
-        for name, dtype in COptions.TYPES
+        name: np.ascontiguousarray(np.broadcast_to(np.asarray(options[name], dtype), (rows,))) for name, dtype in types
     }
 
 
 def _c_options(arrays: Mapping[str, np.ndarray]) -> COptions:
     """Pointers to the arrays, which must outlive the call."""
-    return COptions(*(arrays[name].ctypes.data for name, _ in COptions.TYPES))
+    return COptions(**{name: array.ctypes.data for name, array in arrays.items()})

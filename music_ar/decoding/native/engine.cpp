@@ -72,9 +72,14 @@ struct Drawn {
   float nats;
 };
 
-static Drawn draw_one(const Model& model, const Piece& piece, const Options& options, int row, float* logits_V) {
+// Of a pair, the logits without wishes follow those with them.
+static Drawn draw_one(const Model& model, const Piece& piece, const Options& options, int row, const float* logits_V) {
   const float total = model.kernels().log_sum_exp(logits_V, VOCABULARY_SIZE);
   std::vector<float> processed(logits_V, logits_V + VOCABULARY_SIZE);
+  for (int token = 0; options.guidance && token < VOCABULARY_SIZE; ++token) {
+    const float without = logits_V[VOCABULARY_SIZE + token];
+    processed[token] = without + options.guidance[row] * (logits_V[token] - without);
+  }
   process(processed.data(), piece, options, row);
   const int token = draw(processed.data(), piece.key_2, piece.age + 1);
   return {token, total - logits_V[token]};
@@ -92,12 +97,16 @@ static void decode(Model& model, Threads& threads, const State& state, const Opt
       if (!pieces[row].done()) rows.push_back(row);
     if (rows.empty()) return;
     step(model, threads, pieces, rows, logits_RxV.data());
-    threads.each(int(rows.size()), [&](int i, int) {
-      const int row = rows[i];
-      const Drawn drawn = draw_one(model, pieces[row], options, row, logits_RxV.data() + size_t(i) * VOCABULARY_SIZE);
-      tokens_BxT[size_t(row) * length + t] = drawn.token;
-      nats_BxT[size_t(row) * length + t] = drawn.nats;
-      advance(pieces[row], drawn.token);
+    const int together = options.guidance ? 2 : 1;  // rows of a piece: both of a pair are done at the same time
+    threads.each(int(rows.size()) / together, [&](int i, int) {
+      const int first = rows[i * together];
+      const float* logits_V = logits_RxV.data() + size_t(i) * together * VOCABULARY_SIZE;
+      const Drawn drawn = draw_one(model, pieces[first], options, first, logits_V);
+      for (int row = first; row < first + together; ++row) {
+        tokens_BxT[size_t(row) * length + t] = drawn.token;
+        nats_BxT[size_t(row) * length + t] = drawn.nats;
+        advance(pieces[row], drawn.token);
+      }
     });
   }
 }

@@ -30,6 +30,7 @@ class CConfig(ctypes.Structure):
         "retrieval_notes",
         "time_heads",
         "rotary_size",
+        "wish_rows",
     )
     _fields_ = (*((name, c_int32) for name in SIZES), ("rotary_rates", POINTER(c_float)))
 
@@ -74,12 +75,13 @@ class CState(ctypes.Structure):
         "limit_B",
         "key_Bx2",
         "ended_B",
+        "wishes_BxD",
     )
     _fields_ = (*((name, c_int32) for name in SIZES), *((name, c_void_p) for name in ARRAYS))
 
 
 class COptions(ctypes.Structure):
-    """`Options` in sampling.h: an array for each sampling option, with an entry for each row."""
+    """`Options` in sampling.h: an array for each sampling option, with an entry for each row; perhaps the guidance."""
 
     TYPES = (
         ("temperature", np.float32),
@@ -90,7 +92,7 @@ class COptions(ctypes.Structure):
         ("lowest_pitch", np.int32),
         ("highest_pitch", np.int32),
     )
-    _fields_ = tuple((name, c_void_p) for name, _ in TYPES)
+    _fields_ = (*((name, c_void_p) for name, _ in TYPES), ("guidance", c_void_p))
 
 
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {

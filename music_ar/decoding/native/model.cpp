@@ -110,6 +110,8 @@ void Model::embed(const Conditioning& conditioning, float* x_D) const {
   }
   if (config_.onsets) add_keyboard(conditioning, x_D);
   if (config_.retrieval_notes) add_retrieved(conditioning, x_D);
+  if (conditioning.wishes_D)
+    for (int d = 0; d < config_.width; ++d) x_D[d] += conditioning.wishes_D[d];
 }
 
 void Model::add_keyboard(const Conditioning& conditioning, float* x_D) const {

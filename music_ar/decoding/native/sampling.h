@@ -5,12 +5,13 @@
 
 namespace music_ar {
 
-// `SamplingOptions`, with an entry for each row; mirrored in library.py.
+// `SamplingOptions`, with an entry for each row; mirrored in library.py. With guidance, rows come in pairs: see guidance.py.
 struct Options {
   const float* temperature;
   const int32_t* top_k;
   const float *top_p, *min_p, *steadiness;
   const int32_t *lowest_pitch, *highest_pitch;
+  const float* guidance;  // or null
 };
 
 // Apply the chain of processors in place; -inf for tokens that must not be drawn.

@@ -20,7 +20,7 @@ inline bool is_velocity(int token) { return token >= VELOCITY && token < PAD; }
 // As `ModelConfig`; mirrored in library.py.
 struct Config {
   int32_t context, width, layers, heads, kv_heads, head_size, hidden, conv_width, onsets, retrieval_notes, time_heads;
-  int32_t rotary_size;
+  int32_t rotary_size, wish_rows;
   const float* rotary_rates;  // rotary_size / 2 numbers
 };
 
@@ -35,6 +35,7 @@ struct State {
   int32_t *prompt_end_B, *limit_B;
   uint32_t* key_Bx2;
   uint8_t* ended_B;
+  const float* wishes_BxD;
 };
 
 // One row of a `State`.
@@ -45,6 +46,7 @@ struct Piece {
   int32_t *recent_L, *held_128, *keys_128, *note_C, *note_time_C, *pitches_128, *velocities_32;
   uint32_t *match_keys_WxC, *key_2;
   char *cross_k, *cross_v, *self_k, *self_v;
+  const float* wishes_D;  // added to the embedding of each token; null for a model that takes no wishes
 
   Piece(const State& s, const Config& config, int row, size_t cached_bytes, int value_stride)
       : conv_width(config.conv_width), notes_kept(s.notes_kept), self_slots(s.self_slots), cross_slots(s.cross_slots),
@@ -56,7 +58,8 @@ struct Piece {
         note_time_C(s.note_time_BxC + size_t(row) * notes_kept), pitches_128(s.history_pitches_Bx128 + row * PITCHES),
         velocities_32(s.history_velocities_Bx32 + row * VELOCITY_BINS),
         match_keys_WxC(config.retrieval_notes ? s.match_keys_BxWxC + size_t(row) * LEVELS * notes_kept : nullptr),
-        key_2(s.key_Bx2 + 2 * row) {
+        key_2(s.key_Bx2 + 2 * row),
+        wishes_D(config.wish_rows ? s.wishes_BxD + size_t(row) * config.width : nullptr) {
     const size_t G = config.kv_heads, K = config.head_size, layers = config.layers;
     cross_k = s.cross_k + row * G * cross_slots * K * cached_bytes;
     cross_v = s.cross_v + row * G * cross_slots * value_stride * cached_bytes;

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, Shaped, UInt8, UInt32
+from jaxtyping import Bool, Float32, Int32, Shaped, UInt8, UInt32
 
 from music_ar.features import retrieval
 from music_ar.model.config import ModelConfig
@@ -38,6 +38,7 @@ class NativeState(NamedTuple):
         limit_B: a row is done once it has this much music after its prompt, in steps.
         key_Bx2: each row's random key, as in JAX.
         ended_B: whether the piece has ended on its own, or the row is idle.
+        wishes_BxD: the vector of each row's wishes; without channels for a model that takes none.
     """
 
     age_B: Int32[np.ndarray, " B"]
@@ -63,6 +64,7 @@ class NativeState(NamedTuple):
     limit_B: Int32[np.ndarray, " B"]
     key_Bx2: UInt32[np.ndarray, "B 2"]
     ended_B: UInt8[np.ndarray, " B"]
+    wishes_BxD: Float32[np.ndarray, "B _"]
 
     @classmethod
     def before_the_first_token(
@@ -108,6 +110,7 @@ class NativeState(NamedTuple):
             limit_B=filled(limit_steps),
             key_Bx2=np.zeros((B, 2), np.uint32),
             ended_B=np.zeros(B, np.uint8),
+            wishes_BxD=np.zeros((B, config.width if config.wish_rows else 0), np.float32),
         )
 
     @property
