@@ -24,15 +24,22 @@ class Pieces:
         tokens: one array per piece: START, events, END.
         records: the manifest's record of each piece: name, notes, seconds, composition.
         augmentations: how each piece differs from the recorded performance.
+        source: name of the part of the training data that they come from, if it has several.
     """
 
     tokens: tuple[Integer[np.ndarray, " _"], ...]
     records: tuple[PieceRecord, ...]
     augmentations: tuple[PieceAugmentation, ...]
+    source: str | None = None
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], split: str) -> Pieces:
+    def open(cls, folder: str | os.PathLike[str], split: str, *, source: str | None = None) -> Pieces:
         """Map a split of a prepared folder, after checking its shards against the manifest.
+
+        Args:
+            folder: the folder.
+            split: one of `SPLITS`.
+            source: see the class.
 
         Raises:
             DatasetError: the split is unknown or empty, the manifest has a different vocabulary, or a shard is missing,
@@ -51,16 +58,18 @@ class Pieces:
             raise DatasetError(f"{Path(folder) / MANIFEST_NAME}: the {split} split is empty.")
         tokens = [piece for shard in shards for piece in _map_shard(folder, shard)]
         records = [record for shard in shards for record in shard.pieces]
-        return cls(tokens=tuple(tokens), records=tuple(records), augmentations=(ORIGINAL,) * len(records))
+        originals = (ORIGINAL,) * len(records)
+        return cls(tokens=tuple(tokens), records=tuple(records), augmentations=originals, source=source)
 
     @classmethod
     def join(cls, parts: Iterable[Pieces]) -> Pieces:
-        """All pieces of the parts, one part after another."""
+        """All pieces of the parts, which have the same source, one part after another."""
         parts = list(parts)
         return cls(
             tokens=tuple(tokens for part in parts for tokens in part.tokens),
             records=tuple(record for part in parts for record in part.records),
             augmentations=tuple(augmentation for part in parts for augmentation in part.augmentations),
+            source=parts[0].source if parts else None,
         )
 
     def augmented_copies(self, seed: int) -> Pieces:
@@ -68,7 +77,7 @@ class Pieces:
         rngs = [np.random.default_rng((seed, index)) for index in range(len(self))]
         augmentations = tuple(PieceAugmentation.draw(rng) for rng in rngs)
         tokens = tuple(map(augmented_copy, self.tokens, augmentations, rngs))
-        return Pieces(tokens=tokens, records=self.records, augmentations=augmentations)
+        return Pieces(tokens=tokens, records=self.records, augmentations=augmentations, source=self.source)
 
     def folds(self, count: int) -> list[Pieces]:
         """Divide the pieces into folds, each composition in one of them (`splits.assign_folds`).
@@ -84,6 +93,7 @@ class Pieces:
             tokens=tuple(self.tokens[index] for index in indices),
             records=tuple(self.records[index] for index in indices),
             augmentations=tuple(self.augmentations[index] for index in indices),
+            source=self.source,
         )
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import grain
 import numpy as np
@@ -19,17 +19,20 @@ from data_pipeline.augmentation.mode_and_rubato import LABEL_SIZE
 from data_pipeline.augmentation.transforms import Augmentation
 from data_pipeline.dataset import Pieces
 from data_pipeline.windows import Window, Windows
+from data_pipeline.window_wishes import WindowWishes
 
 
 class Batch(TypedDict):
     """B windows. Inputs are `tokens[:, :-1]`; targets are `tokens[:, -N:]`, weighted by `weights`.
 
     `labels` say how each window was augmented (`augmentation_label`), so that a model can be conditioned on it.
+    `wishes` are the ids of each window's wishes, for a model that takes wishes.
     """
 
     tokens: Integer[np.ndarray, "B M+1"]
     weights: Float[np.ndarray, "B N"]
     labels: Float[np.ndarray, f"B {LABEL_SIZE}"]
+    wishes: NotRequired[Integer[np.ndarray, "B W"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,8 @@ class LoaderConfig:
         batch_size: B, number of windows in a batch of this process.
         seed: random seed in [0, 2**32).
         augmentation: what to draw for each window; None leaves windows as they are.
+        wishes: gives windows their wishes; None for a model that takes none.
+        shares: share of each part in the batches, mixed evenly. Default: equal shares, one part after another.
         process_index: number of this process among the `process_count` that share the epochs.
         process_count: number of processes that share the epochs, each with its own batches.
         threads: threads that prepare batches ahead; 0 prepares a batch when it is requested. One thread delivers over a
@@ -55,6 +60,8 @@ class LoaderConfig:
     batch_size: int
     seed: int
     augmentation: Augmentation | None = None
+    wishes: WindowWishes | None = None
+    shares: tuple[float, ...] | None = None
     process_index: int = 0
     process_count: int = 1
     threads: int = 1
@@ -82,22 +89,24 @@ def batches(*parts: Pieces, config: LoaderConfig) -> grain.DatasetIterator[Batch
     position as a small dict, for a checkpoint; `set_state` on an iterator with the same arguments continues there.
 
     Args:
-        parts: the pieces to cut windows from. With several parts, the global batch (those of all processes, one after
-            another) contains an equal share of each part, in order.
+        parts: the pieces to cut windows from. With several parts and no `config.shares`, the global batch (those of all
+            processes, one after another) contains an equal share of each part, in order.
         config: sizes, seed, augmentation and parallelism.
 
     Raises:
-        ValueError: the global batch cannot be divided into equal shares.
+        ValueError: the global batch cannot be divided into equal shares, or there are not as many shares as parts.
     """
-    if not parts or config.batch_size * config.process_count % len(parts):
+    windows = [_shuffled_windows(pieces, number, config) for number, pieces in enumerate(parts)]
+    if config.shares is not None:
+        if len(config.shares) != len(parts):
+            raise ValueError(f"expected a share for each of {len(parts)} parts, got {len(config.shares)}")
+        windows = [grain.MapDataset.mix(windows, weights=config.shares)]
+    if not windows or config.batch_size * config.process_count % len(windows):
         raise ValueError(
-            f"expected a batch_size * process_count that divides into {len(parts)} equal shares, got "
+            f"expected a batch_size * process_count that divides into {len(windows)} equal shares, got "
             f"{config.batch_size} * {config.process_count}"
         )
-    rows = _Rows(
-        parts=[_shuffled_windows(pieces, number, config) for number, pieces in enumerate(parts)], config=config
-    )
-    dataset = grain.MapDataset.source(rows).batch(config.batch_size, drop_remainder=True)
+    dataset = grain.MapDataset.source(_Rows(parts=windows, config=config)).batch(config.batch_size, drop_remainder=True)
     options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=4 * config.threads)
     batched = dataset.to_iter_dataset(options)
     if config.workers == 0:
@@ -115,6 +124,7 @@ def _shuffled_windows(pieces: Pieces, number: int, config: LoaderConfig) -> grai
         latents=config.latents,
         seed=seed,
         augmentation=config.augmentation,
+        wishes=config.wishes,
     )
     # Windows are cut before the shuffle, where an index is (epoch, block), so that a window does not depend on when or
     # in which process it is requested. Nothing is computed until then.

@@ -63,7 +63,8 @@ class PieceRecord:
         tokens: number of events, without START and END.
         notes: number of notes.
         seconds: length up to the end of the last note.
-        composition: the composition, by which folds are assigned; None in data prepared by versions without folds.
+        composition: the composition, by which folds are assigned: "composer: title" if a table names it. None in data
+            prepared by versions without folds.
     """
 
     name: str
@@ -77,6 +78,12 @@ class PieceRecord:
         check_ranges(self, ValueError)
         if not isinstance(self.name, str) or not isinstance(self.composition, str | None):
             raise ValueError(f"a piece is called {shown(self.name)}, of the composition {shown(self.composition)}")
+
+    @property
+    def composer(self) -> str | None:
+        """The composer, as the table of the data set spells it; None if it is not known."""
+        composer, colon, _ = (self.composition or "").partition(": ")
+        return composer if colon else None
 
 
 @dataclass(frozen=True, kw_only=True)

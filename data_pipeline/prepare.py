@@ -36,6 +36,7 @@ from data_pipeline.manifest import (
     write_file,
 )
 from data_pipeline.splits import assign_splits, check_shares
+from data_pipeline.table import read_compositions
 from music_ar.midi.folders import MIDI_EXTENSIONS
 from music_ar.midi.io import read_midi
 from music_ar.midi.performance import MidiError
@@ -95,6 +96,7 @@ def prepare_midi(
     folder: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
+    table: str | os.PathLike[str] | None = None,
     validation: float = 0.1,
     test: float = 0.1,
     seed: int = 0,
@@ -104,11 +106,12 @@ def prepare_midi(
     """Tokenize every MIDI file (.mid, .midi, .kar, .rmi) of a folder (or zip) and its subfolders.
 
     Files are assigned to splits by a hash of their names (`splits.assign_splits`). Files that are not usable MIDI are
-    skipped; the manifest's `skipped` gives the reasons. Each file is a composition of its own.
+    skipped; the manifest's `skipped` gives the reasons. Each file is a composition of its own, unless the table names it.
 
     Args:
         folder: where the MIDI files are.
         output: folder to write, created if missing. Only shards and the manifest in it are ever replaced.
+        table: CSV file with composers and titles; see `table.read_compositions`.
         validation: share of the files for the validation split, in [0, 1); above 0, at least one file.
         test: the same for the test split.
         seed: random seed of the split assignment.
@@ -116,7 +119,8 @@ def prepare_midi(
         on_progress: called with the share of files tokenized, 0 to 1.
 
     Raises:
-        DatasetError: there is no MIDI file, none is usable, or there are too few for the splits.
+        DatasetError: there is no MIDI file, none is usable, or there are too few for the splits; or the table is not
+            usable.
     """
     check_shares(validation, test)
     with MidiFiles(folder) as files:
@@ -126,7 +130,8 @@ def prepare_midi(
         task = _Task(
             files=files,
             paths={name: name for name in names},
-            compositions={name: name for name in names},
+            compositions={name: name for name in names}
+            | ({} if table is None else read_compositions(Path(table), names)),
             assign_splits=lambda usable: assign_splits(usable, validation=validation, test=test, seed=seed),
             settings={"kind": "midi", "validation": str(validation), "test": str(test), "seed": str(seed)},
             skip_unusable=True,

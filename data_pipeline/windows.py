@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from jaxtyping import Float, Int32, Int64
@@ -33,6 +33,7 @@ from data_pipeline.augmentation.transforms import (
     transpose,
 )
 from data_pipeline.dataset import Pieces
+from data_pipeline.window_wishes import WindowWishes
 from music_ar.tokens.vocabulary import PAD
 
 
@@ -42,6 +43,7 @@ class Window(TypedDict):
     tokens: Int32[np.ndarray, " M+1"]
     weights: Float[np.ndarray, " N"]
     labels: Float[np.ndarray, f" {LABEL_SIZE}"]
+    wishes: NotRequired[Int32[np.ndarray, " W"]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,12 +55,14 @@ class Cut:
         weights: weight of each of these tokens as a target; 0 before the block.
         is_first: whether the block is the first of its piece.
         augmentation: how the piece differs from the recorded performance.
+        piece: number of the piece.
     """
 
     tokens: Int32[np.ndarray, " T"]
     weights: Float[np.ndarray, " T"]
     is_first: bool
     augmentation: PieceAugmentation
+    piece: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,6 +75,7 @@ class Windows:
         latents: N, number of targets of a window.
         seed: random seed of the block offsets.
         augmentation: what to draw for each window; None leaves windows as they are.
+        wishes: gives windows their wishes; None for a model that takes none.
     """
 
     pieces: Pieces
@@ -78,6 +83,7 @@ class Windows:
     latents: int
     seed: int
     augmentation: Augmentation | None
+    wishes: WindowWishes | None = None
     _first_blocks: Int64[np.ndarray, " pieces+1"] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,6 +109,7 @@ class Windows:
             weights=_target_weights(starts, size, low, stop),
             is_first=start == 0,
             augmentation=self.pieces.augmentations[piece],
+            piece=piece,
         )
 
     def augment(self, cut: Cut, rng: np.random.Generator) -> Window:
@@ -116,11 +123,15 @@ class Windows:
             weights = weights[source]
         if cut.is_first:
             tokens, weights = tokens[: self.latents + 1], weights[: self.latents + 1]
-        return {
+        window: Window = {
             "tokens": _last(tokens, self.context + 1, PAD),
             "weights": _last(weights, self.latents, 0),
             "labels": augmentation_label(semitones, factor, bins, cut.augmentation),
         }
+        if self.wishes is not None:
+            composer, source = self.pieces.records[cut.piece].composer, self.pieces.source
+            window["wishes"] = self.wishes.draw(window["tokens"], window["weights"], composer, source, rng)
+        return window
 
     def _block_count(self, targets: int) -> int:
         return -(-targets // self.latents)

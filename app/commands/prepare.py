@@ -26,6 +26,9 @@ class Prepare:
         maestro: the official MAESTRO zip, or the folder it unpacks to. Its official splits are kept.
         midi: a folder or zip of your own MIDI files. They are split by a hash of their names; unusable ones are
             skipped.
+        table: CSV file with a row for each file of --midi, to keep its composer and title: the columns file (its path)
+            and composer, and perhaps title. Files without a row are prepared, too. Training with --wishes or --folds
+            uses it.
         validation: fraction of the files that go to the validation split (with --midi). Raise it for a small
             collection, which otherwise keeps too few to detect overfitting.
         test: fraction of the files that go to the test split (with --midi).
@@ -36,6 +39,7 @@ class Prepare:
     output: Path
     maestro: Unset[Path] = None
     midi: Unset[Path] = None
+    table: Unset[Path] = None
     validation: float = number(0.1, least=0, most=1)
     test: float = number(0.1, least=0, most=1)
     seed: int = 0
@@ -46,6 +50,8 @@ class Prepare:
         if (self.maestro is None) == (self.midi is None):
             got = "neither" if self.midi is None else "both"
             raise CommandError(f"expected either --maestro or --midi, got {got}")
+        if self.table is not None and self.midi is None:
+            raise CommandError("--table goes with --midi: MAESTRO has a table of its own")
 
     def run(self) -> int:
         """Write the shards and print a table of the splits; return the exit code."""
@@ -75,6 +81,7 @@ class Prepare:
         return prepare_midi(
             self.midi,
             self.output,
+            table=self.table,
             validation=self.validation,
             test=self.test,
             seed=self.seed,

@@ -16,11 +16,14 @@ import tyro
 from app.console import CommandError, ProgressLine, Unset, check_options, clock
 from data_pipeline.augmentation.transforms import Augmentation
 from data_pipeline.manifest import Manifest
+from data_pipeline.window_wishes import WindowWishes, WishDropout
 from music_ar.ranges import whole
 from music_ar.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from data_pipeline.dataset import Pieces
+    from data_pipeline.sources import Source
+    from music_ar.features.wishes import WishTable
     from music_ar.model.config import Compute, ModelConfig
     from music_ar.model.perceiver_ar import PerceiverAR
     from music_ar.training.distillation import Teachers
@@ -39,7 +42,10 @@ class Train:
     Example: music-ar train --data data/maestro --output runs/small --minutes 30
 
     Attributes:
-        data: dataset written by `music-ar prepare`.
+        data: dataset written by `music-ar prepare`. Give either this or --sources.
+        sources: table of several datasets, in place of --data: a CSV file with the columns source, data and share. The
+            shares say how much of the training each gets. The run is validated on the first, and its --final-fraction
+            trains on the first alone. With --wishes, the model learns the names.
         output: folder of the run; created if missing.
         preset: size of the model: small (the shipped one), medium, tiny (for tests), or a baseline: small-decoder
             (a decoder-only Transformer) or small-xl (Transformer-XL).
@@ -56,6 +62,8 @@ class Train:
             --without-fold only.
         without_fold: train on all folds but this one, counted from 1. Use it to train a teacher for --out-of-fold.
             Default: train on all data.
+        wishes: teach the model wishes (density, loudness, composer and so on), which generation may then give or leave
+            out. A --start model that takes wishes keeps those that it has.
         augmented_copies: number of augmented copies of each piece (other mode, dynamics and rubato) to train on;
             originals are oversampled to match. Use it against overfitting.
         workers: number of processes that prepare batches; 0 prepares them in the training process. Raise it if the
@@ -64,9 +72,11 @@ class Train:
         augment: whether to transpose and stretch the pieces, except in the --final-fraction of the run.
         training: length of the run, optimizer, regularization and logging.
         augmentation: ranges of the augmentation of training windows.
+        wish_dropout: how often training windows come without wishes.
     """
 
-    data: Path
+    data: Unset[Path] = None
+    sources: Unset[Path] = None
     output: Path
     preset: str = "small"
     start: Unset[str] = None
@@ -75,6 +85,7 @@ class Train:
     out_of_fold: bool = False
     folds: Unset[int] = whole(None, 2, 1000)
     without_fold: Unset[int] = whole(None, 1, 1000)
+    wishes: bool = False
     augmented_copies: int = whole(0, 0, 1000)
     workers: int = whole(0, 0, 1000)
     resume: bool = False
@@ -87,9 +98,14 @@ class Train:
     ] = True
     training: tyro.conf.OmitArgPrefixes[TrainingConfig]
     augmentation: tyro.conf.OmitArgPrefixes[Augmentation] = field(default_factory=Augmentation)
+    wish_dropout: tyro.conf.OmitArgPrefixes[WishDropout] = field(default_factory=WishDropout)
 
     def __post_init__(self) -> None:
         check_options(self)
+        if (self.data is None) == (self.sources is None):
+            raise CommandError(f"expected either --data or --sources, got {'both' if self.data else 'neither'}")
+        if self.sources is not None and (self.folds is not None or self.out_of_fold):
+            raise CommandError("--sources does not go with folds: give one dataset with --data")
         if self.expand_to is not None and self.start is None:
             raise CommandError("--expand-to needs --start, the model to expand")
         self._check_folds()
@@ -131,15 +147,27 @@ class Train:
         from music_ar.decoding import backend
 
         compute = backend.select().compute
-        manifest = Manifest.load(self.data)
-        parts = self._parts(Pieces.open(self.data, "train"))
+        sources = self._sources()
+        manifests, main = [Manifest.load(source.data) for source in sources], sources[0].data
+        opened = [Pieces.open(source.data, "train", source=source.name) for source in sources]
+        parts = self._parts(opened[0]) if self.sources is None else opened
         # A user's own data may have no validation split.
-        held_out = Pieces.open(self.data, "validation").tokens if manifest.splits["validation"].pieces else ()
-        fitted = self._fit(self._initial_model(compute), manifest, parts, held_out, self._teachers(compute))
+        held_out = Pieces.open(main, "validation").tokens if manifests[0].splits["validation"].pieces else ()
+        model = self._initial_model(compute, parts)
+        fitted = self._fit(model, sources, manifests, parts, held_out, self._teachers(compute))
         if fitted.finished:
             self._save(fitted, held_out)
         else:
             print(f"stopped at step {fitted.step}; the same command with --resume continues the run")
+
+    def _sources(self) -> "list[Source]":
+        """Return the datasets to train on, the one to validate on first."""
+        from data_pipeline.sources import Source, read_sources
+
+        if self.sources is not None:
+            return read_sources(self.sources)
+        assert self.data is not None
+        return [Source(name=None, data=self.data)]
 
     def _parts(self, pieces: "Pieces") -> "list[Pieces]":
         """Return the groups that a batch draws from equally: all pieces, all folds but one, or one fold per teacher."""
@@ -150,7 +178,7 @@ class Train:
         folds = pieces.folds(self.folds)
         return [pieces.join(fold for number, fold in enumerate(folds, start=1) if number != self.without_fold)]
 
-    def _initial_model(self, compute: "Compute") -> "PerceiverAR":
+    def _initial_model(self, compute: "Compute", parts: "list[Pieces]") -> "PerceiverAR":
         """Return a model of the preset, or the start model, expanded if asked for."""
         from flax import nnx
 
@@ -165,13 +193,30 @@ class Train:
                 raise CommandError(f"--{option} must be one of {', '.join(PRESETS)}, got {preset}")
         rngs = nnx.Rngs(self.training.seed)
         if self.start is None:
-            return PerceiverAR(replace(PRESETS[self.preset], label_size=LABEL_SIZE), rngs=rngs, compute=compute)
+            config = PRESETS[self.preset]
+            config = replace(config, label_size=LABEL_SIZE, wishes=self._wish_table(None, config.latents, parts))
+            return PerceiverAR(config, rngs=rngs, compute=compute)
         model = load_pretrained(self.start, compute=compute)
         config = model.config if self.expand_to is None else PRESETS[self.expand_to]
+        wishes = self._wish_table(model.config.wishes, config.latents, parts)
         try:
-            return expand(model, replace(config, label_size=LABEL_SIZE), rngs=rngs)
+            return expand(model, replace(config, label_size=LABEL_SIZE, wishes=wishes), rngs=rngs)
         except ValueError as error:
             raise CommandError(f"--start {self.start}: {error}") from error
+
+    def _wish_table(self, known: "WishTable | None", latents: int, parts: "list[Pieces]") -> "WishTable | None":
+        """Return the wishes that the model will take: those it knows, or with --wishes those that the data allows."""
+        from data_pipeline.wish_table import wish_table
+
+        if known is None:
+            return wish_table(parts, latents) if self.wishes else None
+        new = [part.source for part in parts if part.source is not None and part.source not in known.sources]
+        if new:
+            raise CommandError(
+                f"--sources: the --start model knows the sources {', '.join(known.sources) or 'none'} and cannot learn "
+                f"new ones; use these names in place of {', '.join(new)}"
+            )
+        return known
 
     def _teachers(self, compute: "Compute") -> "Teachers | None":
         from music_ar.model.pretrained import load_pretrained
@@ -185,7 +230,8 @@ class Train:
     def _fit(
         self,
         model: "PerceiverAR",
-        manifest: Manifest,
+        sources: "list[Source]",
+        manifests: "list[Manifest]",
         parts: "list[Pieces]",
         held_out: "Sequence[np.ndarray]",
         teachers: "Teachers | None",
@@ -199,14 +245,18 @@ class Train:
         targets, device = sum(part.targets for part in parts), jax.devices()[0].device_kind
         title = f"{parameter_count(model):,} parameters, {targets:,} tokens, {jax.device_count()} x {device}"
         config, seed = model.config, self.training.seed
-        plain = self.augmented_copies == 0 and not self.augment
+        plain = self.augmented_copies == 0 and not self.augment and self.sources is None
+        shares = None if self.sources is None else tuple(source.share for source in sources)
+        final = parts if self.sources is None else parts[:1]
         with ProgressLine(title) as line:
             return Trainer(
                 model,
                 self.training,
-                self._batches(config, self._with_copies(parts), self.augmentation if self.augment else None, seed),
-                final_batches=None if plain else self._batches(config, parts, None, seed + 1),
-                data=self._description(manifest, parts),
+                self._batches(
+                    config, self._with_copies(parts), self.augmentation if self.augment else None, seed, shares
+                ),
+                final_batches=None if plain else self._batches(config, final, None, seed + 1, None),
+                data=self._description(model, sources, manifests, parts),
                 output=self.output,
                 teachers=teachers,
                 validate=(lambda averaged: _validation_nll(averaged, held_out)) if held_out else None,
@@ -236,7 +286,9 @@ class Train:
             for part, of_part in zip(parts, seeds, strict=True)
         ]
 
-    def _description(self, manifest: Manifest, parts: "list[Pieces]") -> dict[str, Any]:
+    def _description(
+        self, model: "PerceiverAR", sources: "list[Source]", manifests: list[Manifest], parts: "list[Pieces]"
+    ) -> dict[str, Any]:
         """Return what the model learns from; a run is not resumed with other data, folds or teachers."""
         from music_ar.model.weights import identity
 
@@ -245,17 +297,27 @@ class Train:
             # Folds depend on the compositions, which the shards do not contain; their sizes give other folds away.
             targets = [part.targets for part in parts]
             folds = {"without": self.without_fold, "of": self.folds or len(self.teacher), "targets": targets}
+        # Named only if they are used: a run that an earlier version began goes on.
+        shares = {} if self.sources is None else {"shares": {str(source.name): source.share for source in sources}}
+        wishes = {} if model.config.wishes is None else {"wish_dropout": asdict(self.wish_dropout)}
         return {
-            "shards": [shard.sha256 for shard in manifest.shards if shard.split == "train"],
+            "shards": [shard.sha256 for each in manifests for shard in each.shards if shard.split == "train"],
             "augmentation": asdict(self.augmentation) if self.augment else None,
             "teachers": [identity(teacher)["weights_sha256"] for teacher in self.teacher],
             "folds": folds,
             "augmented_copies": self.augmented_copies,
             "start": None if self.start is None else identity(self.start)["weights_sha256"],
+            **shares,
+            **wishes,
         }
 
     def _batches(
-        self, config: "ModelConfig", parts: "list[Pieces]", augmentation: Augmentation | None, seed: int
+        self,
+        config: "ModelConfig",
+        parts: "list[Pieces]",
+        augmentation: Augmentation | None,
+        seed: int,
+        shares: tuple[float, ...] | None,
     ) -> "Batches":
         import jax
 
@@ -267,6 +329,8 @@ class Train:
             batch_size=self.training.batch_size // jax.process_count(),
             seed=seed,
             augmentation=augmentation,
+            wishes=None if config.wishes is None else WindowWishes(table=config.wishes, dropout=self.wish_dropout),
+            shares=shares,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             workers=self.workers,
