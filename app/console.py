@@ -1,5 +1,6 @@
 """What the commands share: option types, progress on standard error, tables on standard output, file checks."""
 
+import dataclasses
 import math
 import os
 import sys
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from music_ar.decoding.sampling import SamplingOptions
+from music_ar.features.wishes import Wishes
 from music_ar.files import MAX_NAME_BYTES
 from music_ar.ranges import check_ranges, shown
 
@@ -37,6 +39,16 @@ Unset = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 
 The help text must say what happens if it is.
 """
+
+_WISH_FIELDS = [
+    (field.name, Unset[field.type] if field.default is None else field.type, field)
+    for field in dataclasses.fields(Wishes)
+]
+_WishOptions = dataclasses.make_dataclass(
+    "_WishOptions", _WISH_FIELDS, bases=(Wishes,), frozen=True, kw_only=True, namespace={"__doc__": Wishes.__doc__}
+)
+WishOptions = Annotated[Wishes, tyro.conf.OmitArgPrefixes, tyro.conf.arg(constructor=_WishOptions)]
+"""Type of a command's field `wishes: WishOptions = Wishes()`: an option for each wish, as with `Sampling`."""
 
 
 STDIN = "-"

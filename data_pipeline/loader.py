@@ -18,8 +18,8 @@ from jaxtyping import Float, Integer
 from data_pipeline.augmentation.mode_and_rubato import LABEL_SIZE
 from data_pipeline.augmentation.transforms import Augmentation
 from data_pipeline.dataset import Pieces
-from data_pipeline.windows import Window, Windows
 from data_pipeline.window_wishes import WindowWishes
+from data_pipeline.windows import Window, Windows
 
 
 class Batch(TypedDict):

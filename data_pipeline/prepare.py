@@ -106,7 +106,8 @@ def prepare_midi(
     """Tokenize every MIDI file (.mid, .midi, .kar, .rmi) of a folder (or zip) and its subfolders.
 
     Files are assigned to splits by a hash of their names (`splits.assign_splits`). Files that are not usable MIDI are
-    skipped; the manifest's `skipped` gives the reasons. Each file is a composition of its own, unless the table names it.
+    skipped; the manifest's `skipped` gives the reasons. Each file is a composition of its own, unless the table names
+    it.
 
     Args:
         folder: where the MIDI files are.

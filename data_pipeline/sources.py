@@ -69,7 +69,7 @@ def _source(table: Path, line: int, row: dict[str, str | None]) -> Source:
 
 
 def _check_names(table: Path, sources: Sequence[Source]) -> None:
-    names = [source.name for source in sources]
+    names = [str(source.name) for source in sources]
     if not names:
         raise DatasetError(f"{table}: no rows; expected one for each prepared folder.")
     if twice := sorted({name for name in names if names.count(name) > 1}):

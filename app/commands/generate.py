@@ -6,9 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from app.console import CommandError, ProgressLine, Sampling, Unset, check_writable, clock, read_performance
+from app.console import (
+    CommandError,
+    ProgressLine,
+    Sampling,
+    Unset,
+    WishOptions,
+    check_writable,
+    clock,
+    read_performance,
+)
 from app.output import import_write_audio, is_audio
 from music_ar.decoding.sampling import SamplingOptions
+from music_ar.features.wishes import Wishes
 
 if TYPE_CHECKING:
     from music_ar.decoding.request import Request
@@ -57,6 +67,7 @@ class Generate:
     seed: Unset[int] = None
     checkpoint: Unset[str] = None
     sampling: Sampling = SamplingOptions()
+    wishes: WishOptions = Wishes()
 
     def __post_init__(self) -> None:
         if self.prompt is None and (self.prompt_seconds is not None or self.continuation_only):
@@ -111,6 +122,7 @@ class Generate:
             prompt_seconds=self.prompt_seconds,
             continuation_only=self.continuation_only,
             sampling=self.sampling,
+            wishes=self.wishes,
         )
 
 

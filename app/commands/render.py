@@ -16,12 +16,14 @@ from app.console import (
     ProgressLine,
     Sampling,
     Unset,
+    WishOptions,
     check_options,
     clock,
     print_table,
 )
 from app.output import import_write_audio
 from music_ar.decoding.sampling import SamplingOptions
+from music_ar.features.wishes import Wishes
 from music_ar.ranges import whole
 
 if TYPE_CHECKING:
@@ -45,8 +47,8 @@ class Render:
         output: folder to write. "-" writes a single piece to standard output and nothing else.
         count: also generate this many pieces without a prompt; piece i uses seed + i.
         jobs: JSONL file with one object per line: prompt, name, and any of the options here that change the music
-            (variations, seed, seconds, latents, temperature and so on). Use it if pieces need different options;
-            whatever a line leaves out is taken from this command. "-" reads it from standard input.
+            (variations, seed, seconds, latents, temperature, composer and so on). Use it if pieces need different
+            options; whatever a line leaves out is taken from this command. "-" reads it from standard input.
         variations: number of pieces per prompt; variation i uses seed + i.
         keep_best: keep only this many variations of each prompt: those closest to real music in note density,
             polyphony, loudness, silences and likelihood under the model. Default: all.
@@ -92,6 +94,7 @@ class Render:
     log: Literal["text", "json"] = "text"
     checkpoint: Unset[str] = None
     sampling: Sampling = SamplingOptions()
+    wishes: WishOptions = Wishes()
 
     def __post_init__(self) -> None:
         from music_ar.decoding.request import Request
@@ -154,7 +157,7 @@ class Render:
 
         prompts = list(find_prompts(self.prompts))
         jobs = [] if self.jobs is None else list(read_jobs(self.jobs))
-        own = vars(self) | dataclasses.asdict(self.sampling)
+        own = vars(self) | dataclasses.asdict(self.sampling) | dataclasses.asdict(self.wishes)
         plan = Plan(
             Generator.from_pretrained(self.checkpoint),
             model,

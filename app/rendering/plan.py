@@ -18,6 +18,7 @@ from app.rendering.manifest import Output
 from app.rendering.names import Names, file_name, job_name
 from music_ar.decoding.request import DEFAULT_LATENTS, Request
 from music_ar.decoding.sampling import SamplingOptions
+from music_ar.features.wishes import WISH_OPTIONS, Wishes
 from music_ar.files import parse_json, read_file
 from music_ar.generator import Generator
 from music_ar.midi.folders import MIDI_EXTENSIONS, find_midi_files
@@ -27,7 +28,8 @@ from music_ar.ranges import refuse, shown
 LIST_EXTENSIONS = (".txt", ".list")
 _EXACT = 2**53  # whole numbers up to this are floats, too
 _HALF_CHARACTER = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-_NOT_OPTIONS = ("prompt", "speed", "sampling", "tag")
+_NOT_OPTIONS = ("prompt", "speed", "sampling", "wishes", "tag")
+_NO_WISHES = dataclasses.asdict(Wishes())
 _TYPE_NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -73,15 +75,15 @@ def find_prompts(arguments: Sequence[str]) -> Iterator[Prompt]:
 
 
 def _option_types() -> Iterator[tuple[str, type]]:
-    for options in (Request, SamplingOptions):
+    for options in (Request, SamplingOptions, Wishes):
         for name, annotation in typing.get_type_hints(options).items():
             if name not in _NOT_OPTIONS:
                 alternatives = typing.get_args(annotation) or (annotation,)
-                yield name, next(kind for kind in (bool, float, int) if kind in alternatives)
+                yield name, next(kind for kind in (bool, float, int, str) if kind in alternatives)
 
 
 OPTION_TYPES = dict(_option_types())
-"""Options that may differ from piece to piece, with their types: fields of `Request` and `SamplingOptions`."""
+"""Options that may differ from piece to piece, with their types: fields of `Request`, `SamplingOptions`, `Wishes`."""
 JOB_TYPES = {"prompt": str, "name": str, **OPTION_TYPES}
 """The keys of a job, with their types."""
 
@@ -161,7 +163,7 @@ class Plan:
         """Plan a job, as `read_jobs` yields it. If its name is not possible, its pieces have numbers and fail.
 
         Raises:
-            CommandError, GenerationError, SamplingError: an option is out of range.
+            CommandError, GenerationError, SamplingError, WishError: an option is out of range.
         """
         options = {key: value for key, value in job.items() if key not in ("prompt", "name")}
         try:
@@ -183,7 +185,7 @@ class Plan:
             options: those of `OPTION_TYPES` that differ from the defaults.
 
         Raises:
-            CommandError, GenerationError, SamplingError: an option is out of range.
+            CommandError, GenerationError, SamplingError, WishError: an option is out of range.
         """
         try:
             name = file_name(name)
@@ -199,7 +201,9 @@ class Plan:
         digest = _sha256(source)
         if prompt is None:
             options["prompt_seconds"] = None
-        for number, request in enumerate(Request.of(source, **options).samples(), start=1):
+        of_all = Request.of(source, **options)
+        self.generator.check_wishes(of_all.wishes)
+        for number, request in enumerate(of_all.samples(), start=1):
             output = Output(
                 file=f"{name}-v{number}.mid",
                 prompt=prompt,
@@ -213,7 +217,9 @@ class Plan:
 
     def _settings(self, options: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
         """What the manifest records in addition to prompt, seed and model."""
-        settings = {name: value for name, value in options.items() if name not in ("seed", "variations")}
+        # A wish is named only if it is given: a folder that an earlier version rendered goes on.
+        left_out = ("seed", "variations", *(name for name in WISH_OPTIONS if options[name] == _NO_WISHES[name]))
+        settings = {name: value for name, value in options.items() if name not in left_out}
         settings["batch_size"] = self._batch_size or batch_size
         if self._audio is not None:
             settings["audio"] = self._audio

@@ -1,5 +1,6 @@
 """The HTTP API: the endpoints `/generate`, `/continue` and `/info`, for `gradio_client` and other programs."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from app.web.settings import (
     checked,
     sampling_help,
 )
+from music_ar.features.wishes import NAMES, WISH_OPTIONS, wish_help
 
 Result = tuple[dict[str, Any], list[str] | None]
 """Progress and, in the last result, the MIDI files."""
@@ -31,7 +33,7 @@ LICENCE = (
     "The weights are licensed under CC BY-NC-SA 4.0: credit the source, no commercial use, share alike. "
     "Piano samples: Salamander Grand Piano V3 by Alexander Holm, CC BY 3.0."
 )
-# Programs may pass these by position, so keep the order. Further sampling options are appended.
+# Programs may pass these by position, so keep the order. Further sampling options are appended, then wishes.
 _ORDER = ("seconds", "latents", "variations", "temperature", "top_p", "seed", "start_s", "end_s", "steadiness")
 _HELP = {
     "prompt": "MIDI file of piano music to continue; leave it out for a new piece. Python clients pass "
@@ -61,11 +63,11 @@ class Api:
 
     def layout(self) -> None:
         """Add the endpoints to a page. Their components are never visible."""
-        names = [*_ORDER, *(name for name in SAMPLING if name not in _ORDER)]
+        names = [*_ORDER, *(name for name in SAMPLING if name not in _ORDER), *WISH_OPTIONS]
         defaults = Settings().flat()
         with gr.Group(visible=False):
             prompt = gr.File(label="prompt", file_types=[".mid", ".midi"])
-            values = [_number(name, defaults[name]) for name in names]
+            values = [gr.Textbox(label=name) if name in NAMES else _number(name, defaults[name]) for name in names]
             more = [_number(name, value) for name, value in _EXTENSION.items()]
             results = [gr.JSON(label="progress"), gr.File(label="files", file_count="multiple")]
             info = gr.JSON(label="info")
@@ -103,13 +105,17 @@ class Api:
             yield from _results(session, self.manager.extend(session, chosen.seconds))
 
     def info(self) -> dict[str, Any]:
-        """Limits and speed of this server: the most latents, variations and seconds, and the licence of the music."""
+        """Limits and speed of this server: the most latents, variations and seconds, and the licence of the music.
+
+        "wishes" has an object for each wish that the model takes, with its range or the names that it knows.
+        """
         return {
             "most_latents": self.manager.machine.most_latents,
             "auto": self.manager.machine.cost(AUTO),
             "most_variations": MAX_VARIATIONS,
             "most_seconds": MAX_SECONDS,
             "warm": self.manager.machine.warm,
+            "wishes": [dataclasses.asdict(control) for control in self.manager.machine.generator.wish_controls()],
             "licence": LICENCE,
         }
 
@@ -145,7 +151,7 @@ def _with_parameters(handler: Callable[..., Iterator[Result]], defaults: dict[st
     described: Any = call
     described.__name__ = handler.__name__  # that of the tool for assistants
     described.__signature__ = inspect.Signature([inspect.Parameter("request", kind), *parameters])
-    texts = _HELP | sampling_help()
+    texts = _HELP | sampling_help() | wish_help()
     described.__doc__ = "\n".join([f"{handler.__doc__}\n\nArgs:", *(f"    {name}: {texts[name]}" for name in defaults)])
     return described
 

@@ -22,6 +22,7 @@ from pydantic import (
 
 from music_ar import Performance, Request, SamplingOptions
 from music_ar.decoding.request import MAX_SEED
+from music_ar.features.wishes import NAMES, WISH_OPTIONS, Wishes
 
 AUTO = 0
 """The latent budget that stands for "auto"."""
@@ -92,6 +93,48 @@ def _sampling(value: Any, info: ValidationInfo) -> SamplingOptions:
     return SamplingOptions(**checked(_Sampling, value, info.context).model_dump())
 
 
+def _text_or_none(value: Any) -> Any:
+    if value is not None and not isinstance(value, str):
+        raise ValueError
+    return value or None
+
+
+def _wish_model() -> type[BaseModel]:
+    """A model with the fields of `Wishes`, each within the range that any model may have."""
+    names = {
+        name: (
+            Annotated[str | None, BeforeValidator(_text_or_none), Field(title=name, description="a name, or empty")],
+            None,
+        )
+        for name in NAMES
+    }
+    numbers = {
+        field.name: (_wished_number(field), field.default)
+        for field in dataclasses.fields(Wishes)
+        if field.name not in NAMES
+    }
+    fields: dict[str, Any] = {**numbers, **names}
+    return create_model("Wished", __config__=ConfigDict(allow_inf_nan=False), **fields)
+
+
+def _wished_number(field: dataclasses.Field[Any]) -> Any:
+    allowed, title = field.metadata["range"], field.metadata["label"].lower()
+    of_range = Annotated[float, Field(ge=allowed.least, le=allowed.most)]
+    if field.default is not None:
+        return Annotated[of_range, BeforeValidator(_number), Field(title=title, description=str(allowed))]
+    described = Field(title=title, description=f"{allowed}, or empty")
+    return Annotated[of_range | None, BeforeValidator(_number_or_none), described]
+
+
+_Wished = _wish_model()
+
+
+def _wishes(value: Any, info: ValidationInfo) -> Wishes:
+    if isinstance(value, Wishes):
+        return value
+    return Wishes(**checked(_Wished, value, info.context).model_dump())
+
+
 class Settings(BaseModel):
     """What a user can choose. Outside Python it is a flat mapping of names to values: `read`, `flat`, `link`.
 
@@ -102,6 +145,7 @@ class Settings(BaseModel):
         latents: latent budget, or `AUTO`.
         variations: number of pieces to generate at once.
         sampling: how tokens are sampled.
+        wishes: how the music should be, for a model that takes wishes.
         seed: seed of the first variation; None takes a random one.
         start_s: start of the part of the prompt to use.
         end_s: end of that part; None is the end of the prompt.
@@ -123,6 +167,7 @@ class Settings(BaseModel):
         ),
     ] = 1
     sampling: Annotated[SamplingOptions, BeforeValidator(_sampling)] = SamplingOptions()
+    wishes: Annotated[Wishes, BeforeValidator(_wishes)] = Wishes()
     seed: Annotated[
         Annotated[int, Field(ge=0, le=_MAX_SEED)] | None,
         BeforeValidator(_number_or_none),
@@ -172,8 +217,8 @@ class Settings(BaseModel):
         """Read the values of the page's controls, of a settings file, of a link or of a call of the API.
 
         Args:
-            values: names of fields, and of fields of `SamplingOptions`. Missing names keep their defaults, unknown ones
-                are ignored.
+            values: names of fields, and of fields of `SamplingOptions` and `Wishes`. Missing names keep their defaults,
+                unknown ones are ignored.
             text: whether a number may be given as its text, as in links.
             most_latents: what the model was trained with.
 
@@ -181,12 +226,14 @@ class Settings(BaseModel):
             WebError: a value has the wrong type, or is out of range.
         """
         sampling = {name: values[name] for name in SAMPLING if name in values}
+        wishes = {name: values[name] for name in WISH_OPTIONS if name in values}
         context = {"text": text, "most_latents": most_latents}
-        return checked(cls, {**values, "sampling": sampling}, context)
+        return checked(cls, {**values, "sampling": sampling, "wishes": wishes}, context)
 
     def flat(self) -> dict[str, Any]:
-        """All values by name, including those of `sampling`; `read` accepts them."""
-        return self.model_dump(exclude={"sampling"}) | dataclasses.asdict(self.sampling)
+        """All values by name, including those of `sampling` and `wishes`; `read` accepts them."""
+        own = self.model_dump(exclude={"sampling", "wishes"})
+        return own | dataclasses.asdict(self.sampling) | dataclasses.asdict(self.wishes)
 
     def link(self) -> str:
         """The query string that restores these settings when appended to the page's address."""
@@ -201,6 +248,7 @@ class Settings(BaseModel):
             seconds=self.seconds,
             latents=latents,
             sampling=self.sampling,
+            wishes=self.wishes,
             seed=self.seed,
             variations=self.variations,
         )

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -102,11 +103,10 @@ class Session:
         self.seeds = tuple(seed for sample in request.samples() if (seed := sample.seed) is not None)
         self.latents = request.latents
         self._options = shared_options(request.sampling)
+        self._decoder: Any = decoder
         if request.wishes.is_guided:
             self._decoder = GuidedDecoder(decoder)
             self._options["guidance"] = np.float32(request.wishes.guidance)
-        else:
-            self._decoder = decoder
         self._sequences = [TokenSequence(prompt, request.prompt) for _ in self.seeds]
         self._shown: list[Notes | None] = [None] * len(self.seeds)
         self.prompt_s = self._sequences[0].prompt_time / vocabulary.STEPS_PER_SECOND

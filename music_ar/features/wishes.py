@@ -199,7 +199,7 @@ class WishTable:
         Args:
             measured: the prompt's own numbers, for the defaults.
         """
-        helps = _helps()
+        helps = wish_help()
         numbers = [
             WishControl(
                 name=name,
@@ -307,7 +307,7 @@ def _suggestion(name: str, choices: Sequence[str]) -> str:
     return f"it knows {', '.join(choices[:_NAMED_IN_ERRORS])}{more}"
 
 
-def _helps() -> dict[str, str]:
+def wish_help() -> dict[str, str]:
     """The help text of each wish, from the docstring of `Wishes`."""
     text = (inspect.getdoc(Wishes) or "").partition("Attributes:")[2].partition("Raises:")[0]
     entries = re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w+: |\Z)", text, re.DOTALL | re.MULTILINE)
