@@ -93,46 +93,35 @@ def _sampling(value: Any, info: ValidationInfo) -> SamplingOptions:
     return SamplingOptions(**checked(_Sampling, value, info.context).model_dump())
 
 
-def _text_or_none(value: Any) -> Any:
-    if value is not None and not isinstance(value, str):
-        raise ValueError
-    return value or None
-
-
-def _wish_model() -> type[BaseModel]:
-    """A model with the fields of `Wishes`, each within the range that any model may have."""
-    names = {
-        name: (
-            Annotated[str | None, BeforeValidator(_text_or_none), Field(title=name, description="a name, or empty")],
-            None,
-        )
-        for name in NAMES
-    }
-    numbers = {
-        field.name: (_wished_number(field), field.default)
-        for field in dataclasses.fields(Wishes)
-        if field.name not in NAMES
-    }
-    fields: dict[str, Any] = {**numbers, **names}
-    return create_model("Wished", __config__=ConfigDict(allow_inf_nan=False), **fields)
-
-
-def _wished_number(field: dataclasses.Field[Any]) -> Any:
-    allowed, title = field.metadata["range"], field.metadata["label"].lower()
-    of_range = Annotated[float, Field(ge=allowed.least, le=allowed.most)]
-    if field.default is not None:
-        return Annotated[of_range, BeforeValidator(_number), Field(title=title, description=str(allowed))]
-    described = Field(title=title, description=f"{allowed}, or empty")
-    return Annotated[of_range | None, BeforeValidator(_number_or_none), described]
-
-
-_Wished = _wish_model()
-
-
 def _wishes(value: Any, info: ValidationInfo) -> Wishes:
     if isinstance(value, Wishes):
         return value
-    return Wishes(**checked(_Wished, value, info.context).model_dump())
+    fields = dataclasses.fields(Wishes)
+    return Wishes(**{field.name: _wished(field, value[field.name], info) for field in fields if field.name in value})
+
+
+def _wished(field: dataclasses.Field[Any], value: Any, info: ValidationInfo) -> Any:
+    """One wish, within the range that any model may have.
+
+    Raises:
+        WebError: it is no such number or name.
+    """
+    if value in ("", None):
+        return field.default
+    if field.name in NAMES:
+        title, expected = field.name, "a name, or empty"
+        allowed = isinstance(value, str)
+    else:
+        title, expected = field.metadata["label"].lower(), f"{field.metadata['range']}, or empty"
+        try:
+            number = float(_number(value, info))
+        except (ValueError, OverflowError):
+            number = math.nan
+        allowed = number in field.metadata["range"]
+        value = number if allowed else value
+    if not allowed:
+        raise WebError(f"the {title} must be {expected}, got {in_words(value)}")
+    return value
 
 
 class Settings(BaseModel):

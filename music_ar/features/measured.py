@@ -61,7 +61,7 @@ def _pedal_share(tokens: Int64[np.ndarray, " T"], steps: Int64[np.ndarray, " T"]
     pairs = pair_notes(tokens)
     onset = steps[pairs.on]
     offset = np.maximum(np.where(pairs.off >= 0, steps[pairs.off], length), onset + 1)
-    playing = unfold(onset, offset, tokens[pairs.on], STEPS_PER_SECOND)
+    playing = unfold(onset, offset, tokens[pairs.on], float(STEPS_PER_SECOND))
     return min(1.0, float((playing.pedal_up - playing.pedal_down).sum() / length))
 
 
