@@ -48,7 +48,7 @@ class WindowWishes:
 
     def draw(
         self,
-        tokens: Integer[np.ndarray, " M+1"],
+        tokens: Integer[np.ndarray, " T"],
         weights: Float[np.ndarray, " N"],
         composer: str | None,
         source: str | None,

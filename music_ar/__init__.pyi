@@ -12,6 +12,8 @@ __all__ = [
     "SamplingError",
     "SamplingOptions",
     "Session",
+    "WishError",
+    "Wishes",
     "decode",
     "encode",
     "read_midi",
@@ -19,6 +21,7 @@ __all__ = [
 ]
 
 from .decoding import Backend, Chunk, GenerationError, Request, SamplingError, SamplingOptions, Session
+from .features.wishes import WishError, Wishes
 from .generator import Generator, Piece
 from .midi import MidiError, Performance, read_midi, write_midi
 from .model import CheckpointError

@@ -7,12 +7,14 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import noisy_model
+from conftest import make_performance, noisy_model
 from test_cli import refusal, run
 from tiny_maestro import forget_compositions
 
 from data_pipeline.augmentation.mode_and_rubato import LABEL_SIZE
 from data_pipeline.dataset import Pieces
+from data_pipeline.prepare import prepare_midi
+from music_ar.midi.io import write_midi
 from music_ar.model.config import PRESETS
 from music_ar.model.pretrained import load_pretrained, save_pretrained
 from music_ar.model.weights import identity
@@ -170,3 +172,48 @@ def test_folds_that_make_no_sense_are_refused(capsys, tmp_path, prepared, option
     assert printed == ""
     assert message in " ".join(errors.replace("│", " ").split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_several_sources_are_mixed_told_and_wished(capsys, tmp_path, prepared, fits):
+    (tmp_path / "midi").mkdir()
+    for seed in range(20, 24):
+        write_midi(make_performance(seed), tmp_path / "midi" / f"{seed}.mid")
+    prepare_midi(tmp_path / "midi", tmp_path / "other", validation=0.0, test=0.0, workers=1)
+    table = tmp_path / "sources.csv"
+    table.write_text(f"source,data,share\nmain,{prepared},1\nother,other,1\n")
+    command = ["train", "--preset", "tiny", "--sources", table, "--wishes", "--final-fraction", 0.5, *REST]
+    code, _, errors = run(capsys, *command, "--output", tmp_path / "run")
+    assert code == 0, errors
+    [(batches, options)] = fits
+    other = Pieces.open(tmp_path / "other", "train")
+    windows = [window for batch in batches for window in batch["tokens"]]
+    assert {holds(other, window) for window in windows} == {True, False}
+    final = list(itertools.islice(options["final_batches"], 10))
+    assert not any(holds(other, window) for batch in final for window in batch["tokens"])
+    assert any((batch["wishes"] > 0).any() for batch in batches)
+
+    model = tmp_path / "run" / "model"
+    found = load_pretrained(model).config.wishes
+    assert found is not None
+    assert found.sources == ("main", "other")
+    generate = ["generate", "--checkpoint", model, "--output", tmp_path / "x.mid", "--seconds", 1, "--latents", 8]
+    assert 'knows no source "third"; it knows main, other' in refusal(capsys, *generate, "--source", "third")
+    assert run(capsys, *generate, "--source", "other", "--density", found.edges[0][1], "--guidance", 2)[0] == 0
+
+    table.write_text(f"source,data,share\nmain,{prepared},1\nthird,other,1\n")
+    again = [*command, "--output", tmp_path / "again", "--start", model]
+    assert "knows the sources main, other and cannot learn new ones" in refusal(capsys, *again)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "expected either --data or --sources, got neither"),
+        (["--data", "x", "--sources", "y"], "expected either --data or --sources, got both"),
+        (["--sources", "y", "--folds", 3, "--without-fold", 1], "--sources does not go with folds"),
+        (["--sources", "none.csv"], "none.csv: cannot be read"),
+    ],
+)
+def test_sources_and_data_exclude_each_other(capsys, tmp_path, options, said):
+    assert said in refusal(capsys, "train", *options, *REST, "--output", tmp_path / "run")

@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from music_ar import GenerationError, Generator, Performance
+from music_ar import GenerationError, Generator, Performance, Request
 from music_ar.decoding import backend
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.decoder import Decoder
@@ -25,9 +25,8 @@ from music_ar.features.wishes import NUMBERS, WishError, Wishes, WishTable
 from music_ar.midi.pedalling import unfold
 from music_ar.model.config import PRESETS
 from music_ar.model.expansion import expand
-from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.model.pretrained import load_pretrained, save_pretrained
-from music_ar.tokens import vocabulary
+from music_ar.tokens import grammar, vocabulary
 from music_ar.tokens.codec import encode
 from music_ar.tokens.vocabulary import START
 
@@ -59,15 +58,23 @@ def decoder(request, folder):
     return load_decoder(folder)
 
 
-def start(decoder, wishes, *, prompts=None, limit_steps=2**30):
-    prompts = [TOKENS[:40]] * len(wishes) if prompts is None else prompts
-    seeds = range(len(wishes))
-    return decoder.start(prompts, latents=16, seeds=seeds, limit_steps=limit_steps, wishes=wishes)
+@pytest.fixture(scope="module")
+def fast_decoder(folder):
+    """The model in the decoder that starts fastest."""
+    return load_decoder(folder)
+
+
+LENGTH = 12  # of the prompt: within one window of latents, so that nothing has slid
+
+
+def start(decoder, wishes):
+    prompts = [TOKENS[:LENGTH]] * len(wishes)
+    return decoder.start(prompts, latents=16, seeds=range(len(wishes)), limit_steps=2**30, wishes=wishes)
 
 
 def logits_after(decoder, wishes):
-    """Logits of the first six tokens after a prompt, for each row of wishes."""
-    following = np.broadcast_to(TOKENS[40:46], (len(wishes), 6))
+    """Logits of the first tokens after a prompt, for each row of wishes."""
+    following = np.broadcast_to(TOKENS[LENGTH : LENGTH + 3], (len(wishes), 3))
     return np.asarray(decoder.teacher_force(start(decoder, wishes), following)[1])
 
 
@@ -237,11 +244,6 @@ def test_each_row_has_its_own_wishes():
     assert np.abs(logits[0] - logits[1]).max() > 0.1
 
 
-def test_a_new_model_takes_no_notice_of_wishes_but_learns_from_them():
-    model = PerceiverAR(CONFIG, rngs=nnx.Rngs(0))
-    assert not np.any(model.wishes.kernel[...])
-
-
 # Decoding.
 
 
@@ -250,16 +252,16 @@ def test_decoders_compute_what_the_model_computes(decoder, folder):
     found = logits_after(decoder, rows)
     model = load_pretrained(folder)
     ids = jnp.asarray(np.stack([TABLE.ids(each) for each in rows]))
-    tokens = jnp.asarray(np.stack([TOKENS[:40]] * 2))  # within one window, so that nothing has slid
-    expected = model(tokens, latents=16, wishes_BxW=ids)[:, -1]
-    np.testing.assert_allclose(found[:, 0], expected, atol=2e-2)
+    tokens = jnp.asarray(np.stack([TOKENS[: LENGTH + 2]] * 2))
+    expected = model(tokens, wishes_BxW=ids)[:, -3:]
+    np.testing.assert_allclose(found, expected, atol=2e-2)  # caches and activations are rounded
     assert np.abs(found[0] - found[1]).max() > 0.1
 
 
-def test_equal_prompts_with_other_wishes_are_prefilled_apart(decoder):
-    together = logits_after(decoder, [WISHED, Wishes(), WISHED])
+def test_equal_prompts_with_other_wishes_are_prefilled_apart(fast_decoder):
+    together = logits_after(fast_decoder, [WISHED, Wishes(), WISHED])
     np.testing.assert_allclose(together[0], together[2], atol=1e-5)
-    np.testing.assert_allclose(together[1], logits_after(decoder, [Wishes()])[0], atol=1e-4)
+    np.testing.assert_allclose(together[1], logits_after(fast_decoder, [Wishes()])[0], atol=1e-4)
 
 
 def decoded(decoder, state, guidance=None, length=12):
@@ -278,20 +280,25 @@ def test_guidance_of_1_is_generation_with_wishes_and_of_0_without(decoder):
     assert not np.array_equal(plain, without)
 
 
-def test_guidance_moves_the_logits_away_from_those_without_wishes(decoder):
-    """The likeliest token after a prompt is that of the mixed logits."""
-    guided, guidance = GuidedDecoder(decoder), 3.0
-    with_wishes, without = logits_after(decoder, [WISHED, Wishes()])[:, 0]
+def test_guidance_moves_the_logits_away_from_those_without_wishes(fast_decoder):
+    """A token that is likeliest of its type, by the mixed logits."""
+    guided, guidance = GuidedDecoder(fast_decoder), 3.0
+    with_wishes, without = logits_after(fast_decoder, [WISHED, Wishes()])[:, 0]
     options = shared_options(SamplingOptions(temperature=0.0, steadiness=0.0)) | {"guidance": np.float32(guidance)}
     token = int(np.asarray(guided.decode(start(guided, [WISHED]), options, length=1)[1])[0, 0])
     mixed = without + guidance * (with_wishes - without)
     kind = np.searchsorted(vocabulary.TYPE_STARTS, np.arange(len(mixed)), side="right")
-    of_kind = np.where(kind == kind[token], mixed, -np.inf)  # the likeliest of each type stays, and one type is drawn
-    assert mixed[token] >= np.sort(of_kind)[-3]
+    possible = playable(TOKENS[:LENGTH]) & (kind == kind[token])  # at temperature 0, one token of each type is left
+    assert token == np.where(possible, mixed, -np.inf).argmax()
+    assert token != np.where(possible, with_wishes, -np.inf).argmax()  # or this test says nothing
 
 
-def test_guided_rows_are_replaced_and_chosen_in_pairs(decoder):
-    guided = GuidedDecoder(decoder)
+def playable(tokens):
+    return np.asarray(grammar.playable_tokens(grammar.scan(tokens)))
+
+
+def test_guided_rows_are_replaced_and_chosen_in_pairs(fast_decoder):
+    guided = GuidedDecoder(fast_decoder)
     state = start(guided, [WISHED, Wishes(register=45.0)])
     chosen = decoded(guided, state.rows([1, 0]), 2.0)
     np.testing.assert_array_equal(chosen, decoded(guided, start(guided, [WISHED, Wishes(register=45.0)]), 2.0)[::-1])
@@ -307,22 +314,20 @@ def notes_of(piece):
     return piece.pitch.tolist(), piece.onset_s.tolist()
 
 
-def test_generation_follows_wishes_alone_and_in_a_batch(decoder):
-    generator = Generator(decoder)
-    options = {"seconds": 1.0, "latents": 8, "seed": 3, "steadiness": 0.0}
+def test_generation_follows_wishes_alone_and_in_a_batch(fast_decoder):
+    generator = Generator(fast_decoder)
+    options = {"seconds": 4.0, "latents": 8, "seed": 3, "steadiness": 0.0}
     asked = [{}, {"composer": "Chopin"}, {"composer": "Chopin", "guidance": 2.5}, {"density": 2.0, "guidance": 2.5}]
     alone = [notes_of(generator.generate(**options, **each)) for each in asked]
     assert len({str(each) for each in alone}) == len(asked)
-    if decoder.path != "jax":  # in JAX the size of a batch moves the last bits
-        from music_ar import Request
-
+    if fast_decoder.path != "jax":  # in JAX the size of a batch moves the last bits
         requests = [Request.of(None, **options, **each) for each in asked]
         found = {str(piece.request.wishes): notes_of(piece.performance) for piece in generator.generate_many(requests)}
         assert [found[str(request.wishes)] for request in requests] == alone
 
 
-def test_a_generator_refuses_what_its_model_has_not_heard(decoder):
-    generator = Generator(decoder)
+def test_a_generator_refuses_what_its_model_has_not_heard(fast_decoder):
+    generator = Generator(fast_decoder)
     with pytest.raises(GenerationError, match="from 1 to 12 notes a second"):
         generator.generate(density=50.0)
     with pytest.raises(GenerationError, match="did you mean Franz Liszt"):
@@ -336,6 +341,6 @@ def test_a_model_without_wishes_says_so(tiny_checkpoint):
         generator.generate(density=3.0, era="Romantic")
 
 
-def test_controls_default_to_the_prompts_own_values(decoder, midi_file):
-    controls = {each.name: each.default for each in Generator(decoder).wish_controls(midi_file)}
+def test_controls_default_to_the_prompts_own_values(fast_decoder, midi_file):
+    controls = {each.name: each.default for each in Generator(fast_decoder).wish_controls(midi_file)}
     assert controls["register"] == pytest.approx(measure(encode(make_performance(0))).register, abs=0.1)
