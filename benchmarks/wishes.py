@@ -4,7 +4,7 @@ Three tables, and one line of JSON:
 
 - for each number, Spearman's rank correlation between the wish and what is measured in the generated music;
 - for each composer, how often a classifier that was trained on real pieces takes the generated music for theirs, beside
-  chance and beside real pieces of the validation split (needs scikit-learn: `pip install scikit-learn`);
+  chance and beside real pieces of the validation split (needs the extra `bench`);
 - NLL on the validation split without wishes, and with each window's own.
 
     python benchmarks/wishes.py data/maestro --checkpoint runs/wishes/model --pieces 60 --seconds 45
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from app.console import print_table
 from data_pipeline.dataset import Pieces
@@ -76,7 +76,8 @@ def correlations(generator: Generator, table: WishTable, pieces: int, options: d
             for wish, piece in zip(wished, music, strict=True)
             if piece is not None and (value := getattr(measure(encode(piece)), name)) is not None
         ]
-        found[name] = float(spearmanr(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else float("nan")
+        asked, came = np.array(pairs).reshape(-1, 2).T
+        found[name] = float(np.corrcoef(rankdata(asked), rankdata(came))[0, 1]) if len(pairs) > 2 else float("nan")
         low, high = ([value for _, value in sorted(pairs)[part]] for part in (slice(3), slice(-3, None)))
         rows.append((name, f"{found[name]:.2f}", f"{np.mean(low):.3g}", f"{np.mean(high):.3g}", str(len(pairs))))
     print_table(("number", "rank correlation", "three lowest", "three highest", "pieces"), rows)
@@ -107,7 +108,7 @@ def composers(
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError:
-        print("composers: not measured, since scikit-learn is missing")
+        print("composers: not measured, which needs scikit-learn: pip install '.[bench]'")
         return None
     real = {split: passages(Pieces.open(data, split), table, options["seconds"]) for split in ("train", "validation")}
     counts = Counter(name for name, _ in real["train"])

@@ -1,6 +1,7 @@
 """Training data with wishes and of several sources: tables, windows, batches."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ TABLE = WishTable(
 NEVER, ALWAYS = (WishDropout(wish_dropout=chance, without_wishes=0.0) for chance in (0.0, 1.0))
 
 
-def loader(**changes):
-    return LoaderConfig(**({"context": 256, "latents": 128, "batch_size": 4, "seed": 0, "threads": 0} | changes))
+def loader(**changes: Any):
+    options: dict[str, Any] = {"context": 256, "latents": 128, "batch_size": 4, "seed": 0, "threads": 0}
+    return LoaderConfig(**(options | changes))
 
 
 def by_chopin(pieces, source):
@@ -44,7 +46,7 @@ def test_the_wishes_of_a_window_are_those_of_its_targets_after_augmentation():
     config = loader(augmentation=Augmentation(velocity_bins=3), wishes=WindowWishes(table=TABLE, dropout=NEVER))
     stream = batches(pieces, config=config)
     for _ in range(5):
-        batch = next(stream)
+        batch: Any = next(stream)
         for tokens, weights, found in zip(batch["tokens"], batch["weights"], batch["wishes"], strict=True):
             start = len(tokens) - len(weights) + int((weights > 0).argmax())
             names = {"composer": "Frédéric Chopin", "era": "Romantic", "source": "b"}
@@ -127,7 +129,8 @@ def test_mixed_batches_resume_and_are_shared_between_processes():
     expected = [next(stream)["tokens"] for _ in range(4)]
     resumed = batches(*parts, config=config)
     again = batches(*parts, config=config)
-    next(again), next(again)
+    for _ in range(2):
+        next(again)
     resumed.set_state(again.get_state())
     np.testing.assert_array_equal(next(resumed)["tokens"], expected[2])
 

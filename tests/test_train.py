@@ -204,16 +204,3 @@ def test_several_sources_are_mixed_told_and_wished(capsys, tmp_path, prepared, f
     table.write_text(f"source,data,share\nmain,{prepared},1\nthird,other,1\n")
     again = [*command, "--output", tmp_path / "again", "--start", model]
     assert "knows the sources main, other and cannot learn new ones" in refusal(capsys, *again)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ([], "expected either --data or --sources, got neither"),
-        (["--data", "x", "--sources", "y"], "expected either --data or --sources, got both"),
-        (["--sources", "y", "--folds", 3, "--without-fold", 1], "--sources does not go with folds"),
-        (["--sources", "none.csv"], "none.csv: cannot be read"),
-    ],
-)
-def test_sources_and_data_exclude_each_other(capsys, tmp_path, options, said):
-    assert said in refusal(capsys, "train", *options, *REST, "--output", tmp_path / "run")

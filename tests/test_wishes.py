@@ -36,7 +36,7 @@ TABLE = WishTable(
     eras=("Romantic",),
     sources=("maestro", "rolls"),
 )
-CONFIG = dataclasses.replace(PRESETS["tiny"], context=48, onsets=3, wishes=TABLE)
+CONFIG = dataclasses.replace(PRESETS["tiny"], context=48, layers=1, onsets=3, wishes=TABLE)
 WISHED = Wishes(density=7.0, composer="Liszt")
 TOKENS = np.concatenate([[START], encode(make_performance(1, 30))]).astype(np.int32)
 
@@ -104,10 +104,9 @@ def test_density_loudness_and_register_are_those_of_the_notes(onsets, pitch, vel
 def test_pedal_share_is_that_of_the_unfolded_pedal():
     notes = make_performance(3, 100)
     found = measure(encode(notes)).pedal_share
-    ticks = [np.rint(times * 100).astype(int) for times in (notes.onset_s, notes.offset_s)]
-    # Overlapping notes of one pitch come from the random notes; folding ends the first of them where the second begins.
-    _, down, up = unfold(*ticks, notes.pitch, 100.0)
-    assert found == pytest.approx((up - down).sum() / ticks[1].max(), abs=0.05)
+    onset, offset = (np.rint(times * 100).astype(int) for times in (notes.onset_s, notes.offset_s))
+    _, down, up = unfold(onset, offset, notes.pitch, 100.0)
+    assert found == pytest.approx((up - down).sum() / offset.max(), abs=0.05)
 
 
 def regular(jitter_s, count=60):
@@ -118,8 +117,9 @@ def regular(jitter_s, count=60):
 
 
 def test_a_steady_beat_is_more_stable_than_an_unsteady_one():
-    metronome, human, erratic = (measure(regular(jitter_s)).tempo_stability for jitter_s in (0, 0.03, 0.15))
-    assert metronome > 0.9 > human > 0.4 > erratic
+    found = [measure(regular(jitter_s)).tempo_stability for jitter_s in (0, 0.03, 0.15)]
+    metronome, human, erratic = (-1.0 if each is None else each for each in found)
+    assert metronome > 0.9 > human > 0.4 > erratic >= 0
 
 
 def test_the_tokens_before_the_measured_part_only_tell_the_velocity():
@@ -228,20 +228,22 @@ def test_controls_have_the_range_of_the_model_and_the_values_of_the_prompt():
 # The model.
 
 
-def test_a_model_to_which_wishes_are_added_computes_the_same():
-    without = noisy_model(dataclasses.replace(CONFIG, wishes=None))
-    added = expand(without, CONFIG, rngs=nnx.Rngs(0))
-    ids = jnp.asarray(TABLE.ids(WISHED))[None]
-    expected = without(jnp.asarray(TOKENS[None]))
-    np.testing.assert_array_equal(added(jnp.asarray(TOKENS[None]), wishes_BxW=ids), expected)
+@nnx.jit
+def logits_of(model, tokens, ids=None):
+    return model(tokens, wishes_BxW=ids)
 
 
-def test_each_row_has_its_own_wishes():
-    model = noisy_model(CONFIG)
+def test_wishes_are_added_to_a_model_without_effect_and_act_on_their_own_row():
+    tokens = jnp.asarray(np.stack([TOKENS, TOKENS]))
     ids = jnp.asarray(np.stack([TABLE.ids(each) for each in (Wishes(), WISHED)]))
-    logits = model(jnp.asarray(np.stack([TOKENS, TOKENS])), wishes_BxW=ids)
-    np.testing.assert_allclose(logits[0], model(jnp.asarray(TOKENS[None]))[0], atol=1e-5)
-    assert np.abs(logits[0] - logits[1]).max() > 0.1
+    without = noisy_model(dataclasses.replace(CONFIG, wishes=None))
+    expected = logits_of(without, tokens)
+    model = expand(without, CONFIG, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(logits_of(model, tokens, ids), expected, atol=1e-5)
+    model.wishes.kernel[...] += np.random.default_rng(0).standard_normal(model.wishes.kernel.shape)
+    found = logits_of(model, tokens, ids)
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    assert np.abs(found[1] - expected[1]).max() > 0.1
 
 
 # Decoding.
@@ -253,7 +255,7 @@ def test_decoders_compute_what_the_model_computes(decoder, folder):
     model = load_pretrained(folder)
     ids = jnp.asarray(np.stack([TABLE.ids(each) for each in rows]))
     tokens = jnp.asarray(np.stack([TOKENS[: LENGTH + 2]] * 2))
-    expected = model(tokens, wishes_BxW=ids)[:, -3:]
+    expected = logits_of(model, tokens, ids)[:, -3:]
     np.testing.assert_allclose(found, expected, atol=2e-2)  # caches and activations are rounded
     assert np.abs(found[0] - found[1]).max() > 0.1
 
@@ -282,15 +284,18 @@ def test_guidance_of_1_is_generation_with_wishes_and_of_0_without(decoder):
 
 def test_guidance_moves_the_logits_away_from_those_without_wishes(fast_decoder):
     """A token that is likeliest of its type, by the mixed logits."""
-    guided, guidance = GuidedDecoder(fast_decoder), 3.0
-    with_wishes, without = logits_after(fast_decoder, [WISHED, Wishes()])[:, 0]
+    guided, guidance, moved = GuidedDecoder(fast_decoder), 3.0, []
     options = shared_options(SamplingOptions(temperature=0.0, steadiness=0.0)) | {"guidance": np.float32(guidance)}
-    token = int(np.asarray(guided.decode(start(guided, [WISHED]), options, length=1)[1])[0, 0])
-    mixed = without + guidance * (with_wishes - without)
-    kind = np.searchsorted(vocabulary.TYPE_STARTS, np.arange(len(mixed)), side="right")
-    possible = playable(TOKENS[:LENGTH]) & (kind == kind[token])  # at temperature 0, one token of each type is left
-    assert token == np.where(possible, mixed, -np.inf).argmax()
-    assert token != np.where(possible, with_wishes, -np.inf).argmax()  # or this test says nothing
+    possible = playable(TOKENS[:LENGTH])
+    for wishes in (WISHED, Wishes(register=45.0), Wishes(loudness=90.0), Wishes(era="Romantic")):
+        with_wishes, without = logits_after(fast_decoder, [wishes, Wishes()])[:, 0]
+        mixed = without + guidance * (with_wishes - without)
+        token = int(np.asarray(guided.decode(start(guided, [wishes]), options, length=1)[1])[0, 0])
+        kind = np.searchsorted(vocabulary.TYPE_STARTS, np.arange(len(mixed)), side="right")
+        rivals = possible & (kind == kind[token])  # at temperature 0, one token of each type is left
+        assert token == np.where(rivals, mixed, -np.inf).argmax()
+        moved.append(token != np.where(rivals, with_wishes, -np.inf).argmax())
+    assert any(moved)  # or this test says nothing
 
 
 def playable(tokens):
