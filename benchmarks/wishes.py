@@ -33,7 +33,8 @@ from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.model.pretrained import load_pretrained
 from music_ar.training.losses import token_nll
 
-_LEAST_PIECES = 10  # of a composer in the training split, to train the classifier on
+_PASSAGES = 3  # of each real piece
+_LEAST_PASSAGES = 60  # of a composer in the training split, to train the classifier on
 
 
 def main() -> None:
@@ -112,7 +113,7 @@ def composers(
         return None
     real = {split: passages(Pieces.open(data, split), table, options["seconds"]) for split in ("train", "validation")}
     counts = Counter(name for name, _ in real["train"])
-    chosen = [name for name in table.composers if counts[name] >= _LEAST_PIECES]
+    chosen = [name for name in table.composers if counts[name] >= _LEAST_PASSAGES]
     fit, held_out = ([(name, x) for name, x in real[split] if name in chosen] for split in ("train", "validation"))
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=2000, class_weight="balanced"))
     classifier.fit(np.stack([x for _, x in fit]), [name for name, _ in fit])
@@ -139,14 +140,14 @@ def balanced_accuracy(classifier: Any, passages: Sequence[tuple[str, np.ndarray]
 
 
 def passages(pieces: Pieces, table: WishTable, seconds: float) -> list[tuple[str, np.ndarray]]:
-    """Composer and features of passages of real pieces, three of each, as long as the generated ones."""
+    """Composer and features of passages of real pieces, as long as the generated ones."""
     found = []
     for tokens, record in zip(pieces.tokens, pieces.records, strict=True):
         name = canonical(record.composer)
         if name not in table.composers:
             continue
         piece = decode(np.asarray(tokens, np.int32))
-        for begin_s in np.linspace(0, max(0.0, piece.duration_s - seconds), 3):
+        for begin_s in np.linspace(0, max(0.0, piece.duration_s - seconds), _PASSAGES):
             passage = piece.crop(float(begin_s), float(begin_s) + seconds)
             if len(passage) >= 20:
                 found.append((name, features(passage)))
