@@ -114,6 +114,9 @@ def composers(
     real = {split: passages(Pieces.open(data, split), table, options["seconds"]) for split in ("train", "validation")}
     counts = Counter(name for name, _ in real["train"])
     chosen = [name for name in table.composers if counts[name] >= _LEAST_PASSAGES]
+    if len(chosen) < 2:
+        print(f"composers: not measured, since fewer than two have {_LEAST_PASSAGES // _PASSAGES} pieces in {data}")
+        return None
     fit, held_out = ([(name, x) for name, x in real[split] if name in chosen] for split in ("train", "validation"))
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=2000, class_weight="balanced"))
     classifier.fit(np.stack([x for _, x in fit]), [name for name, _ in fit])

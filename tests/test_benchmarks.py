@@ -1,11 +1,19 @@
 """The benchmarks that check something, at a small size."""
 
+import dataclasses
 import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import noisy_model
+
+from data_pipeline.dataset import Pieces
+from data_pipeline.wish_table import wish_table
+from music_ar.features.wishes import NUMBERS
+from music_ar.model.config import PRESETS
+from music_ar.model.pretrained import save_pretrained
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,3 +55,18 @@ def test_context_length_times_every_context(model, monkeypatch, capsys):
     runpy.run_path(str(ROOT / "benchmarks" / "context_length.py"), run_name="__main__")
     results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
     assert [result["context"] for result in results] == [16, 32]
+
+
+@pytest.mark.slow
+def test_wishes_are_compared_with_what_came(prepared, tmp_path, monkeypatch, capsys):
+    table = wish_table([Pieces.open(prepared, "train")], 32)
+    save_pretrained(noisy_model(dataclasses.replace(PRESETS["tiny"], layers=1, wishes=table)), tmp_path / "model")
+    options = f"--checkpoint {tmp_path / 'model'} --pieces 4 --seconds 2 --windows 2 --latents 8 --guidance 2"
+    monkeypatch.setattr("sys.argv", ["wishes.py", str(prepared), *options.split()])
+    runpy.run_path(str(ROOT / "benchmarks" / "wishes.py"), run_name="__main__")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(found["rank_correlation"]) == set(NUMBERS)
+    assert abs(found["rank_correlation"]["loudness"]) <= 1
+    assert found["composers"] is None
+    without, own = found["nats_per_token"].values()
+    assert without != own

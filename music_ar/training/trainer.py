@@ -34,7 +34,8 @@ class Batches(Protocol):
 
     A batch is {"tokens": int32 [B, M + 1], "weights": float32 [B, N], "labels": float32 [B, C]}. Inputs are all tokens
     but the last, left-padded; targets are the last N, weighted. Labels say how each example was augmented, for models
-    with `ModelConfig.label_size`. B is this process's share of the batch.
+    with `ModelConfig.label_size`; "wishes" (int32 [B, W]), if there are any, are the ids of each example's wishes, for
+    models with `ModelConfig.wishes`. B is this process's share of the batch.
     """
 
     def __next__(self) -> dict[str, np.ndarray]: ...
