@@ -193,7 +193,11 @@ class Plan:
             name, error = f"piece-{len(self.requests) + 1:04}", str(refused)
         name = self._names.unique(name)
         options = {**self._defaults, **options}
+        wishes = Wishes(**{name: options[name] for name in WISH_OPTIONS})
+        self.generator.check_wishes(wishes)
         batch_size = self.generator.batch_size(options["latents"])  # raises if the model cannot take so many latents
+        if wishes.is_guided:  # each piece takes two rows
+            batch_size = max(1, batch_size // 2)
         if options["latents"] is None:
             options["latents"] = min(DEFAULT_LATENTS, self.generator.config.most_latents)
         settings = self._settings(options, batch_size)
@@ -201,9 +205,7 @@ class Plan:
         digest = _sha256(source)
         if prompt is None:
             options["prompt_seconds"] = None
-        of_all = Request.of(source, **options)
-        self.generator.check_wishes(of_all.wishes)
-        for number, request in enumerate(of_all.samples(), start=1):
+        for number, request in enumerate(Request.of(source, **options).samples(), start=1):
             output = Output(
                 file=f"{name}-v{number}.mid",
                 prompt=prompt,
