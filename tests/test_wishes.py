@@ -6,10 +6,12 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_training
 from conftest import make_performance, noisy_model
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_training import CountingBatches
 
 from music_ar import GenerationError, Generator, Performance, Request
 from music_ar.decoding import backend
@@ -25,10 +27,12 @@ from music_ar.features.wishes import NUMBERS, WishError, Wishes, WishTable
 from music_ar.midi.pedalling import unfold
 from music_ar.model.config import PRESETS
 from music_ar.model.expansion import expand
+from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.model.pretrained import load_pretrained, save_pretrained
 from music_ar.tokens import grammar, vocabulary
 from music_ar.tokens.codec import encode
 from music_ar.tokens.vocabulary import START
+from music_ar.training.trainer import Trainer
 
 TABLE = WishTable(
     edges=((1.0, 3.0, 6.0, 12.0), (20.0, 60.0, 100.0), (40.0, 60.0, 80.0), (0.0, 0.5, 1.0), (0.0, 0.3, 0.8)),
@@ -349,3 +353,24 @@ def test_a_model_without_wishes_says_so(tiny_checkpoint):
 def test_controls_default_to_the_prompts_own_values(fast_decoder, midi_file):
     controls = {each.name: each.default for each in Generator(fast_decoder).wish_controls(midi_file)}
     assert controls["register"] == pytest.approx(measure(encode(make_performance(0))).register, abs=0.1)
+
+
+# Training.
+
+
+class WishfulBatches(CountingBatches):
+    """Every window has the first bucket of density, or nothing."""
+
+    def __next__(self):
+        batch = super().__next__()
+        ids = np.zeros((len(batch["tokens"]), 8), np.int32)
+        ids[::2, 0] = 1
+        return batch | {"wishes": ids}
+
+
+@pytest.mark.slow
+def test_training_moves_the_vectors_of_the_wishes_that_were_given(tmp_path):
+    model = PerceiverAR(dataclasses.replace(tiny_training.CONFIG, wishes=TABLE), rngs=nnx.Rngs(0))
+    fitted = Trainer(model, tiny_training.EXACT, WishfulBatches(), output=tmp_path).fit()
+    moved = np.abs(np.asarray(fitted.model.wishes.kernel[...])).max(axis=1)
+    assert np.flatnonzero(moved).tolist() == [0]
