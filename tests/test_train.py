@@ -198,7 +198,7 @@ def test_several_sources_are_mixed_told_and_wished(capsys, tmp_path, prepared, f
     assert found is not None
     assert found.sources == ("main", "other")
     generate = ["generate", "--checkpoint", model, "--output", tmp_path / "x.mid", "--seconds", 1, "--latents", 8]
-    assert 'knows no source "third"; it knows main, other' in refusal(capsys, *generate, "--source", "third")
+    assert 'knows no source "x9"; it knows main, other' in refusal(capsys, *generate, "--source", "x9")
     assert run(capsys, *generate, "--source", "other", "--density", found.edges[0][1], "--guidance", 2)[0] == 0
 
     table.write_text(f"source,data,share\nmain,{prepared},1\nthird,other,1\n")
