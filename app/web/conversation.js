@@ -117,7 +117,8 @@ export class Pause {
  * - `ready` {resumed, latents}: the server knows the timeline. `resumed`: it still had this conversation.
  * - `answering` {id, at, others}: an answer begins at this time; the machine is shared with so many others.
  * - `music` {id, events, until}: events of the answer; no later ones begin before `until`.
- * - `end` {id, at, why}: the answer is over: 'enough', 'ended' (by the model), 'silenced', 'lost' or 'failed'.
+ * - `end` {id, at, why}: nothing more comes of the answer: 'enough', 'ended' (by the model), 'silenced', 'lost' or
+ *   'failed'. What was made before may still have to be heard; an answer that is silenced then ends a second time.
  * - `problem` {code, message}: something was refused; the message says what was expected and what came.
  * - `change`: the timeline has changed.
  */
@@ -141,12 +142,15 @@ export class Conversation extends EventTarget {
     this.latents = latents;
     this.timeline = copied(timeline);
     /** @type {Connection} */ this.connection = 'closed';
-    /** Number of the answer under way; null if there is none. @type {number | null} */ this.answering = null;
+    /**
+     * The latest answer: when it was asked for, and where it ends, Infinity while more may come.
+     * @type {{ id: number, since: number, end: number } | null}
+     */
+    this.latest = null;
     this.storage = storage === undefined ? (globalThis.sessionStorage ?? null) : storage;
     this.WebSocket = socket ?? globalThis.WebSocket;
     this.random = random;
     this.answers = 0;
-    this.since = 0; // when the latest answer was asked for
     this.attempts = 0;
     /** @type {WebSocket | null} */ this.socket = null;
     /** @type {any} */ this.retry = null;
@@ -170,13 +174,13 @@ export class Conversation extends EventTarget {
     clearTimeout(this.retry);
     globalThis.removeEventListener?.('online', this.retryNow);
     this.#leave();
-    this.#stopped('lost');
+    this.#stop('lost');
     this.#say('closed');
   }
 
   /**
-   * Add what a person has played. A key that goes down ends the answer under way at that moment. Times never go back:
-   * an event earlier than the last one counts as at the same time.
+   * Add what a person has played. A key that goes down ends an answer that still sounds, at that moment. Times never go
+   * back: an event earlier than the last one counts as at the same time.
    * @param {Played[]} events
    */
   play(events) {
@@ -188,7 +192,7 @@ export class Conversation extends EventTarget {
       return /** @type {Played} */ ([latest, ...rest]);
     });
     const first = sorted.find(([, kind]) => kind === 'on');
-    if (first && this.answering !== null) this.silence(first[0]);
+    if (first) this.silence(first[0]);
     played.push(...sorted);
     if (this.connection === 'ready') this.#send({ type: 'play', events: sorted });
     this.#tell('change', {});
@@ -203,26 +207,33 @@ export class Conversation extends EventTarget {
       this.#tell('problem', { code: 'offline', message: 'There is no connection to the server; what you play is kept.' });
       return null;
     }
-    if (this.answering !== null) this.silence(from);
-    this.answering = ++this.answers;
-    this.since = rounded(from);
-    this.#send({ type: 'answer', id: this.answering, from: rounded(from), ...wishes });
-    return this.answering;
+    this.silence(from);
+    const id = ++this.answers;
+    this.latest = { id, since: rounded(from), end: Infinity };
+    this.#send({ type: 'answer', id, from: rounded(from), ...wishes });
+    return id;
   }
 
-  /** End the answer under way; it is kept up to this time. @param {number} heard */
+  /** Whether more may come of the latest answer. */
+  get answering() {
+    return this.latest !== null && this.latest.end === Infinity;
+  }
+
+  /** End the latest answer, if it reaches beyond this time; it is kept up to there. @param {number} heard */
   silence(heard) {
-    if (this.answering === null) return;
-    const at = Math.max(rounded(heard), this.since); // earlier answers are not cut
-    this.timeline.answered = cut(this.timeline.answered, at);
-    if (this.connection === 'ready') this.#send({ type: 'silence', id: this.answering, heard: at });
-    this.#stopped('silenced', at);
+    const latest = this.latest;
+    if (!latest || heard >= latest.end) return;
+    latest.end = Math.max(rounded(heard), latest.since); // earlier answers are not cut
+    this.timeline.answered = cut(this.timeline.answered, latest.end);
+    if (this.connection === 'ready') this.#send({ type: 'silence', id: latest.id, heard: latest.end });
+    this.#tell('end', { id: latest.id, at: latest.end, why: 'silenced' });
     this.#tell('change', {});
   }
 
   /** Continue with another timeline: after an undo, from a cut, or from a file. @param {Partial<Timeline>} timeline */
   replace(timeline) {
-    this.#stopped('silenced');
+    this.#stop('silenced');
+    this.latest = null;
     this.timeline = copied(timeline);
     if (this.connection === 'ready') this.#send({ type: 'replace', timeline: this.timeline });
     this.#tell('change', {});
@@ -272,16 +283,16 @@ export class Conversation extends EventTarget {
       this.#tell('ready', detail);
       if (detail.timeline) this.#tell('change', {});
     } else if (type === 'music') {
-      if (detail.id !== this.answering) return; // it was silenced meanwhile
+      if (!this.#expects(detail.id)) return; // it was silenced meanwhile
       this.timeline.answered.push(...detail.events);
       this.#tell('music', detail);
       this.#tell('change', {});
     } else if (type === 'end') {
-      if (detail.id !== this.answering) return;
-      this.answering = null;
+      if (!this.latest || !this.#expects(detail.id)) return;
+      this.latest.end = detail.at;
       this.#tell('end', detail);
     } else if (type === 'answering') {
-      if (detail.id === this.answering) this.#tell('answering', detail);
+      if (this.#expects(detail.id)) this.#tell('answering', detail);
     } else if (type === 'error') {
       this.#tell('problem', detail);
     }
@@ -290,7 +301,7 @@ export class Conversation extends EventTarget {
   /** @param {number} code @param {string} reason */
   #lost(code, reason) {
     this.socket = null;
-    this.#stopped('lost');
+    this.#stop('lost');
     if (REFUSED.includes(code)) {
       if (code === TAKEN_OVER) this.#keep(null);
       this.#say('closed', reason);
@@ -307,13 +318,19 @@ export class Conversation extends EventTarget {
     socket?.close();
   }
 
-  /** @param {string} why @param {number} [at] */
-  #stopped(why, at) {
-    if (this.answering === null) return;
-    const id = this.answering, { answered } = this.timeline;
-    this.answering = null;
-    if (at === undefined && answered.length) this.timeline.answered = ended(answered, answered[answered.length - 1][0]);
-    this.#tell('end', { id, at: at ?? null, why });
+  /** Whether more may come of this answer. @param {number} id */
+  #expects(id) {
+    return this.answering && this.latest?.id === id;
+  }
+
+  /** Expect no more of an answer; what has come of it stays. @param {string} why */
+  #stop(why) {
+    if (!this.latest || !this.answering) return;
+    const { answered } = this.timeline;
+    const last = answered.length ? answered[answered.length - 1][0] : 0;
+    this.latest.end = Math.max(this.latest.since, last);
+    this.timeline.answered = ended(answered, this.latest.end);
+    this.#tell('end', { id: this.latest.id, at: this.latest.end, why });
   }
 
   /** @param {Connection} connection @param {string} [message] */

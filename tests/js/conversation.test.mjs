@@ -73,11 +73,32 @@ test('an answer is kept as it comes, and cut where a key is pressed', () => {
   assert.deepEqual(told(made, 'end'), [{ id, at: 3.2, why: 'silenced' }]);
 });
 
+test('an answer can be silenced as long as it sounds, also when all of it has come', () => {
+  const made = ready();
+  const id = made.answer(0);
+  last().receive({ type: 'music', id, events: [[0.2, 'on', 64, 70], [1, 'off', 64], [2, 'on', 65, 70], [3, 'off', 65]], until: 3 });
+  last().receive({ type: 'end', id, at: 3, why: 'enough' });
+  made.play([[2.5, 'on', 48, 90], [2.6, 'off', 48]]);
+  assert.deepEqual(made.timeline.answered.at(-1), [2.5, 'off', 65]);
+  assert.deepEqual(told(made, 'end').map(({ at, why }) => [at, why]), [[3, 'enough'], [2.5, 'silenced']]);
+  made.play([[3.5, 'on', 50, 90]]);
+  assert.deepEqual(last().sent.slice(-3).map(({ type }) => type), ['silence', 'play', 'play']);
+});
+
+test('an answer begins no earlier than it was asked for, wherever it is silenced', () => {
+  const made = ready({ timeline: { answered: [[0, 'on', 64, 70], [1, 'off', 64]] } });
+  const id = made.answer(2);
+  made.silence(0);
+  assert.deepEqual(made.timeline.answered, [[0, 'on', 64, 70], [1, 'off', 64]]);
+  assert.deepEqual(last().sent.at(-1), { type: 'silence', id, heard: 2 });
+});
+
 test('keys that come up and the pedal do not end an answer', () => {
   const made = ready();
-  const id = made.answer(2);
+  made.answer(2);
   made.play([[2.1, 'off', 60], [2.2, 'pedal', 0]]);
-  assert.equal(made.answering, id);
+  assert.equal(made.answering, true);
+  assert.deepEqual(last().sent.at(-1).type, 'play');
 });
 
 test('a lost connection keeps what is played, and is made again ever more slowly', () => {
