@@ -46,7 +46,7 @@ def anew(decoder, tokens):
 def test_what_is_appended_gives_the_logits_of_a_fresh_prefill(decoder, piece):
     """As long as the window of latents is not full: afterwards a prefill computes older latents as in training."""
     live = LiveState(decoder, latents=LATENTS)
-    for length in (1, 2, 7, 23):
+    for length in (1, 2, 5, 23):
         live.follow(piece[:length])
     assert live.tokens.tolist() == piece[:23].tolist()
     np.testing.assert_allclose(next_logits(decoder, live), next_logits(decoder, anew(decoder, piece[:23])), atol=2e-3)
@@ -123,7 +123,10 @@ touches = st.lists(
 ).map(
     lambda rows: [
         Touch(
-            time / 100, kind, velocity if kind == "pedal" else pitch, velocity if kind == "on" else 0  # type: ignore
+            time / 100,
+            kind,
+            velocity if kind == "pedal" else pitch,
+            velocity if kind == "on" else 0,  # type: ignore
         )
         for time, kind, pitch, velocity in sorted(rows, key=lambda row: row[0])
     ]

@@ -57,7 +57,7 @@ class Conversation:
         answer: the answer under way, or None.
         latest: the latest answer, which may still be heard after it was made.
         post: sends a message to the client; None if none is connected.
-        leave: closes the client's connection, with a code and a reason.
+        leave: closes the client's connection, with a code and a reason; None if none is connected.
         left_s: when the last client left, by the monotonic clock.
     """
 

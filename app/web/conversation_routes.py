@@ -103,7 +103,7 @@ class _Connection:
         finally:
             sending.cancel()
             if conversation is not None and conversation.post == self._post:
-                conversation.post, conversation.left_s = None, time.monotonic()
+                conversation.post, conversation.leave, conversation.left_s = None, None, time.monotonic()
                 conversation.stop("lost")
 
     async def _opened(self) -> Conversation | None:

@@ -14,7 +14,7 @@ from music_ar.decoding.interface import AnyDecoder, AnyState
 from music_ar.tokens import vocabulary
 from music_ar.tokens.codec import length_steps
 
-_PIECES = (64, 16, 4, 1)  # tokens read by one call: few lengths, since JAX compiles a program for each
+_PIECES = (16, 1)  # tokens read by one call: few lengths, since JAX compiles a program for each
 _BETWEEN_COPIES = 48  # tokens: about 1.5 s of music
 _MOST_COPIES = 5  # of 3 to 10 MB each with the shipped model
 _LEAST_PREFILL = 128  # tokens
