@@ -1,8 +1,13 @@
-"""Conversations: what is played comes back as it was, answers begin and end in time, and nothing that is sent can harm."""
+"""Conversations: what is played comes back as it was, answers begin and end in time, and nothing sent can harm."""
 
 import io
 import json
+import os
+import re
+import socket
 import time
+import urllib.request
+from urllib.parse import urlsplit
 
 import mido
 import numpy as np
@@ -12,6 +17,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
+from web_client import running_page
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect as connect_to
 
 from app.web import conversations as limits
 from app.web.conversation_routes import ConversationRoutes
@@ -47,7 +55,7 @@ def rooms(machine):
 
 @pytest.fixture
 def client(rooms):
-    def refuse(request, refusal):
+    def refuse(_, refusal):
         return JSONResponse({"detail": refusal.reason}, refusal.status)
 
     app = Starlette(routes=[Mount("/", ConversationRoutes(rooms))], exception_handlers={Refusal: refuse})
@@ -58,8 +66,8 @@ def client(rooms):
 class Player:
     """A client that plays. It keeps what comes until it is asked for."""
 
-    def __init__(self, socket):
-        self.socket = socket
+    def __init__(self, connection):
+        self.socket = connection
 
     def say(self, **message):
         self.socket.send_text(json.dumps(message))
@@ -94,8 +102,8 @@ def connect(client):
         return Player(socket)
 
     yield connected
-    for socket in sockets:
-        socket.__exit__(None, None, None)
+    for opened in sockets:
+        opened.__exit__(None, None, None)
 
 
 def test_an_answer_follows_what_was_played(connect):
@@ -159,7 +167,7 @@ def test_a_key_that_goes_down_ends_the_answer_and_what_was_heard_is_kept(connect
 def test_an_answer_that_was_made_can_still_be_silenced(connect, rooms):
     player = connect()
     name = player.open(session=None)["session"]
-    events, end = player.answer(start=0.0, seconds=4)
+    _, end = player.answer(start=0.0, seconds=4)
     player.say(type="silence", id=1, heard=1.0)
     player.say(type="answer", id=2, **{"from": 1.5}, seconds=1)
     player.next("end")
@@ -459,3 +467,51 @@ def _notes(content):
                 if pedal:
                     held.append(note)
     return sorted(found, key=lambda note: note[0])
+
+
+def _refusal(address, host=None, **headers):
+    """Why a connection is refused: to an address, perhaps by another name of the host."""
+    named = address if host is None else re.sub(r"//[^/]+", f"//{host}", address)
+    url = urlsplit(address)
+    with pytest.raises(InvalidStatus) as refused:
+        connect_to(named, sock=socket.create_connection((url.hostname, url.port)), additional_headers=headers)
+    answer = refused.value.response
+    return answer.status_code, json.loads(answer.body)["detail"]
+
+
+def test_a_real_server_lets_in_whom_it_may(tiny_checkpoint, tmp_path):
+    environment = os.environ | {"MUSIC_AR_AUTH": "anna:secret"}
+    with running_page(tiny_checkpoint, tmp_path, "--root-path", "/music", environment=environment) as page:
+        address = re.sub(r"http://([^/]+).*", r"ws://\1", page.address)
+        host = re.sub(r"\D+([\d.]+:\d+).*", r"\1", page.address)
+        assert _refusal(f"{address}/conversation") == (401, "log in first")
+        assert _refusal(f"{address}/conversation", Origin="https://evil.example")[0] == 403
+        assert _refusal(f"{address}/gradio_api/queue/data")[0] == 404
+        assert _refusal(f"{address}/conversation", host="evil.example")[0] == 421
+        assert page.request("/conversation", {"timeline": {"played": PHRASE}})[0] == 401
+        login = urllib.request.Request(f"http://{host}/login", b"username=anna&password=secret")
+        with urllib.request.urlopen(login, timeout=30) as answer:
+            cookies = "; ".join(each.partition(";")[0] for each in answer.headers.get_all("Set-Cookie"))
+        for path in ("/conversation", "/music/conversation"):
+            headers = {"Cookie": cookies, "Origin": f"http://{host}"}
+            with connect_to(address + path, additional_headers=headers) as connection:
+                connection.send(json.dumps({"type": "open", "session": None, "latents": 16}))
+                ready = json.loads(connection.recv(timeout=30))
+                connection.send(json.dumps({"type": "play", "events": PHRASE}))
+                connection.send(json.dumps({"type": "answer", "id": 1, "from": 2, "seconds": 1}))
+                while json.loads(connection.recv(timeout=30))["type"] != "end":
+                    pass
+            status, content = page.request(f"/conversation/{ready['session']}.mid", headers={"Cookie": cookies})
+            assert (status, content[:4]) == (200, b"MThd")
+        with connect_to(f"{address}/conversation", additional_headers={"Cookie": cookies}) as connection:
+            connection.send("x" * (2 * 2**20 + 1))
+            with pytest.raises(ConnectionClosed) as closed:
+                connection.recv(timeout=30)
+            assert closed.value.rcvd is None or closed.value.rcvd.code == 1009
+        with connect_to(f"{address}/conversation", additional_headers={"Cookie": cookies}) as connection:
+            connection.send(b"\x00\x01")
+            with pytest.raises(ConnectionClosed):
+                connection.recv(timeout=30)
+        assert page.request("/health")[1]["status"] == "ok"
+        assert "Traceback" not in page.log.read_text()
+        assert ready["session"] not in page.log.read_text()

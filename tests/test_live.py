@@ -1,4 +1,4 @@
-"""A live state is at any time what reading the whole piece anew would give; live notes are those of the written file."""
+"""A live state is what reading the whole piece anew would give; live notes are those of the written file."""
 
 import io
 import math
@@ -183,7 +183,7 @@ def test_live_notes_sound_like_the_file(played):
     np.testing.assert_allclose(read.offset_s, live.offset_s, atol=1e-6)
 
 
-def test_the_parts_of_a_duet_have_tracks_of_their_own(piece):
+def test_the_parts_of_a_duet_have_tracks_of_their_own():
     before = Performance(onset_s=np.zeros(1), offset_s=np.ones(1), pitch=np.array([40]), velocity=np.array([50]))
     played = [Touch(2.0, "on", 60, 80), Touch(2.5, "off", 60)]
     answers = before.shift(3)
