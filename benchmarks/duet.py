@@ -44,9 +44,11 @@ class Player:
         return time.monotonic() - self._began_s
 
     def say(self, **message: Any) -> None:
+        """Send a message."""
         self._socket.send(json.dumps(message))
 
     def hear(self, timeout_s: float = 60.0) -> dict[str, Any]:
+        """The next message."""
         message = json.loads(self._socket.recv(timeout=timeout_s))
         if message["type"] == "error":
             raise SystemExit(message["message"])
@@ -101,7 +103,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arrivals_s, first_s, silent_s = [], [], []
     rng = np.random.default_rng(0)
-    with served(measure=False) as (address, _), connect(re.sub("^http", "ws", address.rstrip("/")) + "/conversation") as socket:
+    with (
+        served(measure=False) as (address, _),
+        connect(re.sub("^http", "ws", address.rstrip("/")) + "/conversation") as socket,
+    ):
         notes, length_s = [], 0.0
         if arguments.before:
             piece = read_midi(arguments.before)
