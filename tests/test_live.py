@@ -139,6 +139,11 @@ def midi_events(data):
     return found
 
 
+def _touch(time, kind, pitch, velocity):
+    number = velocity if kind == "pedal" else pitch
+    return Touch(time / 100, kind, number, velocity if kind == "on" else 0)
+
+
 touches = st.lists(
     st.tuples(
         st.integers(0, 400),
@@ -148,17 +153,7 @@ touches = st.lists(
     ),
     min_size=1,
     max_size=60,
-).map(
-    lambda rows: [
-        Touch(
-            time / 100,
-            kind,
-            velocity if kind == "pedal" else pitch,
-            velocity if kind == "on" else 0,  # type: ignore
-        )
-        for time, kind, pitch, velocity in sorted(rows, key=lambda row: row[0])
-    ]
-)
+).map(lambda rows: [_touch(*row) for row in sorted(rows, key=lambda row: row[0])])
 
 
 @given(touches)
