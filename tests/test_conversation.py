@@ -128,6 +128,25 @@ def test_an_answer_follows_what_was_played(connect):
     assert sounding == []
 
 
+@pytest.mark.slow
+def test_both_decoders_answer_and_are_silenced(decoder):
+    conversations = Conversations(SessionManager(Machine(Generator(decoder))))
+    with TestClient(ConversationRoutes(conversations)) as client:
+        with client.websocket_connect("/conversation") as connection:
+            player = Player(connection)
+            name = player.open(session=None)["session"]
+            player.say(type="play", events=PHRASE)
+            player.say(type="answer", id=1, **{"from": 2.0}, seconds=60, seed=1)
+            while player.next("music")["until"] < 4:
+                pass
+            player.say(type="play", events=[[3.0, "on", 50, 90], [3.5, "off", 50]])
+            assert player.next("end")["at"] == 3.0
+            assert player.answer(2, 4.0, seconds=1, seed=2)[1]["why"] == "enough"
+        known = Reading(conversations.of(name).timeline).tokens
+        assert decode(aligned(conversations.of(name).live.tokens, known)) == decode(known)
+    conversations.stop()
+
+
 def test_an_answer_may_have_nothing_before_it(connect):
     player = connect()
     player.open(session=None)
@@ -270,7 +289,7 @@ def test_another_tab_takes_the_session_over(connect):
         ('{"type": "play", "events": [[1, "on", 128, 80]]}', "message", "from 0 to 127, got 128"),
         ('{"type": "play", "events": [[1, "on", 60, 0]]}', "message", "from 1 to 127, got 0"),
         ('{"type": "play", "events": [[1, "on", true, 80]]}', "message", "got true"),
-        ('{"type": "play", "events": [[-1, "off", 60]]}', "message", "from 0 to 3600, got -1"),
+        ('{"type": "play", "events": [[-1, "off", 60]]}', "message", "from 0 to 14400, got -1"),
         ('{"type": "play", "events": [[NaN, "off", 60]]}', "message", "got no number (NaN)"),
         ('{"type": "play", "events": [[1e999, "off", 60]]}', "message", "got infinity"),
         ('{"type": "play", "events": [[1, "release", 60]]}', "message", "[time, “pedal”, position]"),

@@ -89,6 +89,7 @@ class _Connection:
         self._conversations, self._socket, self._address = conversations, socket, address
         self._unsent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._allowance = Bucket(_EVENTS, _EVENTS_PER_S)
+        self._closing: asyncio.Task[None] | None = None
 
     async def serve(self) -> None:
         """Take messages until the client leaves, or another takes its place."""
@@ -175,8 +176,9 @@ class _Connection:
             raise Refused("message", f"the type must be play, answer, silence or replace, got {in_words(kind)}")
 
     def _post(self, message: dict[str, Any]) -> None:
-        if self._unsent.qsize() < _MOST_UNSENT:
-            self._unsent.put_nowait(message)
+        self._unsent.put_nowait(message)
+        if self._unsent.qsize() > _MOST_UNSENT and self._closing is None:
+            self._closing = asyncio.create_task(self._close(POLICY, "this client does not read what it is sent"))
 
     async def _send(self) -> None:
         with suppress(WebSocketDisconnect, RuntimeError):

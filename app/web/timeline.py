@@ -14,7 +14,7 @@ from music_ar.tokens import vocabulary
 from music_ar.tokens.codec import event_steps, length_steps, quantize
 
 MAX_NOTES = 20_000
-MAX_SECONDS = 3600.0
+MAX_SECONDS = 4 * 3600.0
 _MAX_EVENTS = 4 * MAX_NOTES
 LONGEST_REST_S = 4.0
 """Longer rests are told to the model as this long: pianists in recordings do not wait longer."""
