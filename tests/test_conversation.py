@@ -342,6 +342,19 @@ def test_a_keyboard_that_sends_without_end_is_stopped_and_others_are_answered(co
     assert other.answer(seconds=1)[1]["why"] == "enough"
 
 
+def test_an_address_cannot_make_the_model_read_without_end(connect):
+    player, other = connect(), connect()
+    player.open(session=None)
+    large = {"timeline": {}, "more": "x" * 1_900_000}
+    for _ in range(4):
+        player.say(type="replace", **large)
+    assert player.next("error")["code"] == "rate"
+    other.say(type="open", session=None, **large)
+    with pytest.raises(WebSocketDisconnect) as closed:
+        other.next("never")
+    assert closed.value.code == 1013
+
+
 def test_at_most_so_many_are_answered_and_connected(connect, client, monkeypatch):
     monkeypatch.setattr(limits, "MAX_ANSWERS", 1)
     monkeypatch.setattr(limits, "MAX_OF_AN_ADDRESS", 2)
