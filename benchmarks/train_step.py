@@ -25,9 +25,9 @@ from music_ar.decoding import backend
 from music_ar.model.config import PRESETS
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.training.config import TrainingConfig
+from music_ar.training.mesh import make_mesh
 from music_ar.training.optimizer import build_optimizer
 from music_ar.training.step import initial_state, make_train_step
-from music_ar.training.trainer import data_mesh
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def main() -> None:
 
 def step_runner(model: PerceiverAR, config: TrainingConfig) -> Callable[..., None]:
     """Return a function that runs training steps, by default one, and waits for the last."""
-    mesh = data_mesh()
+    mesh = make_mesh()
     graph, params = nnx.split(model, nnx.Param)
     optimizer = build_optimizer(config, mesh)
     train_step = make_train_step(graph, config, optimizer, mesh)
