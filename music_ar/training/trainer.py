@@ -17,12 +17,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from music_ar.model.config import ModelConfig
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.training.checkpointing import TrainingCheckpoints
 from music_ar.training.config import TrainingConfig, TrainingError
 from music_ar.training.distillation import Teachers
 from music_ar.training.log import Progress, TrainingLog
-from music_ar.training.mesh import batch_shards, make_mesh, replicated, shard_batch
+from music_ar.training.memory import check_memory
+from music_ar.training.mesh import batch_shards, make_mesh, replicated, shard_batch, split_axis
 from music_ar.training.optimizer import build_optimizer
 from music_ar.training.step import initial_state, make_train_step
 
@@ -95,7 +97,7 @@ class Trainer:
         mesh: devices to train on; default: `make_mesh()`, all of them on the axis "data".
 
     Raises:
-        TrainingError: the devices and the teachers cannot share the batch.
+        TrainingError: the devices and the teachers cannot share the batch, or a step does not fit in their memory.
         CheckpointError: `output` holds a run and `resume` is false; or it is true, and there is no checkpoint, or one
             of a run with different settings.
     """
@@ -117,6 +119,8 @@ class Trainer:
     ):
         mesh = mesh or make_mesh()
         _check_batch_size(config, batch_shards(mesh), teachers)
+        _check_prefix(model.config, config, mesh)
+        check_memory(model.config, model.compute, config, mesh)
         self._config, self._mesh, self._validate = config, mesh, validate
         self._sources = [batches] if final_batches is None else [batches, final_batches]
         self._graph, params = nnx.split(model, nnx.Param)
@@ -227,6 +231,17 @@ def _check_batch_size(config: TrainingConfig, shards: int, teachers: Teachers | 
             f"batch_size must be a multiple of {config.micro_batches * parts}, which is micro_batches = "
             f"{config.micro_batches} times {parts} equal parts for {shards} shards (the mesh's data x fsdp) and their "
             f"teachers; got {config.batch_size}"
+        )
+
+
+def _check_prefix(model: ModelConfig, config: TrainingConfig, mesh: Mesh) -> None:
+    """Raise TrainingError if the prefix is to be split over devices, and there is none."""
+    kept = round((model.attended(model.window) - model.latents) * config.prefix_keep)
+    if split_axis(mesh) and (model.segment or kept == 0):
+        raise TrainingError(
+            "the mesh axis sequence splits the part of the context before the latents, and nothing is kept of it with "
+            f"a context of {model.context:,}, {model.latents:,} latents and prefix_keep = {config.prefix_keep}: leave "
+            "the axis out"
         )
 
 
