@@ -51,7 +51,8 @@ def check_memory(model: ModelConfig, compute: Compute, training: TrainingConfig,
     if available is None or needed.total <= _TOLERANCE * available:
         return
     where = "on each device" if mesh.size > 1 else "on the device"
-    options = " or ".join(_what_fits(model, compute, training, mesh.shape, available)) or "a smaller model"
+    *others, last = [*_what_fits(model, compute, training, mesh.shape, available)] or ["a smaller model"]
+    options = f"{', '.join(others)} or {last}" if others else last
     raise TrainingError(
         f"training needs about {_gb(needed.total)} {where}, which has {_gb(available)}: {_gb(needed.model)} for the "
         f"model and its optimizer, {_gb(needed.windows)} for windows of {model.window:,} tokens. What would fit: "
