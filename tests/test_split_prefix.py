@@ -81,9 +81,12 @@ def loss(params, tokens, **options):
     return jnp.square(jax.nn.log_softmax(logits)).sum(where=(tokens[:, -5:] != vocabulary.PAD)[..., None]) / 1000
 
 
-@pytest.mark.parametrize(("devices", "kept"), [(2, None), (3, 6)])
+@pytest.mark.parametrize(("devices", "kept"), [pytest.param(2, None, marks=pytest.mark.slow), (3, 6)])
 def test_the_model_equals_that_with_the_whole_prefix(devices, kept):
-    """One row is full, one is partly padding, and one has less than its latents. The model has all features."""
+    """One row is full, one is partly padding, and one has less than its latents.
+
+    The model has a convolution, keyboard features and time heads.
+    """
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocabulary.EVENT_CLASSES, (3, SMALL.context)).astype(np.int32)
     tokens[1, :7], tokens[2, :-3] = vocabulary.PAD, vocabulary.PAD

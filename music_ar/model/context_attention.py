@@ -141,8 +141,11 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _of_all_devices(lse_BxRxHxN: Array, axis: str | None) -> Array:
-    """The parts of all devices of an axis."""
-    return lse_BxRxHxN if axis is None else jax.lax.all_gather(lse_BxRxHxN, axis, axis=1, tiled=True)
+    """Log-sum-exps of the parts, or of the shares of all devices of an axis."""
+    if axis is None:
+        return lse_BxRxHxN
+    of_share_Bx1xHxN = jax.nn.logsumexp(lse_BxRxHxN, axis=1, keepdims=True)
+    return jax.lax.all_gather(of_share_Bx1xHxN, axis, axis=1, tiled=True)
 
 
 def _sum_over(x: Array, axis: str | None) -> Array:

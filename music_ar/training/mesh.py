@@ -43,12 +43,12 @@ def parse_axes(text: str) -> dict[str, int]:
     return axes
 
 
-def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh of all axes.
 
     Args:
         axes: their sizes. Without "data", that axis has all devices that the others leave; the others default to 1.
-        devices: default: all.
+        devices: those of JAX to use; default: all.
 
     Raises:
         TrainingError: the sizes do not fit the devices.
