@@ -5,12 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
-from tiny_training import EXACT, run
+from tiny_training import EXACT, noisy, run
 
+from music_ar.evaluation import likelihood
+from music_ar.evaluation.likelihood import ScoringConfig, score
+from music_ar.evaluation.memory import ScoringError, window_bytes, windows_at_once
 from music_ar.model.config import PRESETS, Compute, ModelConfig
 from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.tokens import vocabulary
 from music_ar.training import memory
 from music_ar.training.config import TrainingConfig, TrainingError
 from music_ar.training.memory import check_memory, step_memory
@@ -97,6 +102,47 @@ def test_a_run_that_does_not_fit_leaves_nothing(monkeypatch, tmp_path, compilati
         run(tmp_path, EXACT)
     assert "step" not in compiled
     assert not any(tmp_path.iterdir())
+
+
+SCORED = [  # context, width, layers, heads, windows; temporary MB by XLA's analysis on a CPU
+    (4096, 128, 2, 4, 1, 12.3),
+    (65_536, 128, 2, 4, 1, 102.1),
+    (1024, 128, 4, 4, 4, 69.4),
+    (1024, 512, 4, 8, 2, 70.4),
+]
+
+
+@pytest.mark.parametrize(("context", "width", "layers", "heads", "windows", "measured_mb"), SCORED)
+def test_the_memory_of_scoring_is_near_what_xla_says(context, width, layers, heads, windows, measured_mb):
+    sizes = {"head_size": width // heads, "kv_heads": 2, "hidden": 3 * width, "conv_width": 8}
+    model = ModelConfig(context=context, latents=512, width=width, layers=layers, heads=heads, **sizes)
+    latents = 256 if width == 128 and layers == 2 else 512
+    found = windows * window_bytes(model, Compute(), context, latents)
+    assert 1 / 1.3 < found / 1e6 / measured_mb < 1.3
+
+
+def test_as_many_windows_are_scored_at_once_as_fit(monkeypatch):
+    one = window_bytes(BARE, CUDNN, 4096, 1024)
+    for free, expected in ((100 * one, 32), (10 * one, 10), (one, 1), (0.8 * one, 1), (None, 32)):
+        monkeypatch.setattr(memory, "usable_memory", lambda free=free: free if free is None else int(free))
+        assert windows_at_once(BARE, CUDNN, 4096, 1024, 32) == expected
+
+
+def test_a_window_that_cannot_be_scored_is_refused_with_what_would_fit(monkeypatch):
+    monkeypatch.setattr(memory, "usable_memory", lambda: 10**9)
+    with pytest.raises(ScoringError, match=r"about 2.7 GB .* has 1 GB left\. What would fit: a context of 262,144 tok"):
+        windows_at_once(BARE, CUDNN, 2**20, 1024, 32)
+    monkeypatch.setattr(memory, "usable_memory", lambda: 10**6)
+    with pytest.raises(ScoringError, match=r"has 0.001 GB left\. Use fewer latents, or a smaller model"):
+        windows_at_once(BARE, CUDNN, 2**20, 1024, 32)
+
+
+def test_scores_do_not_depend_on_how_many_windows_fit(monkeypatch):
+    pieces = [np.r_[vocabulary.START, np.arange(30), vocabulary.END].astype(np.int32)]
+    config = ScoringConfig(context=12, latents=8, stride=4)
+    expected = score(noisy(), pieces, config)
+    monkeypatch.setattr(likelihood, "windows_at_once", lambda *_: 3)
+    assert score(noisy(), pieces, config).nll == pytest.approx(expected.nll, rel=1e-5)
 
 
 def test_unknown_memory_refuses_nothing(monkeypatch):

@@ -7,7 +7,8 @@ steps. It is within a factor of 1.3 of both.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -17,9 +18,9 @@ from music_ar.system import usable_memory
 from music_ar.training.config import TrainingConfig, TrainingError
 from music_ar.training.mesh import BATCH
 
-_TOLERANCE = 1.3  # what may fit is not refused
+TOLERANCE = 1.3  # what may fit is not refused
 _PLAIN = 2  # how much more is kept where attention is plain operations, as on CPUs
-_BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,26 +47,30 @@ def check_memory(model: ModelConfig, compute: Compute, training: TrainingConfig,
     Raises:
         TrainingError: it does not; the message says how much it needs, and what would fit.
     """
-    available = device_memory(mesh)
+    available = device_memory(mesh.local_devices)
     needed = step_memory(model, compute, training, mesh.shape)
-    if available is None or needed.total <= _TOLERANCE * available:
+    if available is None or needed.total <= TOLERANCE * available:
         return
     where = "on each device" if mesh.size > 1 else "on the device"
     *others, last = [*_what_fits(model, compute, training, mesh.shape, available)] or ["a smaller model"]
     options = f"{', '.join(others)} or {last}" if others else last
+    total, of_model, of_windows = map(gigabytes, (needed.total, needed.model, needed.windows))
     raise TrainingError(
-        f"training needs about {_gb(needed.total)} {where}, which has {_gb(available)}: {_gb(needed.model)} for the "
-        f"model and its optimizer, {_gb(needed.windows)} for windows of {model.window:,} tokens. What would fit: "
-        f"{options}"
+        f"training needs about {total} {where}, which has {gigabytes(available)}: {of_model} for the model and its "
+        f"optimizer, {of_windows} for windows of {model.window:,} tokens. What would fit: {options}"
     )
 
 
-def device_memory(mesh: Mesh) -> int | None:
-    """Bytes of memory of a device of a mesh; its share of the machine's where it does not tell. None if unknown."""
-    device = mesh.local_devices[0]
-    told = (device.memory_stats() or {}).get("bytes_limit")
+def device_memory(devices: Sequence[Any], *, free: bool = False) -> int | None:
+    """Bytes of memory of the first of some devices, or what is left of it.
+
+    Where it does not tell, its share of the machine's memory counts; None if that is unknown.
+    """
+    told = devices[0].memory_stats() or {}
+    if "bytes_limit" in told:
+        return told["bytes_limit"] - (told["bytes_in_use"] if free else 0)
     machine = usable_memory()
-    return told or (None if machine is None else machine // len(mesh.local_devices))
+    return None if machine is None else machine // len(devices)
 
 
 def _what_fits(
@@ -118,7 +123,7 @@ def _model_bytes(model: ModelConfig, shards: int) -> int:
 def _window_bytes(model: ModelConfig, compute: Compute, training: TrainingConfig, axes: Mapping[str, int]) -> int:
     """Memory of one window: rows of the cross-attention, latents in each block, logits."""
     plain = compute.attention == "xla"
-    size, latents = _BYTES[compute.dtype] * (_PLAIN if plain else 1), model.latents
+    size, latents = BYTES[compute.dtype] * (_PLAIN if plain else 1), model.latents
     prefix = round((model.attended(model.window) - latents) * training.prefix_keep) // axes["sequence"]
     query_width, kv_width = model.heads * model.head_size, 2 * model.kv_heads * model.head_size
     of_row = size * (5 * model.width + 3 * kv_width + model.vocabulary_size + model.feature_count)
@@ -129,5 +134,6 @@ def _window_bytes(model: ModelConfig, compute: Compute, training: TrainingConfig
     return (prefix + latents) * of_row + latents * of_latent
 
 
-def _gb(size: int) -> str:
+def gigabytes(size: int) -> str:
+    """A number of bytes as text."""
     return f"{size / 1e9:.3g} GB"
