@@ -226,14 +226,19 @@ class PerceiverAR(nnx.Module):
         table_VxD = self.embedding[...].at[vocabulary.PAD].set(0.0).astype(self.dtype)
         padded = jnp.pad(tokens_BxM, ((0, 0), (self.config.conv_width - 1, 0)), constant_values=vocabulary.PAD)
 
-        def look_up(back: int) -> Array:
+        def look_up(back: Array | int) -> Array:
             return _look_up(table_VxD, take(padded, positions_BxR + self.config.conv_width - 1 - back))
 
+        @jax.checkpoint  # one look-up in memory at a time, also for the gradient
+        def add_tap(sum_BxRxD: Array, tap: tuple[Array, Array]) -> tuple[Array, None]:
+            back, tap_D = tap
+            return sum_BxRxD + look_up(back) * tap_D.reshape(1, 1, -1), None
+
+        x_BxRxD = look_up(0)
         if self.config.conv_width == 1:
-            return look_up(0)
-        taps_WxD = self.conv[...].astype(self.dtype)
-        taps = range(self.config.conv_width)
-        return look_up(0) + sum(look_up(back) * taps_WxD[back].reshape(1, 1, -1) for back in taps)
+            return x_BxRxD
+        taps = (jnp.arange(self.config.conv_width), self.conv[...].astype(self.dtype))
+        return x_BxRxD + jax.lax.scan(add_tap, jnp.zeros_like(x_BxRxD), taps)[0]
 
     def embed_last(self, tokens_BxW: Int[Array, "B W"]) -> Float[Array, "B D"]:
         """`embed` of each row's last token, by look-up, given its latest W = conv_width tokens."""
