@@ -1,10 +1,12 @@
 """Time a training step against the context: Perceiver AR and its baselines.
 
     python benchmarks/context_length.py [--model transformer-xl] [--contexts 4096 16384 65536 131072] [--layers 6]
+    python benchmarks/context_length.py --mesh sequence=4 --contexts 131072 1048576
 
 Perceiver AR has N latents, the Transformer as many as inputs, and Transformer-XL segments of N tokens. One window a
-step, no prefix dropout, no conditioning features. Contexts grow until the device has no memory left. Prints a table
-and, last, one line of JSON; --output also appends that line to a file for `draw_context_length.py`.
+step and shard of the batch, no prefix dropout, no conditioning features. Contexts grow until the device has no memory
+left. Prints a table and, last, one line of JSON; --output also appends that line to a file for
+`draw_context_length.py`.
 """
 
 import argparse
@@ -18,12 +20,13 @@ import jax
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
-from train_step import print_kernels, step_runner, timed
+from train_step import axes_of, mesh_of, peak_gb, print_kernels, step_runner, timed
 
 from music_ar.decoding import backend
 from music_ar.model.config import PRESETS, ModelConfig
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.training.config import TrainingConfig
+from music_ar.training.mesh import batch_shards
 
 MODELS = ("perceiver-ar", "transformer", "transformer-xl")
 
@@ -36,12 +39,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--mesh", help="such as sequence=4, to split the context; default: all devices on data")
     parser.add_argument("--kernels", type=int, default=0, help="show the kernels that take longest", metavar="N")
     parser.add_argument("--output", type=Path, help="append the line of JSON to this file")
     arguments = parser.parse_args()
 
     out_of_memory_at = None
-    console, table = Console(), Table("context", "compilation s", "ms per step", "peak GB")
+    console, table = Console(), Table("context", "compilation s", "ms per step", "peak GB a device")
     results = []
     for context in sorted(arguments.contexts):
         try:
@@ -52,12 +56,13 @@ def main() -> None:
             break
         results.append(result)
         table.add_row(*(f"{result[key]}" for key in ("context", "compilation_s", "step_ms", "peak_gb")))
-    console.print(f"{arguments.model}, {jax.devices()[0].device_kind}, JAX {jax.__version__}")
+    axes, device = axes_of(mesh_of(arguments.mesh)), jax.devices()[0].device_kind
+    console.print(f"{arguments.model}, {device}, {axes}, JAX {jax.__version__}")
     console.print(table)
     names = ("model", "latents", "layers", "width")
     line = json.dumps(
         {name: getattr(arguments, name) for name in names}
-        | {"device": jax.devices()[0].device_kind, "out_of_memory_at": out_of_memory_at, "results": results}
+        | {"device": device, "axes": axes, "out_of_memory_at": out_of_memory_at, "results": results}
     )
     if arguments.output is not None:
         with arguments.output.open("a") as file:
@@ -71,19 +76,19 @@ def measured(arguments: argparse.Namespace, context: int) -> dict[str, float]:
     step_s = statistics.median(timed(lambda: run(arguments.steps)) for _ in range(3)) / arguments.steps
     if arguments.kernels:
         print_kernels(run, arguments.kernels)
-    memory = jax.local_devices()[0].memory_stats() or {}
     return {
         "context": context,
         "compilation_s": round(compilation_s, 1),
         "step_ms": round(step_s * 1e3, 2),
-        "peak_gb": round(memory.get("peak_bytes_in_use", 0) / 1e9, 2),
+        "peak_gb": round(peak_gb(), 2),
     }
 
 
 def runner(arguments: argparse.Namespace, context: int):  # noqa: ANN201
     """A function that runs a step, and the seconds that compiling it took."""
-    model = PerceiverAR(config_of(arguments, context), rngs=nnx.Rngs(0), compute=backend.select().compute)
-    run = step_runner(model, TrainingConfig(steps=1, batch_size=1, dropout=0.0, prefix_keep=1.0))
+    model, mesh = config_of(arguments, context), mesh_of(arguments.mesh)
+    config = TrainingConfig(steps=1, batch_size=batch_shards(mesh), dropout=0.0, prefix_keep=1.0)
+    run = step_runner(PerceiverAR(model, rngs=nnx.Rngs(0), compute=backend.select().compute), config, mesh)
     began = time.perf_counter()
     run()
     return run, time.perf_counter() - began

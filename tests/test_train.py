@@ -88,6 +88,16 @@ def test_out_of_fold_part_k_is_the_fold_that_teacher_k_has_not_seen(capsys, tmp_
     assert "data.folds was" in refusal(capsys, *command, "--resume")
 
 
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [("fsdp=two", "axis fsdp needs a number of devices"), ("data=3", "mesh data=3 needs 3 devices, and there are 1")],
+)
+def test_a_mesh_that_does_not_fit_is_refused(capsys, tmp_path, prepared, mesh, message):
+    command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run", "--mesh", mesh]
+    assert message in refusal(capsys, *command)
+    assert not (tmp_path / "run").exists()
+
+
 def test_augmented_copies_are_read_as_often_as_originals(capsys, tmp_path, prepared, fits):
     command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run"]
     code, _, errors = run(capsys, *command, "--augmented-copies", 2)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Integer
 
 from music_ar.decoding.interface import AnyDecoder
 from music_ar.decoding.windows import WindowMode
+from music_ar.evaluation.memory import windows_at_once
 from music_ar.evaluation.windows import Window, batch_windows, check_pieces, cut_windows
 from music_ar.model.config import ModelConfig
 from music_ar.model.perceiver_ar import PerceiverAR
@@ -84,7 +85,7 @@ class ScoringConfig:
             attends to the last `ModelConfig.context` of them.
         latents: latents per window, N; default: those that the model was trained with. At least `stride`.
         stride: targets between the ends of windows; a smaller stride is slower and gives each target more context.
-        batch_size: windows per forward pass.
+        batch_size: windows per forward pass; fewer if they do not fit in memory.
     """
 
     context: int | None = None
@@ -145,6 +146,7 @@ def score_tokens(
 
     Raises:
         ValueError: the sizes do not fit together, there are no pieces, or one is shorter than a start and an end.
+        ScoringError: a window does not fit in memory.
     """
     config = config or ScoringConfig()
     context, latents = config.sizes(model.config)
@@ -152,7 +154,9 @@ def score_tokens(
     counts = [len(piece) - 1 for piece in pieces] if last is None else last
     nll = [np.zeros((len(temperatures), count), np.float32) for count in counts]
     windows = cut_windows(pieces, counts, config.stride)
-    batches = batch_windows(pieces, windows, context, min(config.batch_size, len(windows)))
+    most = min(config.batch_size, len(windows))
+    batch_size = windows_at_once(model.config, model.compute, context, latents, most)
+    batches = batch_windows(pieces, windows, context, batch_size)
     graph, params = nnx.split(model)
     temperatures_C, done = np.asarray(temperatures, np.float32), 0
     results = (
