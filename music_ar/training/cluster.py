@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -42,6 +42,7 @@ class Decision(NamedTuple):
     stop: bool
 
 
+@runtime_checkable
 class Hosts(Protocol):
     """The processes of a run: `Alone` or a `Cluster`."""
 
@@ -147,7 +148,7 @@ def join(place: Place, description: dict[str, Any], *, timeout_s: float, on_lost
     jax.config.update("jax_enable_preemption_service", False)  # it would take over SIGTERM
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
-        f"{place.host}:{place.port}",
+        f"[{place.host}]:{place.port}" if ":" in place.host else f"{place.host}:{place.port}",
         place.processes,
         place.process,
         local_device_ids=place.local_devices,

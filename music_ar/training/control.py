@@ -83,6 +83,7 @@ class Channel:
         self._place, self._on_lost = place, on_lost
         self._description = json.loads(json.dumps(description, default=str))  # as the others will read it
         self._peers: dict[int, _Peer] = {}
+        self._refused: list[_Peer] = []
         self._refusals: list[str] = []
         self._joined, self._closing, self._failed_here = False, False, threading.Event()
         self._lost: str | None = None
@@ -91,7 +92,8 @@ class Channel:
         self._loop = asyncio.new_event_loop()
         self._complete = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        threading.Thread(target=self._loop.run_forever, name="control channel", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="control channel", daemon=True)
+        self._thread.start()
 
     def join(self, timeout_s: float) -> None:
         """Wait until all processes are connected.
@@ -99,7 +101,11 @@ class Channel:
         Raises:
             ClusterError: some are missing, or differ from process 0.
         """
-        self._run(self._gather(timeout_s) if self._place.process == 0 else self._connect(timeout_s))
+        try:
+            self._run(self._gather(timeout_s) if self._place.process == 0 else self._connect(timeout_s))
+        except ClusterError:
+            self.close()
+            raise
 
     def lead(self, word: list[Any]) -> None:
         """Tell the others what to do. Called by process 0."""
@@ -126,8 +132,16 @@ class Channel:
         return self._stop.is_set()
 
     def finish(self) -> None:
-        """Wait until all processes have done their work."""
+        """Wait until all processes have done their work, and close the connections."""
         self._run(self._finish())
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections and end the thread."""
+        self._run(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def abandon(self, sentence: str, *, wait_s: float) -> None:
         """Tell the others that this process fails.
@@ -149,8 +163,11 @@ class Channel:
         task.add_done_callback(self._tasks.discard)
 
     def _tell(self, message: dict[str, Any]) -> None:
-        for peer in self._peers.values():
+        for peer in self._connected():
             peer.tell(message)
+
+    def _connected(self) -> list[_Peer]:
+        return [*self._peers.values(), *self._refused]
 
     # --- joining -----------------------------------------------------------------------------------------------------
 
@@ -179,12 +196,13 @@ class Channel:
             await self._until_closed(2.0)
             raise ClusterError(sentence)
         self._joined = True
-        self._tell({"joined": True})
+        self._tell({"joined": socket.gethostname()})
 
     def _missing(self, timeout_s: float) -> str:
         """Say which processes have not come."""
-        numbers = [number for number in range(1, self._place.processes) if number not in self._peers]
-        there = [f"process 0 on {socket.gethostname()}", *(str(self._peers[number]) for number in sorted(self._peers))]
+        here = {0: f"process 0 on {socket.gethostname()}"} | {peer.process: str(peer) for peer in self._connected()}
+        numbers = [number for number in range(self._place.processes) if number not in here]
+        there = [here[number] for number in sorted(here)]
         which = f"process {numbers[0]} has" if len(numbers) == 1 else f"processes {_listed(numbers)} have"
         return (
             f"{which} not joined within {timeout_s:g} s, of {self._place.processes}; there are {', '.join(there)}. "
@@ -200,12 +218,14 @@ class Channel:
         process, host, description = hello["process"], hello["host"], hello["description"]
         peer = _Peer(process=process, host=host, reader=reader, writer=writer, heard_s=self._loop.time())
         refusal = self._refusal(peer, description)
-        if refusal is None or process not in self._peers:
+        peer.tell({})
+        if refusal is None:
             self._peers[process] = peer
-        if refusal is not None:
+        else:
+            self._refused.append(peer)
             self._refusals.append(refusal)
             self._loop.call_later(_RETRY_S * 4, self._complete.set)  # time for the others to be heard as well
-        if len(self._peers) == self._place.processes - 1:
+        if len(self._connected()) == self._place.processes - 1:
             self._complete.set()
         await self._listen(peer)
 
@@ -237,10 +257,9 @@ class Channel:
         while self._loop.time() < end_s:
             answer = await self._knock()
             if answer is not None and "failed" in answer:
-                self._peers[0].writer.close()
                 raise ClusterError(answer["failed"])
             if answer is not None:
-                self._joined = True
+                self._peers[0].host, self._joined = answer["joined"], True
                 self._start(self._listen(self._peers[0]))
                 self._start(self._beat())
                 return
@@ -283,7 +302,8 @@ class Channel:
         if not self._joined and self._peers.get(peer.process) is peer:
             del self._peers[peer.process]  # it may come again
         elif self._joined and not peer.done.is_set():
-            self._lose(f"{peer} is gone")
+            # JAX aborts a process whose process 0 has gone, in a fraction of a second; this is quicker.
+            self._lose(f"{peer} is gone", grace_s=0.0 if peer.process == 0 else 1.0)
 
     def _handle(self, peer: _Peer, message: dict[str, Any]) -> None:
         if "word" in message:
@@ -294,6 +314,7 @@ class Channel:
             self._lose(message["failed"])
         elif "done" in message:
             peer.done.set()
+            self._closing = self._place.process > 0  # process 0 says it last
 
     async def _beat(self) -> None:
         """Say every few seconds that this process lives, and look who else does."""
@@ -309,31 +330,40 @@ class Channel:
             last_s = now_s
             await asyncio.sleep(HEARTBEAT_S)
 
-    def _lose(self, sentence: str) -> None:
+    def _lose(self, sentence: str, grace_s: float = 1.0) -> None:
         if self._lost is None and not self._closing and not self._failed_here.is_set():
             self._lost = sentence
-            self._start(self._end(sentence))
+            self._start(self._end(sentence, grace_s))
 
-    async def _end(self, sentence: str) -> None:
-        """End this process because of another, unless it ends by itself with the same error in the next second."""
+    async def _end(self, sentence: str, grace_s: float) -> None:
+        """End this process because of another, unless it ends by itself with the same error in time."""
         self._tell({"failed": sentence})
-        await asyncio.sleep(1.0)
-        if self._place.process == 0:  # the last to go, for JAX ends a process whose process 0 has gone
+        await asyncio.sleep(grace_s)
+        if self._place.process == 0:  # the last to go
             await self._until_closed(5.0)
         if not self._failed_here.is_set():
             self._words.put(None)
             self._on_lost(sentence)
+        self._hang_up()
 
     async def _finish(self) -> None:
         if self._place.process == 0:
             for peer in self._peers.values():
                 await peer.done.wait()
-            self._closing = True
             self._tell({"done": True})
         else:
             self._tell({"done": True})
             await self._peers[0].done.wait()
-            self._closing = True
+
+    async def _close(self) -> None:
+        self._closing = True
+        self._hang_up()  # which ends the tasks that listen
+        for peer in self._connected():
+            with contextlib.suppress(OSError):
+                await peer.writer.wait_closed()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _abandon(self, sentence: str, wait_s: float) -> None:
         end_s = self._loop.time() + wait_s
@@ -347,11 +377,16 @@ class Channel:
             await self._until_closed(5.0)
         else:
             await asyncio.sleep(0.2)  # until it is sent
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        for peer in self._connected():
+            peer.writer.close()
 
     async def _until_closed(self, most_s: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(most_s):
-                for peer in list(self._peers.values()):
+                for peer in self._connected():
                     await peer.closed.wait()
 
 
@@ -376,7 +411,7 @@ def _differing(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -
 
 
 def _shown(value: Any) -> str:
-    return "not given" if value is None or value in ([], False) else str(value)
+    return "not given" if value is None or value is False or value == [] else str(value)
 
 
 def _listed(numbers: list[int]) -> str:
