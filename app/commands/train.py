@@ -6,28 +6,16 @@ that needs JAX is imported in `run`, so `music-ar train --help` does not wait fo
 
 import importlib.util
 import json
-import os
-import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import tyro
 
-from app.console import (
-    HOST_GONE,
-    CommandError,
-    ProgressLine,
-    Unset,
-    check_options,
-    clock,
-    error_line,
-    is_bad_input,
-)
+from app.commands.hosts import code_and_packages, run_together
+from app.console import CommandError, ProgressLine, Unset, check_options, clock
 from data_pipeline.augmentation.transforms import Augmentation
 from data_pipeline.manifest import Manifest, text_digest
 from music_ar.ranges import number, whole
@@ -38,7 +26,6 @@ if TYPE_CHECKING:
     from music_ar.model.config import Compute, ModelConfig
     from music_ar.model.perceiver_ar import PerceiverAR
     from music_ar.training.cluster import Hosts
-    from music_ar.training.control import Place
     from music_ar.training.distillation import Teachers
     from music_ar.training.log import Progress
     from music_ar.training.trainer import Batches, Fitted
@@ -159,51 +146,16 @@ class Train:
         if place is None:
             self._train(Alone())
         else:
-            self._train_with_others(place)
-
-    def _train_with_others(self, place: "Place") -> None:
-        """Join the cluster and train.
-
-        Once it is joined, a failure ends the process without Python's usual exit, in which JAX waits for all others.
-        """
-        from music_ar.training.cluster import join
-
-        cluster = join(
-            place,
-            self._common(),
-            timeout_s=self.join_timeout,
-            on_lost=lambda sentence: _end(HOST_GONE, f"{sentence}; the same command with --resume continues the run"),
-        )
-        try:
-            self._train(cluster)
-            cluster.leave()
-        except KeyboardInterrupt:
-            cluster.abandon("interrupted", is_own_fault=True)
-            _end(130, "interrupted")
-        except Exception as error:
-            bad_input = is_bad_input(error)
-            cluster.abandon(error_line(error), is_own_fault=bad_input)
-            if not bad_input:
-                traceback.print_exc()
-            _end(2 if bad_input else 1, error_line(error))
+            run_together(place, self._common(), self._train, timeout_s=self.join_timeout)
 
     def _common(self) -> dict[str, Any]:
         """Return what must be the same on all hosts of a run."""
-        import app
-        import data_pipeline
-        import music_ar
-        from music_ar.training.cluster import source_digest
-
         own = {"data", "output", "coordinator", "processes", "process", "join_timeout", "training", "augmentation"}
         options = {name: value for name, value in vars(self).items() if name not in own}
         options |= asdict(self.training) | asdict(self.augmentation)
-        manifest = Manifest.load(self.data)
-        folders = [Path(str(package.__file__)).parent for package in (app, data_pipeline, music_ar)]
-        return {
-            "the code": source_digest(*folders),
-            "packages": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "grain")},
-            "the data": text_digest(json.dumps(asdict(manifest)))[:12],
-        } | {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+        data = text_digest(json.dumps(asdict(Manifest.load(self.data))))[:12]
+        named = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+        return code_and_packages() | {"the data": data} | named
 
     def _train(self, hosts: "Hosts") -> None:
         """Train; process 0 saves the pretrained model if the run has reached its end."""
@@ -384,13 +336,6 @@ def _validation_nll(model: "PerceiverAR", pieces: "Sequence[np.ndarray]") -> flo
     sums = np.array([found.nll, found.tokens] if found else [0.0, 0.0])
     nll, tokens = np.asarray(process_allgather(sums), np.float64).sum(axis=0)
     return float(nll / tokens)
-
-
-def _end(code: int, sentence: str) -> NoReturn:
-    """End the process at once, whatever its other threads wait for."""
-    sys.stdout.flush()
-    print(f"music-ar: {sentence}", file=sys.stderr, flush=True)
-    os._exit(code)
 
 
 def _share(progress: "Progress") -> float:

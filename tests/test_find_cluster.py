@@ -58,7 +58,11 @@ def place(host, port, processes, process, devices=None):
         (TORCHRUN, ("b:7", None, None), place("b", 7, 8, 5)),
         (TORCHRUN, (None, 1, None), None),
         (TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"}, (None, None, None), None),
-        (TORCHRUN | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, (None, None, None), place("node-a", 1234, 8, 5, (1,))),
+        (
+            TORCHRUN | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+            (None, None, None),
+            place("node-a", 1234, 8, 5, (1,)),
+        ),
         (TORCHRUN | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, (None, None, None), place("node-a", 1234, 8, 5)),
         ({"WORLD_SIZE": "8", "RANK": "5"}, (None, None, None), None),
         (SKYPILOT, (None, None, None), place("10.0.0.1", 8476, 2, 1)),
