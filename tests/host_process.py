@@ -40,7 +40,7 @@ def main():
     place = Place(host="127.0.0.1", port=given["port"], processes=given["processes"], process=given["process"])
     cluster = None
     if place.processes > 1:
-        cluster = join(place, given["description"], timeout_s=given["timeout_s"], on_lost=end)
+        cluster = join(place, {}, timeout_s=300, on_lost=end)
     config = dataclasses.replace(tiny_training.TRAINING, final_fraction=0.0, log_every=1, **given["config"])
     mesh = data_mesh()
     batches = SharedBatches(process_rows(mesh, config.batch_size), given["signal_at"], signal.Signals[given["signal"]])

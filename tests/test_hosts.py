@@ -1,5 +1,6 @@
 """Several processes that train together over loopback, as on many hosts: one clock, one writer, deaths."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from tiny_training import log_of
 
+from music_ar.model.pretrained import load_pretrained
+
 HERE, HOST = Path(__file__).parent, socket.gethostname()
 EXACT = {"dropout": 0.0, "prefix_keep": 1.0}  # without randomness, which each device draws by itself
 
@@ -23,40 +26,44 @@ def free_port():
         return server.getsockname()[1]
 
 
-def train(output, processes, *, devices=1, signals=None, descriptions=None, config=EXACT, resume=False, timeout_s=300):
-    """Train in this many processes; return what each printed last, its exit code and its errors.
-
-    `signals` gives process: (the batch at which it gets one, which), `descriptions` process: what it says it runs.
-    """
-    port, signals, descriptions = free_port(), signals or {}, descriptions or {}
-    given = {
-        "port": port, "processes": processes, "output": str(output), "resume": resume, "config": config,
-        "timeout_s": timeout_s,
-    }  # fmt: skip
-    started = []
-    try:
-        for process in range(processes):
-            at, number = signals.get(process, (None, "SIGTERM"))
-            own = {"process": process, "signal_at": at, "signal": number, "description": descriptions.get(process, {})}
-            started.append(
+def run_all(commands, **environment):
+    """Run commands at the same time; return what each printed, its exit code and its errors. None outlives the call."""
+    with contextlib.ExitStack() as started:
+        processes = [
+            started.enter_context(
                 subprocess.Popen(
-                    [sys.executable, HERE / "host_process.py", json.dumps(given | own)],
+                    [sys.executable, *map(str, command)],
                     cwd=HERE.parent,
-                    env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+                    env=os.environ | environment,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
                 )
             )
-        ended = [process.communicate(timeout=600) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    return [
-        ((printed.splitlines() or [""])[-1], process.returncode, errors)
-        for process, (printed, errors) in zip(started, ended, strict=True)
-    ]
+            for command in commands
+        ]
+        for process in processes:
+            started.callback(process.kill)
+        ended = [process.communicate(timeout=900) for process in processes]
+    return [(printed, process.returncode, errors) for process, (printed, errors) in zip(processes, ended, strict=True)]
+
+
+def train(output, processes, *, devices=1, signals=None, config=EXACT, resume=False):
+    """Train in this many processes; return what each printed last, its exit code and its errors.
+
+    `signals` gives process: (the batch at which it gets one, which).
+    """
+    port, signals = free_port(), signals or {}
+    given = {
+        "port": port, "processes": processes, "output": str(output), "resume": resume, "config": config,
+    }  # fmt: skip
+    commands = []
+    for process in range(processes):
+        at, number = signals.get(process, (None, "SIGTERM"))
+        own = {"process": process, "signal_at": at, "signal": number}
+        commands.append([HERE / "host_process.py", json.dumps(given | own)])
+    results = run_all(commands, JAX_NUM_CPU_DEVICES=str(devices))
+    return [((printed.splitlines() or [""])[-1], code, errors) for printed, code, errors in results]
 
 
 def assert_all_ended(results, step, *, finished):
@@ -113,3 +120,29 @@ def test_the_death_of_process_0_is_named_too(tmp_path):
     (_, killed, _), (printed, code, errors) = train(tmp_path, 2, signals={0: (1, "SIGKILL")})
     assert killed == -signal.SIGKILL
     assert (printed, code) == (f"ended: process 0 on {HOST} is gone", 4), errors
+
+
+def commands(prepared, output, *own):
+    """The command of each process; `own` are its own options."""
+    port, train = free_port(), ["-m", "app.cli", "train", "--preset", "tiny", "--data", prepared, "--output", output]
+    here = ["--coordinator", f"localhost:{port}", "--processes", len(own), "--join-timeout", 300]
+    return [
+        [*train, "--steps", 2, "--batch-size", 4, *here, "--process", process, *options]
+        for process, options in enumerate(own)
+    ]
+
+
+def test_the_command_trains_one_model(prepared, tmp_path):
+    (printed, code, errors), (nothing, also, _) = run_all(commands(prepared, tmp_path / "run", [], []))
+    assert (code, also, nothing) == (0, 0, ""), errors
+    assert f"the model is in {tmp_path / 'run' / 'model'}" in printed
+    assert load_pretrained(tmp_path / "run" / "model").config.layers > 0
+    assert [step for (step,) in log_of(tmp_path / "run", "step")] == [2, 2]
+
+
+def test_the_command_refuses_a_host_with_other_options(prepared, tmp_path):
+    for _, code, errors in run_all(commands(prepared, tmp_path / "run", ["--seed", 1], ["--dropout", 0.3])):
+        assert code == 2
+        assert f"music-ar: process 1 on {HOST} differs from process 0 on {HOST}: " in errors
+        assert "--dropout is 0.3, not 0.1; --seed is 0, not 1. Start all processes with the same" in errors
+    assert not (tmp_path / "run").exists()

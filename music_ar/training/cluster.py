@@ -4,6 +4,7 @@ Process 0 decides about time, checkpoints and the end; the others follow in the 
 `Alone` in place of a `Cluster`, and nothing is started.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -92,7 +93,8 @@ class Cluster:
     def leave(self) -> None:
         """Wait until all have done their work, and part."""
         self._channel.finish()
-        jax.distributed.shutdown()
+        with contextlib.suppress(RuntimeError):  # all is done, whatever becomes of the others now
+            jax.distributed.shutdown()
 
     def abandon(self, sentence: str, *, is_own_fault: bool) -> None:
         """Tell the others that this process fails; if one of them is gone, `on_lost` ends this one instead."""
