@@ -14,7 +14,8 @@ from typing import Any
 import tiny_training
 
 from music_ar.training.cluster import Alone, Place, join
-from music_ar.training.trainer import Trainer, data_mesh, process_rows
+from music_ar.training.mesh import make_mesh, process_rows
+from music_ar.training.trainer import Trainer
 
 
 class SharedBatches(tiny_training.CountingBatches):
@@ -42,7 +43,7 @@ def main():
     if place.processes > 1:
         cluster = join(place, {}, timeout_s=300, on_lost=end)
     config = dataclasses.replace(tiny_training.TRAINING, final_fraction=0.0, log_every=1, **given["config"])
-    mesh = data_mesh()
+    mesh = make_mesh()
     batches = SharedBatches(process_rows(mesh, config.batch_size), given["signal_at"], signal.Signals[given["signal"]])
     validated = []
 

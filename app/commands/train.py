@@ -44,8 +44,8 @@ class Train:
     Attributes:
         data: dataset written by `music-ar prepare`.
         output: folder of the run; created if missing.
-        preset: size of the model: small (the shipped one), medium, tiny (for tests), or a baseline: small-decoder
-            (a decoder-only Transformer) or small-xl (Transformer-XL).
+        preset: size of the model: small (the shipped one), medium, large (for several devices), tiny (for tests), or a
+            baseline: small-decoder (a decoder-only Transformer) or small-xl (Transformer-XL).
         start: model to fine-tune: the name of a shipped model, or a folder such as the model/ of another run. Lower
             learning rates, such as --muon-learning-rate 0.012 --adamw-learning-rate 0.0008, keep more of what it knows.
             Default: random weights of the preset.
@@ -61,6 +61,9 @@ class Train:
             Default: train on all data.
         augmented_copies: number of augmented copies of each piece (other mode, dynamics and rubato) to train on;
             originals are oversampled to match. Use it against overfitting.
+        mesh: what the devices share, such as data=4,fsdp=2. Each axis has a number of devices, and their product is
+            the number of all: data splits the batch; fsdp splits it too, and with it the parameters and the optimizer's
+            state, for large models; sequence splits the context, for long ones. Default: all devices on data.
         workers: number of processes that prepare batches; 0 prepares them in the training process. Raise it if the
             device waits for data, as it may with a long context.
         resume: continue from the newest checkpoint in the folder of the run.
@@ -85,6 +88,7 @@ class Train:
     folds: Unset[int] = whole(None, 2, 1000)
     without_fold: Unset[int] = whole(None, 1, 1000)
     augmented_copies: int = whole(0, 0, 1000)
+    mesh: Unset[str] = None
     workers: int = whole(0, 0, 1000)
     resume: bool = False
     augment: Annotated[
@@ -229,13 +233,14 @@ class Train:
         import jax
 
         from music_ar.model.perceiver_ar import parameter_count
-        from music_ar.training.trainer import Trainer, data_mesh, process_rows
+        from music_ar.training.mesh import make_mesh, parse_axes, process_rows
+        from music_ar.training.trainer import Trainer
 
+        mesh = make_mesh(None if self.mesh is None else parse_axes(self.mesh))
         targets, device = sum(part.targets for part in parts), jax.devices()[0].device_kind
         title = f"{parameter_count(model):,} parameters, {targets:,} tokens, {jax.device_count()} x {device}"
         config, seed = model.config, self.training.seed
         plain = self.augmented_copies == 0 and not self.augment
-        mesh = data_mesh()
         rows = None if jax.process_count() == 1 else process_rows(mesh, self.training.batch_size)
         with ProgressLine(title) as line:
             return Trainer(

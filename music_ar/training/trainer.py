@@ -1,7 +1,6 @@
 """`Trainer`: runs the training step for a number of steps or minutes, with validation, logs and checkpoints.
 
-It takes iterators of arrays and does not know where they come from. Each batch is split over all devices, on which the
-parameters are replicated.
+It takes iterators of arrays and does not know where they come from. `mesh` says what is split over the devices.
 """
 
 import contextlib
@@ -16,15 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jax.sharding import Mesh
 
+from music_ar.model.config import ModelConfig
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.training.checkpointing import TrainingCheckpoints
 from music_ar.training.cluster import Alone, Decision, Hosts
 from music_ar.training.config import TrainingConfig, TrainingError
 from music_ar.training.distillation import Teachers
 from music_ar.training.log import Progress, TrainingLog
+from music_ar.training.memory import check_memory
+from music_ar.training.mesh import batch_shards, make_mesh, replicated, shard_batch, split_axis
 from music_ar.training.optimizer import build_optimizer
 from music_ar.training.step import initial_state, make_train_step
 
@@ -99,11 +100,11 @@ class Trainer:
         validate: called with the averaged model every `config.validate_every` steps and at the end. Its value is
             logged, and the model with the lowest value is the result. The model is valid only during the call.
         on_progress: called with each log line.
-        mesh: devices to train on; default: `data_mesh()`, all of them.
+        mesh: devices to train on; default: `make_mesh()`, all of them on the axis "data".
         hosts: the processes that train together; default: this one alone.
 
     Raises:
-        TrainingError: the devices and the teachers cannot share the batch.
+        TrainingError: the devices and the teachers cannot share the batch, or a step does not fit in their memory.
         CheckpointError: `output` holds a run and `resume` is false; or it is true, and there is no checkpoint, or one
             of a run with different settings.
     """
@@ -124,10 +125,12 @@ class Trainer:
         mesh: Mesh | None = None,
         hosts: Hosts | None = None,
     ):
-        mesh = mesh or data_mesh()
+        mesh = mesh or make_mesh()
         self._hosts: Hosts = hosts or Alone()
         writes = self._hosts.process == 0
-        _check_batch_size(config, mesh.size, teachers)
+        _check_batch_size(config, batch_shards(mesh), teachers)
+        _check_prefix(model.config, config, mesh)
+        check_memory(model.config, model.compute, config, mesh)
         self._config, self._mesh, self._validate = config, mesh, validate
         self._sources = [batches] if final_batches is None else [batches, final_batches]
         self._graph, params = nnx.split(model, nnx.Param)
@@ -187,7 +190,7 @@ class Trainer:
             weights, step = self._state.ema, self._step
             if self._best_validation is not None:
                 weights, step = self._best, self._best_validation.step
-            model = nnx.merge(self._graph, _on_this_process(weights))
+            model = nnx.merge(self._graph, self._on_this_process(weights))
             return Fitted(model, step, self._step, self._log.elapsed_s, finished=finished)
 
     def step(self, progress: float) -> None:
@@ -204,7 +207,7 @@ class Trainer:
         """Validate the averaged weights, if there is a way to; keep a copy if they are the best so far."""
         if self._validate is None:
             return
-        averaged = nnx.merge(self._graph, _on_this_process(self._state.ema))
+        averaged = nnx.merge(self._graph, self._on_this_process(self._state.ema))
         found, self._validated = Validation(self._step, self._validate(averaged)), self._step
         self._log.write({"step": found.step, "validation": found.value})
         if self._best_validation is None or found.value < self._best_validation.value:
@@ -220,6 +223,11 @@ class Trainer:
         batches = [source.get_state() for source in self._sources]
         position = self._log.position() | {"batches": batches, "best": best}
         self._checkpoints.save(self._step, (self._state, self._best), position)
+
+    def _on_this_process(self, tree: Any) -> Any:
+        """Return arrays as whole ones on devices of this process; all processes call it together."""
+        whole = replicated(tree, self._mesh)
+        return jax.tree.map(lambda leaf: leaf if leaf.is_fully_addressable else leaf.addressable_data(0), whole)
 
     def _restore(self) -> dict[str, Any]:
         """Load the newest checkpoint, and return its position."""
@@ -246,38 +254,25 @@ class _Clock:
         return Decision(self._log.progress(step), save, stop)
 
 
-def data_mesh(devices: int | None = None) -> Mesh:
-    """Return a mesh of the first `devices` devices, default all, along one axis "data"."""
-    chosen = jax.devices()[:devices]
-    return jax.make_mesh((len(chosen),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=chosen)
-
-
-def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """Split this process's share of a batch over its devices."""
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    return {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
-
-
-def process_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
-    """Return which rows of a batch the devices of this process have, in order."""
-    axes = tuple(axis for axis in mesh.axis_names if axis != "sequence")  # its devices have the same rows
-    slices = NamedSharding(mesh, PartitionSpec(axes)).addressable_devices_indices_map((batch_size,)).values()
-    return tuple(sorted({row for index in slices if index for row in range(*index[0].indices(batch_size))}))
-
-
-def _on_this_process(tree: Any) -> Any:
-    """Return arrays that all devices have whole as arrays of a device of this process."""
-    return jax.tree.map(lambda leaf: leaf if leaf.is_fully_addressable else leaf.addressable_data(0), tree)
-
-
-def _check_batch_size(config: TrainingConfig, devices: int, teachers: Teachers | None) -> None:
+def _check_batch_size(config: TrainingConfig, shards: int, teachers: Teachers | None) -> None:
     """Raise TrainingError unless each micro-batch can be split among devices and teachers."""
-    parts = devices if teachers is None else teachers.batch_parts(devices)
+    parts = shards if teachers is None else teachers.batch_parts(shards)
     if config.batch_size % (config.micro_batches * parts):
         raise TrainingError(
             f"batch_size must be a multiple of {config.micro_batches * parts}, which is micro_batches = "
-            f"{config.micro_batches} times {parts} equal parts for {devices} devices and their teachers; got "
-            f"{config.batch_size}"
+            f"{config.micro_batches} times {parts} equal parts for {shards} shards (the mesh's data x fsdp) and their "
+            f"teachers; got {config.batch_size}"
+        )
+
+
+def _check_prefix(model: ModelConfig, config: TrainingConfig, mesh: Mesh) -> None:
+    """Raise TrainingError if the prefix is to be split over devices, and there is none."""
+    kept = round((model.attended(model.window) - model.latents) * config.prefix_keep)
+    if split_axis(mesh) and (model.segment or kept == 0):
+        raise TrainingError(
+            "the mesh axis sequence splits the part of the context before the latents, and nothing is kept of it with "
+            f"a context of {model.context:,}, {model.latents:,} latents and prefix_keep = {config.prefix_keep}: leave "
+            "the axis out"
         )
 
 
