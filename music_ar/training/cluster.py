@@ -214,8 +214,8 @@ def _detected(coordinator: str | None, processes: int | None, process: int | Non
     """Complete what is given by the launcher that JAX detects, if there is one."""
     from jax._src.clusters import ClusterEnv  # jax.distributed.initialize would not say what it has found
 
-    of_a_job = {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "SLURM_JOB_ID"}
-    if "KUBERNETES_SERVICE_HOST" in os.environ and not os.environ.keys() & of_a_job:
+    of_a_job = ("JOB_COMPLETION_INDEX", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "SLURM_JOB_ID", "OMPI_")
+    if "KUBERNETES_SERVICE_HOST" in os.environ and not any(name.startswith(of_a_job) for name in os.environ):
         return coordinator, processes, process, None  # any pod; JAX would look for its Job
     try:
         address, count, number, local = ClusterEnv.auto_detect_unset_distributed_params(
