@@ -4,7 +4,7 @@ A command is a frozen dataclass: its fields are the options, its `run` does the 
 imported, and it imports JAX only in `run`, so `--help` is quick.
 
 Exit codes: 0 done; 2 wrong usage or bad input (one line on standard error, no traceback); 3 some of many items failed;
-130 interrupted; 1 a bug.
+4 another host of the run is gone; 130 interrupted; 1 a bug.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from typing import Protocol
 
 import platformdirs
 import tyro
+
+from app.console import error_line, is_bad_input
 
 # Name: (summary for `music-ar --help`, "module:class").
 COMMANDS = {
@@ -118,21 +120,6 @@ def _termination_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def is_bad_input(error: Exception) -> bool:
-    """Whether the user can fix it: an operating system error, or an error class of this project.
-
-    A bare ValueError, or one of another library, is a bug.
-    """
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("app", "data_pipeline", "music_ar")
-
-
-def error_line(error: Exception) -> str:
-    """Format an error as one line."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ T = TypeVar("T")
 SOME_FAILED = 3
 """Exit code of a command that did its work, except for some of many items: each of them has a line that says why."""
 
+HOST_GONE = 4
+"""Exit code of a run on many hosts that ended because another process did; it can be resumed."""
+
 Sampling = tyro.conf.OmitArgPrefixes[SamplingOptions]
 """Type of a command's field `sampling: Sampling = SamplingOptions()`.
 
@@ -160,3 +163,18 @@ def read_performance(path: Path) -> "Performance":
         return read_prompt(sys.stdin.buffer if is_stdin else path)
     except MidiError as error:
         raise CommandError(f"{'standard input' if is_stdin else path}: {error}") from error
+
+
+def is_bad_input(error: Exception) -> bool:
+    """Whether the user can fix it: an operating system error, or an error class of this project.
+
+    A bare ValueError, or one of another library, is a bug.
+    """
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("app", "data_pipeline", "music_ar")
+
+
+def error_line(error: Exception) -> str:
+    """Format an error as one line."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

@@ -159,6 +159,24 @@ def test_an_installation_without_the_extra_is_told_of_it(capsys, tmp_path, prepa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ("--coordinator a:1 --processes 2", "from these options; --process is missing"),
+        ("--coordinator a:1 --processes 2 --process 2", "--process must be in 0..1, for 2 processes; got 2"),
+        ("--coordinator a:b --processes 2 --process 1", "--coordinator must be HOST:PORT"),
+        ("--processes 0", "--processes must be a whole number from 1 to"),
+        ("--join-timeout 0", "--join-timeout must be a number above 0"),
+    ],
+)
+def test_half_a_cluster_is_refused(capsys, tmp_path, prepared, options, message):
+    command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run", *options.split()]
+    code, _, errors = run(capsys, *command)
+    assert code == 2
+    assert message in " ".join(errors.replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ("--without-fold 1", "--folds and --without-fold must be given together"),
         ("--folds 2", "--folds and --without-fold must be given together"),
         ("--folds 2 --out-of-fold --teacher a b", "the number of folds is the number of teachers"),

@@ -91,6 +91,12 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     return {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
 
 
+def process_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+    """Return which rows of a batch the devices of this process have, in order."""
+    slices = NamedSharding(mesh, PartitionSpec(BATCH)).addressable_devices_indices_map((batch_size,)).values()
+    return tuple(sorted({row for index in slices if index for row in range(*index[0].indices(batch_size))}))
+
+
 def parameter_spec(shape: tuple[int, ...], shards: int) -> PartitionSpec:
     """Where a parameter, or the optimizer's state of it, is split over "fsdp".
 
