@@ -1,6 +1,8 @@
-"""CPU affinity."""
+"""CPU affinity, and where compiled programs are kept."""
 
 import os
+
+import platformdirs
 
 
 def usable_cores() -> int:
@@ -8,3 +10,9 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on every platform
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def keep_compiled_programs() -> None:
+    """Have JAX keep compiled programs, small ones too, between runs. Call it before JAX is imported."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", platformdirs.user_cache_dir("music-ar", appauthor=False))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
