@@ -13,9 +13,11 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from music_ar.cluster import AUTO
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.files import MAX_NAME_BYTES
 from music_ar.ranges import check_ranges, shown
+from music_ar.storage import is_url, open_folder
 
 if TYPE_CHECKING:
     from music_ar.midi.performance import Performance
@@ -41,6 +43,25 @@ Unset = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 The help text must say what happens if it is.
 """
 
+
+def _one_address(given: list[str]) -> str:
+    if len(given) > 1:
+        raise ValueError("expected at most one address")
+    return given[0] if given else AUTO
+
+
+Ray = Annotated[
+    str | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[HOST:PORT]",
+        instance_from_str=_one_address,
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda address: [address],
+    ),
+    tyro.conf.arg(help_behavior_hint=""),
+]
+"""`ray: Ray = None`: the option `--ray` with an address, or alone for the cluster that this machine is part of."""
 
 STDIN = "-"
 """The argument that stands for standard input."""
@@ -128,12 +149,20 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: str | Path) -> None:
     """Check that a file can be written, before the work instead of after it.
 
+    Args:
+        path: the file, or its address.
+
     Raises:
+        OSError, StorageError: the address cannot be written.
         CommandError: `path` is a folder or its name is too long, or its folder is missing or read-only.
     """
+    if is_url(path):
+        open_folder(str(path).rpartition("/")[0]).prepare()
+        return
+    path = Path(path)
     length = len(os.fsencode(path.name))
     if length > MAX_NAME_BYTES:
         raise CommandError(f"a file's name must have at most {MAX_NAME_BYTES} bytes, got {length}: {shown(path.name)}")

@@ -1,8 +1,10 @@
-"""What of the machine this process may use: CPU cores and memory."""
+"""What of the machine this process may use, CPU cores and memory, and where compiled programs are kept."""
 
 import contextlib
 import os
 from pathlib import Path
+
+import platformdirs
 
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -23,3 +25,9 @@ def usable_memory() -> int | None:
         with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
             limits.append(int(Path(path).read_text()))
     return min(limits)
+
+
+def keep_compiled_programs() -> None:
+    """Have JAX keep compiled programs, small ones too, between runs. Call it before JAX is imported."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", platformdirs.user_cache_dir("music-ar", appauthor=False))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
