@@ -4,7 +4,7 @@ A command is a frozen dataclass: its fields are the options, its `run` does the 
 imported, and it imports JAX only in `run`, so `--help` is quick.
 
 Exit codes: 0 done; 2 wrong usage or bad input (one line on standard error, no traceback); 3 some of many items failed;
-130 interrupted; 1 a bug.
+4 another host of the run is gone; 130 interrupted; 1 a bug.
 """
 
 import argparse
@@ -19,8 +19,10 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Protocol
 
-import platformdirs
 import tyro
+
+from app.console import error_line, is_bad_input
+from music_ar.system import keep_compiled_programs
 
 # Name: (summary for `music-ar --help`, "module:class").
 COMMANDS = {
@@ -79,10 +81,7 @@ def parse(arguments: Sequence[str]) -> Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors that are bugs propagate."""
-    # JAX reads these variables when it is imported, which happens later. They say where it keeps compiled programs,
-    # that it keeps small ones too, and (below) how many devices it splits a CPU into, across which rows are sharded.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", platformdirs.user_cache_dir("music-ar", appauthor=False))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    keep_compiled_programs()
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may not be Unicode; standard error escapes them anyway
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -91,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if many_rows is not None:
             from music_ar.decoding import backend
 
-            os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(backend.cpu_devices(many_rows=many_rows)))
+            backend.split_cpu(many_rows=many_rows)
         with _termination_interrupts():
             return command.run() or 0
     except BrokenPipeError:  # whatever reads our output, `head` for example, has closed the pipe
@@ -118,21 +117,6 @@ def _termination_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def is_bad_input(error: Exception) -> bool:
-    """Whether the user can fix it: an operating system error, or an error class of this project.
-
-    A bare ValueError, or one of another library, is a bug.
-    """
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("app", "data_pipeline", "music_ar")
-
-
-def error_line(error: Exception) -> str:
-    """Format an error as one line."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

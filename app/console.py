@@ -14,10 +14,12 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from music_ar.cluster import AUTO
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.features.wishes import Wishes
 from music_ar.files import MAX_NAME_BYTES
 from music_ar.ranges import check_ranges, shown
+from music_ar.storage import is_url, open_folder
 
 if TYPE_CHECKING:
     from music_ar.midi.performance import Performance
@@ -26,6 +28,9 @@ T = TypeVar("T")
 
 SOME_FAILED = 3
 """Exit code of a command that did its work, except for some of many items: each of them has a line that says why."""
+
+HOST_GONE = 4
+"""Exit code of a run on many hosts that ended because another process did; it can be resumed."""
 
 Sampling = tyro.conf.OmitArgPrefixes[SamplingOptions]
 """Type of a command's field `sampling: Sampling = SamplingOptions()`.
@@ -50,6 +55,25 @@ _WishOptions = dataclasses.make_dataclass(
 WishOptions = Annotated[Wishes, tyro.conf.OmitArgPrefixes, tyro.conf.arg(constructor=_WishOptions)]
 """Type of a command's field `wishes: WishOptions = Wishes()`: an option for each wish, as with `Sampling`."""
 
+
+def _one_address(given: list[str]) -> str:
+    if len(given) > 1:
+        raise ValueError("expected at most one address")
+    return given[0] if given else AUTO
+
+
+Ray = Annotated[
+    str | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[HOST:PORT]",
+        instance_from_str=_one_address,
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda address: [address],
+    ),
+    tyro.conf.arg(help_behavior_hint=""),
+]
+"""`ray: Ray = None`: the option `--ray` with an address, or alone for the cluster that this machine is part of."""
 
 STDIN = "-"
 """The argument that stands for standard input."""
@@ -137,12 +161,20 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: str | Path) -> None:
     """Check that a file can be written, before the work instead of after it.
 
+    Args:
+        path: the file, or its address.
+
     Raises:
+        OSError, StorageError: the address cannot be written.
         CommandError: `path` is a folder or its name is too long, or its folder is missing or read-only.
     """
+    if is_url(path):
+        open_folder(str(path).rpartition("/")[0]).prepare()
+        return
+    path = Path(path)
     length = len(os.fsencode(path.name))
     if length > MAX_NAME_BYTES:
         raise CommandError(f"a file's name must have at most {MAX_NAME_BYTES} bytes, got {length}: {shown(path.name)}")
@@ -172,3 +204,18 @@ def read_performance(path: Path) -> "Performance":
         return read_prompt(sys.stdin.buffer if is_stdin else path)
     except MidiError as error:
         raise CommandError(f"{'standard input' if is_stdin else path}: {error}") from error
+
+
+def is_bad_input(error: Exception) -> bool:
+    """Whether the user can fix it: an operating system error, or an error class of this project.
+
+    A bare ValueError, or one of another library, is a bug.
+    """
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("app", "data_pipeline", "music_ar")
+
+
+def error_line(error: Exception) -> str:
+    """Format an error as one line."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

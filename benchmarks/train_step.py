@@ -1,6 +1,7 @@
-"""Time the training step alone, on random tokens: milliseconds, targets per second, operations per second.
+"""Time the training step alone, on random tokens: milliseconds, targets per second, operations per second, memory.
 
     python benchmarks/train_step.py [--preset small] [--batch-size 32] [--dropout 0.1] [--steps 12] [--kernels 20]
+    python benchmarks/train_step.py --preset large --mesh data=2,fsdp=2
 
 Prints a table (with --kernels, also the kernels that take longest) and, last, one line of JSON.
 """
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -25,59 +27,89 @@ from music_ar.decoding import backend
 from music_ar.model.config import PRESETS
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.training.config import TrainingConfig
+from music_ar.training.log import flops_utilization
+from music_ar.training.mesh import make_mesh, parse_axes, shard_batch
 from music_ar.training.optimizer import build_optimizer
 from music_ar.training.step import initial_state, make_train_step
-from music_ar.training.trainer import data_mesh
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--mesh", help="such as data=2,fsdp=2; default: all devices on data")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--kernels", type=int, default=0, help="show the N kernels that take longest", metavar="N")
     arguments = parser.parse_args()
 
     model_config = PRESETS[arguments.preset]
-    config = TrainingConfig(steps=1, batch_size=arguments.batch_size, dropout=arguments.dropout)
+    config = TrainingConfig(
+        steps=1,
+        batch_size=arguments.batch_size,
+        micro_batches=arguments.micro_batches,
+        dropout=arguments.dropout,
+    )
+    mesh = mesh_of(arguments.mesh)
     began = time.perf_counter()
-    run = step_runner(PerceiverAR(model_config, rngs=nnx.Rngs(0), compute=backend.select().compute), config)
+    run = step_runner(PerceiverAR(model_config, rngs=nnx.Rngs(0), compute=backend.select().compute), config, mesh)
     run()
     compilation_s = time.perf_counter() - began
     step_s = statistics.median(timed(run) for _ in range(arguments.steps))
     targets_per_s = config.batch_size * model_config.latents / step_s
     kept = round((model_config.context - model_config.latents) * config.prefix_keep)
-    tflops = model_config.flops_per_target(kept) * targets_per_s / 1e12
-
-    table = Table("preset", "batch", "dropout", "compilation s", "ms per step", "M targets/s", "TFLOP/s")
-    table.add_row(
-        arguments.preset,
-        f"{config.batch_size}",
-        f"{config.dropout}",
-        f"{compilation_s:.1f}",
-        f"{step_s * 1e3:.1f}",
-        f"{targets_per_s / 1e6:.3f}",
-        f"{tflops:.1f}",
-    )
-    Console().print(f"{jax.device_count()} x {jax.devices()[0].device_kind}")
+    flops_per_s = model_config.flops_per_target(kept) * targets_per_s
+    share = flops_utilization(flops_per_s, jax.devices()[0].device_kind, mesh.size)
+    shown = {
+        "preset": arguments.preset,
+        "batch": config.batch_size,
+        "compilation s": f"{compilation_s:.1f}",
+        "ms per step": f"{step_s * 1e3:.1f}",
+        "M targets/s": f"{targets_per_s / 1e6:.3f}",
+        "TFLOP/s": f"{flops_per_s / 1e12:.1f}",
+        "of the peak": "" if share is None else f"{share:.1%}",
+        "peak GB a device": f"{peak_gb():.2f}",
+    }
+    table = Table(*shown)
+    table.add_row(*map(str, shown.values()))
+    Console().print(f"{mesh.size} x {jax.devices()[0].device_kind}, {axes_of(mesh)}")
     Console().print(table)
     if arguments.kernels:
         print_kernels(run, arguments.kernels)
     result = {
         "benchmark": "train_step",
         "device": jax.devices()[0].device_kind,
+        "devices": mesh.size,
+        "axes": axes_of(mesh),
         "compilation_s": round(compilation_s, 1),
         "step_ms": round(step_s * 1e3, 2),
         "targets_per_s": round(targets_per_s),
-        "tflop_per_s": round(tflops, 1),
+        "tflop_per_s": round(flops_per_s / 1e12, 1),
+        "flops_utilization": None if share is None else round(share, 4),
+        "peak_gb_per_device": round(peak_gb(), 2),
     }
     print(json.dumps(vars(arguments) | result))
 
 
-def step_runner(model: PerceiverAR, config: TrainingConfig) -> Callable[..., None]:
+def mesh_of(text: str | None) -> Mesh:
+    """Return the mesh that an option describes; all devices on data without it."""
+    return make_mesh(None if text is None else parse_axes(text))
+
+
+def axes_of(mesh: Mesh) -> str:
+    """Return the axes of a mesh as text."""
+    return ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+
+
+def peak_gb() -> float:
+    """Return the most memory that any device has used so far; 0 where devices do not tell."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    return max(peaks) / 1e9
+
+
+def step_runner(model: PerceiverAR, config: TrainingConfig, mesh: Mesh) -> Callable[..., None]:
     """Return a function that runs training steps, by default one, and waits for the last."""
-    mesh = data_mesh()
     graph, params = nnx.split(model, nnx.Param)
     optimizer = build_optimizer(config, mesh)
     train_step = make_train_step(graph, config, optimizer, mesh)
@@ -92,7 +124,7 @@ def step_runner(model: PerceiverAR, config: TrainingConfig) -> Callable[..., Non
         nonlocal state
         metrics = {}
         for _ in range(steps):
-            state, metrics = train_step(state, jax.tree.map(jnp.asarray, batch), jnp.float32(0.1), [])
+            state, metrics = train_step(state, shard_batch(batch, mesh), jnp.float32(0.1), [])
         jax.block_until_ready(metrics)
 
     return run

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Integer
@@ -13,6 +12,7 @@ from jaxtyping import Integer
 from data_pipeline.augmentation.mode_and_rubato import ORIGINAL, PieceAugmentation, augmented_copy
 from data_pipeline.manifest import MANIFEST_NAME, SPLITS, DatasetError, Manifest, PieceRecord, ShardRecord
 from data_pipeline.splits import assign_folds
+from music_ar.storage import open_folder
 from music_ar.tokens.vocabulary import END, EVENT_CLASSES, FINGERPRINT, START
 
 
@@ -47,15 +47,15 @@ class Pieces:
         """
         if split not in SPLITS:
             raise DatasetError(f"expected one of the splits {', '.join(SPLITS)}; got {split!r}.")
-        manifest = Manifest.load(folder)
+        manifest, where = Manifest.load(folder), open_folder(folder).path(MANIFEST_NAME)
         if manifest.fingerprint != FINGERPRINT:
             raise DatasetError(
-                f"{Path(folder) / MANIFEST_NAME}: expected the event vocabulary {FINGERPRINT[:12]}…, found "
+                f"{where}: expected the event vocabulary {FINGERPRINT[:12]}…, found "
                 f"{manifest.fingerprint[:12]}…. Prepare the data again with this version."
             )
         shards = [shard for shard in manifest.shards if shard.split == split]
         if not shards:
-            raise DatasetError(f"{Path(folder) / MANIFEST_NAME}: the {split} split is empty.")
+            raise DatasetError(f"{where}: the {split} split is empty.")
         tokens = [piece for shard in shards for piece in _map_shard(folder, shard)]
         records = [record for shard in shards for record in shard.pieces]
         originals = (ORIGINAL,) * len(records)

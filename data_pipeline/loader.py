@@ -7,8 +7,9 @@ contain an equal share of each part, and each part has its own epochs.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import grain
 import numpy as np
@@ -42,13 +43,13 @@ class LoaderConfig:
     Attributes:
         context: M, number of inputs of a window.
         latents: N, number of targets of a window; at most M.
-        batch_size: B, number of windows in a batch of this process.
+        batch_size: B, number of windows in a batch.
         seed: random seed in [0, 2**32).
         augmentation: what to draw for each window; None leaves windows as they are.
         wishes: gives windows their wishes; None for a model that takes none.
         shares: share of each part in the batches, mixed evenly. Default: equal shares, one part after another.
-        process_index: number of this process among the `process_count` that share the epochs.
-        process_count: number of processes that share the epochs, each with its own batches.
+        rows: which rows of each batch to make, in 0..B-1. Processes that share the batches make different rows of the
+            same ones. None makes all.
         threads: threads that prepare batches ahead; 0 prepares a batch when it is requested. One thread delivers over a
             million targets per second; more of them mostly wait for each other (`benchmarks/loader.py`).
         workers: worker processes that prepare batches, with `threads` threads each; 0 uses this process. Needed for
@@ -62,8 +63,7 @@ class LoaderConfig:
     augmentation: Augmentation | None = None
     wishes: WindowWishes | None = None
     shares: tuple[float, ...] | None = None
-    process_index: int = 0
-    process_count: int = 1
+    rows: tuple[int, ...] | None = None
     threads: int = 1
     workers: int = 0
 
@@ -74,39 +74,73 @@ class LoaderConfig:
             raise ValueError(f"expected a batch_size of at least 1, got {self.batch_size}")
         if min(self.threads, self.workers) < 0:
             raise ValueError(f"expected threads and workers of at least 0, got {self.threads} and {self.workers}")
-        if not 0 <= self.process_index < self.process_count:
-            raise ValueError(
-                f"expected 0 <= process_index < process_count, got {self.process_index} of {self.process_count}"
-            )
+        if self.rows is not None and not (self.rows and all(0 <= row < self.batch_size for row in self.rows)):
+            raise ValueError(f"expected rows in 0..{self.batch_size - 1}, at least one, got {list(self.rows)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"expected a seed in [0, 2**32), got {self.seed}")
 
 
-def batches(*parts: Pieces, config: LoaderConfig) -> grain.DatasetIterator[Batch]:
+def batches(*parts: Pieces, config: LoaderConfig) -> Batches:
     """An endless iterator of batches, epoch after epoch.
 
-    Deterministic in `config.seed`: batch i is the same for any number of threads and workers. `get_state()` returns the
-    position as a small dict, for a checkpoint; `set_state` on an iterator with the same arguments continues there.
+    Deterministic in `config.seed`: batch i is the same for any number of threads and workers, and a row of it for any
+    choice of rows.
 
     Args:
-        parts: the pieces to cut windows from. With several parts and no `config.shares`, the global batch (those of all
-            processes, one after another) contains an equal share of each part, in order.
+        parts: the pieces to cut windows from. With several parts and no `config.shares`, a batch contains an equal
+            share of each part, in order.
         config: sizes, seed, augmentation and parallelism.
 
     Raises:
-        ValueError: the global batch cannot be divided into equal shares, or there are not as many shares as parts.
+        ValueError: the batch cannot be divided into equal shares, or there are not as many shares as parts.
     """
     windows = [_shuffled_windows(pieces, number, config) for number, pieces in enumerate(parts)]
     if config.shares is not None:
         if len(config.shares) != len(parts):
             raise ValueError(f"expected a share for each of {len(parts)} parts, got {len(config.shares)}")
         windows = [grain.MapDataset.mix(windows, weights=config.shares)]
-    if not windows or config.batch_size * config.process_count % len(windows):
+    if not windows or config.batch_size % len(windows):
         raise ValueError(
-            f"expected a batch_size * process_count that divides into {len(windows)} equal shares, got "
-            f"{config.batch_size} * {config.process_count}"
+            f"expected a batch_size that divides into {len(windows)} equal shares, got {config.batch_size}"
         )
-    dataset = grain.MapDataset.source(_Rows(parts=windows, config=config)).batch(config.batch_size, drop_remainder=True)
+    return Batches(lambda first: _read(_Rows(parts=windows, config=config, first=first), config), config.batch_size)
+
+
+class Batches:
+    """An endless iterator of batches whose position can be saved.
+
+    The position counts examples of all processes together, so a run may continue with other rows in each process, and
+    with any number of threads and workers.
+    """
+
+    def __init__(self, read: Callable[[int], grain.DatasetIterator[Batch]], batch_size: int):
+        self._read, self._batch_size, self._next = read, batch_size, 0
+        self._reader: grain.DatasetIterator[Batch] | None = None
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._reader is None:
+            self._reader = self._read(self._next)
+        batch = next(self._reader)
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """Return the position, for a checkpoint."""
+        return {"examples": self._next * self._batch_size}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Move to a position that `get_state` returned for the same arguments, except rows, threads and workers."""
+        # Earlier versions counted batches.
+        self._next = state["next_index"] if "next_index" in state else state["examples"] // self._batch_size
+        self._reader = None
+
+
+def _read(rows: _Rows, config: LoaderConfig) -> grain.DatasetIterator[Batch]:
+    """Batch the rows, with the threads and workers of `config`."""
+    dataset = grain.MapDataset.source(rows).batch(len(rows.of_batch), drop_remainder=True)
     options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=4 * config.threads)
     batched = dataset.to_iter_dataset(options)
     if config.workers == 0:
@@ -134,21 +168,27 @@ def _shuffled_windows(pieces: Pieces, number: int, config: LoaderConfig) -> grai
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Rows:
-    """The rows of one process's batches, one after another.
+    """The rows of one process's batches, one after another, from batch `first` on.
 
-    Row r of the global batch belongs to part `r // size`, where `size` is the number of rows of a part.
+    Row r of a batch belongs to part `r // size`, where `size` is the number of rows of a part.
     """
 
     parts: list[grain.MapDataset[Window]]
     config: LoaderConfig
+    first: int
+
+    @property
+    def of_batch(self) -> Sequence[int]:
+        """The rows of each batch that this process makes."""
+        return range(self.config.batch_size) if self.config.rows is None else self.config.rows
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> Window:
-        batch, row = divmod(index, self.config.batch_size)
-        size = self.config.batch_size * self.config.process_count // len(self.parts)
-        part, row = divmod(self.config.process_index * self.config.batch_size + row, size)
-        window = self.parts[part][batch * size + row]
+        batch, number = divmod(index, len(self.of_batch))
+        size = self.config.batch_size // len(self.parts)
+        part, row = divmod(self.of_batch[number], size)
+        window = self.parts[part][(self.first + batch) * size + row]
         assert window is not None  # nothing is filtered out
         return window

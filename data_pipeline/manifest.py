@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from music_ar.files import parse_json, read_file, write_atomically
+from music_ar.files import parse_json
 from music_ar.ranges import check_ranges, number, shown, whole
+from music_ar.storage import PART, Folder, open_folder
 
 SPLITS = ("train", "validation", "test")
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
 _SHARD_NAME = re.compile(r"(?:train|validation|test)-\d{5}-[0-9a-f]{12}\.npy")
-_TEMPORARY_SUFFIX = ".partial"
 
 
 class DatasetError(ValueError):
@@ -119,14 +119,15 @@ class ShardRecord:
             raise ValueError(f"{self.file}: its pieces end at {end} of {self.tokens} tokens")
 
     def verified_path(self, folder: str | os.PathLike[str]) -> Path:
-        """Path of the shard, once the file is checked to be complete and unchanged.
+        """Path of the shard, fetched if the folder is remote, once the file is checked to be complete and unchanged.
 
         Raises:
             DatasetError: the file is missing, or its size or SHA-256 does not match the manifest.
         """
-        path = Path(folder) / self.file
         advice = "Prepare the data again."
+        path = open_folder(folder).path(self.file)
         try:
+            path = open_folder(folder).local_copy(self.file)
             size = path.stat().st_size
             if size != self.bytes:
                 raise DatasetError(f"{path}: expected {self.bytes} bytes, found {size}: truncated or edited. {advice}")
@@ -167,9 +168,10 @@ class Manifest:
         Raises:
             DatasetError: there is no manifest, it is damaged, or it has a different format.
         """
-        path = Path(folder) / MANIFEST_NAME
+        opened = open_folder(folder)
+        path = opened.path(MANIFEST_NAME)
         try:
-            content = parse_json(read_file(path))
+            content = parse_json(opened.read(MANIFEST_NAME))
         except FileNotFoundError as error:
             raise DatasetError(f"{path}: no such file. Prepare the data first: `music-ar prepare`.") from error
         except OSError as error:
@@ -185,34 +187,34 @@ class Manifest:
             raise DatasetError(f"{path}: damaged or edited ({error}). Prepare the data again.") from error
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the manifest under a temporary name, then rename it."""
+        """Write the manifest atomically."""
         text = json.dumps(dataclasses.asdict(self), indent=1)
-        write_file(Path(folder) / MANIFEST_NAME, text.encode("ascii"))
+        write_file(open_folder(folder), MANIFEST_NAME, text.encode("ascii"))
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(folder: Folder, name: str, content: bytes) -> None:
     """Write a file of a prepared folder atomically; `remove_stale` removes what a killed run leaves behind.
 
     Raises:
         DatasetError: the file cannot be written.
     """
     try:
-        write_atomically(path, content, part=path.with_name(path.name + _TEMPORARY_SUFFIX))
+        folder.write(name, content)
     except OSError as error:
-        raise DatasetError(f"{path}: cannot be written ({error.strerror}).") from error
+        raise DatasetError(f"{folder.path(name)}: cannot be written ({error.strerror}).") from error
 
 
-def remove_stale(folder: Path) -> None:
+def remove_stale(folder: Folder) -> None:
     """Remove shards that the manifest does not list and the leftovers of killed runs, but no other file."""
     try:
-        current = {shard.file for shard in Manifest.load(folder).shards}
+        current = {shard.file for shard in Manifest.load(str(folder)).shards}
     except DatasetError:
         current = set()
-    for path in folder.iterdir():
-        written = path.name.removesuffix(_TEMPORARY_SUFFIX)
+    for name in folder.names():
+        written = name.removeprefix(PART)
         is_ours = _SHARD_NAME.fullmatch(written) or written == MANIFEST_NAME
-        if is_ours and path.name not in {MANIFEST_NAME, *current}:
-            path.unlink(missing_ok=True)
+        if is_ours and name not in {MANIFEST_NAME, *current}:
+            folder.remove(name)
 
 
 def text_digest(text: str) -> str:

@@ -1,4 +1,4 @@
-"""MIDI files -> token shards and `manifest.json`, on all cores.
+"""MIDI files -> token shards and `manifest.json`, on all cores of this machine or of a cluster.
 
 Preparing the same files again does nothing if the shards on disk match the manifest. `manifest.py` describes how a
 prepared folder is laid out and kept complete.
@@ -37,9 +37,11 @@ from data_pipeline.manifest import (
 )
 from data_pipeline.splits import assign_splits, check_shares
 from data_pipeline.table import read_compositions
+from music_ar.cluster import Cluster
 from music_ar.midi.folders import MIDI_EXTENSIONS
 from music_ar.midi.io import read_midi
 from music_ar.midi.performance import MidiError
+from music_ar.storage import Folder, open_folder
 from music_ar.system import usable_cores
 from music_ar.tokens.codec import encode
 from music_ar.tokens.vocabulary import END, FINGERPRINT, START, EventError
@@ -64,15 +66,17 @@ def prepare_maestro(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    workers: int | None = None,
+    workers: int | Cluster | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> Prepared:
     """Tokenize MAESTRO with its official splits.
 
     Args:
         source: the official zip, or the folder it unpacks to.
-        output: folder to write, created if missing. Only shards and the manifest in it are ever replaced.
-        workers: number of processes; None means one per usable core.
+        output: folder to write, or its address, created if missing. Only shards and the manifest in it are ever
+            replaced.
+        workers: number of processes, or a cluster, whose cores encode files that are read here; None means one process
+            per usable core.
         on_progress: called with the share of files tokenized, 0 to 1.
 
     Raises:
@@ -100,7 +104,7 @@ def prepare_midi(
     validation: float = 0.1,
     test: float = 0.1,
     seed: int = 0,
-    workers: int | None = None,
+    workers: int | Cluster | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> Prepared:
     """Tokenize every MIDI file (.mid, .midi, .kar, .rmi) of a folder (or zip) and its subfolders.
@@ -111,12 +115,14 @@ def prepare_midi(
 
     Args:
         folder: where the MIDI files are.
-        output: folder to write, created if missing. Only shards and the manifest in it are ever replaced.
+        output: folder to write, or its address, created if missing. Only shards and the manifest in it are ever
+            replaced.
         table: CSV file with composers and titles; see `table.read_compositions`.
         validation: share of the files for the validation split, in [0, 1); above 0, at least one file.
         test: the same for the test split.
         seed: random seed of the split assignment.
-        workers: number of processes; None means one per usable core.
+        workers: number of processes, or a cluster, whose cores encode files that are read here; None means one process
+            per usable core.
         on_progress: called with the share of files tokenized, 0 to 1.
 
     Raises:
@@ -195,7 +201,7 @@ class _Unusable(NamedTuple):
 def _prepare(
     task: _Task,
     output: str | os.PathLike[str],
-    workers: int | None,
+    workers: int | Cluster | None,
     on_progress: Callable[[float], None] | None,
 ) -> Prepared:
     folder = _make_folder(output)
@@ -214,29 +220,29 @@ def _prepare(
         shards = _write_shards(folder, pieces, splits, task.compositions)
         counts = {split: _count(split, shards) for split in SPLITS}
         manifest = Manifest(splits=counts, fingerprint=FINGERPRINT, source=source, skipped=skipped, shards=shards)
-        manifest.save(folder)
+        manifest.save(str(folder))
     finally:
         remove_stale(folder)
     return Prepared(manifest, was_up_to_date=False)
 
 
-def _make_folder(output: str | os.PathLike[str]) -> Path:
-    folder = Path(output)
+def _make_folder(output: str | os.PathLike[str]) -> Folder:
+    folder = open_folder(output)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.prepare()
     except OSError as error:
         raise DatasetError(f"{folder}: cannot create this folder for the shards ({error.strerror}).") from error
     return folder
 
 
-def _up_to_date(folder: Path, source: Mapping[str, str]) -> Manifest | None:
+def _up_to_date(folder: Folder, source: Mapping[str, str]) -> Manifest | None:
     """The manifest in `folder`, if its source and vocabulary match and every shard is complete."""
     try:
-        manifest = Manifest.load(folder)
+        manifest = Manifest.load(str(folder))
         if (manifest.source, manifest.fingerprint) != (source, FINGERPRINT):
             return None
         for shard in manifest.shards:
-            shard.verified_path(folder)
+            shard.verified_path(str(folder))
     except DatasetError:
         return None
     return manifest
@@ -249,6 +255,14 @@ def describe_skipped(skipped: Mapping[str, str], limit: int = 10) -> str:
 
 
 # --- tokenizing ------------------------------------------------------------------------------------------------------
+
+
+class _File(NamedTuple):
+    """A file to tokenize: its bytes, or why it cannot be read."""
+
+    name: str
+    content: bytes | str
+
 
 _worker_files: MidiFiles | None = None
 
@@ -270,25 +284,38 @@ def _end_with_parent() -> None:
 
 def _tokenize_in_worker(name: str, path: str) -> _Tokenized | _Unusable:
     assert _worker_files is not None
-    return _tokenize(_worker_files, name, path)
+    return _tokenize(_read(_worker_files, name, path))
 
 
-def _tokenize(files: MidiFiles, name: str, path: str) -> _Tokenized | _Unusable:
+def _read(files: MidiFiles, name: str, path: str) -> _File:
     try:
-        performance = read_midi(files.read(path))
+        return _File(name, files.read(path))
+    except DatasetError as error:
+        return _File(name, str(error))
+
+
+def _tokenize(file: _File) -> _Tokenized | _Unusable:
+    if isinstance(file.content, str):
+        return _Unusable(file.name, file.content)
+    try:
+        performance = read_midi(file.content)
         events = encode(performance)
-    except (DatasetError, MidiError, EventError) as error:
-        return _Unusable(name, str(error))
+    except (MidiError, EventError) as error:
+        return _Unusable(file.name, str(error))
     tokens = np.empty(len(events) + 2, np.uint16)
     tokens[0], tokens[1:-1], tokens[-1] = START, events, END
-    return _Tokenized(name, tokens, len(performance), performance.duration_s)
+    return _Tokenized(file.name, tokens, len(performance), performance.duration_s)
 
 
 def _tokenize_all(
-    task: _Task, workers: int | None, on_progress: Callable[[float], None] | None
+    task: _Task, workers: int | Cluster | None, on_progress: Callable[[float], None] | None
 ) -> Iterator[_Tokenized | _Unusable]:
     """Results in the order of `task.paths`."""
-    with contextlib.closing(_map_files(task.files, task.paths, workers)) as results:
+    if isinstance(workers, Cluster):
+        mapped = _map_on_ray(task.files, task.paths, workers)
+    else:
+        mapped = _map_files(task.files, task.paths, workers)
+    with contextlib.closing(mapped) as results:
         for done, result in enumerate(results, start=1):
             if on_progress is not None:
                 on_progress(done / len(task.paths))
@@ -298,7 +325,7 @@ def _tokenize_all(
 def _map_files(files: MidiFiles, paths: Mapping[str, str], workers: int | None) -> Generator[_Tokenized | _Unusable]:
     workers = min(workers or usable_cores(), -(-len(paths) // _FILES_PER_TASK))
     if workers <= 1:
-        yield from (_tokenize(files, name, path) for name, path in paths.items())
+        yield from (_tokenize(_read(files, name, path)) for name, path in paths.items())
         return
     # "spawn" exists on every platform, and "fork" is not safe with JAX's threads.
     with ProcessPoolExecutor(
@@ -317,11 +344,35 @@ def _map_files(files: MidiFiles, paths: Mapping[str, str], workers: int | None) 
             pool.shutdown(cancel_futures=True)
 
 
+def _map_on_ray(files: MidiFiles, paths: Mapping[str, str], cluster: Cluster) -> Generator[_Tokenized | _Unusable]:
+    """Results in the order of the paths. The files are read here, so that no node needs them."""
+    names = list(paths)
+    parts = [range(first, min(first + _FILES_PER_TASK, len(names))) for first in range(0, len(names), _FILES_PER_TASK)]
+    finished: dict[int, list[_Tokenized | _Unusable]] = {}
+    with cluster.workers(_TokenizerOnWorker, on_each="core", at_most=len(parts)) as workers:
+        items = ((part, [_read(files, names[number], paths[names[number]]) for number in part]) for part in parts)
+        following = 0
+        for (part, _), results, error in workers.map(items):
+            if error is not None:
+                raise DatasetError(f"{files.path}: {', '.join(names[number] for number in part)}: {error}.")
+            finished[part.start] = results
+            while following in finished:
+                yield from finished.pop(following)
+                following += _FILES_PER_TASK
+
+
+class _TokenizerOnWorker:
+    """What a worker of a cluster holds: nothing but the code."""
+
+    def __call__(self, part: tuple[range, list[_File]]) -> list[_Tokenized | _Unusable]:
+        return [_tokenize(file) for file in part[1]]
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def _write_shards(
-    folder: Path, pieces: Sequence[_Tokenized], splits: Mapping[str, str], compositions: Mapping[str, str]
+    folder: Folder, pieces: Sequence[_Tokenized], splits: Mapping[str, str], compositions: Mapping[str, str]
 ) -> tuple[ShardRecord, ...]:
     shards = []
     for split in SPLITS:
@@ -346,7 +397,7 @@ def _shard_pieces(pieces: Iterable[_Tokenized]) -> Iterator[list[_Tokenized]]:
 
 
 def _write_shard(
-    folder: Path, stem: str, split: str, pieces: Sequence[_Tokenized], compositions: Mapping[str, str]
+    folder: Folder, stem: str, split: str, pieces: Sequence[_Tokenized], compositions: Mapping[str, str]
 ) -> ShardRecord:
     starts = np.cumsum([0] + [len(piece.tokens) for piece in pieces]).tolist()
     buffer = io.BytesIO()
@@ -354,7 +405,7 @@ def _write_shard(
     content = buffer.getvalue()
     digest = hashlib.sha256(content).hexdigest()
     name = f"{stem}-{digest[:12]}.npy"
-    write_file(folder / name, content)
+    write_file(folder, name, content)
     records = [
         PieceRecord(
             name=piece.name,

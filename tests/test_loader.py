@@ -193,7 +193,7 @@ def test_processes_share_one_order(music, processes):
     augmentation = Augmentation()
     alone = rows(make(music, augmentation=augmentation), 120)
     parts = [
-        rows(make(music, augmentation=augmentation, process_index=index, process_count=processes), 120 // processes)
+        rows(make(music, augmentation=augmentation, batch_size=processes, rows=(index,)), 120 // processes)
         for index in range(processes)
     ]
     assert_same(alone, [window for windows in zip(*parts, strict=True) for window in windows])
@@ -201,7 +201,7 @@ def test_processes_share_one_order(music, processes):
 
 def test_processes_see_every_target_once(numbered):
     count = windows_per_epoch(numbered)
-    parts = [rows(make(numbered, process_index=index, process_count=2), count) for index in range(2)]
+    parts = [rows(make(numbered, batch_size=2, rows=(index,)), count) for index in range(2)]
     # Two epochs, half of their windows each.
     totals = total_weights(parts[0] + parts[1])
     assert all(totals[token] == 2.0 for tokens in numbered.tokens for token in tokens[1:].tolist())
@@ -219,6 +219,27 @@ def test_a_restored_position_continues_exactly(music, position):
     assert_same(rows(fresh, 20), expected)
 
 
+def test_a_position_is_that_of_all_processes_together(music):
+    """Saved by one of two, restored by each of three with other rows, in any order."""
+    augmentation = Augmentation()
+    alone = make(music, batch_size=6, augmentation=augmentation)
+    rows(alone, 6 * 5)
+    saved = make(music, batch_size=6, augmentation=augmentation, rows=(3, 4, 5))
+    rows(saved, 3 * 5)
+    assert saved.get_state() == alone.get_state() == {"examples": 30}
+    expected = rows(alone, 12)
+    for share in ((0, 1), (4, 2), (5, 3)):
+        resumed = make(music, batch_size=6, augmentation=augmentation, rows=share)
+        resumed.set_state(json.loads(json.dumps(saved.get_state())))
+        assert_same(rows(resumed, 4), [expected[6 * batch + row] for batch in range(2) for row in share])
+
+
+def test_a_position_saved_by_earlier_versions_counts_batches(music):
+    iterator = make(music, batch_size=4)
+    iterator.set_state({"next_index": 7})
+    assert iterator.get_state() == {"examples": 28}
+
+
 def test_impossible_arguments_are_refused(music):
     defaults: dict[str, Any] = {"context": CONTEXT, "latents": LATENTS, "batch_size": 1, "seed": 0}
     cases: list[tuple[dict[str, Any], str]] = [
@@ -228,12 +249,13 @@ def test_impossible_arguments_are_refused(music):
         ({"threads": -1}, "threads and workers of at least 0, got -1 and 0"),
         ({"workers": -1}, "threads and workers of at least 0, got 1 and -1"),
         ({"seed": -1}, "seed in .* got -1"),
-        ({"process_index": 2, "process_count": 2}, "process_index < process_count, got 2 of 2"),
+        ({"batch_size": 2, "rows": (1, 2)}, r"rows in 0\.\.1, at least one, got \[1, 2\]"),
+        ({"rows": ()}, r"at least one, got \[\]"),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             LoaderConfig(**(defaults | options))
-    with pytest.raises(ValueError, match=r"into 2 equal shares, got 3 \* 1"):
+    with pytest.raises(ValueError, match="into 2 equal shares, got 3"):
         make(music, music, batch_size=3)
 
 
@@ -274,7 +296,8 @@ def test_processes_together_have_the_batch_of_one(music, processes):
     folds = music.folds(3)
     alone = rows(make(*folds, batch_size=12), 60)
     size = 12 // processes
-    shared = [make(*folds, batch_size=size, process_index=index, process_count=processes) for index in range(processes)]
+    shares = [tuple(range(index * size, (index + 1) * size)) for index in range(processes)]
+    shared = [make(*folds, batch_size=12, rows=share) for share in shares]
     together = [window for _ in range(5) for iterator in shared for window in rows(iterator, size)]
     assert_same(alone, together)
 

@@ -126,7 +126,7 @@ def test_progress_grows_to_one(archive, output, workers):
 
 
 def test_the_command_prints_the_splits_and_what_was_skipped(own_midi, output, capsys):
-    command = Prepare(midi=own_midi, output=output, workers=1)
+    command = Prepare(midi=own_midi, output=str(output), workers=1)
     (own_midi / "book 1" / "broken.mid").write_bytes(b"MThd, not really")
     assert command.run() == 3
     printed = capsys.readouterr()
@@ -216,9 +216,9 @@ def test_an_interrupted_run_leaves_the_old_data_set_complete(archive, output, mo
 
 def test_leftovers_of_a_killed_run_are_removed(archive, output):
     output.mkdir()
-    (output / "train-00000-0123456789ab.npy.partial").write_bytes(b"half")
+    (output / ".part.train-00000-0123456789ab.npy").write_bytes(b"half")
     (output / "train-00000-0123456789ab.npy").write_bytes(b"whole, but in no manifest")
-    (output / "manifest.json.partial").write_bytes(b"{")
+    (output / ".part.manifest.json").write_bytes(b"{")
     manifest = maestro(archive, output)
     assert set(content(output)) == {"manifest.json", *(shard.file for shard in manifest.shards)}
 

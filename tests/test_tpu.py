@@ -17,9 +17,9 @@ from music_ar.decoding.sampling import SamplingOptions
 from music_ar.model.config import Compute
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.tokens import vocabulary
+from music_ar.training.mesh import make_mesh
 from music_ar.training.optimizer import build_optimizer
 from music_ar.training.step import initial_state, make_train_step
-from music_ar.training.trainer import data_mesh
 
 COMPUTE = Compute(dtype="bfloat16")
 
@@ -36,7 +36,7 @@ def shapes(tree):
 def test_the_training_step_lowers(model):
     config = dataclasses.replace(TRAINING, micro_batches=2)
     graph, params = nnx.split(model, nnx.Param)
-    optimizer, mesh = build_optimizer(config), data_mesh(1)
+    optimizer, mesh = build_optimizer(config), make_mesh(devices=jax.devices()[:1])
     step: Any = make_train_step(graph, config, optimizer, mesh)  # what jax.jit returns
     exported = jax.export.export(step, platforms=["tpu"])(
         shapes(initial_state(params, optimizer, mesh)),

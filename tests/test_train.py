@@ -90,6 +90,16 @@ def test_out_of_fold_part_k_is_the_fold_that_teacher_k_has_not_seen(capsys, tmp_
     assert "data.folds was" in refusal(capsys, *command, "--resume")
 
 
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [("fsdp=two", "axis fsdp needs a number of devices"), ("data=3", "mesh data=3 needs 3 devices, and there are 1")],
+)
+def test_a_mesh_that_does_not_fit_is_refused(capsys, tmp_path, prepared, mesh, message):
+    command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run", "--mesh", mesh]
+    assert message in refusal(capsys, *command)
+    assert not (tmp_path / "run").exists()
+
+
 def test_augmented_copies_are_read_as_often_as_originals(capsys, tmp_path, prepared, fits):
     command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run"]
     code, _, errors = run(capsys, *command, "--augmented-copies", 2)
@@ -146,6 +156,24 @@ def test_an_installation_without_the_extra_is_told_of_it(capsys, tmp_path, prepa
     monkeypatch.setitem(sys.modules, "grain", None)
     command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run"]
     assert "training needs grain: pip install '.[train]'" in refusal(capsys, *command)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--coordinator a:1 --processes 2", "from these options; --process is missing"),
+        ("--coordinator a:1 --processes 2 --process 2", "--process must be in 0..1, for 2 processes; got 2"),
+        ("--coordinator a:b --processes 2 --process 1", "--coordinator must be HOST:PORT"),
+        ("--processes 0", "--processes must be a whole number from 1 to"),
+        ("--join-timeout 0", "--join-timeout must be a number above 0"),
+    ],
+)
+def test_half_a_cluster_is_refused(capsys, tmp_path, prepared, options, message):
+    command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run", *options.split()]
+    code, _, errors = run(capsys, *command)
+    assert code == 2
+    assert message in " ".join(errors.replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,12 @@ from music_ar.tokens import vocabulary
 from music_ar.training.config import TrainingError
 from music_ar.training.distillation import CrossFitted, Ensemble
 from music_ar.training.losses import token_loss
+from music_ar.training.mesh import make_mesh, shard_batch
 from music_ar.training.step import TrainState, initial_state, make_train_step, student_loss
-from music_ar.training.trainer import data_mesh, shard_batch
+
+
+def mesh_of(devices, **axes):
+    return make_mesh(axes, jax.devices()[:devices])
 
 
 @functools.cache
@@ -45,7 +49,7 @@ def take_step():
     The optimizer passes the gradient on as it is.
     """
     graph, params = nnx.split(noisy(), nnx.Param)
-    optimizer, mesh = optax.identity(), data_mesh(1)
+    optimizer, mesh = optax.identity(), mesh_of(1)
 
     @functools.cache
     def compiled(config, teachers):
@@ -113,7 +117,7 @@ def cross_entropy_and_norm(student, teachers, config, batch):
     graph, params = nnx.split(student, nnx.Param)
     gradient = jax.jit(jax.grad(functools.partial(student_loss, graph, config, teachers), has_aux=True))
     arrays = jax.tree.map(jnp.asarray, batch)
-    grads, cross_entropy = gradient(params, teachers.place(data_mesh(1)), arrays, jax.random.key(0))
+    grads, cross_entropy = gradient(params, teachers.place(mesh_of(1)), arrays, jax.random.key(0))
     return float(cross_entropy), float(optax.tree.norm(grads))
 
 
@@ -160,7 +164,7 @@ def test_models_with_labels_get_them(conditioned, kind):
     found = []
     for labels in (np.zeros((B, 3)), np.eye(B, 3, k=-1)):  # the second: others for all examples but the first
         batch = jax.tree.map(jnp.asarray, next(CountingBatches()) | {"labels": labels.astype(np.float32)})
-        found.append(float(loss(params, teachers.place(data_mesh(1)), batch, jax.random.key(0))[0]))
+        found.append(float(loss(params, teachers.place(mesh_of(1)), batch, jax.random.key(0))[0]))
     assert (abs(found[1] / found[0] - 1) > 1e-3) == (conditioned != "nobody")
 
 
@@ -197,14 +201,14 @@ def metrics_on_devices(output):
     graph, params = nnx.split(noisy(), nnx.Param)
     found = []
     for devices, kind in ((2, CrossFitted), (4, CrossFitted), (4, Ensemble)):
-        mesh, rows, teachers = data_mesh(devices), B // devices, teachers_of(kind)
+        mesh, rows, teachers = mesh_of(devices), B // devices, teachers_of(kind)
         shards = shard_batch(batch, mesh)
         assert [part.data.shape for part in shards["tokens"].addressable_shards] == [(rows, M + 1)] * devices
         assert [part.data.shape for part in shards["weights"].addressable_shards] == [(rows, N)] * devices
         step = make_train_step(graph, DISTILLED, optimizer, mesh, teachers)
         _, metrics = step(initial_state(params, optimizer, mesh), shards, jnp.float32(1.0), teachers.place(mesh))
         found.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
-    with pytest.raises(TrainingError, match=r"batch_size must be a multiple of 8, .* for 4 devices.*; got 4"):
+    with pytest.raises(TrainingError, match=r"batch_size must be a multiple of 8, .* for 4 shards.*; got 4"):
         run(output / "refused", dataclasses.replace(EXACT, micro_batches=2))
     run(output / "on four", dataclasses.replace(EXACT, log_every=1))
     return found

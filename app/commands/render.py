@@ -27,9 +27,10 @@ from music_ar.features.wishes import Wishes
 from music_ar.ranges import whole
 
 if TYPE_CHECKING:
+    from app.rendering.on_ray import AnyGenerator
     from app.rendering.plan import Plan
+    from app.rendering.run import WriteAudio
     from music_ar.decoding.request import Request
-    from music_ar.generator import Generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +38,17 @@ class Render:
     """Generate many pieces unattended: a folder of MIDI files, and a manifest with one line per piece.
 
     If it is stopped or killed, the same command resumes, and the files come out the same to the last byte. Several
-    processes may share an output folder. Exit code 0: all pieces are complete; 3: some failed; 2: wrong usage.
+    processes may share an output folder, and --ray generates on all machines of a Ray cluster. Exit code 0: all pieces
+    are complete; 3: some failed; 2: wrong usage.
 
     Example: music-ar render prompts/ --output out --variations 4 --seconds 120 --keep-best 2
 
     Attributes:
         prompts: MIDI files to continue: files, folders (searched recursively), globs, or text files (.txt, .list) with
-            one file name per line. "-" reads a MIDI file from standard input.
-        output: folder to write. "-" writes a single piece to standard output and nothing else.
+            one file name per line. Files and folders may be addresses (s3://bucket/prompts). "-" reads a MIDI file from
+            standard input.
+        output: folder to write, or its address (s3://bucket/out, gs://...). "-" writes a single piece to standard
+            output and nothing else.
         count: also generate this many pieces without a prompt; piece i uses seed + i.
         jobs: JSONL file with one object per line: prompt, name, and any of the options here that change the music
             (variations, seed, seconds, latents, temperature, composer and so on). Use it if pieces need different
@@ -67,6 +71,8 @@ class Render:
         fail_fast: stop at the first piece that fails instead of recording the error and continuing.
         dry_run: print what would be generated and about how long it would take, and generate nothing.
         log: "text" for people, or "json" for programs: one object per line on standard output.
+        ray: generate on a Ray cluster, a batch on each GPU or machine, by the HOST:PORT of its head; "auto" is the
+            cluster that this machine is part of. Files and manifest are written here. Needs the extra `ray`.
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name); default: the shipped model.
     """
 
@@ -92,6 +98,7 @@ class Render:
     fail_fast: bool = False
     dry_run: bool = False
     log: Literal["text", "json"] = "text"
+    ray: Annotated[Unset[str], tyro.conf.arg(metavar="HOST:PORT")] = None
     checkpoint: Unset[str] = None
     sampling: Sampling = SamplingOptions()
     wishes: WishOptions = Wishes()
@@ -106,34 +113,44 @@ class Render:
         Request(**{name: getattr(self, name) for name in own}, sampling=self.sampling)  # checks them
         if not self.prompts and not self.count and self.jobs is None:
             raise CommandError("nothing to generate: give prompts, --count or --jobs")
-        if self.output == "-" and (self.audio or self.keep_best or self.log == "json" or self.dry_run):
+        if self.output == "-" and (self.audio or self.keep_best or self.log == "json" or self.dry_run or self.ray):
             raise CommandError(
                 "--output - writes a single MIDI file to standard output; it does not go with --audio, --keep-best, "
-                "--log json or --dry-run"
+                "--log json, --dry-run or --ray"
             )
 
     def run(self) -> int:
         """Generate what is missing; return the exit code."""
+        from app.rendering.on_ray import RayGenerator
+        from music_ar import Generator
+        from music_ar.cluster import Cluster
+        from music_ar.model.weights import read_weights
+
+        if self.output == "-":
+            return self._pipe()
+        write_audio = None if self.audio is None else import_write_audio(f"--audio {self.audio}")
+        if self.ray is None:
+            return self._run(Generator.from_pretrained(self.checkpoint), write_audio)
+        weights = read_weights(self.checkpoint)
+        with Cluster(self.ray) as cluster, RayGenerator(cluster, weights) as generator:
+            return self._run(generator, write_audio)
+
+    def _run(self, generator: "AnyGenerator", write_audio: "WriteAudio | None") -> int:
         from app.rendering.leases import Leases
         from app.rendering.log import JsonLog, TextLog
         from app.rendering.manifest import Manifest
         from app.rendering.run import Run
         from music_ar.model.weights import identity
 
-        write_audio = (
-            None if self.audio is None else import_write_audio(f"--audio {self.audio}")
-        )  # raises before the work
-        if self.output == "-":
-            return self._pipe()
-        plan = self._plan(identity(self.checkpoint))
-        manifest = Manifest(Path(self.output))
+        plan = self._plan(generator, identity(self.checkpoint))
+        manifest = Manifest(self.output)
         if not self.overwrite:
             manifest.check_unchanged(plan.requests)
         missing = [request for request in plan.requests if not manifest.is_complete(request)]
         if self.dry_run:
             self._print_plan(plan, missing)
             return 0
-        with Leases(manifest.folder) as leases:
+        with Leases(self.output) as leases:
             run = Run(
                 plan.generator,
                 manifest,
@@ -149,17 +166,16 @@ class Render:
             with ProgressLine(f"{len(missing)} of {len(plan.requests)} pieces to generate") as bar:
                 return run.run(TextLog(bar))
 
-    def _plan(self, model: dict[str, Any]) -> "Plan":
+    def _plan(self, generator: "AnyGenerator", model: dict[str, Any]) -> "Plan":
         """Plan all pieces, in the order they were asked for."""
         from app.rendering.plan import OPTION_TYPES, Plan, find_prompts, read_jobs
-        from music_ar import Generator
         from music_ar.midi.io import MAX_BYTES
 
         prompts = list(find_prompts(self.prompts))
         jobs = [] if self.jobs is None else list(read_jobs(self.jobs))
         own = vars(self) | dataclasses.asdict(self.sampling) | dataclasses.asdict(self.wishes)
         plan = Plan(
-            Generator.from_pretrained(self.checkpoint),
+            generator,
             model,
             defaults={name: own[name] for name in OPTION_TYPES},
             batch_size=self.batch_size,
@@ -201,10 +217,11 @@ class Render:
     def _pipe(self) -> int:
         """Write a single piece to standard output."""
         from app.rendering.plan import load_prompt
-        from music_ar import write_midi
+        from music_ar import Generator, write_midi
 
         with ProgressLine("generating a piece") as line:
-            plan = self._plan({})
+            generator = Generator.from_pretrained(self.checkpoint)
+            plan = self._plan(generator, {})
             if len(plan.requests) != 1:
                 asked = len(plan.requests)
                 raise CommandError(f"--output - writes a single piece, these options ask for {asked}; name a folder")
@@ -218,7 +235,7 @@ class Render:
                 music_s += seconds
                 line.report(music_s / request.seconds, f"{music_s:.1f} of {request.seconds:g} s of music")
 
-            [piece] = plan.generator.generate_many([request], batch_size=1, progress=progress)
+            [piece] = generator.generate_many([request], batch_size=1, progress=progress)
         if piece.error is not None:
             print(f"music-ar: {request.tag.prompt}: {piece.error}", file=sys.stderr)
             return SOME_FAILED
@@ -227,7 +244,7 @@ class Render:
         return 0
 
 
-def _estimate_s(generator: "Generator", requests: "Sequence[Request]") -> float:
+def _estimate_s(generator: "AnyGenerator", requests: "Sequence[Request]") -> float:
     """Estimate how long the requests will take, from the timing of a few chunks and the density of real music."""
     from music_ar.decoding.autotune import MAESTRO_TOKENS_PER_S
 

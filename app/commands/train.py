@@ -5,6 +5,7 @@ that needs JAX is imported in `run`, so `music-ar train --help` does not wait fo
 """
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import numpy as np
 import tyro
 
+from app.commands.hosts import code_and_packages, run_together
 from app.console import CommandError, ProgressLine, Unset, check_options, clock
 from data_pipeline.augmentation.transforms import Augmentation
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import Manifest, text_digest
 from data_pipeline.window_wishes import WindowWishes, WishDropout
-from music_ar.ranges import whole
+from music_ar.ranges import number, whole
 from music_ar.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from music_ar.features.wishes import WishTable
     from music_ar.model.config import Compute, ModelConfig
     from music_ar.model.perceiver_ar import PerceiverAR
+    from music_ar.training.cluster import Hosts
     from music_ar.training.distillation import Teachers
     from music_ar.training.log import Progress
     from music_ar.training.trainer import Batches, Fitted
@@ -47,8 +50,8 @@ class Train:
             shares say how much of the training each gets. The run is validated on the first, and its --final-fraction
             trains on the first alone. With --wishes, the model learns the names.
         output: folder of the run; created if missing.
-        preset: size of the model: small (the shipped one), medium, tiny (for tests), or a baseline: small-decoder
-            (a decoder-only Transformer) or small-xl (Transformer-XL).
+        preset: size of the model: small (the shipped one), medium, large (for several devices), tiny (for tests), or a
+            baseline: small-decoder (a decoder-only Transformer) or small-xl (Transformer-XL).
         start: model to fine-tune: the name of a shipped model, or a folder such as the model/ of another run. Lower
             learning rates, such as --muon-learning-rate 0.012 --adamw-learning-rate 0.0008, keep more of what it knows.
             Default: random weights of the preset.
@@ -66,10 +69,19 @@ class Train:
             out. A --start model that takes wishes keeps those that it has.
         augmented_copies: number of augmented copies of each piece (other mode, dynamics and rubato) to train on;
             originals are oversampled to match. Use it against overfitting.
+        mesh: what the devices share, such as data=4,fsdp=2. Each axis has a number of devices, and their product is
+            the number of all: data splits the batch; fsdp splits it too, and with it the parameters and the optimizer's
+            state, for large models; sequence splits the context, for long ones. Default: all devices on data.
         workers: number of processes that prepare batches; 0 prepares them in the training process. Raise it if the
             device waits for data, as it may with a long context.
         resume: continue from the newest checkpoint in the folder of the run.
         augment: whether to transpose and stretch the pieces, except in the --final-fraction of the run.
+        coordinator: HOST:PORT of process 0, to train on many hosts; repeat the command on each. Default: as the
+            launcher says (Slurm, Open MPI, a TPU pod, a Kubernetes Job, SkyPilot, or MASTER_ADDR and MASTER_PORT).
+        processes: number of processes that train together. Default: as the launcher says. 1 trains alone, whatever it
+            says.
+        process: number of this one, from 0. Default: as the launcher says.
+        join_timeout: seconds to wait for all processes.
         training: length of the run, optimizer, regularization and logging.
         augmentation: ranges of the augmentation of training windows.
         wish_dropout: how often training windows come without wishes.
@@ -87,6 +99,7 @@ class Train:
     without_fold: Unset[int] = whole(None, 1, 1000)
     wishes: bool = False
     augmented_copies: int = whole(0, 0, 1000)
+    mesh: Unset[str] = None
     workers: int = whole(0, 0, 1000)
     resume: bool = False
     augment: Annotated[
@@ -96,6 +109,10 @@ class Train:
             help_behavior_hint="(default: augmented, except in the --final-fraction of the run)",
         ),
     ] = True
+    coordinator: Unset[str] = None
+    processes: Unset[int] = whole(None, 1, 2**16)
+    process: Unset[int] = whole(None, 0, 2**16)
+    join_timeout: float = number(300.0, above=0, most=86_400)
     training: tyro.conf.OmitArgPrefixes[TrainingConfig]
     augmentation: tyro.conf.OmitArgPrefixes[Augmentation] = field(default_factory=Augmentation)
     wish_dropout: tyro.conf.OmitArgPrefixes[WishDropout] = field(default_factory=WishDropout)
@@ -143,6 +160,27 @@ class Train:
         for package in ("grain", "tensorboardX"):
             if importlib.util.find_spec(package) is None:
                 raise CommandError(f"training needs {package}: pip install '.[train]'")
+        from music_ar.training.cluster import Alone, find
+
+        place = find(self.coordinator, self.processes, self.process, self.join_timeout)
+        if place is None:
+            self._train(Alone())
+        else:
+            run_together(place, self._common(), self._train, timeout_s=self.join_timeout)
+
+    def _common(self) -> dict[str, Any]:
+        """Return what must be the same on all hosts of a run."""
+        own = {"data", "sources", "output", "coordinator", "processes", "process", "join_timeout"}
+        groups = {"training", "augmentation", "wish_dropout"}
+        options = {name: value for name, value in vars(self).items() if name not in own | groups}
+        options |= asdict(self.training) | asdict(self.augmentation) | asdict(self.wish_dropout)
+        sources = [(each.name, each.share, asdict(Manifest.load(each.data))) for each in self._sources()]
+        data = text_digest(json.dumps(sources))[:12]
+        named = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+        return code_and_packages() | {"the data": data} | named
+
+    def _train(self, hosts: "Hosts") -> None:
+        """Train; process 0 saves the pretrained model if the run has reached its end."""
         from data_pipeline.dataset import Pieces
         from music_ar.decoding import backend
 
@@ -154,7 +192,9 @@ class Train:
         # A user's own data may have no validation split.
         held_out = Pieces.open(main, "validation").tokens if manifests[0].splits["validation"].pieces else ()
         model = self._initial_model(compute, parts)
-        fitted = self._fit(model, sources, manifests, parts, held_out, self._teachers(compute))
+        fitted = self._fit(model, sources, manifests, parts, held_out, self._teachers(compute), hosts)
+        if hosts.process > 0:
+            return
         if fitted.finished:
             self._save(fitted, held_out)
         else:
@@ -235,32 +275,38 @@ class Train:
         parts: "list[Pieces]",
         held_out: "Sequence[np.ndarray]",
         teachers: "Teachers | None",
+        hosts: "Hosts",
     ) -> "Fitted":
         """Train with a progress line."""
         import jax
 
         from music_ar.model.perceiver_ar import parameter_count
+        from music_ar.training.mesh import make_mesh, parse_axes, process_rows
         from music_ar.training.trainer import Trainer
 
+        mesh = make_mesh(None if self.mesh is None else parse_axes(self.mesh))
         targets, device = sum(part.targets for part in parts), jax.devices()[0].device_kind
         title = f"{parameter_count(model):,} parameters, {targets:,} tokens, {jax.device_count()} x {device}"
         config, seed = model.config, self.training.seed
         plain = self.augmented_copies == 0 and not self.augment and self.sources is None
         shares = None if self.sources is None else tuple(source.share for source in sources)
         final = parts if self.sources is None else parts[:1]
+        rows = None if jax.process_count() == 1 else process_rows(mesh, self.training.batch_size)
         with ProgressLine(title) as line:
             return Trainer(
                 model,
                 self.training,
                 self._batches(
-                    config, self._with_copies(parts), self.augmentation if self.augment else None, seed, shares
+                    config, self._with_copies(parts), self.augmentation if self.augment else None, seed, rows, shares
                 ),
-                final_batches=None if plain else self._batches(config, final, None, seed + 1, None),
+                final_batches=None if plain else self._batches(config, final, None, seed + 1, rows, None),
                 data=self._description(model, sources, manifests, parts),
                 output=self.output,
                 teachers=teachers,
                 validate=(lambda averaged: _validation_nll(averaged, held_out)) if held_out else None,
                 resume=self.resume,
+                mesh=mesh,
+                hosts=hosts,
                 on_progress=lambda progress: line.report(_share(progress), _describe(progress)),
             ).fit()
 
@@ -317,36 +363,44 @@ class Train:
         parts: "list[Pieces]",
         augmentation: Augmentation | None,
         seed: int,
+        rows: tuple[int, ...] | None,
         shares: tuple[float, ...] | None,
     ) -> "Batches":
-        import jax
-
         from data_pipeline.loader import LoaderConfig, batches
 
         loader = LoaderConfig(
             context=config.window,
             latents=config.latents,
-            batch_size=self.training.batch_size // jax.process_count(),
+            batch_size=self.training.batch_size,
             seed=seed,
             augmentation=augmentation,
             wishes=None if config.wishes is None else WindowWishes(table=config.wishes, dropout=self.wish_dropout),
             shares=shares,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=rows,
             workers=self.workers,
         )
         return cast("Batches", batches(*parts, config=loader))  # its batches are TypedDicts, so dicts of arrays
 
 
 def _validation_nll(model: "PerceiverAR", pieces: "Sequence[np.ndarray]") -> float:
-    """Return a quick NLL in nats per token, to monitor a run.
+    """Return a quick NLL in nats per token, to monitor a run; of many processes, each scores its share of the pieces.
 
     Every token counts once, but windows do not overlap, so some tokens have few latents before them: `music-ar
     evaluate` reports a lower NLL.
     """
+    import jax
+    from jax.experimental.multihost_utils import process_allgather
+
     from music_ar.evaluation.likelihood import ScoringConfig, score
 
-    return score(model, pieces, ScoringConfig(stride=model.config.latents)).nats_per_token
+    config = ScoringConfig(stride=model.config.latents)
+    if jax.process_count() == 1:
+        return score(model, pieces, config).nats_per_token
+    share = pieces[jax.process_index() :: jax.process_count()]
+    found = score(model, share, config) if share else None
+    sums = np.array([found.nll, found.tokens] if found else [0.0, 0.0])
+    nll, tokens = np.asarray(process_allgather(sums), np.float64).sum(axis=0)
+    return float(nll / tokens)
 
 
 def _share(progress: "Progress") -> float:

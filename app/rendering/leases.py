@@ -2,17 +2,21 @@
 
 Any number of processes may render into one folder, even from several machines on a network file system. A lease is a
 locked file. The operating system unlocks it when its process ends, however it ends, so a crash leaves nothing to clean
-up. Lease files are empty, in a hidden folder.
+up. Lease files are empty, in a hidden folder. A remote folder has no locks: there, leases are between the processes of
+one machine, in its cache.
 """
 
 import contextlib
 import hashlib
+import os
 from pathlib import Path
 from typing import Self
 
+import platformdirs
 from filelock import FileLock, Timeout
 
 from app.console import CommandError
+from music_ar.storage import LocalFolder, open_folder
 
 LEASES = ".leases"
 _GUARD = "guard"
@@ -22,18 +26,24 @@ class Leases:
     """The leases that this process holds in one folder. As a context manager, releases all of them on exit.
 
     Args:
-        folder: the output folder; created if it is missing.
+        folder: the output folder, a path or an address; created if it is missing.
 
     Raises:
         CommandError: the folder is not writable.
     """
 
-    def __init__(self, folder: Path):
-        self._folder = folder / LEASES
+    def __init__(self, folder: str | os.PathLike[str]):
+        written = open_folder(folder)
+        if isinstance(written, LocalFolder):
+            self._folder = written.path(LEASES)
+        else:
+            cache = platformdirs.user_cache_path("music-ar", appauthor=False)
+            self._folder = cache / "leases" / hashlib.sha256(str(written).encode()).hexdigest()
         self._held: dict[str, FileLock] = {}
         # Held while a lease file is opened and locked, or deleted: nobody locks a file that is gone.
         self._guard = FileLock(self._folder / _GUARD)
         try:
+            written.prepare()
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CommandError(

@@ -5,11 +5,12 @@ import math
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from app.console import ProgressLine, clock
-from app.rendering.manifest import MANIFEST, Line
+from app.rendering.lines import MANIFEST
+from app.rendering.manifest import Line
+from music_ar.storage import Folder
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -18,7 +19,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 class Tally:
     """Counts of one run: pieces to generate, already complete, generated, failed, and left to another process."""
 
-    folder: Path
+    folder: Folder
     pieces: int
     wanted_s: float
     complete: int
@@ -72,7 +73,7 @@ class TextLog:
         if tally.elsewhere:
             print(f"{tally.elsewhere} more are left to another process")
         if tally.failed:
-            print(f"the errors are in {tally.folder / MANIFEST}; run the command again to retry")
+            print(f"the errors are in {tally.folder.path(MANIFEST)}; run the command again to retry")
 
 
 class JsonLog:

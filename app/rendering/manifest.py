@@ -1,29 +1,25 @@
 """The manifest of a rendered folder: `manifest.jsonl`, one line per piece.
 
-A piece is written under a temporary name, renamed, and only then added to the manifest. So every piece with a line is
-complete.
+A piece is written atomically and only then added to the manifest. So every piece with a line is complete.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
-from filelock import FileLock
-
 from app.console import CommandError
+from app.rendering.lines import MANIFEST, complete, open_lines
 from music_ar.decoding.request import Request
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.files import parse_json, read_file, write_atomically
+from music_ar.files import parse_json
 from music_ar.ranges import shown
+from music_ar.storage import open_folder
 
-MANIFEST = "manifest.jsonl"
-_LOCK = ".manifest.lock"
 _TEXT, _NUMBER = str | None, int | float | None
 _FIELDS = {  # that are read again
     "file": str,
@@ -67,20 +63,21 @@ class Manifest:
     """The lines of a folder's manifest, shared with other processes.
 
     Args:
-        folder: the output folder. It need not exist until something is written.
+        folder: the output folder, a path or an address. It need not exist until something is written.
 
     Attributes:
+        folder: the output folder.
         lines: the last line of each piece, by file.
 
     Raises:
         CommandError: a line is damaged.
+        StorageError: the address of the folder cannot be used.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = open_folder(folder)
         self.lines: dict[str, Line] = {}
-        self._path = folder / MANIFEST
-        self._lock = FileLock(folder / _LOCK)
+        self._stored = open_lines(self.folder)
         self._read = b""
         self.read()
 
@@ -92,11 +89,8 @@ class Manifest:
         Raises:
             CommandError: a line is damaged.
         """
-        try:
-            data = read_file(self._path)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        whole = data[: _complete(data)]
+        data = self._stored.read()
+        whole = data[: complete(data)]
         if not whole.startswith(self._read):
             self.lines.clear()
             self._read = b""
@@ -111,35 +105,20 @@ class Manifest:
             line = parse_json(text)
             _check(line)
         except ValueError as error:
+            found = shown(text.decode(errors="replace"))
             raise CommandError(
-                f"{self._path}:{number} is not a record of a piece: {shown(text.decode(errors='replace'))}; "
-                "fix or remove the file"
+                f"{self.folder.path(MANIFEST)}:{number} is not a record of a piece: {found}; fix or remove the file"
             ) from error
         return line
 
     def write(self, name: str, data: bytes) -> str:
         """Write a file of the folder atomically, for a piece that this process has leased. Returns its SHA-256."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Always the same temporary name, so that the next run overwrites what a killed process has left.
-        write_atomically(path, data, part=path.with_name(f".part.{path.name}"))
+        self.folder.write(name, data)
         return hashlib.sha256(data).hexdigest()
 
     def add(self, line: Line) -> None:
         """Append the line of a piece."""
-        data = _encode(line)
-        with self._lock, self._path.open("a+b") as file:
-            file.seek(0)
-            end = _complete(file.read())
-            file.truncate(end)  # drops the partial line of a killed process
-            try:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:  # a full disk: leave no partial line
-                with contextlib.suppress(OSError):
-                    file.truncate(end)
-                raise
+        self._stored.append(line["file"], _encode(line))
         self.lines[line["file"]] = line
 
     def rewrite(self, order: Sequence[str], changes: Mapping[str, Line]) -> None:
@@ -149,13 +128,13 @@ class Manifest:
             order: files of the planned pieces. Any others follow, by name.
             changes: fields to set, by file.
         """
-        with self._lock:
+        with self._stored.locked():
             self.read()
             places = {name: place for place, name in enumerate(order)}
             names = sorted(self.lines, key=lambda name: (places.get(name, len(places)), name))
             for name in names:
                 self.lines[name] |= changes.get(name, {})
-            self.write(MANIFEST, b"".join(_encode(self.lines[name]) for name in names))
+            self._stored.replace(b"".join(_encode(self.lines[name]) for name in names))
 
     def is_complete(self, request: Request) -> bool:
         """Whether the piece exists as requested, unchanged. A piece dropped by `keep_best` counts as complete."""
@@ -165,8 +144,15 @@ class Manifest:
         if line["status"] == "dropped":
             return True
         audio = line.get("audio")
-        has_audio = audio is None or (self.folder / audio).exists()
-        return has_audio and _sha256(self.folder / line["file"]) == line["sha256"]
+        has_audio = audio is None or self.folder.exists(audio)
+        return has_audio and self._sha256(line["file"]) == line["sha256"]
+
+    def _sha256(self, name: str) -> str | None:
+        """The hexadecimal SHA-256 of a file, or None if it cannot be read."""
+        try:
+            return hashlib.sha256(self.folder.read(name)).hexdigest()
+        except OSError:
+            return None
 
     def check_unchanged(self, requests: Sequence[Request]) -> None:
         """Raise `CommandError` if an existing piece was generated with other settings."""
@@ -175,7 +161,7 @@ class Manifest:
             changes = [] if line is None or line["status"] == "failed" else changed_settings(line, request)
             if changes:
                 raise CommandError(
-                    f"{self.folder / request.tag.file} was generated with other settings ({'; '.join(changes)}): "
+                    f"{self.folder.path(request.tag.file)} was generated with other settings ({'; '.join(changes)}): "
                     "use the same settings or another folder, or replace it with --overwrite"
                 )
 
@@ -222,14 +208,6 @@ def is_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and "\0" not in name and bool(path.name.strip())
 
 
-def _sha256(path: Path) -> str | None:
-    """The hexadecimal SHA-256 of a file, or None if it cannot be read."""
-    try:
-        return hashlib.sha256(read_file(path)).hexdigest()
-    except OSError:
-        return None
-
-
 def _check(line: Any) -> None:
     """Raise ValueError unless this is a line that `planned_line` began."""
     if not isinstance(line, dict):
@@ -243,8 +221,3 @@ def _check(line: Any) -> None:
 def _encode(line: Line) -> bytes:
     """Encode a line. Bytes of a prompt's name that are not Unicode become JSON escapes."""
     return json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
-
-
-def _complete(data: bytes) -> int:
-    """The length of the complete lines in `data`: a killed process may leave a partial line at the end."""
-    return data.rfind(b"\n") + 1

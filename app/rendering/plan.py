@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 from app.console import STDIN, CommandError
 from app.rendering.manifest import Output
 from app.rendering.names import Names, file_name, job_name
+from app.rendering.on_ray import AnyGenerator
 from music_ar.decoding.request import DEFAULT_LATENTS, Request
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.features.wishes import WISH_OPTIONS, Wishes
+from music_ar.features.wishes import WISH_OPTIONS, Wishes, wish_ids
 from music_ar.files import parse_json, read_file
-from music_ar.generator import Generator
-from music_ar.midi.folders import MIDI_EXTENSIONS, find_midi_files
+from music_ar.midi.folders import MIDI_EXTENSIONS, find_midi_files, is_midi_name
 from music_ar.midi.io import MAX_BYTES
 from music_ar.ranges import refuse, shown
+from music_ar.storage import find_files, is_url, read_path
 
 LIST_EXTENSIONS = (".txt", ".list")
 _EXACT = 2**53  # whole numbers up to this are floats, too
@@ -44,24 +45,25 @@ class Prompt(NamedTuple):
 def find_prompts(arguments: Sequence[str]) -> Iterator[Prompt]:
     """List the prompts in folders, files, lists of files and globs; the argument `STDIN` is standard input.
 
+    Files and folders may be addresses, such as `s3://bucket/prompts`.
+
     Raises:
         CommandError: an argument does not name a prompt.
+        OSError, StorageError: an address cannot be read.
     """
     for argument in arguments:
         path = Path(argument)
         if argument == STDIN:
             yield Prompt(STDIN, "stdin", is_stdin=True)
+        elif is_url(argument):
+            yield from _prompts_at(argument)
         elif path.is_dir():
             found = find_midi_files(path)
             if not found:
                 raise CommandError(f"{argument}: expected MIDI files ({', '.join(MIDI_EXTENSIONS)}) in it, found none")
             yield from (Prompt(each.as_posix(), each.relative_to(path).with_suffix("").as_posix()) for each in found)
         elif path.is_file() and path.suffix.lower() in LIST_EXTENSIONS:
-            lines = [line.strip(" \t\r") for line in _read_lines(path)]
-            listed = [path.parent / line for line in lines if line and not line.startswith("#")]
-            if not listed:
-                raise CommandError(f"{argument}: expected one file name per line, found none")
-            yield from (Prompt(each.as_posix(), each.stem) for each in listed)
+            yield from _listed_prompts(path)
         elif path.exists() or path.is_symlink():  # a pipe, a device or a dead link fails on its own
             yield Prompt(path.as_posix(), path.stem)
         elif any(letter in argument for letter in "*?["):
@@ -72,6 +74,27 @@ def find_prompts(arguments: Sequence[str]) -> Iterator[Prompt]:
             yield from (Prompt(each, PurePath(each).stem) for each in matching)
         else:
             raise CommandError(f"{argument}: no such file or folder")
+
+
+def _listed_prompts(path: Path) -> Iterator[Prompt]:
+    """The prompts that a text file lists, relative to it."""
+    lines = [line.strip(" \t\r") for line in _read_lines(path)]
+    listed = [line for line in lines if line and not line.startswith("#")]
+    if not listed:
+        raise CommandError(f"{path}: expected one file name per line, found none")
+    found = (line if is_url(line) else (path.parent / line).as_posix() for line in listed)
+    yield from (Prompt(each, PurePath(each).stem) for each in found)
+
+
+def _prompts_at(url: str) -> Iterator[Prompt]:
+    """The MIDI file at an address, or the MIDI files below it."""
+    if is_midi_name(url):
+        yield Prompt(url, PurePath(url).stem)
+        return
+    found = [name for name in find_files(url) if is_midi_name(name)]
+    if not found:
+        raise CommandError(f"{url}: expected MIDI files ({', '.join(MIDI_EXTENSIONS)}) there, found none")
+    yield from (Prompt(f"{url.rstrip('/')}/{name}", PurePath(name).with_suffix("").as_posix()) for name in found)
 
 
 def _option_types() -> Iterator[tuple[str, type]]:
@@ -110,7 +133,8 @@ def read_jobs(path: Path) -> Iterator[dict[str, Any]]:
             raise CommandError(f"{where}: expected an object with any of {', '.join(JOB_TYPES)}, got {shown(text)}")
         job = {key: _checked(f"{where}: {key}", value, JOB_TYPES[key]) for key, value in job.items()}
         if "prompt" in job:
-            job["prompt"] = (path.parent / job["prompt"]).as_posix()
+            given = job["prompt"]
+            job["prompt"] = given if is_url(given) else (path.parent / given).as_posix()
         yield job
 
 
@@ -144,7 +168,7 @@ class Plan:
 
     def __init__(
         self,
-        generator: Generator,
+        generator: AnyGenerator,
         model: Mapping[str, Any],
         *,
         defaults: Mapping[str, Any],
@@ -194,7 +218,7 @@ class Plan:
         name = self._names.unique(name)
         options = {**self._defaults, **options}
         wishes = Wishes(**{name: options[name] for name in WISH_OPTIONS})
-        self.generator.check_wishes(wishes)
+        wish_ids(self.generator.config.wishes, wishes)  # raises if the model cannot take them
         batch_size = self.generator.batch_size(options["latents"])  # raises if the model cannot take so many latents
         if wishes.is_guided:  # each piece takes two rows
             batch_size = max(1, batch_size // 2)
@@ -242,7 +266,7 @@ def load_prompt(request: Request) -> Request:
     """
     if not isinstance(request.prompt, str):
         return request
-    data = read_file(request.prompt, max_bytes=MAX_BYTES)
+    data = read_path(request.prompt, max_bytes=MAX_BYTES)
     output = dataclasses.replace(request.tag, prompt_sha256=_sha256(data))
     return dataclasses.replace(request, prompt=data, tag=output)
 
@@ -251,7 +275,7 @@ def _sha256(source: str | bytes | None) -> str | None:
     """The hash of a prompt's bytes; None if there is none or it cannot be read."""
     if isinstance(source, str):
         try:
-            source = read_file(source, max_bytes=MAX_BYTES)
+            source = read_path(source, max_bytes=MAX_BYTES)
         except OSError:
             return None
     return None if source is None else hashlib.sha256(source).hexdigest()

@@ -12,9 +12,11 @@ from app.console import SOME_FAILED
 from app.rendering.leases import Leases
 from app.rendering.log import Log, Tally
 from app.rendering.manifest import Line, Manifest, planned_line
+from app.rendering.on_ray import AnyGenerator
 from app.rendering.plan import load_prompt
+from music_ar.cluster import ClusterError
 from music_ar.decoding.request import Request
-from music_ar.generator import Generator, Piece
+from music_ar.generator import Piece
 from music_ar.metrics.statistics import plausibility
 from music_ar.midi import MidiError, write_midi
 
@@ -28,7 +30,7 @@ class Run:
     """Generates the missing pieces of a plan into a folder that other processes may share.
 
     Args:
-        generator: the model.
+        generator: the model, on this machine or on a cluster.
         manifest: of the output folder.
         leases: of this process, in that folder.
         plan: all requests.
@@ -40,7 +42,7 @@ class Run:
 
     def __init__(
         self,
-        generator: Generator,
+        generator: AnyGenerator,
         manifest: Manifest,
         leases: Leases,
         plan: Sequence[Request],
@@ -74,6 +76,9 @@ class Run:
             return 130
         except OSError as error:
             self._print_stopped(f"cannot write {error.filename or f'in {self._manifest.folder}'}: {error.strerror}")
+            return 2
+        except ClusterError as error:
+            self._print_stopped(str(error))
             return 2
         log.summary(self._tally)
         return SOME_FAILED if self._tally.failed else 0
@@ -190,7 +195,7 @@ class Run:
             if line is not None and line["status"] == "dropped":
                 for name in (line["file"], line.get("audio")):
                     if name is not None:
-                        (self._manifest.folder / name).unlink(missing_ok=True)
+                        self._manifest.folder.remove(name)
 
     def _print_stopped(self, why: str) -> None:
         print(

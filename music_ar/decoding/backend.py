@@ -178,3 +178,8 @@ def cpu_devices(*, many_rows: bool = False) -> int:
     major, minor = map(int, metadata.version("jax").split(".")[:2])
     cores_per_device = 2 if (major, minor) >= _YNNPACK_VERSION and not many_rows else 1
     return max(1, min(_MAX_CPU_DEVICES, usable_cores() // cores_per_device))
+
+
+def split_cpu(*, many_rows: bool = False) -> None:
+    """Have JAX split the CPU into `cpu_devices`, across which rows are sharded. Call it before JAX is imported."""
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(cpu_devices(many_rows=many_rows)))

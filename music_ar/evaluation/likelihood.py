@@ -4,16 +4,18 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int32, Integer
 
 from music_ar.decoding.interface import AnyDecoder
 from music_ar.decoding.windows import WindowMode
+from music_ar.evaluation.memory import windows_at_once
 from music_ar.evaluation.windows import Window, batch_windows, check_pieces, cut_windows
 from music_ar.model.config import ModelConfig
 from music_ar.model.perceiver_ar import PerceiverAR
@@ -84,7 +86,7 @@ class ScoringConfig:
             attends to the last `ModelConfig.context` of them.
         latents: latents per window, N; default: those that the model was trained with. At least `stride`.
         stride: targets between the ends of windows; a smaller stride is slower and gives each target more context.
-        batch_size: windows per forward pass.
+        batch_size: windows per forward pass; fewer if they do not fit in memory.
     """
 
     context: int | None = None
@@ -109,8 +111,58 @@ class ScoringConfig:
         return context, latents
 
 
+class WindowScorer:
+    """A model that scores batches of windows, one after another.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: PerceiverAR):
+        self._graph, self._params = nnx.split(model)
+
+    def __call__(self, batch: "WindowBatch") -> Array:
+        """The NLL of the last S targets of each window, at each temperature, [C, B, S]; it may not be computed yet."""
+        temperatures_C = np.asarray(batch.temperatures, np.float32)
+        return _window_nll(self._graph, self._params, batch.tokens, temperatures_C, batch.latents, batch.stride)
+
+    def map(self, batches: "Iterable[WindowBatch]") -> "Iterator[tuple[WindowBatch, Float[np.ndarray, 'C B S']]]":
+        """Each batch with its result."""
+        return _computed_ahead((batch, self(batch)) for batch in batches)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class WindowBatch:
+    """Windows to score in one forward pass.
+
+    Attributes:
+        windows: where they are.
+        tokens: [B, M + 1], as `batch_windows` yields them.
+        temperatures: as for `score_tokens`.
+        latents: latents per window, N.
+        stride: number of last targets, S, whose NLL is wanted.
+    """
+
+    windows: Sequence[Window]
+    tokens: Int32[np.ndarray, "B _"]
+    temperatures: tuple[float, ...]
+    latents: int
+    stride: int
+
+
+@runtime_checkable
+class ScoresWindows(Protocol):
+    """A model somewhere else, such as on the workers of a cluster, that scores batches of windows."""
+
+    config: ModelConfig
+
+    def map(self, batches: Iterable[WindowBatch]) -> "Iterator[tuple[WindowBatch, Float[np.ndarray, 'C B S']]]":
+        """Each batch with its result, in any order."""
+        ...
+
+
 def score(
-    model: PerceiverAR,
+    model: PerceiverAR | ScoresWindows,
     pieces: Sequence[Integer[np.ndarray, " _"]],
     config: ScoringConfig | None = None,
     *,
@@ -122,7 +174,7 @@ def score(
 
 
 def score_tokens(
-    model: PerceiverAR,
+    model: PerceiverAR | ScoresWindows,
     pieces: Sequence[Integer[np.ndarray, " _"]],
     config: ScoringConfig | None = None,
     *,
@@ -133,7 +185,7 @@ def score_tokens(
     """Return the NLL of each token of each piece, in nats.
 
     Args:
-        model: the model.
+        model: the model, here or elsewhere.
         pieces: token arrays, each from `vocabulary.START` to `vocabulary.END`.
         config: sizes of the windows; default: `ScoringConfig()`.
         last: for each piece, how many of its last tokens to score; default: all but the first.
@@ -145,6 +197,7 @@ def score_tokens(
 
     Raises:
         ValueError: the sizes do not fit together, there are no pieces, or one is shorter than a start and an end.
+        ScoringError: a window does not fit in memory.
     """
     config = config or ScoringConfig()
     context, latents = config.sizes(model.config)
@@ -152,35 +205,39 @@ def score_tokens(
     counts = [len(piece) - 1 for piece in pieces] if last is None else last
     nll = [np.zeros((len(temperatures), count), np.float32) for count in counts]
     windows = cut_windows(pieces, counts, config.stride)
-    batches = batch_windows(pieces, windows, context, min(config.batch_size, len(windows)))
-    graph, params = nnx.split(model)
-    temperatures_C, done = np.asarray(temperatures, np.float32), 0
-    results = (
-        (batch, _window_nll(graph, params, tokens, temperatures_C, latents, config.stride)) for batch, tokens in batches
+    batch_size = min(config.batch_size, len(windows))
+    if isinstance(model, PerceiverAR):
+        batch_size = windows_at_once(model.config, model.compute, context, latents, batch_size)
+    batches = (
+        WindowBatch(
+            windows=batch, tokens=tokens, temperatures=tuple(temperatures), latents=latents, stride=config.stride
+        )
+        for batch, tokens in batch_windows(pieces, windows, context, batch_size)
     )
-    for batch, nll_CxBxS in _computed_ahead(results):
-        for number, window in enumerate(batch):
+    scorer, done = WindowScorer(model) if isinstance(model, PerceiverAR) else model, 0
+    for batch, nll_CxBxS in scorer.map(batches):
+        for number, window in enumerate(batch.windows):
             stop = window.end - (len(pieces[window.piece]) - 1) + counts[window.piece]
             found_CxS = nll_CxBxS[:, number, config.stride - window.targets :]
             nll[window.piece][:, stop - window.targets : stop] = found_CxS
-        done += len(batch)
+        done += len(batch.windows)
         if on_progress is not None:
             on_progress(done / len(windows))
     return nll
 
 
 def _computed_ahead(
-    results: Iterator[tuple[Sequence[Window], Array]],
-) -> Iterator[tuple[Sequence[Window], Float[np.ndarray, "C B S"]]]:
+    results: Iterator[tuple[WindowBatch, Array]],
+) -> Iterator[tuple[WindowBatch, Float[np.ndarray, "C B S"]]]:
     """Fetch results from the device while it computes the next ones."""
-    waiting: collections.deque[tuple[Sequence[Window], Array]] = collections.deque()
+    waiting: collections.deque[tuple[WindowBatch, Array]] = collections.deque()
     for result in results:
         waiting.append(result)
         if len(waiting) > _BATCHES_AHEAD:
-            windows, nll = waiting.popleft()
-            yield windows, np.asarray(nll)
-    for windows, nll in waiting:
-        yield windows, np.asarray(nll)
+            batch, nll = waiting.popleft()
+            yield batch, np.asarray(nll)
+    for batch, nll in waiting:
+        yield batch, np.asarray(nll)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))

@@ -178,6 +178,8 @@ PRESETS: dict[str, ModelConfig] = {
     "small": _SMALL,
     # About 55 million; `small` can be expanded to it (see `expansion`).
     "medium": dataclasses.replace(_SMALL, width=768, layers=10, heads=12, kv_heads=3, hidden=2048),
+    # About 400 million, for several accelerators.
+    "large": dataclasses.replace(_SMALL, width=1536, layers=20, heads=24, kv_heads=6, hidden=4096, time_heads=2),
     # The control: a decoder-only Transformer of the same size as `small`.
     "small-decoder": dataclasses.replace(_SMALL, context=2048, latents=2048),
     # The same with segment recurrence: Transformer-XL, trained on windows of four segments.

@@ -7,6 +7,9 @@ al., arXiv 2310.01889): a probability is the exponential of its score minus the 
 gradients are exact and that of the queries is their sum. Automatic differentiation of the merge would be wrong, since
 JAX does not differentiate the log-sum-exp that cuDNN returns.
 
+The prefix can be split over the devices of a mesh axis, too: each computes the attention to its share, and only outputs
+and log-sum-exps of N latents are exchanged.
+
 Measurements: docs/results/long-context.md.
 
 Dimension key, in addition to that of `config`: T keys, C keys of a block or a part,
@@ -22,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from music_ar.model.attention import causal_attention
 from music_ar.model.config import Compute
+from music_ar.model.rows import take_slice
 
 Gradients = tuple[Array, Array, Array]
 """Of queries, keys and values."""
@@ -62,6 +66,7 @@ def attend_context(
     v_BxSxGxK: Float[Array, "B S G K"],
     prefix_B: Int[Array, " B"],
     compute: Compute,
+    split_over: str | None = None,
 ) -> Float[Array, "B N H K"]:
     """Attention of each latent to the prefix, and to the latents up to itself.
 
@@ -70,26 +75,33 @@ def attend_context(
         k_BxSxGxK, v_BxSxGxK: keys and values of the prefix, then of the N latents, then of anything, which is not seen.
         prefix_B: length of the prefix in each row of the batch, at most S - N.
         compute: "cudnn" takes cuDNN's kernels, "xla" plain operations on blocks of keys. Memory is linear in S.
+        split_over: a mesh axis, inside `jax.shard_map`: the first S - N keys and values are a device's share of the
+            prefix, of which it has `prefix_B`, and the latents' come right after. Latents are the same on all devices
+            of the axis. As usual in `jax.shard_map`, gradients are a device's share, to be summed.
     """
     N, P = q_BxNxHxK.shape[1], k_BxSxGxK.shape[1] - q_BxNxHxK.shape[1]
     if P == 0:
         return causal_attention(q_BxNxHxK, k_BxSxGxK, v_BxSxGxK, compute)
+    far_k, far_v = k_BxSxGxK[:, :P], v_BxSxGxK[:, :P]
+    if split_over is None:
+        near_k, near_v = (take_slice(x, prefix_B, N) for x in (k_BxSxGxK, v_BxSxGxK))
+    else:
+        near_k, near_v = k_BxSxGxK[:, P:], v_BxSxGxK[:, P:]
+    return _attend((compute.attention, split_over), q_BxNxHxK, far_k, far_v, prefix_B, near_k, near_v)
 
-    def latents(x: Array, start: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(x, start, N)
 
-    near_k, near_v = (jax.vmap(latents)(x, prefix_B) for x in (k_BxSxGxK, v_BxSxGxK))
-    return _attend(compute.attention, q_BxNxHxK, k_BxSxGxK[:, :P], v_BxSxGxK[:, :P], prefix_B, near_k, near_v)
+_How = tuple[str, str | None]  # the kernel, and the mesh axis over which the prefix is split
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(attention: str, q: Array, far_k: Array, far_v: Array, lengths_B: Array, k: Array, v: Array) -> Array:
-    return _attend_forward(attention, q, far_k, far_v, lengths_B, k, v)[0]
+def _attend(how: _How, q: Array, far_k: Array, far_v: Array, lengths_B: Array, k: Array, v: Array) -> Array:
+    return _attend_forward(how, q, far_k, far_v, lengths_B, k, v)[0]
 
 
 def _attend_forward(
-    attention: str, q: Array, far_k: Array, far_v: Array, lengths_B: Array, k: Array, v: Array
+    how: _How, q: Array, far_k: Array, far_v: Array, lengths_B: Array, k: Array, v: Array
 ) -> tuple[Array, tuple[Array, ...]]:
+    attention, axis = how
     kernel, parts = _kernel(attention), _Parts(len(q), far_k.shape[1])
     near, near_lse_BxHxN = kernel.forward(q, k, v, None)
     lengths_BR = parts.lengths(lengths_B)
@@ -97,15 +109,16 @@ def _attend_forward(
         parts.repeat(q), parts.split(far_k), parts.split(far_v), jnp.maximum(lengths_BR, 1)
     )
     far_lse_BRxHxN = jnp.where(lengths_BR[:, None, None] > 0, far_lse_BRxHxN, -_NO_KEYS)
-    each_lse = jnp.concatenate([parts.by_row(far_lse_BRxHxN), near_lse_BxHxN[:, None]], axis=1)
+    far_lse_BxRxHxN = parts.by_row(far_lse_BRxHxN)
+    each_lse = jnp.concatenate([_of_all_devices(far_lse_BxRxHxN, axis), near_lse_BxHxN[:, None]], axis=1)
     lse_BxHxN = jax.nn.logsumexp(each_lse, axis=1)
-    shares = jnp.exp(each_lse - lse_BxHxN[:, None]).swapaxes(2, 3)[..., None]
-    each = jnp.concatenate([parts.by_row(far_BRxNxHxK), near[:, None]], axis=1)
-    out = (each * shares).sum(axis=1).astype(q.dtype)
+    far = (parts.by_row(far_BRxNxHxK) * _shares(far_lse_BxRxHxN, lse_BxHxN[:, None])).sum(axis=1)
+    out = (_sum_over(far, axis) + near * _shares(near_lse_BxHxN, lse_BxHxN)).astype(q.dtype)
     return out, (q, far_k, far_v, lengths_B, k, v, out, lse_BxHxN)
 
 
-def _attend_backward(attention: str, residuals: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
+def _attend_backward(how: _How, residuals: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
+    attention, axis = how
     q, far_k, far_v, lengths_B, k, v, out, lse_BxHxN = residuals
     kernel, parts = _kernel(attention), _Parts(len(q), far_k.shape[1])
     near_q, near_k, near_v = kernel.backward(q, k, v, None, (out, lse_BxHxN), gradient)
@@ -118,13 +131,31 @@ def _attend_backward(attention: str, residuals: tuple[Array, ...], gradient: Arr
         parts.split(far_v),
         jnp.maximum(lengths_BR, 1),
         (parts.repeat(out), lse_BRxHxN),
-        parts.repeat(gradient),
+        parts.repeat(_sum_over(gradient, axis)),  # a share of the prefix is in the outputs of all devices
     )
     q_gradient = near_q + parts.by_row(far_q).sum(axis=1)
     return q_gradient, parts.join(far_k), parts.join(far_v), None, near_k, near_v
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _of_all_devices(lse_BxRxHxN: Array, axis: str | None) -> Array:
+    """Log-sum-exps of the parts, or of the shares of all devices of an axis."""
+    if axis is None:
+        return lse_BxRxHxN
+    of_share_Bx1xHxN = jax.nn.logsumexp(lse_BxRxHxN, axis=1, keepdims=True)
+    return jax.lax.all_gather(of_share_Bx1xHxN, axis, axis=1, tiled=True)
+
+
+def _sum_over(x: Array, axis: str | None) -> Array:
+    """The sum over the devices of an axis, in float32."""
+    return x if axis is None else jax.lax.psum(x.astype(jnp.float32), axis).astype(x.dtype)
+
+
+def _shares(part_xHxN: Array, whole_xHxN: Array) -> Float[Array, "*_ N H 1"]:
+    """Share of a part in the softmax of the whole, given their log-sum-exps."""
+    return jnp.exp(part_xHxN - whole_xHxN).swapaxes(-2, -1)[..., None]
 
 
 class _Parts:

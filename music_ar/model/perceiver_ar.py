@@ -21,6 +21,7 @@ from music_ar.features.retrieval import Retrieved
 from music_ar.model.attention import Block, Matrix, linear
 from music_ar.model.config import Compute, ModelConfig
 from music_ar.model.context_attention import attend_context
+from music_ar.model.rows import Rows, lay_out, take, take_slice
 from music_ar.model.transformer_xl import attend_segments
 from music_ar.model.wish_embedding import WishEmbedding
 from music_ar.tokens import vocabulary
@@ -109,6 +110,7 @@ class PerceiverAR(nnx.Module):
         labels_BxC: Float[Array, "B C"] | None = None,
         wishes_BxW: Int[Array, "B W"] | None = None,
         key: Array | None = None,
+        split_over: str | None = None,
     ) -> Float[Array, "B N V"]:
         """Logits of the token that follows each of the last N inputs.
 
@@ -124,12 +126,14 @@ class PerceiverAR(nnx.Module):
                 distribution separate: Jun et al., "Distribution augmentation for generative modeling", 2020.)
             wishes_BxW: ids of the wishes of each row (`features.wishes.WishTable`); all 0, like None, means none.
             key: random key for the prefix and dropout.
+            split_over: mesh axis, inside `jax.shard_map`, over which the prefix is split: each device embeds a share of
+                it and has its keys and values. Inputs, latents and logits are the same on all devices of the axis.
 
         Returns:
             float32 logits [B, N, V]; row k belongs to input position T - N + k. Rows at padding are meaningless.
 
         Raises:
-            ValueError: `latents` out of range, or randomness without `key`.
+            ValueError: `latents` out of range, randomness without `key`, or no prefix to split.
         """
         M = self.config.attended(tokens_BxT.shape[1])
         N = min(self.config.latents, M) if latents is None else latents
@@ -141,8 +145,12 @@ class PerceiverAR(nnx.Module):
         drop = nnx.Dropout(dropout, deterministic=key is None, rngs=None if key is None else nnx.Rngs(dropout_key))
 
         conditioning_BxM, tokens_BxM = self.conditioning(tokens_BxT, M), tokens_BxT[:, -M:]
-        rows = _lay_out(tokens_BxM, M if self.config.segment else N, kept_prefix, prefix_key)
-        conditioning_BxS = jax.tree.map(lambda leaf: _take(leaf, rows.positions_BxS), conditioning_BxM)
+        rows = lay_out(tokens_BxM, M if self.config.segment else N, kept_prefix, prefix_key)
+        if split_over is not None:
+            if self.config.segment or rows.positions_BxS.shape[1] == N:
+                raise ValueError(f"there is no prefix to split over devices: all {M} inputs are latents")
+            rows = rows.share(split_over)
+        conditioning_BxS = jax.tree.map(lambda leaf: take(leaf, rows.positions_BxS), conditioning_BxM)
         embedded_BxSxD = self.condition(self._embed_rows(tokens_BxM, rows), conditioning_BxS)
         if labels_BxC is not None:
             embedded_BxSxD = embedded_BxSxD + self.label(labels_BxC.astype(self.dtype))[:, None]
@@ -152,25 +160,25 @@ class PerceiverAR(nnx.Module):
 
         tower = self._recur if self.config.segment else self._attend
         x_BxNxD = tower(embedded_BxSxD, positions_BxSxP, rows, drop)
-        return self.logits(_take(x_BxNxD, rows.right_aligned_BxN)[:, -N:])
+        return self.logits(take(x_BxNxD, rows.right_aligned_BxN)[:, -N:])
 
     def _attend(
-        self, embedded_BxSxD: Array, positions_BxSxP: Array, rows: "_Rows", drop: nnx.Dropout
+        self, embedded_BxSxD: Array, positions_BxSxP: Array, rows: Rows, drop: nnx.Dropout
     ) -> Float[Array, "B N D"]:
         """The cross block, then the self blocks over the latents."""
         N = rows.right_aligned_BxN.shape[1]
         k_BxSxGxK, v_BxSxGxK = self.cross.keys_values(self.context_norm(embedded_BxSxD), positions_BxSxP)
-        positions_BxNxP = _slice(positions_BxSxP, rows.prefix_B, N)
-        x_BxNxD = self.latent(_slice(embedded_BxSxD, rows.prefix_B, N))
+        positions_BxNxP = take_slice(positions_BxSxP, rows.latents_B, N)
+        x_BxNxD = self.latent(take_slice(embedded_BxSxD, rows.latents_B, N))
         q_BxNxHxK = self.cross.queries(x_BxNxD, positions_BxNxP)
-        attended_BxNxHxK = attend_context(q_BxNxHxK, k_BxSxGxK, v_BxSxGxK, rows.prefix_B, self.compute)
+        attended_BxNxHxK = attend_context(q_BxNxHxK, k_BxSxGxK, v_BxSxGxK, rows.prefix_B, self.compute, rows.split_over)
         x_BxNxD = self.cross.add(x_BxNxD, attended_BxNxHxK, drop)
         for block in self.blocks:
             x_BxNxD = block.attend_self(x_BxNxD, positions_BxNxP, drop)
         return x_BxNxD
 
     def _recur(
-        self, embedded_BxMxD: Array, positions_BxMxP: Array, rows: "_Rows", drop: nnx.Dropout
+        self, embedded_BxMxD: Array, positions_BxMxP: Array, rows: Rows, drop: nnx.Dropout
     ) -> Float[Array, "B M D"]:
         """All blocks with segment recurrence; see `transformer_xl`."""
         del rows
@@ -180,11 +188,13 @@ class PerceiverAR(nnx.Module):
             x = block.add(x, attend_segments(block, x, x, block.attention_norm, positions_BxMxP), drop)
         return x
 
-    def _embed_rows(self, tokens_BxM: Array, rows: "_Rows") -> Float[Array, "B S D"]:
+    def _embed_rows(self, tokens_BxM: Array, rows: Rows) -> Float[Array, "B S D"]:
         """Embeddings of the S rows. If none are dropped, tokens are put in order, which is cheaper than embeddings."""
+        if rows.split_over is not None:
+            return self._embed_at(tokens_BxM, rows.positions_BxS)
         if rows.positions_BxS.shape == tokens_BxM.shape:
-            return self.embed(_take(tokens_BxM, rows.positions_BxS))
-        return _take(self.embed(tokens_BxM), rows.positions_BxS)
+            return self.embed(take(tokens_BxM, rows.positions_BxS))
+        return take(self.embed(tokens_BxM), rows.positions_BxS)
 
     def conditioning(self, tokens_BxT: Int[Array, "B T"], last: int) -> Conditioning:
         """Features after each of the last tokens; the keyboard is untouched before the first of them."""
@@ -218,6 +228,25 @@ class PerceiverAR(nnx.Module):
         )
         return x_BxTxD + sum(shifted)
 
+    def _embed_at(self, tokens_BxM: Array, positions_BxR: Array) -> Float[Array, "B R D"]:
+        """`embed` at some positions only: as many look-ups as the convolution has taps."""
+        table_VxD = self.embedding[...].at[vocabulary.PAD].set(0.0).astype(self.dtype)
+        padded = jnp.pad(tokens_BxM, ((0, 0), (self.config.conv_width - 1, 0)), constant_values=vocabulary.PAD)
+
+        def look_up(back: Array | int) -> Array:
+            return _look_up(table_VxD, take(padded, positions_BxR + self.config.conv_width - 1 - back))
+
+        @jax.checkpoint  # one look-up in memory at a time, also for the gradient
+        def add_tap(sum_BxRxD: Array, tap: tuple[Array, Array]) -> tuple[Array, None]:
+            back, tap_D = tap
+            return sum_BxRxD + look_up(back) * tap_D.reshape(1, 1, -1), None
+
+        x_BxRxD = look_up(0)
+        if self.config.conv_width == 1:
+            return x_BxRxD
+        taps = (jnp.arange(self.config.conv_width), self.conv[...].astype(self.dtype))
+        return x_BxRxD + jax.lax.scan(add_tap, jnp.zeros_like(x_BxRxD), taps)[0]
+
     def embed_last(self, tokens_BxW: Int[Array, "B W"]) -> Float[Array, "B D"]:
         """`embed` of each row's last token, by look-up, given its latest W = conv_width tokens."""
         rows_BxWxD = self.embedding[...][tokens_BxW].astype(self.dtype) * (tokens_BxW != vocabulary.PAD)[..., None]
@@ -229,45 +258,6 @@ class PerceiverAR(nnx.Module):
     def logits(self, x_BxTxD: Array) -> Float[Array, "B T V"]:
         """float32 logits of the residual stream."""
         return self.head(self.final_norm(x_BxTxD)).astype(jnp.float32)
-
-
-class _Rows(NamedTuple):
-    """The order of the kept inputs in the S rows of the cross-attention: real ones in order, then padding.
-
-    Fused attention takes no mask, but padding that comes last is never seen: the prefix has a length, and a latent does
-    not see later ones.
-
-    Attributes:
-        positions_BxS: input position of each row.
-        prefix_B: how many rows are prefix; the N latents follow.
-        right_aligned_BxN: the latents' order with padding back on the left.
-    """
-
-    positions_BxS: Array
-    prefix_B: Array
-    right_aligned_BxN: Array
-
-
-def _lay_out(tokens_BxM: Array, N: int, kept_prefix: int | None, key: Array | None) -> _Rows:
-    B, M = tokens_BxM.shape
-    prefix = M - N
-    kept = prefix if kept_prefix is None else min(kept_prefix, prefix)
-    positions_BxS = jnp.broadcast_to(jnp.arange(M), (B, M))
-    if kept < prefix:
-        if key is None:
-            raise ValueError(f"kept_prefix = {kept_prefix} drops positions at random and needs a key")
-        chance_BxP = jax.random.uniform(key, (B, prefix))
-        chosen_BxP = jnp.sort(jnp.argsort(chance_BxP, axis=1)[:, :kept], axis=1)
-        positions_BxS = jnp.concatenate([chosen_BxP, positions_BxS[:, prefix:]], axis=1)
-    padding_Bx1 = jnp.sum(tokens_BxM == vocabulary.PAD, axis=1, keepdims=True)  # it leads, so it is the positions below
-    padded_Bx1 = jnp.sum(positions_BxS < padding_Bx1, axis=1, keepdims=True)
-    missing_latents_Bx1 = jnp.maximum(padded_Bx1 - kept, 0)
-    rows_1xS, latents_1xN = jnp.arange(kept + N)[None], jnp.arange(N)[None]
-    return _Rows(
-        positions_BxS=_take(positions_BxS, (rows_1xS + padded_Bx1) % (kept + N)),
-        prefix_B=jnp.maximum(kept - padded_Bx1, 0)[:, 0],
-        right_aligned_BxN=(latents_1xN - missing_latents_Bx1) % N,
-    )
 
 
 @jax.custom_vjp
@@ -287,17 +277,6 @@ def _look_up_backward(residuals: tuple[Array, Array], gradient_BxTxD: Array) -> 
 
 
 _look_up.defvjp(_look_up_forward, _look_up_backward)
-
-
-def _slice(x_BxSx: Array, start_B: Array, size: int) -> Array:
-    """`size` adjacent rows of each batch entry."""
-    return jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, size))(x_BxSx, start_B)
-
-
-def _take(x_BxTx: Array, index_BxR: Array) -> Array:
-    """Take rows of each batch entry, none twice, which makes the gradient a plain write instead of an atomic sum."""
-    rows = jax.vmap(lambda x, index: x.at[index].get(unique_indices=True, mode="promise_in_bounds"))
-    return rows(x_BxTx, index_BxR)
 
 
 def parameter_count(model: PerceiverAR) -> int:

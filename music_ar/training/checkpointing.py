@@ -1,6 +1,7 @@
 """Training checkpoints: the newest states of a run, to resume from, and the settings of the run."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,23 @@ from music_ar.tokens import vocabulary
 
 SETTINGS = "settings.json"
 
+_APPEARS_S = 90
+"""How long a new file may take to be seen on other hosts; NFS asks again after a minute at most."""
+
 
 class TrainingCheckpoints:
     """The newest training states of a run, written in the background; each is complete or absent.
 
+    With several JAX processes, each makes one, and each writes its shards.
+
     Args:
-        folder: where they are kept.
+        folder: where they are kept; all processes must see it.
         settings: settings of the run, JSON-like; saved in `settings.json` and compared when resuming.
         resume: whether to continue the run that `folder` holds.
 
     Raises:
         CheckpointError: `folder` holds a run and `resume` is false; or it is true, and `folder` holds none or a run
-            with different settings.
+            with different settings; or this process does not see what process 0 has written there.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool):
@@ -45,8 +51,10 @@ class TrainingCheckpoints:
                 raise CheckpointError(
                     f"{folder} already holds a run (step {self._newest}): resume it or choose another folder"
                 )
-            else:
+            elif jax.process_index() == 0:
                 save_settings(folder, settings)
+            else:
+                _await_settings(folder, settings)
         except BaseException:
             self._manager.close()
             raise
@@ -96,6 +104,21 @@ def _leaves(tree: Any) -> dict[str, Any]:
 def save_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write `settings.json`: the settings of a run, and the fingerprint of the vocabulary."""
     write_atomically(folder / SETTINGS, json.dumps(_with_fingerprint(settings), indent=1).encode())
+
+
+def _await_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Wait until the settings that process 0 writes can be read here."""
+    end_s = time.monotonic() + _APPEARS_S
+    while True:
+        try:
+            return check_settings(folder, settings)
+        except CheckpointError as error:
+            if time.monotonic() > end_s:
+                raise CheckpointError(
+                    f"{folder} does not show what process 0 has written there: the folder of a run must be on a file "
+                    "system that all hosts share"
+                ) from error
+            time.sleep(0.1)
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.training.config import TrainingError
+from music_ar.training.mesh import BATCH, batch_shards
 
 Params = list[nnx.State]
 
@@ -35,9 +36,9 @@ class Ensemble:
         split = [nnx.split(model, nnx.Param) for model in models]
         self._graphs, self._params = [graph for graph, _ in split], [params for _, params in split]
 
-    def batch_parts(self, devices: int) -> int:
-        """Return the number of equal parts that a batch must have: one per device."""
-        return devices
+    def batch_parts(self, shards: int) -> int:
+        """Return the number of equal parts that a batch must have: one per shard."""
+        return shards
 
     def place(self, mesh: Mesh) -> Params:
         """Copy the parameters to each device of a mesh."""
@@ -49,7 +50,7 @@ class Ensemble:
         Args:
             params: a device's share of what `place` returns.
             batch: a device's share of a batch; see `trainer.Batches`.
-            **window: latents, kept_prefix and key of `PerceiverAR.__call__`, the same as for the student.
+            **window: latents, kept_prefix, key and split_over of `PerceiverAR.__call__`, the same as for the student.
         """
         models = [nnx.merge(graph, state) for graph, state in zip(self._graphs, params, strict=True)]
         return jnp.stack([_probabilities(model, batch, **window) for model in models]).mean(axis=0)
@@ -64,7 +65,7 @@ class CrossFitted:
         TrainingError: there are no teachers, or they differ in their configuration.
     """
 
-    sharding = PartitionSpec("data")
+    sharding = PartitionSpec(BATCH)
 
     def __init__(self, models: Sequence[PerceiverAR]):
         designs = {(model.config, model.compute) for model in models}
@@ -76,9 +77,9 @@ class CrossFitted:
         split = [nnx.split(model, nnx.Param) for model in models]
         self._graph, self._params = split[0][0], [params for _, params in split]
 
-    def batch_parts(self, devices: int) -> int:
-        """Return the number of equal parts that a batch must have: each belongs to one teacher and one device."""
-        return math.lcm(len(self._params), devices)
+    def batch_parts(self, shards: int) -> int:
+        """Return the number of equal parts that a batch must have: each belongs to one teacher and one shard."""
+        return math.lcm(len(self._params), shards)
 
     def place(self, mesh: Mesh) -> Params:
         """Stack the parameters along a new first axis and split them over the devices of a mesh.
@@ -86,7 +87,7 @@ class CrossFitted:
         Each device then has the teachers for its part of the batch. If the teachers cannot be split evenly, each is
         repeated, and its copies predict smaller parts.
         """
-        copies = self.batch_parts(mesh.size) // len(self._params)
+        copies = self.batch_parts(batch_shards(mesh)) // len(self._params)
         stacked = jax.tree.map(lambda *arrays: jnp.repeat(jnp.stack(arrays), copies, axis=0), *self._params)
         return jax.device_put([stacked], NamedSharding(mesh, self.sharding))
 

@@ -67,7 +67,7 @@ class TrainingLog:
     """Collects the metrics of steps without waiting for the device, and writes their means every `log_every` steps.
 
     Args:
-        output: folder of the run.
+        output: folder of the run; None writes nothing, and only checks the metrics.
         model_config: the model, to count operations.
         config: the training options.
         mesh: the training devices, to compute their utilization.
@@ -79,7 +79,7 @@ class TrainingLog:
 
     def __init__(
         self,
-        output: Path,
+        output: Path | None,
         model_config: ModelConfig,
         config: TrainingConfig,
         mesh: Mesh,
@@ -97,17 +97,14 @@ class TrainingLog:
         self._pending: list[tuple[int, dict[str, Array]]] = []  # metrics on the device
         self._unlogged = [_StepMetrics(*values) for values in position["unlogged"]]
         self._steps_since_flush, self._rate, self._window = 0, 0.0, (1, 1)
-        path = output / "log.jsonl"
-        write_atomically(path, "".join(_lines_until(path, step)).encode())
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+        self._files = None if output is None else _LogFiles(output, step)
 
     def __enter__(self) -> "TrainingLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
+        if self._files is not None:
+            self._files.close()
 
     @property
     def elapsed_s(self) -> float:
@@ -167,11 +164,8 @@ class TrainingLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Write a line of JSON, and its numbers to TensorBoard. `record` has a "step"."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            if name != "step" and value is not None:
-                self._board.add_scalar(name, value, record["step"])
+        if self._files is not None:
+            self._files.write(record)
 
     def _fetch(self) -> None:
         """Wait for the pending steps and check their metrics."""
@@ -198,6 +192,27 @@ class TrainingLog:
         inputs, latents = self._window
         prefix = self._model_config.attended(inputs) - latents
         return self._model_config.flops_per_target(round(prefix * self._config.prefix_keep))
+
+
+class _LogFiles:
+    """`log.jsonl` and the files of TensorBoard in the folder of a run, after `step` steps."""
+
+    def __init__(self, output: Path, step: int):
+        path = output / "log.jsonl"
+        write_atomically(path, "".join(_lines_until(path, step)).encode())
+        self._lines = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._lines.write(json.dumps(record) + "\n")
+        self._lines.flush()
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()
 
 
 def _lines_until(path: Path, step: int) -> Iterator[str]:

@@ -12,6 +12,7 @@ from optax import contrib
 
 from music_ar.model.attention import Matrix
 from music_ar.training.config import TrainingConfig
+from music_ar.training.mesh import parameter_spec
 
 
 def build_optimizer(config: TrainingConfig, mesh: Mesh | None = None) -> optax.GradientTransformation:
@@ -40,7 +41,7 @@ def _on_stacks(rule: optax.GradientTransformation, mesh: Mesh | None) -> optax.G
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         stacked = _stack(updates)
         new, new_state = rule.update(_shard(stacked, mesh), _shard(state, mesh), _shard(_stack(params), mesh))
-        return _unstack(_trim(new, stacked), updates), _trim(new_state, state)
+        return _unstack(_unshard(new, stacked, mesh), updates), _unshard(new_state, state, mesh)
 
     return optax.GradientTransformation(lambda params: rule.init(_stack(params)), update)
 
@@ -82,20 +83,38 @@ def _muon_dimensions(stacked: Any) -> Any:
 
 
 def _shard(tree: Any, mesh: Mesh | None) -> Any:
-    """Pad the stacks with zeros to a multiple of the devices, and split them over the mesh."""
+    """Pad the stacks with zeros to a multiple of the devices, and give each device its share of the matrices.
+
+    Stacks whose matrices are split over "fsdp" are first exchanged within that axis; the others then only cut.
+    """
     if mesh is None or mesh.size == 1:
         return tree
-    split = NamedSharding(mesh, PartitionSpec("data"))
+    by_matrix = [PartitionSpec("fsdp"), PartitionSpec(("fsdp", "data", "sequence"))]
 
     def shard(array: Array) -> Array:
         if array.ndim < 3:  # not a stack
             return array
-        padded = jnp.pad(array, ((0, -array.shape[0] % mesh.size), (0, 0), (0, 0)))
-        return jax.lax.with_sharding_constraint(padded, split)
+        return _constrain(jnp.pad(array, ((0, -array.shape[0] % mesh.size), (0, 0), (0, 0))), mesh, by_matrix)
 
     return jax.tree.map(shard, tree)
 
 
-def _trim(tree: Any, like: Any) -> Any:
-    """Remove the padding of `_shard`."""
-    return jax.tree.map(lambda array, full: array[: full.shape[0]] if full.ndim == 3 else array, tree, like)
+def _unshard(tree: Any, like: Any, mesh: Mesh | None) -> Any:
+    """Invert `_shard`."""
+    if mesh is None or mesh.size == 1:
+        return tree
+
+    def unshard(array: Array, full: Array) -> Array:
+        if array.ndim < 3:
+            return array
+        within_matrix = parameter_spec(array.shape, mesh.shape["fsdp"])
+        return _constrain(array, mesh, [PartitionSpec("fsdp"), within_matrix])[: full.shape[0]]
+
+    return jax.tree.map(unshard, tree, like)
+
+
+def _constrain(array: Array, mesh: Mesh, specs: list[PartitionSpec]) -> Array:
+    """Split an array in one way after another: XLA exchanges as little as it can only if each is close to the next."""
+    for spec in specs:
+        array = jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+    return array

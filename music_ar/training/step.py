@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.training import mesh as meshes
 from music_ar.training.config import TrainingConfig
 from music_ar.training.distillation import Params, Teachers, label_argument
 from music_ar.training.losses import token_loss
@@ -31,14 +32,15 @@ Metrics = dict[str, Array]
 
 
 def initial_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Return the state before the first step, on all devices; `params` are copied."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    params, ema = (jax.device_put(jax.tree.map(jnp.copy, params), everywhere) for _ in range(2))
+    """Return the state before the first step, split over the axis "fsdp" of a mesh; `params` are copied."""
+    shardings = meshes.parameter_shardings(params, mesh)
+    params, ema = (jax.device_put(jax.tree.map(jnp.copy, params), shardings) for _ in range(2))
+    of_optimizer = meshes.parameter_shardings(jax.eval_shape(optimizer.init, params), mesh)
     return TrainState(
-        step=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
+        step=jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec())),
         params=params,
         ema=ema,
-        optimizer=jax.jit(optimizer.init, out_shardings=everywhere)(params),
+        optimizer=jax.jit(optimizer.init, out_shardings=of_optimizer)(params),
     )
 
 
@@ -51,28 +53,32 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Array, Params], tuple[TrainState, Metrics]]:
     """Compile the training step: (state, batch, rate, teacher parameters) -> (state, {"loss", "gradient_norm"}).
 
-    `state` is replicated over `mesh`, and its buffers are reused. The batch is split over the axis "data": each device
-    computes the gradient of its own examples, with its own dropout, and the gradients are summed. `rate` is a float32
-    scalar that multiplies the peak learning rates. The teacher parameters are those of `Teachers.place`, or an empty
-    list.
+    The state is split as `initial_state` does, and its buffers are reused. The batch is split over the axes "data" and
+    "fsdp" of `mesh`: each device gathers the parameters, computes the gradient of its own examples, with its own
+    dropout, and keeps its share of the sum. The devices of the axis "sequence" have the same examples, each a part of
+    their prefixes. `rate` is a float32 scalar that multiplies the peak learning rates. The teacher parameters are those
+    of `Teachers.place`, or an empty list.
     """
-    everywhere, split = PartitionSpec(), PartitionSpec("data")
+    everywhere, split = PartitionSpec(), PartitionSpec(meshes.BATCH)
     of_teachers = everywhere if teachers is None else teachers.sharding
-    loss = functools.partial(student_loss, graph, config, teachers)
-    gradients = jax.shard_map(
-        functools.partial(microbatch_gradients, loss, config.micro_batches),
-        mesh=mesh,
-        in_specs=(everywhere, of_teachers, split, everywhere),
-        out_specs=everywhere,
-        check_vma=False,  # fused attention does not say over which axes its result varies
-    )
-    shardings = (NamedSharding(mesh, spec) for spec in (everywhere, split, everywhere, of_teachers))
-    return jax.jit(
-        functools.partial(train_step, gradients, optimizer, config),
-        in_shardings=tuple(shardings),
-        out_shardings=NamedSharding(mesh, everywhere),
-        donate_argnums=0,
-    )
+    loss = functools.partial(student_loss, graph, config, teachers, split_over=meshes.split_axis(mesh))
+
+    def gradients(params: nnx.State, *others: Any) -> tuple[Array, nnx.State]:
+        specs = jax.tree.map(lambda leaf: meshes.parameter_spec(leaf.shape, mesh.shape["fsdp"]), params)
+        return jax.shard_map(
+            functools.partial(batch_gradients, loss, config.micro_batches, specs),
+            mesh=mesh,
+            in_specs=(specs, of_teachers, split, everywhere),
+            out_specs=(everywhere, specs),
+            check_vma=False,  # fused attention does not say over which axes its result varies
+        )(params, *others)
+
+    def step(state: TrainState, *others: Any) -> tuple[TrainState, Metrics]:
+        state, metrics = train_step(gradients, optimizer, config, state, *others)
+        return jax.lax.with_sharding_constraint(state, meshes.parameter_shardings(state, mesh)), metrics
+
+    shardings = (None, *(NamedSharding(mesh, spec) for spec in (split, everywhere, of_teachers)))
+    return jax.jit(step, in_shardings=shardings, donate_argnums=0)
 
 
 def student_loss(
@@ -83,16 +89,19 @@ def student_loss(
     teacher_params: Params,
     batch: Batch,
     key: Array,
+    split_over: str | None = None,
 ) -> tuple[Array, Array]:
     """Return the loss and the cross-entropy of a batch; see `token_loss`.
 
-    The teachers see the same latents and the same part of the prefix as the student, without dropout.
+    The teachers see the same latents and the same part of the prefix as the student, without dropout. `split_over` is
+    the mesh axis that prefixes are split over; see `PerceiverAR.__call__`.
     """
     model = nnx.merge(graph, params)
     tokens, weights = batch["tokens"], batch["weights"]
     latents = weights.shape[1]
     prefix = model.config.attended(tokens.shape[1] - 1) - latents
-    window = {"latents": latents, "kept_prefix": round(prefix * config.prefix_keep), "key": key}
+    kept = round(prefix * config.prefix_keep)
+    window = {"latents": latents, "kept_prefix": kept, "key": key, "split_over": split_over}
     teacher_BxNxV = None
     if teachers is not None:
         teacher_BxNxV = jax.lax.stop_gradient(teachers.predict(teacher_params, batch, **window))
@@ -106,19 +115,22 @@ def student_loss(
     )
 
 
-def microbatch_gradients(
+def batch_gradients(
     loss: Callable[[nnx.State, Params, Batch, Array], tuple[Array, Array]],
     count: int,
+    specs: Any,
     params: nnx.State,
     teacher_params: Params,
     batch: Batch,
     key: Array,
 ) -> tuple[Array, nnx.State]:
-    """Return the cross-entropy and the gradient of the whole batch, given a device's share of it.
+    """Return the cross-entropy of the whole batch and a device's share of its gradient, given its share of the batch.
 
-    `count` micro-batches are processed one after another and weighted by the weights of their targets.
+    `count` micro-batches are processed one after another and weighted by the weights of their targets. `specs` say how
+    the parameters, and so their gradients, are split.
     """
-    key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+    params = jax.tree.map(meshes.gather, params, specs)
+    key = jax.random.fold_in(key, jax.lax.axis_index(meshes.BATCH))
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def weighted(number: Array | int, part: Batch) -> Any:
@@ -135,7 +147,9 @@ def microbatch_gradients(
         sums, _ = jax.lax.scan(
             lambda sums, part: (jax.tree.map(jnp.add, sums, weighted(*part)), None), zeros, (jnp.arange(count), parts)
         )
-    total, cross_entropy, grads = jax.lax.psum(sums, "data")
+    *sums, grads = sums
+    total, cross_entropy = jax.lax.psum(sums, meshes.AXES)
+    grads = jax.tree.map(meshes.sum_and_scatter, grads, specs)
     return jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), (cross_entropy, grads))
 
 

@@ -1,7 +1,6 @@
 """`Trainer`: runs the training step for a number of steps or minutes, with validation, logs and checkpoints.
 
-It takes iterators of arrays and does not know where they come from. Each batch is split over all devices, on which the
-parameters are replicated.
+It takes iterators of arrays and does not know where they come from. `mesh` says what is split over the devices.
 """
 
 import contextlib
@@ -16,14 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jax.sharding import Mesh
 
+from music_ar.model.config import ModelConfig
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.training.checkpointing import TrainingCheckpoints
+from music_ar.training.cluster import Alone, Decision, Hosts
 from music_ar.training.config import TrainingConfig, TrainingError
 from music_ar.training.distillation import Teachers
 from music_ar.training.log import Progress, TrainingLog
+from music_ar.training.memory import check_memory
+from music_ar.training.mesh import batch_shards, make_mesh, replicated, shard_batch, split_axis
 from music_ar.training.optimizer import build_optimizer
 from music_ar.training.step import initial_state, make_train_step
 
@@ -35,7 +37,7 @@ class Batches(Protocol):
     A batch is {"tokens": int32 [B, M + 1], "weights": float32 [B, N], "labels": float32 [B, C]}. Inputs are all tokens
     but the last, left-padded; targets are the last N, weighted. Labels say how each example was augmented, for models
     with `ModelConfig.label_size`; "wishes" (int32 [B, W]), if there are any, are the ids of each example's wishes, for
-    models with `ModelConfig.wishes`. B is this process's share of the batch.
+    models with `ModelConfig.wishes`. B is this process's share of the batch: its `process_rows`.
     """
 
     def __next__(self) -> dict[str, np.ndarray]: ...
@@ -53,7 +55,8 @@ class Fitted(NamedTuple):
     """The result of `Trainer.fit`.
 
     Attributes:
-        model: the averaged weights of the step that validated best, or of the last step without validation.
+        model: the averaged weights of the step that validated best, or of the last step without validation; on this
+            process's devices.
         model_step: that step.
         step: steps done.
         elapsed_s: seconds trained.
@@ -81,6 +84,10 @@ class Trainer:
     SIGTERM and Ctrl-C save a checkpoint and end `fit` early. However often a run is stopped or killed and resumed, its
     log reads like that of a single run.
 
+    On many hosts, each process makes a `Trainer` with the same arguments, except for the rows that its batches hold and
+    `hosts`. `output` is a folder that all of them see. Process 0 decides about time and checkpoints and writes the log.
+    A run may continue with another number of processes or devices.
+
     Args:
         model: the initial weights (ignored when resuming); not changed.
         config: how to train.
@@ -94,10 +101,11 @@ class Trainer:
         validate: called with the averaged model every `config.validate_every` steps and at the end. Its value is
             logged, and the model with the lowest value is the result. The model is valid only during the call.
         on_progress: called with each log line.
-        mesh: devices to train on; default: `data_mesh()`, all of them.
+        mesh: devices to train on; default: `make_mesh()`, all of them on the axis "data".
+        hosts: the processes that train together; default: this one alone.
 
     Raises:
-        TrainingError: the devices and the teachers cannot share the batch.
+        TrainingError: the devices and the teachers cannot share the batch, or a step does not fit in their memory.
         CheckpointError: `output` holds a run and `resume` is false; or it is true, and there is no checkpoint, or one
             of a run with different settings.
     """
@@ -116,9 +124,14 @@ class Trainer:
         validate: Callable[[PerceiverAR], float] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         mesh: Mesh | None = None,
+        hosts: Hosts | None = None,
     ):
-        mesh = mesh or data_mesh()
-        _check_batch_size(config, mesh.size, teachers)
+        mesh = mesh or make_mesh()
+        self._hosts: Hosts = hosts or Alone()
+        writes = self._hosts.process == 0
+        _check_batch_size(config, batch_shards(mesh), teachers)
+        _check_prefix(model.config, config, mesh)
+        check_memory(model.config, model.compute, config, mesh)
         self._config, self._mesh, self._validate = config, mesh, validate
         self._sources = [batches] if final_batches is None else [batches, final_batches]
         self._graph, params = nnx.split(model, nnx.Param)
@@ -128,6 +141,7 @@ class Trainer:
         self._state = initial_state(params, optimizer, mesh)
         self._best = jax.tree.map(jnp.copy, self._state.ema)
         self._best_validation: Validation | None = None
+        self._validated: int | None = None  # the last step that was, since this process began
         settings = {
             "model": dataclasses.asdict(model.config),
             "training": dataclasses.asdict(config),
@@ -140,14 +154,14 @@ class Trainer:
             self._step = int(self._state.step)
             self._log = files.enter_context(
                 TrainingLog(
-                    output,
+                    output if writes else None,
                     model.config,
                     config,
                     mesh,
                     self._checkpoints,
                     step=self._step,
                     position=position,
-                    on_progress=on_progress,
+                    on_progress=on_progress if writes else None,
                 )
             )
             self._files = files.pop_all()
@@ -158,24 +172,27 @@ class Trainer:
         Raises:
             TrainingError: the loss or its gradient is no longer finite.
         """
-        checkpoint_s = 60 * self._config.checkpoint_minutes
         with self._files, until_terminated() as terminated:
-            next_save_s = self._log.elapsed_s + checkpoint_s
-            while (progress := self._log.progress(self._step)) < 1 and not terminated():
-                self.step(progress)
-                if self._validation_is_due():
-                    self.validate()
-                if self._log.elapsed_s >= next_save_s:
+            first, clock = self._step, _Clock(self._log, self._config, self._step)
+            while (decision := self._hosts.agree(clock.decide(self._step, stop=terminated()))).progress < 1:
+                if decision.save:
                     self.save()
-                    next_save_s = self._log.elapsed_s + checkpoint_s
-            if progress >= 1:
+                if decision.stop:
+                    break
+                self.step(decision.progress)
+                if self._config.validate_every and self._step % self._config.validate_every == 0:
+                    self.validate()
+            finished = decision.progress >= 1
+            if finished:
+                if self._config.validate_every and self._step not in (first, self._validated):
+                    self.validate()
                 self._log.flush()
             self.save()
             weights, step = self._state.ema, self._step
             if self._best_validation is not None:
                 weights, step = self._best, self._best_validation.step
-            model = nnx.merge(self._graph, weights)
-            return Fitted(model, step, self._step, self._log.elapsed_s, finished=progress >= 1)
+            model = nnx.merge(self._graph, self._on_this_process(weights))
+            return Fitted(model, step, self._step, self._log.elapsed_s, finished=finished)
 
     def step(self, progress: float) -> None:
         """Train on one batch, `progress` (0..1) into the run."""
@@ -188,9 +205,11 @@ class Trainer:
         self._log.add(self._step, metrics, rate, batch)
 
     def validate(self) -> None:
-        """Validate the averaged weights, and keep a copy if they are the best so far."""
-        assert self._validate is not None
-        found = Validation(self._step, self._validate(nnx.merge(self._graph, self._state.ema)))
+        """Validate the averaged weights, if there is a way to; keep a copy if they are the best so far."""
+        if self._validate is None:
+            return
+        averaged = nnx.merge(self._graph, self._on_this_process(self._state.ema))
+        found, self._validated = Validation(self._step, self._validate(averaged)), self._step
         self._log.write({"step": found.step, "validation": found.value})
         if self._best_validation is None or found.value < self._best_validation.value:
             self._best, self._best_validation = jax.tree.map(jnp.copy, self._state.ema), found
@@ -206,10 +225,10 @@ class Trainer:
         position = self._log.position() | {"batches": batches, "best": best}
         self._checkpoints.save(self._step, (self._state, self._best), position)
 
-    def _validation_is_due(self) -> bool:
-        if self._validate is None or self._config.validate_every == 0:
-            return False
-        return self._step % self._config.validate_every == 0 or self._log.progress(self._step) >= 1
+    def _on_this_process(self, tree: Any) -> Any:
+        """Return arrays as whole ones on devices of this process; all processes call it together."""
+        whole = replicated(tree, self._mesh)
+        return jax.tree.map(lambda leaf: leaf if leaf.is_fully_addressable else leaf.addressable_data(0), whole)
 
     def _restore(self) -> dict[str, Any]:
         """Load the newest checkpoint, and return its position."""
@@ -221,26 +240,40 @@ class Trainer:
         return position
 
 
-def data_mesh(devices: int | None = None) -> Mesh:
-    """Return a mesh of the first `devices` devices, default all, along one axis "data"."""
-    chosen = jax.devices()[:devices]
-    return jax.make_mesh((len(chosen),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=chosen)
+class _Clock:
+    """What process 0 decides by: the run's time and when a checkpoint is due. The run begins at step `first`."""
+
+    def __init__(self, log: TrainingLog, config: TrainingConfig, first: int):
+        self._log, self._first, self._between_s = log, first, 60 * config.checkpoint_minutes
+        self._next_save_s = log.elapsed_s + self._between_s
+
+    def decide(self, step: int, *, stop: bool) -> Decision:
+        """Decide what comes after `step` steps."""
+        save = step > self._first and self._log.elapsed_s >= self._next_save_s
+        if save:
+            self._next_save_s = self._log.elapsed_s + self._between_s
+        return Decision(self._log.progress(step), save, stop)
 
 
-def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """Split this process's share of a batch over its devices."""
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    return {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
-
-
-def _check_batch_size(config: TrainingConfig, devices: int, teachers: Teachers | None) -> None:
+def _check_batch_size(config: TrainingConfig, shards: int, teachers: Teachers | None) -> None:
     """Raise TrainingError unless each micro-batch can be split among devices and teachers."""
-    parts = devices if teachers is None else teachers.batch_parts(devices)
+    parts = shards if teachers is None else teachers.batch_parts(shards)
     if config.batch_size % (config.micro_batches * parts):
         raise TrainingError(
             f"batch_size must be a multiple of {config.micro_batches * parts}, which is micro_batches = "
-            f"{config.micro_batches} times {parts} equal parts for {devices} devices and their teachers; got "
-            f"{config.batch_size}"
+            f"{config.micro_batches} times {parts} equal parts for {shards} shards (the mesh's data x fsdp) and their "
+            f"teachers; got {config.batch_size}"
+        )
+
+
+def _check_prefix(model: ModelConfig, config: TrainingConfig, mesh: Mesh) -> None:
+    """Raise TrainingError if the prefix is to be split over devices, and there is none."""
+    kept = round((model.attended(model.window) - model.latents) * config.prefix_keep)
+    if split_axis(mesh) and (model.segment or kept == 0):
+        raise TrainingError(
+            "the mesh axis sequence splits the part of the context before the latents, and nothing is kept of it with "
+            f"a context of {model.context:,}, {model.latents:,} latents and prefix_keep = {config.prefix_keep}: leave "
+            "the axis out"
         )
 
 
