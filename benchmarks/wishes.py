@@ -77,8 +77,11 @@ def correlations(generator: Generator, table: WishTable, pieces: int, options: d
             for wish, piece in zip(wished, music, strict=True)
             if piece is not None and (value := getattr(measure(encode(piece)), name)) is not None
         ]
-        asked, came = np.array(pairs).reshape(-1, 2).T
-        found[name] = float(np.corrcoef(rankdata(asked), rankdata(came))[0, 1]) if len(pairs) > 2 else float("nan")
+        if len(pairs) < 3:
+            found[name] = float("nan")
+            continue
+        asked, came = np.array(pairs).T
+        found[name] = float(np.corrcoef(rankdata(asked), rankdata(came))[0, 1])
         low, high = ([value for _, value in sorted(pairs)[part]] for part in (slice(3), slice(-3, None)))
         rows.append((name, f"{found[name]:.2f}", f"{np.mean(low):.3g}", f"{np.mean(high):.3g}", str(len(pairs))))
     print_table(("number", "rank correlation", "three lowest", "three highest", "pieces"), rows)
