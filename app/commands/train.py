@@ -183,8 +183,9 @@ class Train:
         try:
             return replace(config, label_size=label_size, exits=self.exits or config.exits)
         except ValueError as error:
+            given = ", ".join(map(str, self.exits))
             raise CommandError(
-                f"--exits must rise and be below the model's {config.layers} blocks, got {', '.join(map(str, self.exits))}"
+                f"--exits must rise and be below the model's {config.layers} blocks, got {given}"
             ) from error
 
     def _teachers(self, compute: "Compute") -> "Teachers | None":

@@ -70,7 +70,6 @@ class ModelConfig:
     vocabulary_size: int = whole(vocabulary.VOCABULARY_SIZE, 1, 2**16)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "exits", tuple(self.exits))  # a list, if it comes from JSON
         check_ranges(self, ValueError)
         if any(after <= before for before, after in itertools.pairwise((0, *self.exits, self.layers))):
             raise ValueError(f"exits must rise and be below layers = {self.layers}, got {list(self.exits)}")
