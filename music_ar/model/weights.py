@@ -240,7 +240,8 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
             raise CheckpointError(f"{path}: models with cross_depths are not supported since version 0.2.0")
         if missing := [name for name in _needed_sizes(record["format"]) if name not in sizes]:
             raise CheckpointError(f"{path} lacks {', '.join(missing)}, so it is not a model configuration")
-        config = ModelConfig(**sizes | {"exits": tuple(sizes.get("exits", ()))})
+        sizes["exits"] = tuple(sizes.get("exits", ()))
+        config = ModelConfig(**sizes)
         if config.vocabulary_size != vocabulary.VOCABULARY_SIZE:
             raise CheckpointError(
                 f"{path}: expected vocabulary_size {vocabulary.VOCABULARY_SIZE}, got {config.vocabulary_size}"
