@@ -46,7 +46,8 @@ class Generator:
     """Generates piano music with a trained model.
 
     The methods take options by keyword: the fields of `Request` (seconds, latents, layers, confidence, budget, speed,
-    seed, variations, prompt_seconds, continuation_only, tag) and of `SamplingOptions` (temperature, top_k, top_p, min_p, steadiness).
+    seed, variations, prompt_seconds, continuation_only, tag) and of `SamplingOptions` (temperature, top_k, top_p,
+    min_p, steadiness).
     They also take a whole `Request` in place of a prompt.
 
     Args:

@@ -28,10 +28,7 @@ if TYPE_CHECKING:
     from music_ar.evaluation.likelihood import Score
 
 _BANDWIDTH_BYTES = 2**28
-_ACCELERATORif TYPE_CHECKING:
-    from music_ar.evaluation.likelihood import Score
-
-_BANDWIDTH_BYTES = 2**32  # an accelerator then spends longer reading than launching the read
+_ACCELERATOR_BANDWIDTH_BYTES = 2**32  # an accelerator then spends longer reading than launching the read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,9 +220,7 @@ class _Run:
         self._chunk_s: list[float] = []
 
         def first_chunk() -> None:
-            self._state = decoder.start(
-                [prompt] * batch, seeds=range(batch), limit_steps=2**30, **setting._asdict()
-            )
+            self._state = decoder.start([prompt] * batch, seeds=range(batch), limit_steps=2**30, **setting._asdict())
             self.next_chunk()
 
         first_chunk()  # compiles
