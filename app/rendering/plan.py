@@ -192,7 +192,7 @@ class Plan:
         except CommandError as refused:
             name, error = f"piece-{len(self.requests) + 1:04}", str(refused)
         name = self._names.unique(name)
-        options = {**self._defaults, **options}
+        options = {**self._defaults, **self._instead(options), **options}
         if any(options[name] != neutral for name, neutral in _NEUTRAL.items()):
             asked = Request.of(None, **{name: options[name] for name in ("latents", *_NEUTRAL)})
             options |= {**self.generator.setting(asked)._asdict(), "budget": None}  # raises if the model cannot
@@ -215,6 +215,14 @@ class Plan:
                 error=error,
             )
             self.requests.append(dataclasses.replace(request, tag=output))
+
+    @staticmethod
+    def _instead(options: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults that a piece's own budget replaces, or that replace a budget."""
+        in_place = {"latents": None, "layers": None, "confidence": 1.0}
+        if "budget" in options:
+            return in_place
+        return {"budget": None} if options.keys() & in_place.keys() else {}
 
     def _settings(self, options: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
         """What the manifest records in addition to prompt, seed and model."""
