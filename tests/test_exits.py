@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_training
 from conftest import noisy_model
+from flax import nnx
 
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.decoder import Decoder
@@ -15,9 +17,12 @@ from music_ar.decoding.native import library
 from music_ar.decoding.native.decoder import NativeDecoder
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.model.config import PRESETS
+from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.model.pretrained import model_of, weights_of
 from music_ar.tokens import vocabulary
 from music_ar.tokens.vocabulary import START
+from music_ar.training.losses import token_nll
+from music_ar.training.trainer import Trainer
 
 CONTEXT, LATENTS = 48, 16
 CONFIG = dataclasses.replace(
@@ -229,3 +234,29 @@ def test_pieces_are_decoded_and_scored(decoder):
     assert (np.asarray(tokens) != vocabulary.PAD).all()
     assert (np.asarray(nats) > 0).all()
     assert 12 <= int(state.layers_run_B[0]) <= 36
+
+
+# Training.
+
+
+@pytest.mark.slow
+def test_trained_exits_are_ordered_and_near_the_full_depth(tmp_path):
+    config = dataclasses.replace(tiny_training.CONFIG, width=32, layers=3, hidden=64, exits=(1, 2))
+    training = dataclasses.replace(
+        tiny_training.EXACT, steps=300, layer_dropout=0.1, exit_distillation=0.5, log_every=100, final_fraction=0.0
+    )
+    model = PerceiverAR(config, rngs=nnx.Rngs(0))
+    batches = tiny_training.CountingBatches()
+    trained = Trainer(model, training, batches, output=tmp_path / "run").fit().model
+    held_out = tiny_training.CountingBatches()
+    held_out.set_state({"next": 10_000})
+    nll = []
+    for _ in range(8):
+        tokens = jnp.asarray(next(held_out)["tokens"])
+        at_depths = trained.at_depths(tokens[:, :-1], depths=config.depths, latents=config.latents)
+        nll.append([float(token_nll(logits, tokens[:, -config.latents :]).mean()) for logits in at_depths])
+    first, second, full = np.mean(nll, axis=0)
+    print(first, second, full)
+    assert full < 0.7 * np.log(vocabulary.VOCABULARY_SIZE)
+    assert first > second - 0.05 > full - 0.1
+    assert first - full < 0.5
