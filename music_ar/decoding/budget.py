@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from music_ar.decoding.interface import depth_of
 from music_ar.decoding.request import Request
 from music_ar.files import parse_json
 from music_ar.model.config import ModelConfig
@@ -38,11 +39,10 @@ class Setting(NamedTuple):
         return text if self.confidence == 1 else f"{text}, leaving early above {self.confidence:g}"
 
 
-def setting_of(request: Request) -> Setting:
-    """The setting of a request that names one: see `Generator.setting`."""
+def setting_of(request: Request, config: ModelConfig) -> Setting:
+    """The setting of a request with a number of latents; see `Generator.setting`."""
     assert isinstance(request.latents, int)
-    assert request.layers is not None
-    return Setting(request.latents, request.layers, request.confidence)
+    return Setting(request.latents, depth_of(config, request.layers), request.confidence)
 
 
 class Measured(NamedTuple):
@@ -91,7 +91,7 @@ class Frontier:
         measured.sort(key=lambda each: (each.cost, each.nats_per_token))
         least = itertools.accumulate((each.nats_per_token for each in measured), min)
         before = itertools.chain([float("inf")], least)
-        return cls(tuple(each for each, nats in zip(measured, before) if each.nats_per_token < nats))  # noqa: B905
+        return cls(tuple(each for each, nats in zip(measured, before, strict=False) if each.nats_per_token < nats))
 
     @classmethod
     def read(cls, text: str, config: ModelConfig) -> "Frontier":

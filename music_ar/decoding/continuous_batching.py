@@ -62,7 +62,7 @@ def complete(
     waiting = _sequences(requests, resolve, failed)
     entry = next(waiting, None)
     while entry is not None:
-        setting = setting_of(entry[0])
+        setting = setting_of(entry[0], decoder.config)
         batch = _Batch(decoder, decoder.batch_rows(setting.latents) if rows is None else rows, setting)
         while (entry is not None and batch.takes(entry[0])) or batch.busy:
             while entry is not None and batch.takes(entry[0]) and batch.has_room:
@@ -107,6 +107,9 @@ class _Batch:
         self._running: dict[int, tuple[Request, Sequence]] = {}
         self._prefilled: tuple[tuple[bytes, Setting], Any] | None = None
 
+    def _setting_of(self, request: Request) -> Setting:
+        return setting_of(request, self._decoder.config)
+
     def _program_of(self, setting: Setting) -> tuple[int, int, bool]:
         """What rows of one batch have in common."""
         latents, layers, confidence = setting
@@ -121,7 +124,7 @@ class _Batch:
         return len(self._running) < self._rows
 
     def takes(self, request: Request) -> bool:
-        return self._program_of(setting_of(request)) == self._program
+        return self._program_of(self._setting_of(request)) == self._program
 
     def add(self, request: Request, sequence: Sequence) -> None:
         row = next(row for row in range(self._rows) if row not in self._running)
@@ -132,7 +135,7 @@ class _Batch:
 
     def _started(self, request: Request, sequence: Sequence) -> Any:
         """The sequence's first state. Variations of one prompt usually follow each other and share its prefill."""
-        setting = setting_of(request)
+        setting = self._setting_of(request)
         key = (sequence.prompt.tobytes(), setting)
         if self._prefilled is None or self._prefilled[0] != key:
             self._prefilled = None

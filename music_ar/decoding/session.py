@@ -83,7 +83,7 @@ class Session:
 
     Args:
         decoder: the model.
-        request: what to generate, with a number of latents and of layers; without a seed a random one is drawn.
+        request: what to generate, with a number of latents; without a seed a random one is drawn.
 
     Attributes:
         seeds: one per variation.
@@ -99,7 +99,7 @@ class Session:
         assert request.prompt is None or isinstance(request.prompt, Performance)
         prompt = request.prompt_tokens()
         self.seeds = tuple(seed for sample in request.samples() if (seed := sample.seed) is not None)
-        self.latents, self.setting = request.latents, setting_of(request)
+        self.latents, self.setting = request.latents, setting_of(request, decoder.config)
         self._decoder = decoder
         self._options = shared_options(request.sampling)
         self._sequences = [TokenSequence(prompt, request.prompt) for _ in self.seeds]
