@@ -256,7 +256,6 @@ def test_trained_exits_are_ordered_and_near_the_full_depth(tmp_path):
         at_depths = trained.at_depths(tokens[:, :-1], depths=config.depths, latents=config.latents)
         nll.append([float(token_nll(logits, tokens[:, -config.latents :]).mean()) for logits in at_depths])
     first, second, full = np.mean(nll, axis=0)
-    print(first, second, full)
     assert full < 0.7 * np.log(vocabulary.VOCABULARY_SIZE)
     assert first > second - 0.05 > full - 0.1
     assert first - full < 0.5
