@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from typing import Any
 
 import pytest
 from conftest import noisy_model
@@ -194,7 +195,7 @@ def test_auto_of_a_model_with_exits_goes_below_the_fewest_latents(folder):
 def test_a_manifest_records_a_depth_only_if_it_is_not_all(folder, tmp_path):
     from app.commands.render import Render
 
-    common = {"checkpoint": str(folder), "count": 1, "seconds": 3.0, "batch_size": 1}
+    common: dict[str, Any] = {"checkpoint": str(folder), "count": 1, "seconds": 3.0, "batch_size": 1}
     for name, asked in (("all", {}), ("budget", {"budget": 0.45}), ("layers", {"layers": 1, "confidence": 0.5})):
         assert Render(**common, **asked, output=str(tmp_path / name)).run() == 0
     settings = {

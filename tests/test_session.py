@@ -326,7 +326,7 @@ def test_a_latent_budget_buys_layers_too_if_the_model_has_exits(tmp_path):
     expected = {2: cheap, 11: cheap, 12: early, 31: early, 32: full}  # half of the full cost is 0.2 + 0.8 * 12 / 32
     for budget, setting in expected.items():
         spent = machine.spend(Request(latents=budget))
-        assert Setting(spent.latents, spent.layers, spent.confidence) == setting
+        assert (spent.latents, spent.layers, spent.confidence) == setting
         assert machine.spend(Request(latents=machine.budget_of(setting))) == spent
     assert "8 latents, 1 of 2 layers: music comes about " in machine.cost(2)
     assert "(0.50 nats per token worse)" in machine.cost(2)
