@@ -196,8 +196,13 @@ def test_a_manifest_records_a_depth_only_if_it_is_not_all(folder, tmp_path):
     from app.commands.render import Render
 
     common: dict[str, Any] = {"checkpoint": str(folder), "count": 1, "seconds": 3.0, "batch_size": 1}
-    for name, asked in (("all", {}), ("budget", {"budget": 0.45}), ("layers", {"layers": 1, "confidence": 0.5})):
-        assert Render(**common, **asked, output=str(tmp_path / name)).run() == 0
+    asked: dict[str, dict[str, Any]] = {
+        "all": {},
+        "budget": {"budget": 0.45},
+        "layers": {"layers": 1, "confidence": 0.5},
+    }
+    for name, options in asked.items():
+        assert Render(**common, **options, output=str(tmp_path / name)).run() == 0
     settings = {
         path.parent.name: json.loads(path.read_text().splitlines()[0])["settings"]
         for path in tmp_path.glob("*/manifest.jsonl")
