@@ -37,6 +37,12 @@ class Generate:
             of the logits.
         latents: number of latents. Fewer is faster, more is more coherent. "auto" times this machine for a moment and
             takes the most that keep up with --speed. Default: 1024, or the model's maximum if it has fewer.
+        layers: number of layers of the model to use. Fewer is faster, for a model that was trained to stop early.
+            Default: all.
+        confidence: stop early at each event that the model gives more than this probability; lower is faster. Default:
+            1, never.
+        budget: in place of the three, a share of the time that the best quality takes, such as 0.5; it takes the best
+            setting that was measured for the model at that cost.
         speed: with --latents auto, seconds of music to generate per second. Raise it to leave room for other work;
             default: 1.5.
         seed: random seed; the same seed and options give the same piece. Default: a random one, which is printed.
@@ -53,6 +59,9 @@ class Generate:
     seconds: float = 60.0
     variations: int = 1
     latents: Unset[int | Literal["auto"]] = None
+    layers: Unset[int] = None
+    confidence: float = 1.0
+    budget: Unset[float] = None
     speed: Unset[float] = None
     seed: Unset[int] = None
     checkpoint: Unset[str] = None
@@ -71,7 +80,8 @@ class Generate:
         request = self._request()
         began_s, first_s, chunk = time.monotonic(), None, None
         with ProgressLine("loading the model") as line:
-            session = Generator.from_pretrained(self.checkpoint).session(request)
+            generator = Generator.from_pretrained(self.checkpoint)
+            session = generator.session(request)
             for chunk in session.extend(self.seconds):
                 first_s = time.monotonic() - began_s if first_s is None else first_s
                 line.report(chunk.seconds_made / chunk.seconds_wanted, _progress(chunk))
@@ -84,7 +94,7 @@ class Generate:
         print(
             f"generated {chunk.seconds_made:.1f} s of music in {elapsed_s:.1f} s, including loading: "
             f"{chunk.seconds_made / elapsed_s:.2f} times real time, first notes after {first_s:.1f} s, "
-            f"{session.latents} latents"
+            f"{session.setting.in_words(generator.config)}"
         )
 
     def _writer(self) -> "Callable[[Performance, Path, int], None]":
@@ -105,6 +115,9 @@ class Generate:
             prompt=None if self.prompt is None else read_performance(self.prompt),
             seconds=self.seconds,
             latents=self.latents,
+            layers=self.layers,
+            confidence=self.confidence,
+            budget=self.budget,
             speed=self.speed,
             seed=self.seed,
             variations=self.variations,

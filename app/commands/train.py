@@ -51,6 +51,8 @@ class Train:
             Default: random weights of the preset.
         expand_to: expand the --start model to this larger preset (small or medium) before training. It computes the
             same function until it is trained. Default: keep its size.
+        exits: numbers of blocks, such as 2 4 6, after which the model also learns to predict, so that decoding may stop
+            there (early exits); see --exit-weight and --layer-dropout. Default: those of the --start model, or none.
         teacher: models to distill: the trained model also learns their mean prediction. Names of shipped models, or
             folders such as the model/ of other runs.
         out_of_fold: cross-fitted distillation: each teacher teaches only the fold that it was not trained on. Train
@@ -83,6 +85,7 @@ class Train:
     preset: str = "small"
     start: Unset[str] = None
     expand_to: Unset[str] = None
+    exits: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")] = whole((), 1, 1000)
     teacher: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = ()
     out_of_fold: bool = False
     folds: Unset[int] = whole(None, 2, 1000)
@@ -203,13 +206,25 @@ class Train:
                 raise CommandError(f"--{option} must be one of {', '.join(PRESETS)}, got {preset}")
         rngs = nnx.Rngs(self.training.seed)
         if self.start is None:
-            return PerceiverAR(replace(PRESETS[self.preset], label_size=LABEL_SIZE), rngs=rngs, compute=compute)
+            config = self._changed(PRESETS[self.preset], label_size=LABEL_SIZE)
+            return PerceiverAR(config, rngs=rngs, compute=compute)
         model = load_pretrained(self.start, compute=compute)
         config = model.config if self.expand_to is None else PRESETS[self.expand_to]
+        config = self._changed(replace(config, exits=model.config.exits), label_size=LABEL_SIZE)
         try:
-            return expand(model, replace(config, label_size=LABEL_SIZE), rngs=rngs)
+            return expand(model, config, rngs=rngs)
         except ValueError as error:
             raise CommandError(f"--start {self.start}: {error}") from error
+
+    def _changed(self, config: "ModelConfig", *, label_size: int) -> "ModelConfig":
+        """Return the config with a label and, if given, other exits."""
+        try:
+            return replace(config, label_size=label_size, exits=self.exits or config.exits)
+        except ValueError as error:
+            given = ", ".join(map(str, self.exits))
+            raise CommandError(
+                f"--exits must rise and be below the model's {config.layers} blocks, got {given}"
+            ) from error
 
     def _teachers(self, compute: "Compute") -> "Teachers | None":
         from music_ar.model.pretrained import load_pretrained

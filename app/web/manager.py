@@ -138,7 +138,9 @@ class SessionManager:
                 if latents == AUTO:
                     latents = self.machine.auto_budget(part, settings.variations)
                 self.machine.make_room(latents, settings.variations)
-                generation = self.machine.generator.session(settings.request(prompt, prompt_seconds, latents))
+                generation = self.machine.generator.session(
+                    self.machine.spend(settings.request(prompt, prompt_seconds, latents))
+                )
                 self._keep_caches(session, generation)
             yield from self._revisions(session, run, generation, settings, generation.prompt_s, run)
 
@@ -166,7 +168,7 @@ class SessionManager:
                     another_seed = seed + len(session.revisions)  # the same one would sample the same notes again
                     request = settings.model_copy(update={"seed": another_seed})
                     generation = self.machine.generator.session(
-                        request.request(revision.pieces[chosen], None, revision.latents)
+                        self.machine.spend(request.request(revision.pieces[chosen], None, revision.latents))
                     )
                 self._keep_caches(session, generation)
             session.chosen = 0
@@ -265,11 +267,13 @@ class SessionManager:
                 final_s=chunk.final_s,
                 join_s=join_s,
                 seeds=chunk.seeds,
-                latents=generation.latents,
+                latents=self.machine.budget_of(generation.setting),
                 settings=settings,
             )
             session.show(revision)
-            session.status = _progress(chunk, generation.latents) + self._sharing()
+            session.status = (
+                _progress(chunk, generation.setting.in_words(self.machine.generator.config)) + self._sharing()
+            )
             if last:
                 session.end(run)
                 revision = session.revision
@@ -278,9 +282,9 @@ class SessionManager:
             yield revision
 
 
-def _progress(chunk: Chunk, latents: int) -> str:
+def _progress(chunk: Chunk, setting: str) -> str:
     speed = (chunk.seconds_wanted - chunk.seconds_made) / chunk.eta_s if chunk.eta_s > 0 else 0.0
     return (
         f"{clock(chunk.seconds_made)} of {clock(chunk.seconds_wanted)} of music · {clock(chunk.eta_s)} left · "
-        f"{speed:.1f}× as fast as it plays · {latents} latents · {seeds_in_words(chunk.seeds)}"
+        f"{speed:.1f}× as fast as it plays · {setting} · {seeds_in_words(chunk.seeds)}"
     )

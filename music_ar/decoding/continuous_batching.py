@@ -1,8 +1,8 @@
 """Continuous batching: many sequences in a batch that is kept full.
 
-When a sequence is finished, the next takes its row and the others continue. Sequences of one cache size share a batch
-(their prompts, numbers of latents, seeds, lengths and sampling options may differ); if the next one needs a different
-size, the batch is drained first.
+When a sequence is finished, the next takes its row and the others continue. Sequences of one cache size and
+depth share a batch (their prompts, numbers of latents, thresholds of early exits, seeds, lengths and sampling options
+may differ); if the next one needs another size, the batch is drained first.
 
 A sequence depends on its own request and, with JAX, in the last bit of its logits on the size of the batch, because
 matrix products of different shapes sum in different orders. It does not depend on its row, on the other rows, or on
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from music_ar.decoding.interface import AnyDecoder, option_arrays
+from music_ar.decoding.budget import Setting, setting_of
+from music_ar.decoding.interface import AnyDecoder, leaves_early, option_arrays
 from music_ar.decoding.request import GenerationError, Request, limits, stuck_error
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.sequence import Sequence
@@ -52,7 +53,7 @@ def complete(
     Args:
         decoder: the model.
         requests: the requests; those without a seed get a random one.
-        resolve: gives a request, whose prompt has been read, a number of latents. If it raises, only that request
+        resolve: gives a request, whose prompt has been read, a setting. If it raises, only that request
             fails.
         rows: number of rows, even when fewer requests are left; default: `AnyDecoder.batch_rows`.
         on_chunk: called after each chunk with the steps of music generated since the last call, over all rows.
@@ -61,8 +62,8 @@ def complete(
     waiting = _sequences(requests, resolve, failed)
     entry = next(waiting, None)
     while entry is not None:
-        latents = _latents(entry[0])
-        batch = _Batch(decoder, decoder.batch_rows(latents) if rows is None else rows, latents)
+        setting = setting_of(entry[0], decoder.config)
+        batch = _Batch(decoder, decoder.batch_rows(setting.latents) if rows is None else rows, setting)
         while (entry is not None and batch.takes(entry[0])) or batch.busy:
             while entry is not None and batch.takes(entry[0]) and batch.has_room:
                 batch.add(*entry)
@@ -94,22 +95,25 @@ def _sequences(
             yield from ((sample, Sequence(prompt, played)) for sample in asked.samples())
 
 
-def _latents(request: Request) -> int:
-    assert isinstance(request.latents, int)
-    return request.latents
-
-
 class _Batch:
     """The rows of one batch, and which sequences are in them."""
 
-    def __init__(self, decoder: AnyDecoder, rows: int, latents: int):
+    def __init__(self, decoder: AnyDecoder, rows: int, setting: Setting):
         self._decoder, self._rows = decoder, rows
-        self._cache_size = cache_size(latents)
-        self._state = _idle(decoder, rows, latents)
+        self._program = self._program_of(setting)
+        self._state = _idle(decoder, rows, setting)
         self._sampling = [SamplingOptions()] * rows
         self._options = option_arrays(self._sampling)
         self._running: dict[int, tuple[Request, Sequence]] = {}
-        self._prefilled: tuple[tuple[bytes, int], Any] | None = None
+        self._prefilled: tuple[tuple[bytes, Setting], Any] | None = None
+
+    def _setting_of(self, request: Request) -> Setting:
+        return setting_of(request, self._decoder.config)
+
+    def _program_of(self, setting: Setting) -> tuple[int, int, bool]:
+        """What rows of one batch have in common."""
+        latents, layers, confidence = setting
+        return cache_size(latents), layers, leaves_early(self._decoder.config, layers, confidence)
 
     @property
     def busy(self) -> bool:
@@ -120,7 +124,7 @@ class _Batch:
         return len(self._running) < self._rows
 
     def takes(self, request: Request) -> bool:
-        return cache_size(_latents(request)) == self._cache_size
+        return self._program_of(self._setting_of(request)) == self._program
 
     def add(self, request: Request, sequence: Sequence) -> None:
         row = next(row for row in range(self._rows) if row not in self._running)
@@ -131,10 +135,11 @@ class _Batch:
 
     def _started(self, request: Request, sequence: Sequence) -> Any:
         """The sequence's first state. Variations of one prompt usually follow each other and share its prefill."""
-        key = (sequence.prompt.tobytes(), _latents(request))
+        setting = self._setting_of(request)
+        key = (sequence.prompt.tobytes(), setting)
         if self._prefilled is None or self._prefilled[0] != key:
             self._prefilled = None
-            state = self._decoder.start([sequence.prompt], latents=_latents(request), seeds=[0], limit_steps=0)
+            state = self._decoder.start([sequence.prompt], seeds=[0], limit_steps=0, **setting._asdict())
             self._prefilled = key, state
         limit_steps, _ = limits(request.seconds)
         assert request.seed is not None
@@ -161,8 +166,8 @@ class _Batch:
         return steps, finished
 
 
-def _idle(decoder: AnyDecoder, rows: int, latents: int) -> Any:
+def _idle(decoder: AnyDecoder, rows: int, setting: Setting) -> Any:
     """A batch in which no row generates anything."""
     start = np.array([vocabulary.START], np.int32)
-    state = decoder.start([start], latents=latents, seeds=[0], limit_steps=0).rows([0] * rows)
+    state = decoder.start([start], seeds=[0], limit_steps=0, **setting._asdict()).rows([0] * rows)
     return state.with_ended(np.ones(rows, bool))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from music_ar.decoding import history_bias
 from music_ar.decoding.backend import Backend
-from music_ar.decoding.layers import DecodingModel, HashedGraph
+from music_ar.decoding.layers import DecodingModel, HashedGraph, SelfBlock
 from music_ar.decoding.state import Caches, DecodeState
 from music_ar.decoding.windows import window_starts
 from music_ar.features import keyboard, notes, retrieval
@@ -120,6 +120,7 @@ def prefill(
         conditioning_BxP: features after each of them.
     """
     model = nnx.merge(graph.graph, params)
+    blocks = list(model.blocks)[: state.layers]
     caches, W = state.caches, state.caches.windows
     B, P = tokens_BxP.shape
     M, R = caches.cross_v.shape[1], caches.self_v[0].shape[1]
@@ -136,7 +137,7 @@ def prefill(
     for turn in range(W):
         start_B = jnp.take_along_axis(starts_BxW, (active_B[:, None] + turn) % W, axis=1)[:, 0] + state.birth_B
         times_BxR = start_B[:, None] + jnp.arange(min(R >> turn, P))[None]
-        filled = _prefill_window(model, backend, context, state.birth_B, times_BxR)
+        filled = _prefill_window(model, blocks, backend, context, state.birth_B, times_BxR)
         by_age.append([[_in_slots(x, times_BxR % R, R) for x in layer] for layer in filled])
     order_BxW = (jnp.arange(W)[None] - active_B[:, None]) % W
 
@@ -170,7 +171,12 @@ class _Context:
 
 
 def _prefill_window(
-    model: DecodingModel, backend: Backend, context: _Context, birth_B: Array, times_BxR: Array
+    model: DecodingModel,
+    blocks: list[SelfBlock],
+    backend: Backend,
+    context: _Context,
+    birth_B: Array,
+    times_BxR: Array,
 ) -> list[tuple[Array, Array]]:
     """Keys and values [B, R, G, K], one pair per layer, of the latents at `times_BxR`."""
     P, M = context.embedded_BxPxD.shape[1], model.config.reach
@@ -180,7 +186,7 @@ def _prefill_window(
     q = model.cross.queries(x_BxRxD, positions_BxRx2)
     x_BxRxD = model.cross.add(x_BxRxD, _attend(context, M, birth_B, q, times_BxR))
     filled = []
-    for block in model.blocks:
+    for block in blocks:
         q, k, v = block.queries_keys_values(x_BxRxD, positions_BxRx2)
         filled.append((k, v))
         x_BxRxD = block.add(x_BxRxD, causal_attention(q, k, v, backend.compute))

@@ -42,6 +42,12 @@ class Request:
         latents: number of latents, from 2 to the number that the model was trained with; fewer is faster, more is more
             coherent. Default: 1024, or the model's number if it is smaller. "auto" takes the most that reach `speed` on
             this machine.
+        layers: number of self-attention layers to run, one of those after which the model was trained to predict (see
+            `ModelConfig.depths`); fewer is faster. Default: all.
+        confidence: a token is done early, after fewer layers, once the model gives its likeliest successor more than
+            this probability; lower is faster. Default: 1, never.
+        budget: time for a token as a share of what all latents and layers take, above 0 to 1, in place of `latents`,
+            `layers` and `confidence`: it takes the best of the model's measured settings that cost no more.
         speed: with "auto", seconds of music to generate per second; default 1.5.
         sampling: how tokens are drawn.
         seed: 0 to 2**31 - 1; the same seed and request give the same piece on the same kind of machine. Default: a
@@ -61,6 +67,9 @@ class Request:
     prompt: Prompt | None = None
     seconds: float = number(60.0, above=0, most=MAX_SECONDS)
     latents: int | Literal["auto"] | None = whole(None, 2, words=("auto",))
+    layers: int | None = whole(None, 1)
+    confidence: float = number(1.0, least=0, most=1)
+    budget: float | None = number(None, above=0, most=1)
     speed: float | None = number(None, above=0, most=1000)
     sampling: SamplingOptions = SamplingOptions()
     seed: int | None = whole(None, 0, MAX_SEED)
@@ -77,6 +86,8 @@ class Request:
             )
         if self.speed is not None and self.latents != "auto":
             raise GenerationError(f'speed = {self.speed} needs latents = "auto"')
+        if self.budget is not None and (self.latents, self.layers, self.confidence) != (None, None, 1.0):
+            raise GenerationError("give either a budget, or latents, layers and confidence")
 
     @classmethod
     def of(cls, prompt: "Prompt | Request | None" = None, **options: Any) -> "Request":

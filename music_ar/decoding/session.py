@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from music_ar.decoding.budget import setting_of
 from music_ar.decoding.interface import AnyDecoder, AnyState, shared_options
 from music_ar.decoding.request import GenerationError, Request, check_seconds, limits, stuck_error
 from music_ar.decoding.sequence import Notes
@@ -87,6 +88,7 @@ class Session:
     Attributes:
         seeds: one per variation.
         latents: number of latents.
+        setting: latents, layers and confidence.
         prompt_s: where the prompt ends and generated music begins.
 
     Raises:
@@ -94,11 +96,10 @@ class Session:
     """
 
     def __init__(self, decoder: AnyDecoder, request: Request):
-        assert isinstance(request.latents, int)
         assert request.prompt is None or isinstance(request.prompt, Performance)
         prompt = request.prompt_tokens()
         self.seeds = tuple(seed for sample in request.samples() if (seed := sample.seed) is not None)
-        self.latents = request.latents
+        self.latents, self.setting = request.latents, setting_of(request, decoder.config)
         self._decoder = decoder
         self._options = shared_options(request.sampling)
         self._sequences = [TokenSequence(prompt, request.prompt) for _ in self.seeds]
@@ -107,7 +108,7 @@ class Session:
         self._continuation_only = request.continuation_only
         self._wanted_s = 0.0
         self._state: AnyState | None = decoder.start(
-            [prompt] * len(self.seeds), latents=self.latents, seeds=self.seeds, limit_steps=0
+            [prompt] * len(self.seeds), seeds=self.seeds, limit_steps=0, **self.setting._asdict()
         )
 
     @property

@@ -64,7 +64,7 @@ def expand(model: PerceiverAR, config: ModelConfig, *, rngs: nnx.Rngs) -> Percei
     Args:
         model: the trained model; it is not changed, and is returned itself if it already has this config.
         config: the model's, except that width, layers, heads, kv_heads, time_heads and hidden may be larger, with the
-            same number of query heads per key/value head, and label_size may be set if it was 0.
+            same number of query heads per key/value head, label_size may be set if it was 0, and exits may be any.
         rngs: for the random parameters.
 
     Raises:
@@ -91,14 +91,14 @@ def _check(old: ModelConfig, new: ModelConfig) -> None:
     differing = [
         field.name for field in dataclasses.fields(old) if getattr(old, field.name) != getattr(new, field.name)
     ]
-    allowed = {*_SIZES, "label_size"} if old.label_size == 0 else {*_SIZES}
+    allowed = {*_SIZES, "exits"} | ({"label_size"} if old.label_size == 0 else set())
     larger = all(getattr(new, name) >= getattr(old, name) for name in _SIZES)
     larger = larger and new.kv_heads - new.time_heads >= old.kv_heads - old.time_heads
     if not (larger and allowed.issuperset(differing) and new.heads // new.kv_heads == old.heads // old.kv_heads):
         changes = ", ".join(f"{name} {getattr(old, name)} -> {getattr(new, name)}" for name in differing)
         raise ValueError(
             f"cannot expand the model: only {', '.join(_SIZES)} may increase, with the same number of query heads per "
-            f"key/value head, and label_size from 0; differing sizes: {changes}"
+            f"key/value head, exits may change, and label_size from 0; differing sizes: {changes}"
         )
 
 

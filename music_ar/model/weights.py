@@ -32,7 +32,7 @@ SHIPPED_FOLDERS = (_HERE.parent / "checkpoints", _HERE / "checkpoints")
 
 _MAX_CONFIG_BYTES = 2**20
 _SIZE_SLACK = 2**20  # bytes, for the header and what small models have besides int8 matrices
-_LATER_SIZES = ("segment",)  # not in the first configs of the format, and off by default
+_LATER_SIZES = ("segment", "exits")  # not in the first configs of the format, and off by default
 _OLD_FORMAT = "music-ar 1"
 _OLD_NAMES = {  # of sizes and of tensors in the old format
     "recall": "retrieval_notes",
@@ -240,6 +240,7 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
             raise CheckpointError(f"{path}: models with cross_depths are not supported since version 0.2.0")
         if missing := [name for name in _needed_sizes(record["format"]) if name not in sizes]:
             raise CheckpointError(f"{path} lacks {', '.join(missing)}, so it is not a model configuration")
+        sizes["exits"] = tuple(sizes.get("exits", ()))
         config = ModelConfig(**sizes)
         if config.vocabulary_size != vocabulary.VOCABULARY_SIZE:
             raise CheckpointError(

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Integer
 
 from music_ar.decoding.backend import CPU, Backend
-from music_ar.decoding.interface import distinct
+from music_ar.decoding.interface import depth_of, distinct
 from music_ar.decoding.native.library import CConfig, COptions, CState, CTensor, Library, load
 from music_ar.decoding.native.state import NativeState
 from music_ar.decoding.native.weights import Tensor, engine_tensors
@@ -61,7 +61,8 @@ class NativeDecoder:
         weakref.finalize(self, library.close, self._model)
         self.path: str = library.path(self._model).decode()
         self._cached = np.dtype(np.float16 if library.cached_bytes(self._model) == 2 else np.float32)
-        self._weight_bytes = sum(each.nbytes for pair in weights.values() for each in pair if each is not None)
+        self._weight_bytes = _bytes(weights)
+        self._layer_bytes = _bytes({name: pair for name, pair in weights.items() if name.startswith("blocks.0.")})
 
     @staticmethod
     def suits(config: ModelConfig) -> bool:
@@ -75,13 +76,15 @@ class NativeDecoder:
         latents: int,
         seeds: Sequence[int],
         limit_steps: int,
+        layers: int | None = None,
+        confidence: float = 1.0,
         mode: Literal["sliding", "exact"] = "sliding",
     ) -> NativeState:
         """State after all but the last token of each prompt; see `Decoder.start`.
 
         Raises:
             ValueError: not as many seeds as prompts, a prompt without tokens or with others than the vocabulary's, more
-                latents than the context, or re-anchored windows.
+                latents than the context, no exit after so many layers, or re-anchored windows.
         """
         if mode != "sliding":
             raise ValueError(
@@ -94,7 +97,13 @@ class NativeDecoder:
         checked = [_checked_tokens(prompt, 1) for prompt in prompts]
         different, index = distinct(checked)
         state = NativeState.before_the_first_token(
-            self.config, len(different), latents=max(2, latents), limit_steps=limit_steps, cached=self._cached
+            self.config,
+            len(different),
+            latents=max(2, latents),
+            layers=depth_of(self.config, layers),
+            confidence=confidence,
+            limit_steps=limit_steps,
+            cached=self._cached,
         )
         for number, prompt in enumerate(different):
             self._library.prefill(self._model, self._c_state(state), number, prompt.ctypes.data, len(prompt))
@@ -144,16 +153,17 @@ class NativeDecoder:
         self._library.process(self._model, self._c_state(state), _c_options(arrays), logits.ctypes.data)
         return logits
 
-    def bare_matrices_s(self, rows: int = 1) -> float:
+    def bare_matrices_s(self, rows: int = 1, layers: int | None = None) -> float:
         """Seconds for all int8 products of one step and nothing else: the best of some passes on this machine, now."""
         if not 1 <= rows <= 64:
             raise ValueError(f"rows must be in 1..64, got {rows}")
-        return self._library.bare_products_s(self._model, rows, _BARE_PASSES)
+        return self._library.bare_products_s(self._model, rows, depth_of(self.config, layers), _BARE_PASSES)
 
     def step_bytes(self, state: NativeState) -> int:
         """Bytes that a step may read: the weights, and the caches of a state. It reads the visible part of caches."""
         caches = (state.cross_k, state.cross_v, state.self_k, state.self_v, state.match_keys_BxWxC)
-        return self._weight_bytes + sum(cache.nbytes for cache in caches)
+        skipped = (self.config.layers - state.layers) * self._layer_bytes
+        return self._weight_bytes - skipped + sum(cache.nbytes for cache in caches)
 
     def batch_rows(self, latents: int) -> int:
         """Number of rows to decode at once."""
@@ -172,7 +182,13 @@ class NativeDecoder:
         """
         latents = state.latents_B.max(initial=1)
         wanted = NativeState.before_the_first_token(
-            self.config, 0, latents=int(state.self_v.shape[3]), limit_steps=0, cached=self._cached
+            self.config,
+            0,
+            latents=int(state.self_v.shape[3]),
+            layers=state.layers,
+            confidence=1.0,
+            limit_steps=0,
+            cached=self._cached,
         )
         for name, leaf, like in zip(NativeState._fields, state, wanted, strict=True):
             shape = (len(state.age_B), *like.shape[1:])
@@ -180,7 +196,7 @@ class NativeDecoder:
                 raise ValueError(f"not a state of this decoder: {name} is {leaf.dtype} {leaf.shape}, expected {shape}")
         if latents > state.self_v.shape[3]:
             raise ValueError(f"the caches hold {state.self_v.shape[3]} latents, got {latents}")
-        sizes = (len(state.age_B), self.config.notes_kept, state.self_v.shape[3], state.cross_v.shape[2])
+        sizes = (len(state.age_B), self.config.notes_kept, state.self_v.shape[3], state.cross_v.shape[2], state.layers)
         return CState(*sizes, *(leaf.ctypes.data for leaf in state))
 
 
@@ -200,7 +216,13 @@ def _open(library: Library, config: ModelConfig, weights: Mapping[str, Tensor]) 
     rates_R = np.ascontiguousarray(np.float32(config.rotary_wavelength) ** -exponent_R)
     floats = ctypes.POINTER(ctypes.c_float)
     sizes = {name: getattr(config, name) for name in CConfig.SIZES} | {"context": config.reach}
-    c_config = CConfig(**sizes, rotary_rates=rates_R.ctypes.data_as(floats))
+    exits = np.array(config.exits, np.int32)
+    c_config = CConfig(
+        **sizes,
+        exit_count=len(exits),
+        rotary_rates=rates_R.ctypes.data_as(floats),
+        exits=exits.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+    )
     tensors = (CTensor * len(weights))()
     for tensor, (name, (numbers, values)) in zip(tensors, weights.items(), strict=True):
         tensor.name = name.encode()
@@ -209,6 +231,10 @@ def _open(library: Library, config: ModelConfig, weights: Mapping[str, Tensor]) 
         if numbers is not None:
             tensor.numbers = numbers.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
     return library.open(c_config, tensors, len(weights))  # copies what it needs
+
+
+def _bytes(weights: Mapping[str, Tensor]) -> int:
+    return sum(each.nbytes for pair in weights.values() for each in pair if each is not None)
 
 
 def _checked_tokens(tokens: Any, axes: int) -> Int32[np.ndarray, "..."]:

@@ -120,11 +120,11 @@ static void teacher_force(Model& model, Threads& threads, const State& state, co
 }
 
 // Seconds of the fastest of some passes.
-static double bare_products_s(Model& model, Threads& threads, int rows, int passes) {
+static double bare_products_s(Model& model, Threads& threads, int rows, int layers, int passes) {
   double least = INFINITY;
   for (int pass = 0; pass < passes; ++pass) {
     const auto began = std::chrono::steady_clock::now();
-    model.bare_products(threads, rows);
+    model.bare_products(threads, rows, layers);
     least = std::min(least, std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
   }
   return least;
@@ -169,9 +169,9 @@ void music_ar_teacher_force(Model* model, const State* state, const int32_t* tok
   teacher_force(*model, *pool(), *state, tokens_BxT, length, logits_BxTxV);
 }
 
-double music_ar_bare_products_s(Model* model, int rows, int passes) {
+double music_ar_bare_products_s(Model* model, int rows, int layers, int passes) {
   Threads::Awake awake(*pool());
-  return bare_products_s(*model, *pool(), rows, passes);
+  return bare_products_s(*model, *pool(), rows, layers, passes);
 }
 
 // For tests: the logit processors and the draw by themselves.
