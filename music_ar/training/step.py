@@ -94,7 +94,7 @@ def student_loss(
     """Return the loss of a batch, over all exits, and the cross-entropy of all blocks; see `token_loss`.
 
     The teachers see the same latents and the same part of the prefix as the student, without dropout. `split_over` is
-    the mesh axis that prefixes are split over; see `PerceiverAR.__call__`.
+    the mesh axis that prefixes are split over; see `PerceiverAR.at_depths`.
     """
     model = nnx.merge(graph, params)
     tokens, weights = batch["tokens"], batch["weights"]
