@@ -49,6 +49,7 @@ def state_after(*pieces: np.ndarray) -> DecodeState:
         keyboard=keys,
         notes=last_notes,
         match=None,
+        gap=None,
         history=history,
         caches=Caches(empty, empty, (empty,), (empty,)),
         prompt_end_B=numbers,
