@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from music_ar.tokens.codec import event_steps, length_steps
-from music_ar.tokens.gaps import Parts, prompt_overhead, shifts, split
+from music_ar.tokens.gaps import Parts, shifts, split
 from music_ar.tokens.vocabulary import START, STEPS_PER_SECOND, is_shift, is_velocity
 
 SHORTEST_S, LONGEST_S = 1.0, 60.0
@@ -73,25 +73,8 @@ class Gaps:
         if end <= begin:
             return None
         parts = split(tokens, begin, end, with_before=not without_before)
-        return _fitted(parts._replace(after=parts.after[:0]) if without_after else parts, self.context + 1)
-
-
-def fitted(parts: Parts, size: int) -> Parts | None:
-    """Shorten both parts around a gap at their far ends, so that the sequence has at most `size` tokens.
-
-    Each part gets half of the room, and what the other leaves. None if there is no room for the middle.
-    """
-    room = size - prompt_overhead(parts.steps) - len(parts.middle)
-    if room < 0:
-        return None
-    before, after = len(parts.before), len(parts.after)
-    kept = min(before, max(room // 2, room - after))
-    return parts._replace(before=parts.before[before - kept :], after=parts.after[: room - kept])
-
-
-def _fitted(parts: Parts, size: int) -> tuple[Int32[np.ndarray, " _"], Float32[np.ndarray, " _"]] | None:
-    shortened = fitted(parts, size)
-    return None if shortened is None else (shortened.sequence(), target_weights(shortened))
+        parts = (parts._replace(after=parts.after[:0]) if without_after else parts).fitted(self.context + 1)
+        return None if parts is None else (parts.sequence(), target_weights(parts))
 
 
 def target_weights(parts: Parts) -> Float32[np.ndarray, " _"]:

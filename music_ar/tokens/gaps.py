@@ -50,26 +50,24 @@ class Parts(NamedTuple):
 
     def sequence(self) -> Int32[np.ndarray, " _"]:
         """The whole sequence, in the order in which a model learns it."""
-        return np.concatenate([prompt(self.before, self.after, self.steps), self.middle])
+        return np.concatenate([self.prompt(), self.middle])
 
+    def prompt(self) -> Int32[np.ndarray, " _"]:
+        """What a model is given: everything up to `MIDDLE`."""
+        parts = [shifts(self.steps), [END_OF_GAP], self.after, [SEPARATOR], self.before, [MIDDLE]]
+        return np.concatenate(parts).astype(np.int32)
 
-def prompt(
-    before: Integer[np.ndarray, " _b"], after: Integer[np.ndarray, " _a"], steps: int
-) -> Int32[np.ndarray, " _"]:
-    """What a model is given: everything up to `MIDDLE`.
+    def fitted(self, size: int) -> "Parts | None":
+        """Shorten both parts around the gap at their far ends, so that the sequence has at most `size` tokens.
 
-    Args:
-        before: the part before the gap, as in `Parts`.
-        after: the part after it.
-        steps: length of the gap in steps of 10 ms.
-    """
-    parts = [shifts(steps), [END_OF_GAP], after, [SEPARATOR], before, [MIDDLE]]
-    return np.concatenate(parts).astype(np.int32)
-
-
-def prompt_overhead(steps: int) -> int:
-    """Number of tokens of a `prompt` besides its parts."""
-    return len(shifts(steps)) + 3
+        Each part gets half of the room, and what the other leaves. None if there is no room for the middle.
+        """
+        room = size - (len(shifts(self.steps)) + 3) - len(self.middle)
+        if room < 0:
+            return None
+        before, after = len(self.before), len(self.after)
+        kept = min(before, max(room // 2, room - after))
+        return self._replace(before=self.before[before - kept :], after=self.after[: room - kept])
 
 
 def before_part(tokens: Integer[np.ndarray, " T"]) -> Integer[np.ndarray, " _"]:
