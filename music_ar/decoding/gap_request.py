@@ -7,7 +7,7 @@ import dataclasses
 import math
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float64, Int32
 
 from music_ar.midi.performance import Performance
 from music_ar.tokens.codec import encode, length_steps
@@ -73,22 +73,38 @@ class GapRequest:
         )
 
     def filled(self, piece: Performance) -> Performance:
-        """The piece with what comes after the gap. Keys that this strikes again are released before.
+        """The piece with what comes after the gap. What sounds in the gap ends where its key is struck again.
 
         Args:
             piece: what comes before the gap, and what fills it.
         """
-        offset_s = piece.offset_s.copy()
-        for pitch in np.intersect1d(piece.pitch, self.after.pitch):
-            struck_s = self.after.onset_s[self.after.pitch == pitch][0]
-            offset_s[piece.pitch == pitch] = np.minimum(offset_s[piece.pitch == pitch], struck_s)
-        return Performance(
-            onset_s=np.concatenate([piece.onset_s, self.after.onset_s]),
-            offset_s=np.concatenate([offset_s, self.after.offset_s]),
-            pitch=np.concatenate([piece.pitch, self.after.pitch]),
-            velocity=np.concatenate([piece.velocity, self.after.velocity]),
-            prompt_file=piece.prompt_file,
+        onset_s, offset_s, pitch, velocity = (
+            np.concatenate([ours, theirs])
+            for ours, theirs in (
+                (piece.onset_s, self.after.onset_s),
+                (piece.offset_s, self.after.offset_s),
+                (piece.pitch, self.after.pitch),
+                (piece.velocity, self.after.velocity),
+            )
         )
+        in_gap = (np.arange(len(pitch)) < len(piece)) & (offset_s > self.begin_step / STEPS_PER_SECOND)
+        cut_s = np.where(in_gap, np.minimum(offset_s, _struck_again_s(onset_s, pitch)), offset_s)
+        return Performance(
+            onset_s=onset_s, offset_s=cut_s, pitch=pitch, velocity=velocity, prompt_file=piece.prompt_file
+        )
+
+
+def _struck_again_s(
+    onset_s: Float64[np.ndarray, " n"], pitch: Int32[np.ndarray, " n"]
+) -> Float64[np.ndarray, " n"]:
+    """When the key of each note is struck the next time, later than the note; infinity if it is not."""
+    order = np.lexsort((onset_s, pitch))
+    onset, key = onset_s[order], pitch[order]
+    following = np.append(np.where(key[1:] == key[:-1], onset[1:], np.inf), np.inf)
+    following[following <= onset] = np.inf
+    again_s = np.empty(len(order))
+    again_s[order] = following
+    return again_s
 
 
 def _cut(whole: Parts, given: Parts) -> str | None:
