@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import make_performance
 from event_tokens import off, on, performances, rows_of, shift, tokens_of, velocity
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from music_ar.tokens import codec, grammar
@@ -56,6 +56,7 @@ def with_end(performance):
 
 
 @given(performances(), st.integers(0, 150), st.integers(1, 200))
+@settings(max_examples=50)
 def test_every_note_is_in_one_part_and_reads_back(performance, begin, steps):
     """The parts, decoded and put at their times, are the piece: no note is cut, lost or doubled."""
     piece = codec.decode(with_end(performance))
@@ -67,6 +68,7 @@ def test_every_note_is_in_one_part_and_reads_back(performance, begin, steps):
 
 
 @given(performances(), st.integers(0, 150), st.integers(1, 200))
+@settings(max_examples=50)
 def test_every_part_has_its_length(performance, begin, steps):
     parts = split(with_end(performance), begin, begin + steps)
     assert codec.length_steps(parts.before) == begin
@@ -75,6 +77,7 @@ def test_every_part_has_its_length(performance, begin, steps):
     assert codec.length_steps(parts.sequence()[: int(np.argmax(parts.sequence() == END_OF_GAP))]) == steps
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 30), st.integers(0, 1500), st.integers(1, 1000))
 def test_the_middle_keeps_the_grammar(seed, begin, steps):
     parts = split(with_end(make_performance(seed, 100)), begin, begin + steps)
@@ -86,6 +89,7 @@ def test_the_middle_keeps_the_grammar(seed, begin, steps):
     assert not state.held.any()
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 30), st.integers(100, 700))
 def test_parts_are_shortened_at_their_far_ends(seed, size):
     parts = split(with_end(make_performance(seed, 100)), 800, 1000)
