@@ -104,7 +104,7 @@ class Session:
         self._decoder = decoder
         self._options = shared_options(request.sampling)
         self._sequences = [TokenSequence(prompt, request.prompt, self.gap) for _ in self.seeds]
-        self._limits = request.limits
+        self._limits, self._gap_s = request.limits, None if self.gap is None else request.seconds
         self._shown: list[Notes | None] = [None] * len(self.seeds)
         self.prompt_s = self._sequences[0].prompt_time / vocabulary.STEPS_PER_SECOND
         self._continuation_only = request.continuation_only
@@ -121,18 +121,21 @@ class Session:
     def extend(self, seconds: float) -> Iterator[Chunk]:
         """Generate `seconds` more of each variation, chunk by chunk; a piece may end sooner on its own.
 
-        A gap is filled by one call with the length of the gap.
+        A gap is filled by one call, whatever `seconds` is.
 
         The iterator may be dropped at any chunk, and another call continues from there.
 
         Raises:
-            GenerationError: `seconds` is not a valid length, the session is closed, or the model writes one note after
-                another without letting time pass.
+            GenerationError: `seconds` is not a valid length, the session is closed or its gap is filled, or the model
+                writes one note after another without letting time pass.
         """
         check_seconds(seconds)
         if self._state is None:
             raise GenerationError("the session is closed; start another")
-        self._wanted_s = (self._made_s() if self._wanted_s else 0.0) + seconds
+        if self.gap is not None and self._wanted_s:
+            raise GenerationError("the gap has been filled; give the whole piece as a prompt to go on from its end")
+        more_s = seconds if self._gap_s is None else self._gap_s
+        self._wanted_s = (self._made_s() if self._wanted_s else 0.0) + more_s
         return self._chunks()
 
     def keep(self, variations: Sequence[int]) -> None:
