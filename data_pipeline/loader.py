@@ -67,9 +67,7 @@ class LoaderConfig:
         if not 1 <= self.latents <= self.context:
             raise ValueError(f"expected 1 <= latents <= context, got latents {self.latents} and context {self.context}")
         if self.gaps is not None and not self.latents <= self.gaps.context <= self.context:
-            raise ValueError(
-                f"expected gaps with a context of {self.latents}..{self.context}, got {self.gaps.context}"
-            )
+            raise ValueError(f"expected gaps with a context of {self.latents}..{self.context}, got {self.gaps.context}")
         if self.batch_size < 1:
             raise ValueError(f"expected a batch_size of at least 1, got {self.batch_size}")
         if min(self.threads, self.workers) < 0:

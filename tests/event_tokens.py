@@ -94,7 +94,7 @@ def _chords(draw: st.DrawFn) -> list[int]:
 
 
 def token_sequences(min_size: int = 0, max_size: int = 90, *, gaps: bool = False) -> st.SearchStrategy[np.ndarray]:
-    """Sequences of the vocabulary, perhaps that of gaps: of all tokens; of few, so that everything recurs; of chords."""
+    """Sequences of the vocabulary, or that of gaps: of all tokens; of few, so that everything recurs; of chords."""
     size = INFILL_VOCABULARY_SIZE if gaps else VOCABULARY_SIZE
     every = st.lists(st.integers(0, size - 1), min_size=min_size, max_size=max_size)
     few_tokens = [*_FEW, SEPARATOR, MIDDLE, END_OF_GAP] if gaps else _FEW

@@ -272,7 +272,9 @@ def test_both_engines_fill_a_gap_alike(gap_decoders):
     """To the last token, which is the end, if noise in the logits changes no choice."""
     prompt = gap_sequence(3).prompt()
     options = option_arrays([SamplingOptions(temperature=0.0)])
-    found = [np.asarray(decoder.decode(start(decoder, [prompt]), options, length=120)[1][0]) for decoder in gap_decoders]
+    found = [
+        np.asarray(decoder.decode(start(decoder, [prompt]), options, length=120)[1][0]) for decoder in gap_decoders
+    ]
     np.testing.assert_array_equal(*found)
     assert END in found[0]
 

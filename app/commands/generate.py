@@ -71,7 +71,7 @@ class Generate:
         fills_gap = self.between is not None or self.replace is not None
         if sum(each is not None for each in (self.prompt, self.between, self.replace)) > 1:
             raise CommandError("give only one of --prompt, --between and --replace")
-        if self.prompt is None and (self.prompt_seconds is not None or self.continuation_only and not fills_gap):
+        if self.prompt is None and (self.prompt_seconds is not None or (self.continuation_only and not fills_gap)):
             raise CommandError("--prompt-seconds and --continuation-only need a --prompt")
 
     def run(self) -> None:

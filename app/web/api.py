@@ -42,7 +42,7 @@ _HELP = {
     "seed": "random seed of the first variation; leave it out for a random one.",
     "start_s": "start of the part of the prompt to use, in seconds.",
     "end_s": "end of that part, in seconds; leave it out for the end of the file.",
-    "fill": "true makes the part of the prompt from start_s to end_s anew, joins it to what comes before and after, and "
+    "fill": "true makes the part of the prompt from start_s to end_s anew, joined to what comes before and after, and "
     "keeps the rest as it is; seconds then does not count. Needs a model that was trained to fill gaps.",
     "variation": "number of the variation to continue; 0 is the first.",
 }

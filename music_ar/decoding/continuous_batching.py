@@ -78,8 +78,7 @@ def complete(
 
 
 def _sequences(
-    decoder: AnyDecoder,
-    requests: Iterable[Request], resolve: Callable[[Request], Request], failed: list[Completion]
+    decoder: AnyDecoder, requests: Iterable[Request], resolve: Callable[[Request], Request], failed: list[Completion]
 ) -> Iterator[tuple[Request, Sequence]]:
     """A request for each variation with its empty sequence; those that cannot be generated go to `failed`."""
     for request in requests:

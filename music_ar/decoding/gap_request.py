@@ -94,9 +94,7 @@ class GapRequest:
         )
 
 
-def _struck_again_s(
-    onset_s: Float64[np.ndarray, " n"], pitch: Int32[np.ndarray, " n"]
-) -> Float64[np.ndarray, " n"]:
+def _struck_again_s(onset_s: Float64[np.ndarray, " n"], pitch: Int32[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
     """When the key of each note is struck the next time, later than the note; infinity if it is not."""
     order = np.lexsort((onset_s, pitch))
     onset, key = onset_s[order], pitch[order]

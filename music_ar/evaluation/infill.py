@@ -46,9 +46,7 @@ class MiddleScore:
         return {"both": float(self.both.sum() / total), "left": float(self.left.sum() / total)}
 
 
-def draw_gaps(
-    pieces: Sequence[Integer[np.ndarray, " _"]], seconds: float, count: int, *, seed: int = 0
-) -> list[Parts]:
+def draw_gaps(pieces: Sequence[Integer[np.ndarray, " _"]], seconds: float, count: int, *, seed: int = 0) -> list[Parts]:
     """Gaps in random places of random pieces, at least a gap's length from either end.
 
     Args:

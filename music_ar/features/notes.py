@@ -93,7 +93,9 @@ def scan(tokens: Integer[np.ndarray, " T"], capacity: int) -> Notes:
     note = tokens[is_on] * VELOCITY_SLOTS + velocity
     separators = np.flatnonzero(tokens == vocabulary.SEPARATOR)
     first = is_on[: separators[-1]].sum() if capacity and len(separators) else 0
-    return Notes(np.int32(len(note)), np.int32(first), rolling(note, len(note), capacity), rolling(time, len(note), capacity))
+    return Notes(
+        np.int32(len(note)), np.int32(first), rolling(note, len(note), capacity), rolling(time, len(note), capacity)
+    )
 
 
 def rolling(values: np.ndarray, count: int, capacity: int) -> np.ndarray:

@@ -77,9 +77,7 @@ def before_part(tokens: Integer[np.ndarray, " T"]) -> Integer[np.ndarray, " _"]:
     return tokens[np.flatnonzero(tokens == SEPARATOR)[-1] + 1 : -1]
 
 
-def split(
-    tokens: Integer[np.ndarray, " T"], begin_step: int, end_step: int, *, with_before: bool = True
-) -> Parts:
+def split(tokens: Integer[np.ndarray, " T"], begin_step: int, end_step: int, *, with_before: bool = True) -> Parts:
     """Divide a piece, or a passage of one, at a gap.
 
     Args:
