@@ -193,6 +193,8 @@ def test_a_client_has_a_limited_number_of_jobs(jobs, expected, monkeypatch):
         ({"start_s": 9, "end_s": 3}, "the prompt must end after it starts, got 9 s to 3 s"),
         ({"prompt": "mine.mid"}, r"the prompt must be an uploaded MIDI file \(in Python: handle_file.*got “mine.mid”"),
         ({"prompt": "https://example.org/a.mid"}, "the prompt must be an uploaded MIDI file .*, got an address"),
+        ({"fill": 1}, r"the choice to make a part of the prompt anew \(fill\) must be true or false, got 1"),
+        ({"fill": True}, "there is no piece to fill a part of: choose one first"),
         ({"prompt": 5}, "the prompt must be an uploaded MIDI file .*, got 5"),
     ],
 )

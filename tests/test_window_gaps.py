@@ -44,7 +44,7 @@ CONTEXT, LATENTS = 256, 128
 @pytest.fixture(scope="module")
 def music() -> Pieces:
     pieces = [codec.encode(make_performance(seed, 300)) for seed in range(4)]
-    return pieces_of(*(np.concatenate([[START], piece, [END]]).astype(np.uint16) for piece in pieces))
+    return pieces_of([np.concatenate([[START], piece, [END]]).astype(np.uint16) for piece in pieces])
 
 
 def windows(pieces, count, **options):
@@ -105,7 +105,7 @@ def test_values_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="expected a"):
         Gaps(**options)
     with pytest.raises(ValueError, match=r"gaps with a context of 8\.\.16, got 20"):
-        LoaderConfig(context=16, latents=8, batch_size=1, seed=0, gaps=Gaps(share=1, context=20))
+        LoaderConfig(context=16, latents=8, batch_size=1, seed=0, gaps=Gaps(share=1.0, context=20))
 
 
 def test_train_gives_an_old_model_the_tokens(capsys, tmp_path, prepared, tiny_checkpoint):
