@@ -276,7 +276,7 @@ def test_the_reference_has_the_public_names_and_every_command(site):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("snippet", [each for each in snippets("python") if each.comment == NEEDS_SERVER], ids=str)
+@pytest.mark.parametrize("snippet", [each for each in snippets("python") if each.comment == NOT_RUN[0]], ids=str)
 def test_snippets_of_the_http_api_run(snippet, workplace, tiny_checkpoint, monkeypatch):
     pytest.importorskip("gradio")
     command = [sys.executable, "-m", "app.cli", "web", "--checkpoint", str(tiny_checkpoint), "--no-measure"]

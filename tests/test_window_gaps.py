@@ -139,14 +139,14 @@ TOY = dataclasses.replace(
 
 def toy_gap(rng: np.random.Generator) -> Parts:
     """A gap whose only note is the first note after it, an octave lower, in half of its time."""
-    steps, pitch = int(rng.integers(20, 100)), int(rng.integers(48, 84))
+    steps, pitch = int(rng.integers(20, 100)), int(rng.integers(60, 72))
     half = steps // 2
 
     def note(pitch, before, length):
         waits = [TIME_SHIFT + before - 1] if before else []
         return [*waits, VELOCITY + 9, NOTE_ON + pitch, TIME_SHIFT + length - 1, NOTE_OFF + pitch]
 
-    other = int(rng.integers(48, 84))
+    other = int(rng.integers(60, 72))
     middle = [*shifts(half), NOTE_ON + pitch - 12, TIME_SHIFT, NOTE_OFF + pitch - 12, *shifts(steps - half - 1)]
     return Parts(
         before=np.array([START, *note(other, 0, 10), *shifts(5)], np.int32),
@@ -170,9 +170,9 @@ def toy_batch(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarr
 
 @pytest.mark.slow
 def test_a_model_learns_from_what_comes_after_and_from_the_time_left():
-    """With both sides it knows the note; with the left side it knows the time, and guesses the note of 36."""
+    """With both sides it knows the note; with the left side it knows the time, and guesses the note of 12."""
     graph, params = nnx.split(PerceiverAR(TOY, rngs=nnx.Rngs(0)), nnx.Param)
-    optimizer = optax.adam(3e-3)
+    optimizer = optax.adam(6e-3)
     state, rng = optimizer.init(params), np.random.default_rng(0)
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -184,12 +184,12 @@ def test_a_model_learns_from_what_comes_after_and_from_the_time_left():
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    for _ in range(600):
+    for _ in range(500):
         params, state = update(params, state, *map(jnp.asarray, toy_batch(rng, 32)))
     score = score_middles(nnx.merge(graph, params), [toy_gap(rng) for _ in range(64)])
     of_a_note = (score.left - score.both).mean()
-    assert of_a_note > 0.5 * np.log(36)
-    assert score.nats_per_token()["both"] < 0.35
+    assert of_a_note > 0.8 * np.log(12)
+    assert score.nats_per_token()["both"] < 0.1
 
 
 def test_middles_are_scored_as_the_model_predicts_them():
