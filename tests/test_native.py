@@ -275,7 +275,8 @@ def test_processors_in_gaps_are_those_of_jax(gap_decoders, chain, tokens, sampli
 
 def test_a_gap_is_filled_by_step_draw_and_advance_as_in_jax(gap_decoders):
     sampling = SamplingOptions(lowest_pitch=54, highest_pitch=72)
-    tokens = assert_draws_as_jax(*gap_decoders, gap_sequence(3).prompt(), sampling, 300)
+    native, reference = gap_decoders
+    tokens = assert_draws_as_jax(native, reference, gap_sequence(3).prompt(), sampling, 300)
     assert tokens[tokens != PAD][-1] == END
     assert (tokens == END_OF_GAP).sum() == 1
 
