@@ -66,7 +66,7 @@ def test_without_a_share_windows_are_as_before(music):
 def test_re_ordered_windows_are_sequences_that_fit(music, context):
     """Each has all its marks; what only tells where the gap is has no weight; the parts differ in size."""
     tokens, weights = windows(music, 160, augmentation=Augmentation(), gaps=Gaps(share=1.0, context=context))
-    sizes = []
+    sizes, at_start = [], 0
     for row, of_targets in zip(tokens, weights, strict=True):
         sequence = row[row != PAD]
         if MIDDLE not in sequence:  # a window of less than a second
@@ -81,9 +81,11 @@ def test_re_ordered_windows_are_sequences_that_fit(music, context):
         last = sequence[-LATENTS:]
         assert (of_targets[-len(last) :][np.isin(last, [SEPARATOR, MIDDLE, START])] == 0).all()
         assert (of_targets[-(len(sequence) - middle - 1) :] == 1).all()
+        at_start += sequence[separator + 1 : middle].tolist() == [START]
         sizes.append((separator - told - 1, middle - separator - 1))
     after, before = np.array(sizes).T
     assert len(sizes) > 100
+    assert at_start > 0
     assert 0.05 < (after == 0).mean() < 0.5
     assert 0.02 < (before <= 1).mean() < 0.4
 
