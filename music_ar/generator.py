@@ -45,9 +45,9 @@ class Piece:
 class Generator:
     """Generates piano music with a trained model.
 
-    The methods take options by keyword: the fields of `Request` (seconds, latents, layers, confidence, budget, speed,
-    seed, variations, prompt_seconds, continuation_only, tag) and of `SamplingOptions` (temperature, top_k, top_p,
-    min_p, steadiness).
+    The methods take options by keyword: the fields of `Request` (after, seconds, latents, layers, confidence, budget,
+    speed, seed, variations, prompt_seconds, continuation_only, tag) and of `SamplingOptions` (temperature, top_k,
+    top_p, min_p, steadiness).
     They also take a whole `Request` in place of a prompt.
 
     Args:
@@ -131,6 +131,36 @@ class Generator:
 
         return chunks()
 
+    def infill(
+        self,
+        before: Prompt | None = None,
+        after: Prompt | None = None,
+        *,
+        seconds: float,
+        progress: Callable[[Chunk], None] | None = None,
+        **options: Any,
+    ) -> Performance:
+        """Fill a gap between two passages, and return both with what joins them.
+
+        The gap begins where the notes before it end, or at `prompt_seconds`; what comes after it begins exactly
+        `seconds` later. No note is cut, except those of keys that are struck again. `Request.replacing` describes a
+        passage of a piece to replace, for `generate`, `stream` and `generate_many`.
+
+        Args:
+            before: a performance or a MIDI file; None begins the piece with the gap.
+            after: a performance or a MIDI file, timed from the end of the gap; None ends the piece with it.
+            seconds: length of the gap.
+            progress: called with each chunk.
+            options: see the class.
+
+        Raises:
+            GenerationError: the model cannot fill gaps, or an option is unknown or out of range.
+            SamplingError, MidiError: as `stream`.
+        """
+        follows = Performance.empty() if after is None else after
+        request = Request.of(before, after=follows, seconds=seconds, **options)
+        return self.generate(request, progress=progress)
+
     def session(self, prompt: Prompt | Request | None = None, **options: Any) -> Session:
         """Prefill the prompt into caches, from which `Session.extend` continues as often as it is called.
 
@@ -195,9 +225,14 @@ class Generator:
         """The latents, layers and confidence that a request asks for. "auto" measures this machine's speed.
 
         Raises:
-            GenerationError: the model cannot decode so, or its budget is not known.
+            GenerationError: the model cannot decode so, or cannot fill a gap, or its budget is not known.
             CheckpointError: the model's `curve.json` is damaged.
         """
+        if request.after is not None and not self.config.fills_gaps:
+            raise GenerationError(
+                "this model cannot fill a gap, since it was not trained to: take another one, or train it further with "
+                "music-ar train --infill"
+            )
         if request.budget is not None:
             return self._affordable(request.budget)
         layers = self._checked_layers(request.layers)
@@ -209,7 +244,9 @@ class Generator:
         if request.latents != "auto":
             return Setting(self._checked_latents(request.latents), layers, request.confidence)
         speed = DEFAULT_SPEED if request.speed is None else request.speed
-        pace: dict[str, Any] = {"prompt": request.prompt_tokens(), "variations": request.variations}
+        gap = request.gap(self.config.reach)
+        tokens = request.prompt_tokens() if gap is None else gap.tokens
+        pace: dict[str, Any] = {"prompt": tokens, "variations": request.variations}
         if self.config.exits and (request.layers, request.confidence) == (None, 1) and self.frontier.settings:
             return self.autotuner.setting(speed, self.frontier, **pace)
         latents = self.autotuner.latents(speed, layers=layers, confidence=request.confidence, **pace)

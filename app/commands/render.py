@@ -130,15 +130,15 @@ class Render:
         from app.rendering.on_ray import RayGenerator
         from music_ar import Generator
         from music_ar.cluster import Cluster
-        from music_ar.model.weights import read_weights
+        from music_ar.model.weights import read_companion, read_weights
 
         if self.output == "-":
             return self._pipe()
         write_audio = None if self.audio is None else import_write_audio(f"--audio {self.audio}")
         if self.ray is None:
             return self._run(Generator.from_pretrained(self.checkpoint), write_audio)
-        weights = read_weights(self.checkpoint)
-        with Cluster(self.ray) as cluster, RayGenerator(cluster, weights) as generator:
+        weights, curve = read_weights(self.checkpoint), read_companion(self.checkpoint, "curve.json")
+        with Cluster(self.ray) as cluster, RayGenerator(cluster, weights, curve) as generator:
             return self._run(generator, write_audio)
 
     def _run(self, generator: "AnyGenerator", write_audio: "WriteAudio | None") -> int:

@@ -28,9 +28,9 @@ from music_ar.storage import find_files, is_url, read_path
 LIST_EXTENSIONS = (".txt", ".list")
 _EXACT = 2**53  # whole numbers up to this are floats, too
 _HALF_CHARACTER = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-_NOT_OPTIONS = ("prompt", "speed", "sampling", "tag")
 _NEUTRAL = {"layers": None, "confidence": 1.0, "budget": None}
 """Options that a manifest records only if they differ from these, so that pieces of earlier versions stay unchanged."""
+_NOT_OPTIONS = ("prompt", "after", "speed", "sampling", "tag")
 _TYPE_NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 

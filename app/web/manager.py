@@ -152,8 +152,10 @@ class SessionManager:
         """
         revision, chosen = session.revision, session.chosen
         seed = revision.seeds[chosen]
-        settings = revision.settings.model_copy(update={"seconds": seconds, "variations": 1, "seed": seed})
-        continues = session.runs == revision.number
+        settings = revision.settings.model_copy(
+            update={"seconds": seconds, "variations": 1, "seed": seed, "fill": False}
+        )
+        continues = session.runs == revision.number and not revision.settings.fill
         with self._run(session, "Continuing …", f"{seconds:g} s more") as run:
             yield revision
             with self._turns.turn((session, run)):

@@ -75,6 +75,7 @@ Model::Model(const Config& config, const std::vector<Tensor>& tensors)
   if (config.conv_width > 1) taps_LxD_ = rows_of(named.at("conv"));
   if (config.onsets) keyboard_ = bag("keyboard.kernel");
   if (config.retrieval_notes) retrieval_ = bag("retrieval.kernel");
+  if (config.vocabulary_size > vocabulary()) gap_ = bag("gap.kernel");
   context_norm_ = vector_of(named, "context_norm.scale");
   final_norm_ = vector_of(named, "final_norm.scale");
   latent_ = matrix(named, {"latent.kernel"});
@@ -113,6 +114,7 @@ void Model::embed(const Conditioning& conditioning, float* x_D) const {
   }
   if (config_.onsets) add_keyboard(conditioning, x_D);
   if (config_.retrieval_notes) add_retrieved(conditioning, x_D);
+  if (conditioning.gap_row >= 0) add_gap(conditioning, x_D);
 }
 
 void Model::add_keyboard(const Conditioning& conditioning, float* x_D) const {
@@ -137,9 +139,14 @@ void Model::add_retrieved(const Conditioning& conditioning, float* x_D) const {
   for (int d = 0; d < width_; ++d) x_D[d] += sums[d] * retrieval_.scale_D[d];
 }
 
+void Model::add_gap(const Conditioning& conditioning, float* x_D) const {
+  const int8_t* row = gap_.rows_CxD.data() + size_t(conditioning.gap_row) * width_;
+  for (int d = 0; d < width_; ++d) x_D[d] += float(row[d]) * gap_.scale_D[d];
+}
+
 // Cosines and sines of R = rotary_size / 2 channel pairs, by position in tokens and then in time: [2, 2, R].
 void Model::find_angles(const Conditioning& conditioning, float* angles) const {
-  const int positions[2] = {conditioning.age, conditioning.time}, R = config_.rotary_size / 2;
+  const int positions[2] = {conditioning.age, conditioning.place}, R = config_.rotary_size / 2;
   for (int way = 0; way < 2; ++way)
     for (int r = 0; r < R; ++r) {
       const float angle = float(positions[way]) * rotary_rates_[r];
@@ -285,9 +292,9 @@ void Model::predict(Threads& threads, int rows) {
 }
 
 // Whether the likeliest token has more than this probability; never for 1.
-static bool is_sure(const Kernels& kernels, const float* logits_V, float confidence) {
-  const float most = *std::max_element(logits_V, logits_V + VOCABULARY_SIZE);
-  return std::exp(most - kernels.log_sum_exp(logits_V, VOCABULARY_SIZE)) > confidence;
+static bool is_sure(const Kernels& kernels, const float* logits_V, int vocabulary, float confidence) {
+  const float most = *std::max_element(logits_V, logits_V + vocabulary);
+  return std::exp(most - kernels.log_sum_exp(logits_V, vocabulary)) > confidence;
 }
 
 // Takes out the latents that are sure at the exit before a block: they get their logits, and the blocks from this one on
@@ -299,10 +306,10 @@ void Model::leave_early(Threads& threads, Latents& latents, int layer) {
   Latents left, staying;
   for (size_t row = 0; row < latents.size(); ++row) {
     const float *logits = logits_.data() + row * head_.outputs, *x = x_.data() + row * width_;
-    const bool leaves = is_sure(kernels_, logits, latents[row].position->piece->confidence);
+    const bool leaves = is_sure(kernels_, logits, vocabulary(), latents[row].position->piece->confidence);
     float* to = leaves ? left_.data() + left.size() * width_ : x_.data() + staying.size() * width_;
     if (to != x) std::copy_n(x, width_, to);
-    if (leaves) std::copy_n(logits, VOCABULARY_SIZE, latents[row].logits_V);
+    if (leaves) std::copy_n(logits, vocabulary(), latents[row].logits_V);
     (leaves ? left : staying).push_back(latents[row]);
   }
   latents = staying;
@@ -330,7 +337,7 @@ void Model::forward(Threads& threads, const std::vector<Position>& positions, fl
   Latents latents;
   for (size_t t = first; t < positions.size(); ++t)
     latents.push_back({&positions[t], angles_.data() + t * angle_stride_,
-                       logits_TxV == nullptr ? nullptr : logits_TxV + (t - first) * VOCABULARY_SIZE});
+                       logits_TxV == nullptr ? nullptr : logits_TxV + (t - first) * vocabulary()});
   if (latents.empty()) return;
   quantise(threads, embedded_.data() + first * width_, width_, nullptr, config_.width, int(latents.size()));
   multiply(threads, latent_, int(latents.size()), Then::STORE, x_.data(), width_);
@@ -345,7 +352,7 @@ void Model::forward(Threads& threads, const std::vector<Position>& positions, fl
   if (logits_TxV == nullptr) return;
   predict(threads, int(latents.size()));
   for (size_t row = 0; row < latents.size(); ++row)
-    std::copy_n(logits_.data() + row * head_.outputs, VOCABULARY_SIZE, latents[row].logits_V);
+    std::copy_n(logits_.data() + row * head_.outputs, vocabulary(), latents[row].logits_V);
 }
 
 void Model::bare_products(Threads& threads, int rows, int layers) {
