@@ -1,0 +1,125 @@
+// How the player looks: its pictures, and its state in words and numbers.
+
+import { clock, Score } from './notes.js';
+import { Roll } from './roll.js';
+
+/** @typedef {import('./player.js').Player} Player */
+/** @typedef {import('./roll.js').Colours} Colours */
+
+const calm = matchMedia('(prefers-reduced-motion: reduce)');
+
+export class Face {
+  #dirty = true;
+  /** @type {Colours | null} */
+  #ink = null;
+  message = '';
+
+  /** @param {Player} player */
+  constructor(player) {
+    this.player = player;
+    this.roll = new Roll(player.canvas('roll'));
+    const anew = () => { this.#ink = null; player.shelf.list.redraw(this.colours()); this.touch(); };
+    new ResizeObserver(anew).observe(player.root);
+    new MutationObserver(anew).observe(document.body, { attributes: true, attributeFilter: ['class'] });
+    requestAnimationFrame(() => this.#frame());
+  }
+
+  /** Draw anew at the next frame. */
+  touch() { this.#dirty = true; }
+
+  colours() {
+    if (this.#ink) return this.#ink;
+    const style = getComputedStyle(this.player.root), pick = (/** @type {string} */ name) => style.getPropertyValue(name).trim();
+    return (this.#ink = {
+      prompt: pick('--prompt-note'), generated: pick('--generated-note'), sounding: pick('--sounding-note'), pedal: pick('--prompt-note'),
+      text: pick('--body-text-color-subdued'), line: pick('--border-color-primary'), shade: pick('--background-fill-secondary'),
+    });
+  }
+
+  #frame() {
+    const { playback, recording, root } = this.player;
+    if (!root.isConnected) return;
+    if (playback.playing || recording.active || this.#dirty) {
+      this.#dirty = false;
+      this.#draw();
+    }
+    requestAnimationFrame(() => this.#frame());
+  }
+
+  #draw() {
+    const { playback, viewport, recording, shown, region } = this.player, now = performance.now(), records = recording.active;
+    const until = records ? recording.recorder.length(now) : shown.until, at = records ? until : playback.position;
+    const score = records ? new Score(recording.recorder.notes(now)) : shown.score;
+    if (records) { viewport.resize(until); this.roll.forget(0); }
+    if (playback.playing || records) viewport.follow(at, calm.matches);
+    const isPrompt = records || shown.kind === 'prompt';
+    this.roll.draw({
+      score, until, growing: !records && shown.growing, at, sounding: playback.sounding, region: records ? null : region,
+      message: records ? 'Play …' : this.message, outside: isPrompt,
+      turns: isPrompt ? [{ from: 0, to: Infinity }] : shown.turns,
+      pedals: records ? recording.recorder.pedals : shown.pedals,
+    }, viewport, this.colours());
+    this.#drawKeys(at);
+    this.#write(at, until, score.notes.length);
+    this.#writeForReaders(at, until, score.notes.length);
+    this.#placeEdges();
+  }
+
+  /** @param {number} at */
+  #drawKeys(at) {
+    const { playback, shown, instrument, keys } = this.player;
+    /** @type {Map<number, boolean>} */
+    const lit = new Map();
+    if (playback.sounding)
+      for (const note of shown.score.between(at, at + 0.001)) lit.set(note.pitch + playback.transpose, at < shown.join);
+    for (const pitch of instrument.held.keys()) lit.set(pitch, true);
+    keys.draw(lit, this.colours());
+  }
+
+  /** @param {number} at @param {number} until @param {number} count of notes */
+  #write(at, until, count) {
+    const { player } = this, { playback, shown, recording, viewport } = player, generating = player.generating;
+    Object.assign(player.root.dataset, {
+      kind: shown.kind, notes: count, position: at.toFixed(2), playing: playback.sounding, generating, recording: recording.active,
+      take: shown.id, from: viewport.from.toFixed(3), span: viewport.span.toFixed(3), stored: player.shelf.takes.stored,
+    });
+    const play = player.button('play');
+    play.textContent = playback.playing ? '❚❚' : '▶';
+    play.setAttribute('aria-label', playback.playing ? 'Pause' : 'Play');
+    play.disabled = !count;
+    player.button('continue').disabled = !count || generating || at < 0.2 || recording.active;
+    player.find('time').textContent = `${clock(at)} / ${clock(until)}`;
+    player.find('count').textContent = count ? `${count.toLocaleString('en')} notes` : '';
+    player.find('waiting').hidden = !playback.waiting;
+    player.find('midi').hidden = !count;
+    player.button('record').setAttribute('aria-pressed', String(recording.active));
+    player.button('record').textContent = recording.active ? '■ Stop recording' : '● Record';
+    player.button('pedal').setAttribute('aria-pressed', String(player.instrument.pedalDown));
+  }
+
+  /** @param {number} at @param {number} until @param {number} count of notes */
+  #writeForReaders(at, until, count) {
+    const { player } = this, roll = player.canvas('roll'), { shown } = player;
+    roll.setAttribute('aria-valuemax', until.toFixed(1));
+    roll.setAttribute('aria-valuenow', at.toFixed(1));
+    roll.setAttribute('aria-valuetext', `${clock(at)} of ${clock(until)}`);
+    const join = shown.kind === 'piece' && shown.join > 0 ? `, of which the prompt is ${clock(shown.join)}` : '';
+    const summary = count ? `${count} notes in ${clock(until)}${join}.` : 'Nothing yet.';
+    if (player.find('spoken').textContent !== summary) player.find('spoken').textContent = summary;
+  }
+
+  #placeEdges() {
+    const { player } = this, { region, viewport, shown } = player, width = player.canvas('roll').clientWidth;
+    for (const edge of player.edges()) {
+      edge.hidden = !region || player.recording.active;
+      if (!region) continue;
+      const isStart = edge.dataset.edge === 'from', at = isStart ? region.from : region.to, x = viewport.x(at, width);
+      edge.style.left = `${x}px`;
+      edge.style.visibility = x < -8 || x > width + 8 ? 'hidden' : '';
+      edge.setAttribute('aria-valuemin', String(isStart ? 0 : region.from));
+      edge.setAttribute('aria-valuemax', String(isStart ? region.to : shown.until));
+      edge.setAttribute('aria-valuenow', String(at));
+      edge.setAttribute('aria-valuetext', `${at.toFixed(1)} of ${shown.until.toFixed(1)} seconds`);
+    }
+  }
+}
