@@ -18,7 +18,7 @@ needs_browser = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def address(tiny_checkpoint, tmp_path_factory):
     """The address of the page of a tiny model."""
     command = [sys.executable, "-m", "app.cli", "web", "--checkpoint", str(tiny_checkpoint), "--no-measure"]
@@ -37,7 +37,7 @@ def address(tiny_checkpoint, tmp_path_factory):
     process.wait(timeout=20)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser():
     from playwright.sync_api import sync_playwright
 

@@ -2,8 +2,8 @@
 
 The browser receives a dictionary, `Value` in `music.js`:
 
-    {"piece", "kind", "name", "join", "begins", "generating", "autoplay", "message", "start", "end", "chosen", "latents",
-     "settings", "variations": [{"take", "seed", "until", "notes", "open", "pedals"}]}
+    {"piece", "kind", "name", "join", "begins", "generating", "autoplay", "message", "start", "end", "chosen",
+     "latents", "settings", "variations": [{"take", "seed", "until", "notes", "open", "pedals"}]}
 
 `kind` is "prompt" or "piece". `piece` changes when another one is shown. `join` is where the prompt ends, `begins`
 where the music of the run in progress begins; `start` and `end` delimit the selected part of a prompt. `take` names a

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-_IMPORT = re.compile(r"^import (\{[^}]*\}) from '\./(\w+)\.js';\n", re.MULTILINE)
+_IMPORT = re.compile(r"^import (\{[^}]*\}) from '((?:\./|\.\./)\w+)\.js';\n", re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=(?:async )?(?:function\*?|class|const) (\w+))", re.MULTILINE)
 
 
@@ -12,20 +12,20 @@ def script(folder: Path, first: str) -> str:
 
     Args:
         folder: of the modules. They import each other by name, as `import { a, b } from './module.js';` on one line,
-            and export functions, classes and constants where they are declared.
+            never in a circle, and export functions, classes and constants where they are declared.
         first: name of the module to run, without its suffix.
     """
-    done: dict[str, str] = {}
+    done: dict[Path, str] = {}
 
-    def add(name: str) -> None:
-        if name in done:
+    def add(path: Path) -> None:
+        if path in done:
             return
-        text = (folder / f"{name}.js").read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         for _, needed in _IMPORT.findall(text):
-            add(needed)
+            add((path.parent / f"{needed}.js").resolve())
         exported = ", ".join(_EXPORT.findall(text))
-        body = _EXPORT.sub("", _IMPORT.sub(r"const \1 = modules.\2;\n", text))
-        done[name] = f"modules.{name} = (() => {{\n{body}\nreturn {{ {exported} }};\n}})();\n"
+        body = _EXPORT.sub("", _IMPORT.sub(lambda found: f"const {found[1]} = modules.{Path(found[2]).name};\n", text))
+        done[path] = f"modules.{path.stem} = (() => {{\n{body}\nreturn {{ {exported} }};\n}})();\n"
 
-    add(first)
+    add((folder / f"{first}.js").resolve())
     return "const modules = {};\n" + "\n".join(done.values())

@@ -37,7 +37,7 @@ function connectButtons(player) {
   const buttons = {
     play: () => player.toggle(), continue: () => { player.continueHere(); }, loop: () => player.setLoop(!player.loops),
     in: () => zoom(1.5), out: () => zoom(1 / 1.5), all: () => player.viewport.showAll(),
-    record: () => player.record(), again: () => { player.discard(); player.record(); }, discard: () => player.discard(),
+    record: () => player.record(), again: () => { player.discard(); player.record(); }, discard: () => player.discard(), duet: () => player.playDuet(),
     connect: () => { connectMidi(player.instrument, (message) => player.tell(message)); },
     lower: () => player.keys.shift(-1), higher: () => player.keys.shift(1),
     pedal: () => player.instrument.pedal(!player.instrument.pedalDown, performance.now()), restore: () => player.shelf.restore(),
@@ -53,6 +53,8 @@ function connectSliders(player) {
     player.playback.tempo = Number(tempo.value);
     player.find('percent').textContent = `${Math.round(100 * player.playback.tempo)} %`;
   });
+  const pause = player.input('pause-s');
+  pause.addEventListener('change', () => player.duet.setPause(Number(pause.value) || 0.8));
   transpose.addEventListener('input', () => {
     player.playback.transpose = Math.max(-12, Math.min(Math.round(Number(transpose.value)) || 0, 12));
     player.face.touch();

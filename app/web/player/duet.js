@@ -118,6 +118,9 @@ export class Duet {
     conversation.connect();
   }
 
+  /** @param {number} seconds after the last key, until the model answers */
+  setPause(seconds) { if (this.#pause) this.#pause.seconds = Math.max(0.2, Math.min(seconds, 10)); }
+
   /** End the duet; what was played and heard becomes a take. @returns {Take | null} */
   stop() {
     const take = this.#keep();

@@ -6,6 +6,7 @@ import { Roll } from './roll.js';
 /** @typedef {import('./player.js').Player} Player */
 /** @typedef {import('./roll.js').Colours} Colours */
 
+const LEAST_LIVE_S = 10;
 const calm = matchMedia('(prefers-reduced-motion: reduce)');
 
 export class Face {
@@ -13,6 +14,7 @@ export class Face {
   /** @type {Colours | null} */
   #ink = null;
   message = '';
+  #wasLive = 0; // onset of the first note that still sounded at the last frame
 
   /** @param {Player} player */
   constructor(player) {
@@ -37,27 +39,34 @@ export class Face {
   }
 
   #frame() {
-    const { playback, recording, root } = this.player;
+    const { playback, recording, duet, root } = this.player;
     if (!root.isConnected) return;
-    if (playback.playing || recording.active || this.#dirty) {
+    if (playback.playing || recording.active || duet.active || this.#dirty) {
       this.#dirty = false;
       this.#draw();
     }
     requestAnimationFrame(() => this.#frame());
   }
 
+  /** What is being played now; null if nothing is. @returns {{score: Score, pedals: [number, number][], until: number} | null} */
+  #live() {
+    const { recording, duet } = this.player, now = performance.now();
+    if (duet.active) return duet.picture;
+    if (!recording.active) return null;
+    const { recorder } = recording;
+    return { score: new Score(recorder.notes(now)), pedals: recorder.pedals, until: recorder.length(now) };
+  }
+
   #draw() {
-    const { playback, viewport, recording, shown, region } = this.player, now = performance.now(), records = recording.active;
-    const until = records ? recording.recorder.length(now) : shown.until, at = records ? until : playback.position;
-    const score = records ? new Score(recording.recorder.notes(now)) : shown.score;
-    if (records) { viewport.resize(until); this.roll.forget(0); }
-    if (playback.playing || records) viewport.follow(at, calm.matches);
-    const isPrompt = records || shown.kind === 'prompt';
+    const { playback, viewport, shown, region, duet } = this.player, live = this.#live();
+    const { score, until, pedals } = live ?? shown, at = live ? live.until : playback.position;
+    if (live) { viewport.resize(Math.max(until, duet.active ? LEAST_LIVE_S : 0)); this.roll.forget(this.#settled(live.score)); }
+    if (playback.playing || live) viewport.follow(at, calm.matches);
+    const isPrompt = live ? !duet.active : shown.kind === 'prompt';
     this.roll.draw({
-      score, until, growing: !records && shown.growing, at, sounding: playback.sounding, region: records ? null : region,
-      message: records ? 'Play …' : this.message, outside: isPrompt,
-      turns: isPrompt ? [{ from: 0, to: Infinity }] : shown.turns,
-      pedals: records ? recording.recorder.pedals : shown.pedals,
+      score, until, growing: !live && shown.growing, at, sounding: playback.sounding, region: live ? null : region, pedals,
+      message: live ? 'Play …' : this.message, outside: isPrompt,
+      turns: isPrompt ? [{ from: 0, to: Infinity }] : live ? [] : shown.turns,
     }, viewport, this.colours());
     this.#drawKeys(at);
     this.#write(at, until, score.notes.length);
@@ -65,13 +74,22 @@ export class Face {
     this.#placeEdges();
   }
 
+  /** Since when the notes may be others than at the last frame. @param {Score} score */
+  #settled(score) {
+    const from = this.#wasLive;
+    const open = score.notes.findIndex((note) => note.off >= score.end - 0.001);
+    this.#wasLive = open < 0 ? 0 : score.notes[open].on;
+    return Math.min(from, this.#wasLive);
+  }
+
   /** @param {number} at */
   #drawKeys(at) {
-    const { playback, shown, instrument, keys } = this.player;
+    const { playback, shown, instrument, keys, duet } = this.player;
     /** @type {Map<number, boolean>} */
     const lit = new Map();
     if (playback.sounding)
       for (const note of shown.score.between(at, at + 0.001)) lit.set(note.pitch + playback.transpose, at < shown.join);
+    for (const pitch of duet.sounding.keys()) lit.set(pitch, false);
     for (const pitch of instrument.held.keys()) lit.set(pitch, true);
     keys.draw(lit, this.colours());
   }
@@ -80,20 +98,25 @@ export class Face {
   #write(at, until, count) {
     const { player } = this, { playback, shown, recording, viewport } = player, generating = player.generating;
     Object.assign(player.root.dataset, {
-      kind: shown.kind, notes: count, position: at.toFixed(2), playing: playback.sounding, generating, recording: recording.active,
+      kind: shown.kind, notes: count, position: at.toFixed(2), playing: playback.sounding, generating, recording: recording.active, duet: player.duet.active,
       take: shown.id, from: viewport.from.toFixed(3), span: viewport.span.toFixed(3), stored: player.shelf.takes.stored,
     });
     const play = player.button('play');
     play.textContent = playback.playing ? '❚❚' : '▶';
     play.setAttribute('aria-label', playback.playing ? 'Pause' : 'Play');
     play.disabled = !count;
-    player.button('continue').disabled = !count || generating || at < 0.2 || recording.active;
+    player.button('continue').disabled = !count || generating || at < 0.2 || recording.active || player.duet.active;
     player.find('time').textContent = `${clock(at)} / ${clock(until)}`;
     player.find('count').textContent = count ? `${count.toLocaleString('en')} notes` : '';
     player.find('waiting').hidden = !playback.waiting;
     player.find('midi').hidden = !count;
     player.button('record').setAttribute('aria-pressed', String(recording.active));
     player.button('record').textContent = recording.active ? '■ Stop recording' : '● Record';
+    player.button('duet').setAttribute('aria-pressed', String(player.duet.active));
+    player.button('duet').textContent = player.duet.active ? '■ End the duet' : 'Duet';
+    player.find('pause-label').hidden = !player.duet.active;
+    player.button('record').disabled = player.duet.active;
+    player.button('duet').disabled = recording.active || generating;
     player.button('pedal').setAttribute('aria-pressed', String(player.instrument.pedalDown));
   }
 

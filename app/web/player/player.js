@@ -1,6 +1,7 @@
 // The timeline and the instrument of the page, put together.
 
 import { connect } from './controls.js';
+import { Duet } from './duet.js';
 import { Face } from './face.js';
 import { LEAST_REGION_S } from './gestures.js';
 import { Instrument } from './instrument.js';
@@ -55,6 +56,7 @@ export class Player {
       tell: (message) => this.tell(message), changed: () => this.face.touch(), done: (take) => this.#recorded(take),
     });
     this.shelf = new Shelf(this);
+    this.duet = new Duet(this);
     connect(this);
     setInterval(() => this.playback.tick(), 40);
     setInterval(() => this.#releaseStuck(), 5000);
@@ -134,6 +136,7 @@ export class Player {
   /** Put music on the timeline. @param {Music} music @param {number} [at] where to play */
   show(music, at = 0) {
     this.playback.pause();
+    this.duet.stop();
     this.#startWithNotes = false;
     this.shown = music;
     this.#setRegion(null);
@@ -190,6 +193,20 @@ export class Player {
     this.canvas('keys').focus();
   }
 
+  /** Begin a duet after what is on the timeline, or end it. */
+  playDuet() {
+    if (this.duet.active) {
+      const take = this.duet.stop();
+      this.tell(take ? 'The duet is a take now: play it, continue it, or take it out.' : '');
+      if (take) this.choose(take.id);
+      return;
+    }
+    this.playback.pause();
+    this.viewport.follows = true;
+    this.duet.start(this.shown, Number(this.input('pause-s').value) || 0.8, this.piece?.latents ?? 0);
+    this.canvas('keys').focus();
+  }
+
   /** @param {Take} take */
   #recorded(take) {
     this.shelf.takes.keep(take);
@@ -217,6 +234,7 @@ export class Player {
 
   toggle() {
     if (this.recording.active) return this.recording.stop(performance.now());
+    if (this.duet.active) return;
     if (this.playback.playing) this.playback.pause();
     else { this.viewport.follows = true; this.playback.play(); }
     this.face.touch();
