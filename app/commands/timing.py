@@ -138,14 +138,14 @@ def _facts(decoder: AnyDecoder) -> dict[str, Any]:
     return {
         "device": decoder.device,
         "path": decoder.path,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": usable_cores(),
         "python": platform.python_version(),
         "peak_memory_bytes": _peak_memory_bytes(),
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0].partition(":")[2].strip() if names else platform.processor()

@@ -121,7 +121,7 @@ class Web:
 
     def _check_packages(self) -> None:
         """Check that the optional packages are there, before the model is loaded."""
-        for package in ("gradio", "docstring_parser", "pydantic", "soundfile"):
+        for package in ("gradio", "docstring_parser", "pydantic", "soundfile", "websockets"):
             if importlib.util.find_spec(package) is None:
                 raise CommandError(f"the page needs {package}: pip install '.[web]'")
         if self.mcp and importlib.util.find_spec("mcp") is None:

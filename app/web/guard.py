@@ -14,8 +14,10 @@ from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from app.web.addresses import Addresses
 from app.web.joins import Joins
@@ -23,6 +25,7 @@ from app.web.limits import (
     MAX_CONNECTIONS,
     MAX_JSON_BYTES,
     MAX_MCP_BYTES,
+    MAX_TIMELINE_BYTES,
     MAX_UPLOAD_BYTES,
     Refusal,
     UploadQuota,
@@ -31,6 +34,7 @@ from app.web.log import LOG
 from app.web.passwords import CLIENT_ADDRESS
 
 _API = "gradio_api/"
+_CONVERSATION = "conversation"
 # What the page, the API and MCP use. Gradio has more: editors, run histories, proxies, monitoring.
 _PAGE_ROUTES = frozenset(
     {"", "login", "logout", "config", "theme.css", "assets", "static", "svelte", "favicon.ico", "manifest.json"}
@@ -56,6 +60,8 @@ class Guard:
         root_path: path under which a proxy serves the page.
         mcp: whether Gradio's MCP server runs.
         health: a status and a body for `/health`.
+        conversations: the app for `/conversation`.
+        logged_in: whether a request is that of a visitor who has given a password, if one is needed.
     """
 
     def __init__(
@@ -66,8 +72,11 @@ class Guard:
         root_path: str,
         mcp: bool,
         health: Callable[[], tuple[int, dict[str, Any]]],
+        conversations: ASGIApp,
+        logged_in: Callable[[HTTPConnection], bool],
     ):
         self._app, self._addresses, self._joins, self._health = app, addresses, joins, health
+        self._conversations, self._logged_in = conversations, logged_in
         self._root_path = root_path
         self._api_routes = _API_ROUTES | ({"mcp"} if mcp else set())
         self._uploads = UploadQuota()
@@ -76,15 +85,15 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on."""
-        if scope["type"] != "http":  # Gradio has no web sockets
-            if scope["type"] == "lifespan":
-                await self._app(scope, receive, send)
-            else:
-                await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
             return
         address = _network(scope["client"][0] if scope.get("client") else "")
         CLIENT_ADDRESS.set(address)
         route = self._route(scope["path"])
+        if scope["type"] == "websocket":
+            await self._connect(route, address, scope, receive, send)
+            return
         answered = _Answer(send, self._headers, self._addresses, Headers(scope=scope).get("origin"))
         began_s = time.monotonic()
         try:
@@ -103,6 +112,29 @@ class Guard:
                 spent_ms = 1000 * (time.monotonic() - began_s)
                 LOG.info("%s %s %s %s %.0f ms", address, scope["method"], _logged(route), answered.status, spent_ms)
 
+    async def _connect(self, route: str, address: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a WebSocket on to the conversations; Gradio has none."""
+        socket, began_s, ended = WebSocket(scope, receive, send), time.monotonic(), "closed"
+        try:
+            with self._counted(address):
+                self._check_sender(scope)
+                if route != _CONVERSATION:
+                    raise Refusal(404, "there is nothing here")
+                self._check_login(scope)
+                await self._conversations(_below(scope, route), receive, send)
+        except Refusal as refusal:
+            ended = str(refusal.status)
+            await _refuse_socket(socket, refusal)
+        except Exception:
+            LOG.exception("a fault in a conversation")
+            ended = "ended by an error"
+        finally:
+            LOG.info("%s WS %s %s %.0f s", address, _logged(route), ended, time.monotonic() - began_s)
+
+    def _check_login(self, scope: Scope) -> None:
+        if not self._logged_in(HTTPConnection(scope)):
+            raise Refusal(401, "log in first")
+
     async def _pass_on(self, route: str, address: str, scope: Scope, receive: Receive, send: Send) -> None:
         self._check_sender(scope)
         if route == "health":
@@ -110,6 +142,9 @@ class Guard:
             await JSONResponse(body, status)(scope, receive, send)
             return
         first = route.removeprefix(_API).split("/")[0].partition("=")[0]
+        if first == _CONVERSATION:
+            await self._answer_conversation(route, address, scope, receive, send)
+            return
         if first not in (self._api_routes if route.startswith(_API) else _PAGE_ROUTES):
             raise Refusal(404, "there is nothing here")
         if scope["method"] == "OPTIONS":
@@ -125,6 +160,12 @@ class Guard:
                 query = scope["query_string"].decode("ascii", "replace")
                 stack.enter_context(self._joins.listening(route.removeprefix(_API), query))
             await self._app(scope, receive, send)
+
+    async def _answer_conversation(self, route: str, address: str, scope: Scope, receive: Receive, send: Send) -> None:
+        self._check_login(scope)
+        if scope["method"] == "POST":
+            receive = _replayed(await self._body("conversation", address, scope, receive), receive)
+        await self._conversations(_below(scope, route), receive, send)
 
     def _check_sender(self, scope: Scope) -> None:
         """Check who is addressed, and on behalf of which page.
@@ -151,7 +192,7 @@ class Guard:
         Raises:
             Refusal: it is too large, or too slow.
         """
-        most = {"upload": MAX_UPLOAD_BYTES, "mcp": MAX_MCP_BYTES}.get(first)
+        most = {"upload": MAX_UPLOAD_BYTES, "mcp": MAX_MCP_BYTES, _CONVERSATION: MAX_TIMELINE_BYTES}.get(first)
         if most is None:
             return await _read_in_time(receive, MAX_JSON_BYTES, scope)
         with self._uploads.room(address):
@@ -220,6 +261,18 @@ def _security_headers(addresses: Addresses) -> dict[str, str]:
 
 async def _refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
     await JSONResponse({"detail": refusal.reason}, refusal.status)(scope, receive, send)
+
+
+async def _refuse_socket(socket: WebSocket, refusal: Refusal) -> None:
+    try:
+        await socket.send_denial_response(JSONResponse({"detail": refusal.reason}, refusal.status))
+    except RuntimeError:  # the server cannot say why
+        await socket.close(1008)
+
+
+def _below(scope: Scope, route: str) -> Scope:
+    """A request without the path under which a proxy serves the page."""
+    return {**scope, "path": f"/{route}", "root_path": ""}
 
 
 async def _read_in_time(receive: Receive, most: int, scope: Scope) -> bytes:

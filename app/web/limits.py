@@ -13,6 +13,8 @@ from app.web.session import MAX_PROMPT_BYTES
 MAX_JSON_BYTES = 256 * 2**10
 MAX_UPLOAD_BYTES = MAX_PROMPT_BYTES + 64 * 2**10  # one file, and the headers of its form
 MAX_MCP_BYTES = 2 * MAX_PROMPT_BYTES  # holds a file as base64
+MAX_TIMELINE_BYTES = 2 * 2**20
+"""A conversation, with all that was played in it."""
 MAX_UPLOADED_BYTES = 50 * 2**20
 """What an address may upload in an hour."""
 MAX_JOBS = 8

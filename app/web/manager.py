@@ -43,12 +43,13 @@ class SessionManager:
 
     def __init__(self, machine: Machine):
         self.machine = machine
-        self.activity = Activity(lambda: bool(self.in_progress()))
+        self.activity = Activity(lambda: bool(self._guests or self.in_progress()))
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         # Each belongs to the newest revision of its session and continues from there.
         self._generations: OrderedDict[Session, Generation] = OrderedDict()
         self._lock = threading.Lock()
         self._turns = Turns()
+        self._guests: set[object] = set()
         self.others_wait: Callable[[], int] = lambda: 0
         self.stopping = False
 
@@ -197,6 +198,20 @@ class SessionManager:
             generation = self._generations.pop(session, None)
         if generation is not None:
             generation.close()
+
+    @contextmanager
+    def guest(self) -> Iterator[None]:
+        """Use the device outside of a run, for no longer than a chunk takes; wait for it if need be."""
+        guest = object()
+        self._guests.add(guest)
+        self.activity.runs += 1
+        self._turns.begin(guest)
+        try:
+            with self._turns.turn(guest):
+                yield
+        finally:
+            self._turns.end(guest)
+            self._guests.discard(guest)
 
     def in_progress(self) -> list[Session]:
         """The sessions that generate music."""

@@ -1,6 +1,7 @@
 """Build the app, page and API, and serve it."""
 
 import asyncio
+import functools
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -11,14 +12,18 @@ from typing import Any
 
 import gradio as gr
 from gradio.themes import Base
+from starlette.requests import HTTPConnection
 
 from app.web.addresses import Addresses
 from app.web.api import Api
 from app.web.blocks import Blocks
+from app.web.conversation_routes import ConversationRoutes
+from app.web.conversations import Conversations
 from app.web.guard import Guard
 from app.web.health import Health
 from app.web.jobs import Jobs
 from app.web.joins import Joins
+from app.web.limits import MAX_TIMELINE_BYTES
 from app.web.log import LOG
 from app.web.manager import MAX_SESSIONS, STOPPING, SessionManager
 from app.web.page import SAMPLES, Page
@@ -91,6 +96,7 @@ class Server:
 
     def __init__(self, app: gr.Blocks, manager: SessionManager, options: Options):
         self._app, self._manager, self._options = app, manager, options
+        self._conversations = Conversations(manager)
         self._loop: asyncio.AbstractEventLoop | None = None
         # One that is out of the queue runs for a while; whoever joins is refused by `Joins` before this limit is met.
         most = _MAX_QUEUES * options.queue_size
@@ -99,6 +105,7 @@ class Server:
         manager.others_wait = self.jobs.waiting_for_device
         with redirect_stdout(sys.stderr):  # Gradio announces things in its own way
             _, self.address, shared = self._launch()
+        self._app.server.config.ws_max_size = MAX_TIMELINE_BYTES  # read anew for each connection
         if shared:
             options.addresses.allow(shared)
             self.address = f"{self.address} and {shared}"
@@ -112,6 +119,8 @@ class Server:
         """End all runs, tell their clients why, and stop serving."""
         self._manager.stopping = True
         loop = self._loop
+        if loop is not None:
+            loop.call_soon_threadsafe(self._conversations.stop)
         if loop is not None and self.healthy:
             with suppress(TimeoutError):
                 asyncio.run_coroutine_threadsafe(self.jobs.refuse_all(STOPPING), loop).result(_SECONDS_TO_FINISH)
@@ -155,7 +164,14 @@ class Server:
         joins = Joins(self._app, self.jobs, options.queue_size)
         path = options.root_path.rstrip("/") if options.root_path.startswith("/") else ""
         served.middleware_stack = Guard(
-            served.middleware_stack, options.addresses, joins, path, options.mcp, health.report
+            served.middleware_stack,
+            options.addresses,
+            joins,
+            path,
+            options.mcp,
+            health.report,
+            ConversationRoutes(self._conversations),
+            functools.partial(_is_logged_in, served),
         )
         watching = asyncio.create_task(self._watch())
         try:
@@ -167,9 +183,16 @@ class Server:
         while True:
             await asyncio.sleep(_SECONDS_BETWEEN_CHECKS)
             self._manager.forget_left()
+            self._conversations.forget_old()
             dropped = await self.jobs.drop_unheard()
             if dropped:
                 LOG.info("dropped jobs that no client listened to: %d", dropped)
+
+
+def _is_logged_in(served: Any, connection: HTTPConnection) -> bool:
+    """Whether a request carries the cookie that Gradio's app gives to those who log in, or needs none."""
+    names = (f"access-token-{served.cookie_id}", f"access-token-unsecure-{served.cookie_id}")
+    return served.auth is None or any(connection.cookies.get(name) in served.tokens for name in names)
 
 
 def _theme() -> Base:
