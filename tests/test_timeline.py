@@ -1,12 +1,10 @@
 """The timeline and the piano of the page, in a real browser: what is played, continued, looped, kept and taken out."""
 
 import itertools
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-from web_browser import ROOT, choose_example, fill, needs_browser, shown, state, status, wait_until, wait_until_done
+from web_browser import choose_example, fill, needs_browser, shown, state, status, wait_until, wait_until_done
 
 from music_ar import read_midi
 
@@ -262,14 +260,6 @@ def test_a_link_carries_a_short_prompt(page, address):
     other.goto(f"{address.rstrip('/')}/{link}")
     other.wait_for_selector('#player .player[data-notes="3"][data-kind="prompt"]')
     assert float(other.locator("#seconds input").input_value()) == 5
-
-
-def test_the_modules_do_what_they_should():
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("node is not installed")
-    run = subprocess.run([node, "--test", "tests/player/"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout
 
 
 @needs_browser
