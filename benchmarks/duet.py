@@ -101,7 +101,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arrivals_s, first_s, silent_s = [], [], []
     rng = np.random.default_rng(0)
-    with served(measure=False) as (address, _), connect(re.sub("^http", "ws", address.rstrip("/")) + "/conversation") as socket:
+    with (
+        served(measure=False) as (address, _),
+        connect(re.sub("^http", "ws", address.rstrip("/")) + "/conversation") as socket,
+    ):
         notes, length_s = [], 0.0
         if arguments.before:
             piece = read_midi(arguments.before)

@@ -222,6 +222,46 @@ def test_it_continues_from_the_playhead(page, tmp_path):
 
 
 @needs_browser
+def test_a_duet_answers_falls_silent_and_is_kept(page, tmp_path):
+    connect_keyboard(page)
+    button(page, "Duet").click()
+    wait_until(lambda: "When you pause" in said(page), "the server listens")
+    page.get_by_label("Answers after").fill("0.5")
+    play(page, [(0, (0x90, 60, 80)), (200, (0x80, 60, 0))])
+    wait_until(lambda: shown(page, "notes") > 3, "it answers")
+    silenced_ms = page.evaluate(
+        """async () => {
+          const player = document.querySelector('#player .player'), frame = () => new Promise(requestAnimationFrame);
+          const began = performance.now();
+          testPiano.play([[began, [0x90, 72, 90]]]);
+          const notes = () => Number(player.dataset.notes);
+          await frame();
+          const told = performance.now() - began, heard = notes();
+          await new Promise((resolve) => setTimeout(resolve, 400));
+          return notes() <= heard + 1 ? told : Infinity;
+        }"""
+    )
+    assert silenced_ms < float("inf"), "playing silences it"
+    play(page, [(0, (0x80, 72, 0))])
+    before = shown(page, "notes")
+    wait_until(lambda: shown(page, "notes") > before + 2, "it answers again")
+    button(page, "■ End the duet").click()
+    wait_until(lambda: state(page, "take").startswith("duet-"), "the duet is a take")
+    duet = read_midi(taken_out(page, tmp_path))
+    assert duet.velocity[duet.pitch == 60].max() == 80, "what was played is in it"
+    assert len(duet) == shown(page, "notes") > before
+    wait_until(lambda: page.locator("#extend").is_enabled(), "the server has it too")
+    fill(page, "seconds", 5)
+    page.locator("#extend").click()
+    wait_until_done(page)
+    assert shown(page, "notes") > len(duet)
+    take = state(page, "take")
+    page.reload()
+    wait_until(lambda: state(page, "take") == take, "all is there after a reload")
+    assert page.get_by_role("radio", name="Duet at").count() == 1
+
+
+@needs_browser
 def test_takes_are_compared_starred_made_again_and_deleted(page):
     fill(page, "seconds", 5)
     for count in (1, 2):

@@ -35,6 +35,13 @@ from music_ar.audio.synthesis import TAIL_S
 pytestmark = pytest.mark.filterwarnings("ignore")  # from Gradio's client and Playwright
 
 
+def ask_for_hours(page):
+    """Ask for so much music that Stop can be pressed before it is made."""
+    fill(page, "seconds", 3600)
+    page.get_by_label("number input for Variations").fill("4")
+    page.get_by_label("number input for Variations").press("Tab")
+
+
 @needs_browser
 def test_from_a_file_to_a_longer_piece(page, midi_file, tmp_path):
     prompt = read_midi(midi_file)
@@ -50,7 +57,7 @@ def test_from_a_file_to_a_longer_piece(page, midi_file, tmp_path):
     to = page.locator("#end input")
     wait_until(lambda: abs(float(to.input_value()) - prompt.duration_s / 4) < 1, "the selection is shown in numbers")
 
-    fill(page, "seconds", 3600)
+    ask_for_hours(page)
     page.locator("#generate").click()
     cropped = len(prompt.crop(0, float(to.input_value())))
     wait_until(lambda: shown(page, "notes") > cropped, "there are new notes")
@@ -236,7 +243,7 @@ def test_keys_focus_and_spoken_status(page, tmp_path):
         slider.focus()
         assert slider.evaluate("element => getComputedStyle(element).outlineStyle") == "solid"
 
-    fill(page, "seconds", 3600)
+    ask_for_hours(page)
     spoken, player = page.locator("#spoken-status"), page.locator("#player .player")
     assert spoken.get_attribute("role") == "status"
     page.locator("#generate").click()

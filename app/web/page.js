@@ -51,15 +51,16 @@
   };
   new MutationObserver(say).observe(find('#status'), { childList: true, subtree: true, characterData: true });
 
-  // Gradio gives all these buttons one name.
-  const nameResets = () => {
+  // Gradio gives all these buttons one name, and the place for files one that is not what it shows.
+  const rename = () => {
     for (const button of document.querySelectorAll('.reset-button[aria-label="Reset to default value"]')) {
       const slider = button.closest('.block').querySelector('[data-testid="block-info"]');
       button.setAttribute('aria-label', `Reset ${slider.textContent.trim()}`);
     }
+    find('#file .upload-container')?.removeAttribute('aria-label');
   };
-  nameResets();
-  new MutationObserver(nameResets).observe(find('#more'), { childList: true, subtree: true }); // drawn when it is opened
+  rename();
+  new MutationObserver(rename).observe(find('#settings'), { childList: true, subtree: true }); // some are drawn when opened
 
   // Music is kept in the browser. Where that is not allowed it lives as long as its tab: ask before it is lost.
   window.addEventListener('beforeunload', (event) => {

@@ -51,6 +51,8 @@ class Page:
                 self._layout_actions()
                 self.player = player(SAMPLES)
                 self._layout_downloads()
+        with gr.Accordion("About the model: data, limits, licence", open=False, elem_id="about"):
+            gr.Markdown(f"{LICENCE}\n\n{self.about}")
         self.controls = {
             "seconds": self.seconds,
             "latents": self.latents,
@@ -115,8 +117,6 @@ class Page:
                 for kind, label in _DOWNLOADS.items()
             }
         self.saved = gr.DownloadButton("Save", elem_id="saved")
-        with gr.Accordion("About the model: data, limits, licence", open=False, elem_id="about"):
-            gr.Markdown(f"{LICENCE}\n\n{self.about}")
 
     # ---------------------------------------------------------------- events
 

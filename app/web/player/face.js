@@ -11,6 +11,7 @@ const calm = matchMedia('(prefers-reduced-motion: reduce)');
 
 export class Face {
   #dirty = true;
+  #wasActive = false;
   /** @type {Colours | null} */
   #ink = null;
   message = '';
@@ -41,8 +42,10 @@ export class Face {
   #frame() {
     const { playback, recording, duet, root } = this.player;
     if (!root.isConnected) return;
-    if (playback.playing || recording.active || duet.active || this.#dirty) {
+    const active = playback.playing || recording.active || duet.active;
+    if (active || this.#wasActive || this.#dirty) { // once more when it has ended by itself
       this.#dirty = false;
+      this.#wasActive = active;
       this.#draw();
     }
     requestAnimationFrame(() => this.#frame());
@@ -68,6 +71,7 @@ export class Face {
       message: live ? 'Play …' : this.message, outside: isPrompt,
       turns: isPrompt ? [{ from: 0, to: Infinity }] : live ? [] : shown.turns,
     }, viewport, this.colours());
+    if (this.roll.stretched) this.touch();
     this.#drawKeys(at);
     this.#write(at, until, score.notes.length);
     this.#writeForReaders(at, until, score.notes.length);

@@ -18,6 +18,7 @@ import { clock } from './notes.js';
 
 const TILE = 512; // width in CSS pixels
 const MOST_TILES = 48;
+const SETTLED_MS = 120; // since the last zoom
 export const RULER = 18; // height of the times, and of the pedal above them
 const PEDAL = 6;
 const STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600];
@@ -55,8 +56,13 @@ export function drawNotes(pen, score, { from, span, width, height, range: [low, 
     drawnTo[note.pitch] = right;
     pen.fillStyle = colour(note);
     pen.globalAlpha = 0.45 + 0.55 * Math.min(1, note.velocity / 100);
+    const y = (high - note.pitch) * tall;
+    if (right - x < 5) { // round corners would not be seen, and take ten times as long
+      pen.fillRect(x, y, right - x, Math.max(2, tall - 1));
+      continue;
+    }
     pen.beginPath();
-    pen.roundRect(x, (high - note.pitch) * tall, right - x, Math.max(2, tall - 1), Math.min(2, tall / 3, (right - x) / 2));
+    pen.roundRect(x, y, right - x, Math.max(2, tall - 1), Math.min(2, tall / 3));
     pen.fill();
   }
   pen.globalAlpha = 1;
@@ -77,6 +83,19 @@ export class Roll {
   }
 
   #tileSpan = 1;
+  #wantedSpan = 1;
+  #zoomedAt = 0;
+  /** Whether the tiles are stretched, and to be drawn anew when the user no longer zooms. */
+  stretched = false;
+
+  /** Seconds in a tile: while the user zooms, those of the tiles there are, unless they got far too large or small. @param {number} wanted */
+  #spanOfTiles(wanted) {
+    const now = performance.now(), ratio = wanted / this.#tileSpan;
+    if (wanted !== this.#wantedSpan) this.#zoomedAt = now;
+    this.#wantedSpan = wanted;
+    this.stretched = ratio !== 1 && ratio > 0.5 && ratio < 2 && this.#tiles.size > 0 && now - this.#zoomedAt < SETTLED_MS;
+    return this.stretched ? this.#tileSpan : wanted;
+  }
 
   /** @param {Picture} picture @param {Viewport} viewport @param {Colours} ink */
   draw(picture, viewport, ink) {
@@ -110,13 +129,13 @@ export class Roll {
    * @param {{width: number, height: number, ratio: number, range: [number, number]}} size
    */
   #drawTiles(pen, picture, viewport, ink, { width, height, ratio, range }) {
-    const span = (TILE / width) * viewport.span;
+    const span = this.#spanOfTiles((TILE / width) * viewport.span);
     const drawnAs = [span, height, ratio, ink.prompt, ink.generated, ...range].join();
     if (drawnAs !== this.#drawnAs) { this.#tiles.clear(); this.#drawnAs = drawnAs; this.#tileSpan = span; }
-    const last = Math.floor((viewport.from + viewport.span) / span);
+    const wide = (span / viewport.span) * width, last = Math.floor((viewport.from + viewport.span) / span);
     for (let number = Math.floor(viewport.from / span); number <= last; number++) {
       const tile = this.#tiles.get(number) ?? this.#tile(number, picture, ink, { width: TILE, height, ratio, range });
-      pen.drawImage(tile, viewport.x(number * span, width), 0, TILE, height);
+      pen.drawImage(tile, viewport.x(number * span, width), 0, wide, height);
     }
     for (const number of this.#tiles.keys()) { // the oldest first
       if (this.#tiles.size <= MOST_TILES) break;

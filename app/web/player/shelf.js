@@ -49,7 +49,7 @@ export class Shelf {
     const { player } = this, rows = this.#listed();
     this.#rows = new Map(rows.map((row) => [row.id, row]));
     this.list.show(rows, player.shown.id, () => player.face.colours());
-    player.find('takes-head').hidden = !rows.length;
+    player.find('takes-head').hidden = !rows.length && !this.#deleted;
   }
 
   /** @returns {Row[]} */
