@@ -14,7 +14,7 @@ from app.web.export import FileKind
 from app.web.manager import SessionManager
 from app.web.music_events import MusicEvents
 from app.web.player import player
-from app.web.prompt_events import NO_PROMPT, PromptEvents
+from app.web.prompt_events import NO_PROMPT, PromptEvents, cost_in_words
 from app.web.settings import AUTO, MAX_VARIATIONS, SAMPLING, Settings, sampling_help
 from music_ar import SamplingOptions
 
@@ -101,7 +101,7 @@ class Page:
             info="Left plays sooner, right keeps the thread of the music for longer.",
             elem_id="latents",
         )
-        self.cost = gr.Markdown(self.manager.machine.cost(AUTO), elem_id="cost")
+        self.cost = gr.Markdown(cost_in_words(self.manager.machine, default), elem_id="cost")
         self.cost_timer = gr.Timer(2, active=False)  # asks again until the chosen number of variations has been timed
         with gr.Accordion("More settings", open=False, elem_id="more"):
             self.seed = gr.Textbox("", label="Seed (empty: random)", elem_id="seed", max_lines=1)
@@ -112,7 +112,7 @@ class Page:
 
     def _layout_downloads(self) -> None:
         with gr.Row(elem_id="downloads"):
-            self.downloads = {
+            self.downloads: dict[FileKind, gr.Button] = {
                 kind: gr.Button(label, interactive=False, elem_id=f"download-{kind}", size="sm", min_width=60)
                 for kind, label in _DOWNLOADS.items()
             }

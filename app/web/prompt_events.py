@@ -15,6 +15,8 @@ from app.web.session import Session
 from app.web.settings import Settings, WebError
 from app.web.takes import unpacked
 from app.web.toasts import errors_in_toasts, warn
+from app.web.warmup import Machine
+from music_ar import Performance
 
 NO_PROMPT = "Nothing (a new piece)"
 _MOST_SILENCE_S = 2.0  # before the first note of a prompt
@@ -92,8 +94,7 @@ class PromptEvents:
             settings = self._manager.settings({"latents": latents, "variations": variations})
         except WebError as error:
             return str(error), gr.Timer(active=False)
-        cost = machine.cost(settings.latents, settings.variations, prompt)
-        return cost, gr.Timer(active=not machine.knows(settings.variations))
+        return cost_in_words(machine, settings, prompt), gr.Timer(active=not machine.knows(settings.variations))
 
     def on_settings_file(self, request: gr.Request, path: str) -> list[Any]:
         """Restore the settings of a downloaded settings.json."""
@@ -139,6 +140,13 @@ class PromptEvents:
         visible, _, _, end_s = _prompt_update(session)
         part = settings.start_s, end_s if settings.end_s is None else settings.end_s
         return [*chosen, *source, visible, prompt_value(session, settings), *part]
+
+
+def cost_in_words(machine: Machine, settings: Settings, prompt: Performance | None = None) -> str:
+    """What the latent budget means here, as Markdown; its numbers are one click away."""
+    given = settings.latents, settings.variations, prompt
+    short, numbers = machine.in_short(*given), machine.cost(*given)
+    return short if short == numbers else f"{short}\n<details><summary>In numbers</summary>\n\n{numbers}\n\n</details>"
 
 
 def _missing_prompt(settings: Settings) -> str:
