@@ -21,6 +21,7 @@ from web_browser import (
     fill,
     needs_browser,
     shown,
+    state,
     status,
     upload,
     wait_for_notes,
@@ -60,7 +61,7 @@ def test_from_a_file_to_a_longer_piece(page, midi_file, tmp_path):
     ask_for_hours(page)
     page.locator("#generate").click()
     cropped = len(prompt.crop(0, float(to.input_value())))
-    wait_until(lambda: shown(page, "notes") > cropped, "there are new notes")
+    wait_until(lambda: shown(page, "notes") > cropped and state(page, "kind") == "piece", "there are new notes")
     assert page.locator("#player .player").get_attribute("data-generating") == "true"
     early = shown(page, "notes")
     wait_until(lambda: shown(page, "notes") > early, "the roll grows")
