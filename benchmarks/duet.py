@@ -44,9 +44,11 @@ class Player:
         return time.monotonic() - self._began_s
 
     def say(self, **message: Any) -> None:
+        """Send a message."""
         self._socket.send(json.dumps(message))
 
     def hear(self, timeout_s: float = 60.0) -> dict[str, Any]:
+        """The next message."""
         message = json.loads(self._socket.recv(timeout=timeout_s))
         if message["type"] == "error":
             raise SystemExit(message["message"])

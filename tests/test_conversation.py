@@ -28,7 +28,8 @@ from app.web.limits import Refusal
 from app.web.manager import SessionManager
 from app.web.timeline import Reading, Refused, Timeline, rest_tokens
 from app.web.warmup import Machine
-from music_ar import Generator, Performance, encode
+from music_ar import Generator, Performance, decode, encode
+from music_ar.decoding.live import aligned
 from music_ar.tokens import vocabulary
 
 PHRASE = [
@@ -188,7 +189,10 @@ def test_the_next_answer_knows_all_and_reads_only_what_is_new(connect, rooms):
     before = conversation.timeline.copied()
     before.answered = [each for each in before.answered if each[0] < later]
     known = Reading(before).tokens
-    assert conversation.live.tokens[: len(known)].tolist() == known.tolist()
+    read = conversation.live.tokens
+    same = aligned(read, known)  # the model may order the events of a time step in its own way
+    assert read[: len(same)].tolist() == same.tolist()
+    assert decode(same) == decode(known)
 
 
 def test_what_was_played_comes_back_as_it_was(connect, client):
@@ -205,9 +209,9 @@ def test_what_was_played_comes_back_as_it_was(connect, client):
         if message.type in ("note_on", "note_off", "control_change"):
             played.append((tick / 2000, message.type, *message.bytes()[1:]))
     kinds = {"on": "note_on", "off": "note_off", "pedal": "control_change"}
-    for (seconds, kind, *_), event in zip(played, [*PHRASE, [2.4, "pedal", 90], [2.45, "off", 64]], strict=False):
-        assert kind == kinds[event[1]]
-        assert seconds == pytest.approx(event[0], abs=0.00026)
+    for (at_s, kind, *_), event in zip(played, [*PHRASE, [2.4, "pedal", 90], [2.45, "off", 64]], strict=False):
+        assert kind == kinds[str(event[1])]
+        assert at_s == pytest.approx(event[0], abs=0.00026)
 
 
 def test_a_session_goes_on_after_the_connection_is_lost(client, rooms):
@@ -405,7 +409,7 @@ def test_a_reading_grows_at_its_end():
         kind = ("on", "off", "pedal")[rng.integers(3)]
         number = int(rng.integers(60, 66)) if kind != "pedal" else 127 * int(rng.integers(2))
         events.append([time_s, kind, number, 70] if kind == "on" else [time_s, kind, number])
-    whole = Reading(Timeline.read({"played": events})).tokens.tolist()
+    whole, settled = Reading(Timeline.read({"played": events})).tokens.tolist(), []
     for count in range(len(events)):
         settled = Reading(Timeline.read({"played": events[:count]})).settled.tolist()
         assert settled == whole[: len(settled)]
@@ -479,6 +483,7 @@ def _refusal(address, host=None, **headers):
     return answer.status_code, json.loads(answer.body)["detail"]
 
 
+@pytest.mark.slow
 def test_a_real_server_lets_in_whom_it_may(tiny_checkpoint, tmp_path):
     environment = os.environ | {"MUSIC_AR_AUTH": "anna:secret"}
     with running_page(tiny_checkpoint, tmp_path, "--root-path", "/music", environment=environment) as page:

@@ -146,6 +146,7 @@ def _facts(decoder: AnyDecoder) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
+    """The name of the CPU."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0].partition(":")[2].strip() if names else platform.processor()

@@ -9,7 +9,7 @@ from jaxtyping import Int32
 from app.web.timeline import Reading, Timeline, rest_tokens
 from music_ar import GenerationError
 from music_ar.decoding.interface import shared_options
-from music_ar.decoding.live import LiveState
+from music_ar.decoding.live import LiveState, aligned
 from music_ar.decoding.request import stuck_error
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.tokens import vocabulary
@@ -19,6 +19,11 @@ LONGEST_S = 120.0
 _LATEST_STEPS = 5  # of the first note after the beginning; a longer rest is left out
 _MOST_REST_STEPS = 400  # in which a first note is looked for
 _ATTEMPTS = 3  # with other seeds, if the model would rather end the piece
+
+
+def read_settled(live: LiveState, timeline: Timeline) -> int:
+    """Let the model read what is new in a timeline, but for the latest moment; the number of tokens read."""
+    return live.follow(aligned(live.tokens, Reading(timeline).settled))
 
 
 class Answer:
@@ -58,6 +63,7 @@ class Answer:
         self._start_step = self._step = self._end_step = 0
         self._velocity = int(lowest_velocity(np.array([vocabulary.DEFAULT_VELOCITY_BIN]))[0])
         self._count = 0
+        self._before = np.zeros(0, np.int32)  # the tokens of what was played before
         self._theirs: Counter[int] = Counter()  # notes of the person that sound for the model, by pitch
         self._own: Counter[int] = Counter()
 
@@ -73,10 +79,10 @@ class Answer:
         self._start_step = self._step = reading.step(self.at_s)
         self._end_step = self._start_step + round((self._end_s - self.at_s) * vocabulary.STEPS_PER_SECOND)
         self._theirs.update(reading.sounding)
-        velocities = reading.tokens[vocabulary.is_velocity(reading.tokens)]
-        self._take_velocities(velocities[-1:])
-        live.follow(reading.tokens)
+        self._before = aligned(live.tokens, reading.tokens)
+        live.follow(self._before)
         live.mark()
+        self._take_velocities(self._before[vocabulary.is_velocity(self._before)])
         for _ in range(_ATTEMPTS):
             found = self._first_notes(live, reading, chunk)
             if len(found):
@@ -101,7 +107,7 @@ class Answer:
     def _first_notes(self, live: LiveState, reading: Reading, chunk: int) -> Int32[np.ndarray, " T"]:
         """The tokens from the beginning of the answer to at least its first note; none if it has none."""
         rest = self._start_step - reading.end_step
-        live.follow(np.concatenate([reading.tokens, rest_tokens(rest)]))
+        live.follow(np.concatenate([self._before, rest_tokens(rest)]))
         tokens = np.zeros(0, np.int32)
         while not vocabulary.is_note_on(tokens).any():
             new = live.sample(
@@ -116,7 +122,7 @@ class Answer:
         before, after = tokens[: notes[0]], tokens[notes[0] :]
         late = min(length_steps(before), _LATEST_STEPS)
         kept = np.concatenate([before[vocabulary.is_note(before)], before[vocabulary.is_velocity(before)][-1:]])
-        live.follow(np.concatenate([reading.tokens, rest_tokens(rest + late), kept, after]))
+        live.follow(np.concatenate([self._before, rest_tokens(rest + late), kept, after]))
         self._step += late
         self._count = len(after)
         return np.concatenate([kept, after])

@@ -6,11 +6,11 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
-from app.web.answer import LONGEST_S, Answer
+from app.web.answer import LONGEST_S, Answer, read_settled
 from app.web.log import LOG
 from app.web.manager import SessionManager
 from app.web.settings import AUTO, SAMPLING, WebError, in_words
-from app.web.timeline import Reading, Refused, Timeline, event, seconds
+from app.web.timeline import Refused, Timeline, event, seconds
 from music_ar import GenerationError
 from music_ar.decoding.live import LiveState
 from music_ar.decoding.request import MAX_SEED
@@ -176,7 +176,9 @@ class Conversation:
                     return
                 timeline = self.timeline.copied()
                 try:
-                    await self._device.run(self, lambda timeline=timeline: self.live.follow(Reading(timeline).settled))
+                    await self._device.run(self, lambda timeline=timeline: read_settled(self.live, timeline))
+                except WebError:  # the server is being stopped
+                    return
                 except Exception:
                     LOG.exception("a fault while reading a conversation")
                     self.live.free()

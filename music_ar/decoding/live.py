@@ -12,11 +12,11 @@ from jaxtyping import Int, Int32
 
 from music_ar.decoding.interface import AnyDecoder, AnyState
 from music_ar.tokens import vocabulary
-from music_ar.tokens.codec import length_steps
+from music_ar.tokens.codec import event_steps, length_steps, velocity_bins
 
 _PIECES = (16, 1)  # tokens read by one call: few lengths, since JAX compiles a program for each
-_BETWEEN_COPIES = 48  # tokens: about 1.5 s of music
-_MOST_COPIES = 5  # of 3 to 10 MB each with the shipped model
+_BETWEEN_COPIES = 64  # tokens: about 2 s of music
+_MOST_COPIES = 6  # of 3 to 10 MB each with the shipped model
 _LEAST_PREFILL = 128  # tokens
 _PREFILL_GAIN = 6  # times as fast as token by token, at least
 
@@ -119,7 +119,43 @@ class LiveState:
         self.tokens = np.concatenate([self.tokens, tokens])
 
 
-def _common(a: Int32[np.ndarray, " A"], b: Int32[np.ndarray, " B"]) -> int:
+def aligned(read: Int32[np.ndarray, " R"], tokens: Int32[np.ndarray, " T"]) -> Int32[np.ndarray, " T2"]:
+    """A piece in the words that a state has read, as long as they say the same, so that less must be read again.
+
+    The model chooses the order of events within a time step, and may write shifts in parts, and velocities that stay.
+
+    Args:
+        read: what was read.
+        tokens: the piece; it ends with a note-on or note-off, or has none.
+    """
+    (read_codes, read_steps, read_places), (codes, steps, places) = _events(read), _events(tokens)
+    same = _common(read_codes, codes)
+    differs = [int(each[same]) >> 16 for each in (read_codes, codes) if same < len(each)]  # at this time step
+    end_step = min(differs, default=np.iinfo(np.int64).max)
+    read_count, count = (int(np.searchsorted(each, end_step)) for each in (read_steps, steps))
+    if read_count == 0 or count == 0:
+        return tokens
+    kept, rest = read[: read_places[read_count - 1] + 1], tokens[places[count - 1] + 1 :]
+    strikes, changes = (np.flatnonzero(mask) for mask in (vocabulary.is_note_on(rest), vocabulary.is_velocity(rest)))
+    if len(strikes) and not (len(changes) and changes[0] < strikes[0]):
+        velocities = [velocity_bins(each.astype(np.int64))[-1] for each in (kept, tokens[: places[count - 1] + 1])]
+        if velocities[0] != velocities[1]:
+            rest = np.insert(rest, strikes[0], vocabulary.VELOCITY - 1 + velocities[1])
+    return np.concatenate([kept, rest]).astype(np.int32)
+
+
+def _events(
+    tokens: Int32[np.ndarray, " T"],
+) -> tuple[Int[np.ndarray, " E"], Int[np.ndarray, " E"], Int[np.ndarray, " E"]]:
+    """Note-ons and note-offs: a number for each that says all of it, sorted; their time steps; their places."""
+    tokens = tokens.astype(np.int64)
+    places = np.flatnonzero(vocabulary.is_note(tokens))
+    steps, events = event_steps(tokens)[places], tokens[places]
+    velocities = np.where(vocabulary.is_note_on(events), velocity_bins(tokens)[places], 0)
+    return np.sort(steps << 16 | events << 6 | velocities), steps, places
+
+
+def _common(a: Int[np.ndarray, " A"], b: Int[np.ndarray, " B"]) -> int:
     """Length of the common beginning."""
     shorter = min(len(a), len(b))
     differ = np.flatnonzero(a[:shorter] != b[:shorter])
