@@ -18,6 +18,7 @@ from jaxtyping import Float, Integer
 from data_pipeline.augmentation.mode_and_rubato import LABEL_SIZE
 from data_pipeline.augmentation.transforms import Augmentation
 from data_pipeline.dataset import Pieces
+from data_pipeline.gaps import Gaps
 from data_pipeline.windows import Window, Windows
 
 
@@ -42,6 +43,7 @@ class LoaderConfig:
         batch_size: B, number of windows in a batch of this process.
         seed: random seed in [0, 2**32).
         augmentation: what to draw for each window; None leaves windows as they are.
+        gaps: which windows are re-ordered, to train a model to fill gaps; None for none.
         process_index: number of this process among the `process_count` that share the epochs.
         process_count: number of processes that share the epochs, each with its own batches.
         threads: threads that prepare batches ahead; 0 prepares a batch when it is requested. One thread delivers over a
@@ -55,6 +57,7 @@ class LoaderConfig:
     batch_size: int
     seed: int
     augmentation: Augmentation | None = None
+    gaps: Gaps | None = None
     process_index: int = 0
     process_count: int = 1
     threads: int = 1
@@ -63,6 +66,8 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.latents <= self.context:
             raise ValueError(f"expected 1 <= latents <= context, got latents {self.latents} and context {self.context}")
+        if self.gaps is not None and not self.latents <= self.gaps.context <= self.context:
+            raise ValueError(f"expected gaps with a context of {self.latents}..{self.context}, got {self.gaps.context}")
         if self.batch_size < 1:
             raise ValueError(f"expected a batch_size of at least 1, got {self.batch_size}")
         if min(self.threads, self.workers) < 0:
@@ -115,6 +120,7 @@ def _shuffled_windows(pieces: Pieces, number: int, config: LoaderConfig) -> grai
         latents=config.latents,
         seed=seed,
         augmentation=config.augmentation,
+        gaps=config.gaps,
     )
     # Windows are cut before the shuffle, where an index is (epoch, block), so that a window does not depend on when or
     # in which process it is requested. Nothing is computed until then.

@@ -42,7 +42,7 @@ class Piece:
 class Generator:
     """Generates piano music with a trained model.
 
-    The methods take options by keyword: the fields of `Request` (seconds, latents, speed, seed, variations,
+    The methods take options by keyword: the fields of `Request` (after, seconds, latents, speed, seed, variations,
     prompt_seconds, continuation_only, tag) and of `SamplingOptions` (temperature, top_k, top_p, min_p, steadiness).
     They also take a whole `Request` in place of a prompt.
 
@@ -117,6 +117,36 @@ class Generator:
 
         return chunks()
 
+    def infill(
+        self,
+        before: Prompt | None = None,
+        after: Prompt | None = None,
+        *,
+        seconds: float,
+        progress: Callable[[Chunk], None] | None = None,
+        **options: Any,
+    ) -> Performance:
+        """Fill a gap between two passages, and return both with what joins them.
+
+        The gap begins where the notes before it end, or at `prompt_seconds`; what comes after it begins exactly
+        `seconds` later. No note is cut, except those of keys that are struck again. `Request.replacing` describes a
+        passage of a piece to replace, for `generate`, `stream` and `generate_many`.
+
+        Args:
+            before: a performance or a MIDI file; None begins the piece with the gap.
+            after: a performance or a MIDI file, timed from the end of the gap; None ends the piece with it.
+            seconds: length of the gap.
+            progress: called with each chunk.
+            options: see the class.
+
+        Raises:
+            GenerationError: the model cannot fill gaps, or an option is unknown or out of range.
+            SamplingError, MidiError: as `stream`.
+        """
+        follows = Performance.empty() if after is None else after
+        request = Request.of(before, after=follows, seconds=seconds, **options)
+        return self.generate(request, progress=progress)
+
     def session(self, prompt: Prompt | Request | None = None, **options: Any) -> Session:
         """Prefill the prompt into caches, from which `Session.extend` continues as often as it is called.
 
@@ -178,10 +208,21 @@ class Generator:
         return self.decoder.batch_rows(self._checked_latents(latents))
 
     def _resolved(self, request: Request) -> Request:
-        """The request with its number of latents resolved and checked."""
+        """The request with its number of latents resolved and checked.
+
+        Raises:
+            GenerationError: the number is out of range, or the request is to fill a gap and the model cannot.
+        """
+        if request.after is not None and not self.config.fills_gaps:
+            raise GenerationError(
+                "this model cannot fill a gap, since it was not trained to: take another one, or train it further with "
+                "music-ar train --infill"
+            )
         if request.latents == "auto":
             speed = DEFAULT_SPEED if request.speed is None else request.speed
-            latents = self.autotuner.latents(speed, request.prompt_tokens(), variations=request.variations)
+            gap = request.gap(self.config.reach)
+            tokens = request.prompt_tokens() if gap is None else gap.tokens
+            latents = self.autotuner.latents(speed, tokens, variations=request.variations)
         else:
             latents = self._checked_latents(request.latents)
         return dataclasses.replace(request, latents=latents, speed=None)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import noisy_model
+from conftest import make_performance, noisy_model
 from event_tokens import melody, token_sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +23,9 @@ from music_ar.decoding.step import advance
 from music_ar.model.config import PRESETS
 from music_ar.model.pretrained import load_pretrained, save_pretrained
 from music_ar.tokens import vocabulary
-from music_ar.tokens.vocabulary import END, PAD, START, VOCABULARY_SIZE
+from music_ar.tokens.codec import encode
+from music_ar.tokens.gaps import split
+from music_ar.tokens.vocabulary import END, INFILL_VOCABULARY_SIZE, PAD, START, VOCABULARY_SIZE
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="the engine was not built: there is no C++ compiler")
 
@@ -35,6 +37,7 @@ CONFIGS = {
     "tokens only": dataclasses.replace(TINY, conv_width=1),
     "onsets only, many query heads": dataclasses.replace(TINY, onsets=2, heads=12, layers=1),
     "retrieval only, one query head a key": dataclasses.replace(TINY, retrieval_notes=12, kv_heads=4, conv_width=8),
+    "gaps": dataclasses.replace(CONFIG, vocabulary_size=INFILL_VOCABULARY_SIZE),
     "odd sizes": dataclasses.replace(CONFIG, width=36, heads=6, head_size=80, hidden=70, rotary_fraction=0.3),
 }
 FOREVER = 2**30
@@ -225,6 +228,55 @@ def test_decoding_is_step_draw_and_advance_as_in_jax(native, reference):
         assert int(drawn[0]) == token
         expected = jax.nn.logsumexp(logits[0, index]) - logits[0, index, token]
         np.testing.assert_allclose(nats_BxT[0, index], expected, atol=1e-4)
+
+
+# Gaps.
+
+GAPS = CONFIGS["gaps"]
+
+
+@pytest.fixture(scope="module")
+def gap_decoders(pretrained):
+    """The native engine and JAX, with a model that fills gaps."""
+    model, tensors = pretrained(GAPS)
+    return NativeDecoder(GAPS, tensors), Decoder(model, Backend())
+
+
+def gap_sequence(seed, notes=12, begin=100, end=150):
+    return split(np.append(np.int32(START), encode(make_performance(seed, notes))), begin, end)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_middle_of_a_gap_is_that_of_jax(gap_decoders, seed):
+    """With what comes after it in the context, and partly out of it."""
+    parts = gap_sequence(seed)
+    middle = parts.middle[None, : parts.middle.size - 1]  # without `END`
+    logits = [
+        np.asarray(decoder.teacher_force(start(decoder, [parts.prompt()]), middle)[1][0]) for decoder in gap_decoders
+    ]
+    assert_close(*logits)
+
+
+@given(tokens=token_sequences(min_size=1, max_size=60, gaps=True), sampling=SAMPLING, seed=st.integers(0, 9))
+@settings(max_examples=25)
+def test_processors_in_gaps_are_those_of_jax(gap_decoders, chain, tokens, sampling, seed):
+    native, reference = gap_decoders
+    tokens = np.resize(tokens[tokens != END], 60) if (tokens != END).any() else np.full(60, START, np.int32)
+    logits = (3 * np.random.default_rng(seed).normal(size=(1, INFILL_VOCABULARY_SIZE))).astype(np.float32)
+    options = option_arrays([sampling])
+    expected = np.asarray(chain(logits, after(reference, tokens), options))
+    np.testing.assert_allclose(native.processed(after(native, tokens), options, logits), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_both_engines_fill_a_gap_alike(gap_decoders):
+    """To the last token, which is the end, if noise in the logits changes no choice."""
+    prompt = gap_sequence(3).prompt()
+    options = option_arrays([SamplingOptions(temperature=0.0)])
+    found = [
+        np.asarray(decoder.decode(start(decoder, [prompt]), options, length=120)[1][0]) for decoder in gap_decoders
+    ]
+    np.testing.assert_array_equal(*found)
+    assert END in found[0]
 
 
 # Rows.

@@ -16,7 +16,7 @@ import tyro
 from app.console import CommandError, ProgressLine, Unset, check_options, clock
 from data_pipeline.augmentation.transforms import Augmentation
 from data_pipeline.manifest import Manifest
-from music_ar.ranges import whole
+from music_ar.ranges import number, whole
 from music_ar.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class Train:
             Default: train on all data.
         augmented_copies: number of augmented copies of each piece (other mode, dynamics and rubato) to train on;
             originals are oversampled to match. Use it against overfitting.
+        infill: share of the training windows that are re-ordered so that the model learns to fill gaps: 0.5 trains it
+            to fill them and to continue pieces. A model that starts without the tokens for it gets them.
         workers: number of processes that prepare batches; 0 prepares them in the training process. Raise it if the
             device waits for data, as it may with a long context.
         resume: continue from the newest checkpoint in the folder of the run.
@@ -76,6 +78,7 @@ class Train:
     folds: Unset[int] = whole(None, 2, 1000)
     without_fold: Unset[int] = whole(None, 1, 1000)
     augmented_copies: int = whole(0, 0, 1000)
+    infill: float = number(0.0, least=0, most=1)
     workers: int = whole(0, 0, 1000)
     resume: bool = False
     augment: Annotated[
@@ -135,7 +138,8 @@ class Train:
         parts = self._parts(Pieces.open(self.data, "train"))
         # A user's own data may have no validation split.
         held_out = Pieces.open(self.data, "validation").tokens if manifest.splits["validation"].pieces else ()
-        fitted = self._fit(self._initial_model(compute), manifest, parts, held_out, self._teachers(compute))
+        model = self._initial_model(compute)
+        fitted = self._fit(model, manifest, parts, held_out, self._teachers(model, compute))
         if fitted.finished:
             self._save(fitted, held_out)
         else:
@@ -165,21 +169,36 @@ class Train:
                 raise CommandError(f"--{option} must be one of {', '.join(PRESETS)}, got {preset}")
         rngs = nnx.Rngs(self.training.seed)
         if self.start is None:
-            return PerceiverAR(replace(PRESETS[self.preset], label_size=LABEL_SIZE), rngs=rngs, compute=compute)
+            config = replace(PRESETS[self.preset], label_size=LABEL_SIZE, **self._vocabulary())
+            return PerceiverAR(config, rngs=rngs, compute=compute)
         model = load_pretrained(self.start, compute=compute)
         config = model.config if self.expand_to is None else PRESETS[self.expand_to]
         try:
-            return expand(model, replace(config, label_size=LABEL_SIZE), rngs=rngs)
+            return expand(model, replace(config, label_size=LABEL_SIZE, **self._vocabulary(model)), rngs=rngs)
         except ValueError as error:
             raise CommandError(f"--start {self.start}: {error}") from error
 
-    def _teachers(self, compute: "Compute") -> "Teachers | None":
+    def _vocabulary(self, start: "PerceiverAR | None" = None) -> dict[str, int]:
+        """Return the size of the vocabulary: with the tokens of gaps if they are trained, or if the start has them."""
+        from music_ar.tokens.vocabulary import INFILL_VOCABULARY_SIZE, VOCABULARY_SIZE
+
+        least = INFILL_VOCABULARY_SIZE if self.infill else VOCABULARY_SIZE
+        return {"vocabulary_size": least if start is None else max(least, start.config.vocabulary_size)}
+
+    def _teachers(self, student: "PerceiverAR", compute: "Compute") -> "Teachers | None":
         from music_ar.model.pretrained import load_pretrained
         from music_ar.training.distillation import CrossFitted, Ensemble
 
         if not self.teacher:
             return None
         models = [load_pretrained(teacher, compute=compute) for teacher in self.teacher]
+        for name, model in zip(self.teacher, models, strict=True):
+            if model.config.fills_gaps != student.config.fills_gaps:
+                knows, lacks = ("teacher", "model") if model.config.fills_gaps else ("model", "teacher")
+                raise CommandError(
+                    f"--teacher {name}: the {knows} has the tokens to fill gaps and the {lacks} has not; take a "
+                    "teacher with the model's tokens"
+                )
         return CrossFitted(models) if self.out_of_fold else Ensemble(models)
 
     def _fit(
@@ -252,6 +271,7 @@ class Train:
             "folds": folds,
             "augmented_copies": self.augmented_copies,
             "start": None if self.start is None else identity(self.start)["weights_sha256"],
+            **({"infill": self.infill} if self.infill else {}),
         }
 
     def _batches(
@@ -259,6 +279,7 @@ class Train:
     ) -> "Batches":
         import jax
 
+        from data_pipeline.gaps import Gaps
         from data_pipeline.loader import LoaderConfig, batches
 
         loader = LoaderConfig(
@@ -267,6 +288,7 @@ class Train:
             batch_size=self.training.batch_size // jax.process_count(),
             seed=seed,
             augmentation=augmentation,
+            gaps=Gaps(share=self.infill, context=config.context) if self.infill else None,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             workers=self.workers,

@@ -27,7 +27,7 @@ from music_ar.ranges import refuse, shown
 LIST_EXTENSIONS = (".txt", ".list")
 _EXACT = 2**53  # whole numbers up to this are floats, too
 _HALF_CHARACTER = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-_NOT_OPTIONS = ("prompt", "speed", "sampling", "tag")
+_NOT_OPTIONS = ("prompt", "after", "speed", "sampling", "tag")
 _TYPE_NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 

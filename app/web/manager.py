@@ -167,8 +167,10 @@ class SessionManager:
         if at_s is not None:
             revision, chosen = revision.cut(chosen, at_s), 0
         seed = revision.seeds[chosen]
-        settings = revision.settings.model_copy(update={"seconds": seconds, "variations": 1, "seed": seed})
-        continues = session.runs == revision.number
+        settings = revision.settings.model_copy(
+            update={"seconds": seconds, "variations": 1, "seed": seed, "fill": False}
+        )
+        continues = session.runs == revision.number and not revision.settings.fill
         with self._run(session, "Continuing …", f"{seconds:g} s more") as run:
             session.begins_s = revision.until_s[chosen]
             if at_s is not None:  # shown as what the new music replaces, which is kept

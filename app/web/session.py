@@ -193,10 +193,16 @@ class Session:
     def cropped_prompt(self, settings: Settings) -> tuple[Performance | None, float | None]:
         """The prompt from `settings.start_s`, and how many seconds of it to use; None for all.
 
+        To fill a part of it, all of the prompt, and the seconds before that part.
+
         Raises:
-            WebError: no note begins in that part.
+            WebError: no note begins in that part, or there is no prompt to fill a part of.
         """
         prompt = self.prompt
+        if settings.fill:
+            if prompt is None:
+                raise WebError("there is no piece to fill a part of: choose one first")
+            return prompt, settings.start_s
         if prompt is None:
             return None, None
         end_s = prompt.duration_s if settings.end_s is None else settings.end_s

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from music_ar.decoding.interface import AnyDecoder, option_arrays
-from music_ar.decoding.request import GenerationError, Request, limits, stuck_error
+from music_ar.decoding.request import GenerationError, Request, stuck_error
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.sequence import Sequence
 from music_ar.decoding.windows import cache_size
@@ -58,7 +58,7 @@ def complete(
         on_chunk: called after each chunk with the steps of music generated since the last call, over all rows.
     """
     failed: list[Completion] = []
-    waiting = _sequences(requests, resolve, failed)
+    waiting = _sequences(decoder, requests, resolve, failed)
     entry = next(waiting, None)
     while entry is not None:
         latents = _latents(entry[0])
@@ -78,20 +78,21 @@ def complete(
 
 
 def _sequences(
-    requests: Iterable[Request], resolve: Callable[[Request], Request], failed: list[Completion]
+    decoder: AnyDecoder, requests: Iterable[Request], resolve: Callable[[Request], Request], failed: list[Completion]
 ) -> Iterator[tuple[Request, Sequence]]:
     """A request for each variation with its empty sequence; those that cannot be generated go to `failed`."""
     for request in requests:
         try:
             resolved = resolve(request.read())
-            prompt, played = resolved.prompt_tokens(), resolved.prompt
+            gap, played = resolved.gap(decoder.config.reach), resolved.prompt
+            prompt = resolved.prompt_tokens() if gap is None else gap.tokens
         except (GenerationError, MidiError, EventError) as error:
             failed += [Completion(sample, None, str(error)) for sample in request.samples()]
         else:
             # The file's name again, which takes less memory than its notes.
-            asked = dataclasses.replace(resolved, prompt=request.prompt)
+            asked = dataclasses.replace(resolved, prompt=request.prompt, after=request.after)
             assert played is None or isinstance(played, Performance)
-            yield from ((sample, Sequence(prompt, played)) for sample in asked.samples())
+            yield from ((sample, Sequence(prompt, played, gap)) for sample in asked.samples())
 
 
 def _latents(request: Request) -> int:
@@ -136,7 +137,7 @@ class _Batch:
             self._prefilled = None
             state = self._decoder.start([sequence.prompt], latents=_latents(request), seeds=[0], limit_steps=0)
             self._prefilled = key, state
-        limit_steps, _ = limits(request.seconds)
+        limit_steps, _ = request.limits()
         assert request.seed is not None
         return self._prefilled[1].with_limit(limit_steps).with_seeds([request.seed])
 
@@ -147,7 +148,7 @@ class _Batch:
         tokens_BxT, nats_BxT = map(np.asarray, found)
         steps, finished = 0, []
         for row, (request, sequence) in list(self._running.items()):
-            limit_steps, max_tokens = limits(request.seconds)
+            limit_steps, max_tokens = request.limits()
             before = min(sequence.generated_steps, limit_steps)
             done = sequence.add(tokens_BxT[row], nats_BxT[row], limit_steps=limit_steps, max_tokens=max_tokens)
             steps += min(sequence.generated_steps, limit_steps) - before

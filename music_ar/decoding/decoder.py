@@ -76,7 +76,7 @@ class Decoder:
         if len(prompts) != len(seeds):
             raise ValueError(f"expected a seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
         for prompt in prompts:
-            vocabulary.check_tokens(prompt)
+            vocabulary.check_tokens(prompt, self.config.vocabulary_size)
         different, index = distinct(prompts)
         state = self._prefilled(different, latents, limit_steps, WINDOWS[mode])
         if len(different) < len(prompts):

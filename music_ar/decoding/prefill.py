@@ -16,7 +16,8 @@ from music_ar.decoding.backend import Backend
 from music_ar.decoding.layers import DecodingModel, HashedGraph
 from music_ar.decoding.state import Caches, DecodeState
 from music_ar.decoding.windows import window_starts
-from music_ar.features import keyboard, notes, retrieval
+from music_ar.features import gap, keyboard, notes, retrieval
+from music_ar.features.gap import Place
 from music_ar.features.keyboard import Keyboard
 from music_ar.features.notes import Onsets
 from music_ar.features.retrieval import Retrieved
@@ -73,6 +74,11 @@ def _features(
     keyboards = Keyboard(*_padded(keyboard.init(padding), keyboard.scan_each(prompt), kept))
     no_onsets = Onsets(np.zeros((*padding, config.onsets), np.int32), np.full((*padding, config.onsets), -1, np.int32))
     onsets = Onsets(*_padded(no_onsets, notes.scan_each(prompt, config.onsets), kept))
+    times = keyboard.times_and_velocities(prompt)[0]
+    place = None
+    if config.fills_gaps:
+        outside = Place(np.full(padding, -1, np.int32), np.zeros(padding, np.int32))
+        place = Place(*_padded(outside, gap.scan_each(prompt, times), kept))
     found, match = None, None
     if config.retrieval_notes:
         index = retrieval.Index.of(prompt, config.retrieval_notes)
@@ -82,9 +88,10 @@ def _features(
         "held_Bx128": grammar.scan(prompt).held,
         "notes": notes.scan(prompt, config.notes_kept),
         "match": match,
+        "gap": gap.scan(prompt, times) if config.fills_gaps else None,
         "history": history_bias.scan(prompt),
     }
-    return Conditioning(keyboards, onsets, found), states
+    return Conditioning(keyboards, onsets, found, place), states
 
 
 def _padded(before: Sequence[np.ndarray], values: Sequence[np.ndarray], kept: int) -> list[np.ndarray]:
@@ -123,7 +130,7 @@ def prefill(
     B, P = tokens_BxP.shape
     M, R = caches.cross_v.shape[1], caches.self_v[0].shape[1]
     times_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
-    positions_BxPx2 = jnp.stack([times_BxP - state.birth_B[:, None], conditioning_BxP.keyboard.time], axis=-1)
+    positions_BxPx2 = jnp.stack([times_BxP - state.birth_B[:, None], conditioning_BxP.time], axis=-1)
     embedded_BxPxD = model.outer.condition(model.outer.embed(tokens_BxP), conditioning_BxP)
     k_BxPxGxK, v_BxPxGxK = model.cross.keys_values(model.outer.context_norm(embedded_BxPxD), positions_BxPx2)
     context = _Context(embedded_BxPxD, positions_BxPx2, k_BxPxGxK, v_BxPxGxK)

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from music_ar.decoding.history_bias import NoteHistory
-from music_ar.features import notes, retrieval
+from music_ar.features import gap, notes, retrieval
+from music_ar.features.gap import Gap
 from music_ar.features.keyboard import Keyboard
 from music_ar.features.notes import Notes
 from music_ar.features.retrieval import Match
@@ -65,6 +66,7 @@ class DecodeState(NamedTuple):
         keyboard: after the pending token.
         notes: the last notes up to it.
         match: their n-gram match, for a model with retrieval.
+        gap: the gap that the piece fills, for a model that can.
         history: histograms of the notes that the piece has had.
         caches: keys and values of all tokens before the pending one.
         prompt_end_B: time at which the prompt ends, in steps of 10 ms.
@@ -82,6 +84,7 @@ class DecodeState(NamedTuple):
     keyboard: Keyboard
     notes: Notes
     match: Match | None
+    gap: Gap | None
     history: NoteHistory
     caches: Caches
     prompt_end_B: Int[Array, " B"]
@@ -107,7 +110,8 @@ class DecodeState(NamedTuple):
     def conditioning(self, config: ModelConfig) -> Conditioning:
         """Conditioning features after the pending token."""
         found = None if self.match is None else retrieval.retrieved(self.notes, self.match)
-        return Conditioning(self.keyboard, notes.latest(self.notes, config.onsets), found)
+        place = None if self.gap is None else gap.place(self.gap, self.keyboard.time)
+        return Conditioning(self.keyboard, notes.latest(self.notes, config.onsets), found, place)
 
     def with_limit(self, limit_steps: int) -> "DecodeState":
         """The state with another limit: rows are done after `limit_steps` of music after their prompts."""

@@ -9,7 +9,7 @@ from music_ar.decoding.backend import Backend
 from music_ar.decoding.layers import DecodingModel
 from music_ar.decoding.state import Caches, DecodeState
 from music_ar.decoding.windows import window_starts
-from music_ar.features import keyboard, notes, retrieval
+from music_ar.features import gap, keyboard, notes, retrieval
 from music_ar.tokens import grammar, vocabulary
 
 
@@ -24,6 +24,7 @@ def advance(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
         keyboard=after,
         notes=last_notes,
         match=None if state.match is None else retrieval.step(state.match, last_notes, token_B),
+        gap=None if state.gap is None else gap.step(state.gap, token_B, after.time),
         history=history_bias.step(state.history, token_B, after.velocity),
         ended_B=state.ended_B | (token_B == vocabulary.END),
     )

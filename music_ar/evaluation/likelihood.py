@@ -21,8 +21,8 @@ from music_ar.tokens import codec, vocabulary
 from music_ar.training.losses import token_nll
 
 TOKEN_TYPES = ("note-on", "note-off", "time shift", "velocity", "end")
-TYPE_OF_TOKEN = np.searchsorted(vocabulary.TYPE_STARTS, np.arange(vocabulary.VOCABULARY_SIZE), side="right")
-"""Index into `TOKEN_TYPES` of each token of the vocabulary; "end" is all control tokens."""
+TYPE_OF_TOKEN = np.searchsorted(vocabulary.TYPE_STARTS, np.arange(vocabulary.INFILL_VOCABULARY_SIZE), side="right")
+"""Index into `TOKEN_TYPES` of each token of the largest vocabulary; "end" is all control tokens."""
 
 _FORCED_LENGTH = 256  # tokens per compiled call of `score_decoding`; pieces are padded to a multiple of it
 _BATCHES_AHEAD = 2  # batches that the device works on while earlier results are fetched

@@ -9,7 +9,7 @@ Dimension key of the whole project, used as suffixes of names:
 import dataclasses
 from typing import Literal
 
-from music_ar.features import keyboard, notes, retrieval
+from music_ar.features import gap, keyboard, notes, retrieval
 from music_ar.ranges import check_ranges, number, whole
 from music_ar.tokens import vocabulary
 
@@ -41,7 +41,8 @@ class ModelConfig:
         label_size: length of the label that describes how a training window was augmented; see `PerceiverAR.__call__`.
         rotary_fraction: share of each head's channels that is rotated by position.
         rotary_wavelength: longest wavelength of the rotary positions, in tokens.
-        vocabulary_size: V, including padding and the two piece boundaries.
+        vocabulary_size: V, including padding and the two piece boundaries; a model that can fill gaps also has the
+            tokens of `music_ar.tokens.gaps`.
 
     Raises:
         ValueError: a size out of range, or sizes that do not fit together.
@@ -90,6 +91,11 @@ class ModelConfig:
         return int(self.head_size * self.rotary_fraction)
 
     @property
+    def fills_gaps(self) -> bool:
+        """Whether the model can fill a gap: whether its vocabulary has the tokens for it."""
+        return self.vocabulary_size >= vocabulary.INFILL_VOCABULARY_SIZE
+
+    @property
     def reach(self) -> int:
         """Inputs that attention reads when decoding: M, or two segments."""
         return 2 * self.segment or self.context
@@ -117,7 +123,8 @@ class ModelConfig:
     def feature_count(self) -> int:
         """Number of conditioning features at each position."""
         of_keyboard = keyboard.CHANNELS + notes.feature_count(self.onsets) if self.onsets else 0
-        return of_keyboard + (retrieval.feature_count() if self.retrieval_notes else 0)
+        of_retrieval = retrieval.feature_count() if self.retrieval_notes else 0
+        return of_keyboard + of_retrieval + (gap.CLASSES if self.fills_gaps else 0)
 
     def flops_per_target(self, kept_prefix: int) -> float:
         """Floating-point operations of one training step per target token (forward and backward).

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from music_ar.features import categorical, keyboard, notes, retrieval
+from music_ar.features import categorical, gap, keyboard, notes, retrieval
 from music_ar.features.categorical import Categorical
+from music_ar.features.gap import Place
 from music_ar.features.keyboard import Keyboard
 from music_ar.features.notes import Onsets
 from music_ar.features.retrieval import Retrieved
@@ -32,11 +33,18 @@ class Conditioning(NamedTuple):
         keyboard: the keyboard.
         onsets: the last notes.
         retrieved: what followed the last similar passage; None for a model without retrieval.
+        place: where it is in a sequence with a gap; None for a model that cannot fill gaps.
     """
 
     keyboard: Keyboard
     onsets: Onsets
     retrieved: Retrieved | None
+    place: Place | None
+
+    @property
+    def time(self) -> Int[Array, "*B"]:
+        """Time for rotary positions, in steps."""
+        return self.keyboard.time if self.place is None else self.place.time
 
 
 class FeatureProjection(nnx.Module):
@@ -82,6 +90,8 @@ class PerceiverAR(nnx.Module):
             self.keyboard = FeatureProjection(keyboard.CHANNELS, classes, width, dtype=dtype, rngs=rngs)
         if config.retrieval_notes:
             self.retrieval = FeatureProjection(0, retrieval.feature_count(), width, dtype=dtype, rngs=rngs)
+        if config.fills_gaps:
+            self.gap = FeatureProjection(0, gap.CLASSES, width, dtype=dtype, rngs=rngs)
         if config.label_size:
             self.label = linear(config.label_size, width, kernel_init=zeros, dtype=dtype, rngs=rngs)
         self.context_norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
@@ -141,7 +151,7 @@ class PerceiverAR(nnx.Module):
         embedded_BxSxD = self.condition(self._embed_rows(tokens_BxM, rows), conditioning_BxS)
         if labels_BxC is not None:
             embedded_BxSxD = embedded_BxSxD + self.label(labels_BxC.astype(self.dtype))[:, None]
-        positions_BxSxP = jnp.stack([rows.positions_BxS, conditioning_BxS.keyboard.time], axis=-1)
+        positions_BxSxP = jnp.stack([rows.positions_BxS, conditioning_BxS.time], axis=-1)
 
         tower = self._recur if self.config.segment else self._attend
         x_BxNxD = tower(embedded_BxSxD, positions_BxSxP, rows, drop)
@@ -183,7 +193,9 @@ class PerceiverAR(nnx.Module):
         """Features after each of the last tokens; the keyboard is untouched before the first of them."""
         config, last_BxL = self.config, tokens_BxT[:, -last:]
         found = retrieval.scan_each(tokens_BxT, config.retrieval_notes, last) if config.retrieval_notes else None
-        return Conditioning(keyboard.scan_each(last_BxL), notes.scan_each(last_BxL, config.onsets), found)
+        keys = keyboard.scan_each(last_BxL)
+        place = gap.scan_each(last_BxL, keys.time) if config.fills_gaps else None
+        return Conditioning(keys, notes.scan_each(last_BxL, config.onsets), found, place)
 
     def condition(self, embedded: Array, conditioning: Conditioning) -> Float[Array, "*B D"]:
         """Embedded tokens with their features added."""
@@ -193,6 +205,8 @@ class PerceiverAR(nnx.Module):
             embedded = embedded + features
         if conditioning.retrieved is not None:
             embedded = embedded + self.retrieval(None, retrieval.categories(conditioning.retrieved))
+        if conditioning.place is not None:
+            embedded = embedded + self.gap(None, gap.categories(conditioning.place))
         return embedded
 
     def embed(self, tokens_BxT: Int[Array, "B T"]) -> Float[Array, "B T D"]:

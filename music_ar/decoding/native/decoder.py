@@ -51,8 +51,9 @@ class NativeDecoder:
             raise RuntimeError("the native engine was not built: reinstall the package where a C++ compiler is found")
         if not self.suits(config):
             raise ValueError(
-                f"the native engine needs heads of at most {_MOST_HEAD_SIZE} channels and the vocabulary of "
-                f"{vocabulary.VOCABULARY_SIZE} tokens; got {config.head_size} and {config.vocabulary_size}"
+                f"the native engine needs heads of at most {_MOST_HEAD_SIZE} channels and a vocabulary of "
+                f"{' or '.join(map(str, vocabulary.FINGERPRINTS))} tokens; got {config.head_size} and "
+                f"{config.vocabulary_size}"
             )
         weights = engine_tensors(config, tensors)
         self.config, self.backend = config, backend
@@ -66,7 +67,7 @@ class NativeDecoder:
     @staticmethod
     def suits(config: ModelConfig) -> bool:
         """Whether the engine supports these sizes."""
-        return config.head_size <= _MOST_HEAD_SIZE and config.vocabulary_size == vocabulary.VOCABULARY_SIZE
+        return config.head_size <= _MOST_HEAD_SIZE and config.vocabulary_size in vocabulary.FINGERPRINTS
 
     def start(
         self,
@@ -91,7 +92,7 @@ class NativeDecoder:
             raise ValueError(f"expected a seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
         if not 1 <= latents <= self.config.reach:
             raise ValueError(f"latents must be in 1..{self.config.reach}, the context; got {latents}")
-        checked = [_checked_tokens(prompt, 1) for prompt in prompts]
+        checked = [self._checked_tokens(prompt, 1) for prompt in prompts]
         different, index = distinct(checked)
         state = NativeState.before_the_first_token(
             self.config, len(different), latents=max(2, latents), limit_steps=limit_steps, cached=self._cached
@@ -124,10 +125,10 @@ class NativeDecoder:
         self, state: NativeState, tokens_BxT: Integer[np.ndarray, "B T"]
     ) -> tuple[NativeState, Float32[np.ndarray, "B T V"]]:
         """Advance with the given tokens; see `Decoder.teacher_force`. Logits of rows that have ended are zero."""
-        tokens = _checked_tokens(tokens_BxT, 2)
+        tokens = self._checked_tokens(tokens_BxT, 2)
         if len(tokens) != len(state.age_B):
             raise ValueError(f"expected tokens for {len(state.age_B)} rows, got {len(tokens)}")
-        logits = np.zeros((*tokens.shape, vocabulary.VOCABULARY_SIZE), np.float32)
+        logits = np.zeros((*tokens.shape, self.config.vocabulary_size), np.float32)
         self._library.teacher_force(
             self._model, self._c_state(state), tokens.ctypes.data, tokens.shape[1], logits.ctypes.data
         )
@@ -138,7 +139,7 @@ class NativeDecoder:
     ) -> Float32[np.ndarray, "B V"]:
         """Logits after the logit processors; see `processors.PROCESSORS`."""
         logits = np.array(logits_BxV, np.float32)
-        if logits.shape != (len(state.age_B), vocabulary.VOCABULARY_SIZE):
+        if logits.shape != (len(state.age_B), self.config.vocabulary_size):
             raise ValueError(f"expected logits for {len(state.age_B)} rows, got {logits.shape}")
         arrays = _option_arrays(options, len(logits))
         self._library.process(self._model, self._c_state(state), _c_options(arrays), logits.ctypes.data)
@@ -163,6 +164,15 @@ class NativeDecoder:
 
     def free_programs(self) -> None:
         """Nothing to free: there are no compiled programs."""
+
+    def _checked_tokens(self, tokens: Any, axes: int) -> Int32[np.ndarray, "..."]:
+        tokens = np.asarray(tokens)
+        if tokens.ndim != axes or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(
+                f"expected whole numbers along {axes} axes, at least one; got {tokens.dtype} {tokens.shape}"
+            )
+        vocabulary.check_tokens(tokens, self.config.vocabulary_size)
+        return np.ascontiguousarray(tokens, np.int32)
 
     def _c_state(self, state: NativeState) -> CState:
         """The state for a call.
@@ -209,14 +219,6 @@ def _open(library: Library, config: ModelConfig, weights: Mapping[str, Tensor]) 
         if numbers is not None:
             tensor.numbers = numbers.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
     return library.open(c_config, tensors, len(weights))  # copies what it needs
-
-
-def _checked_tokens(tokens: Any, axes: int) -> Int32[np.ndarray, "..."]:
-    tokens = np.asarray(tokens)
-    if tokens.ndim != axes or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"expected whole numbers along {axes} axes, at least one; got {tokens.dtype} {tokens.shape}")
-    vocabulary.check_tokens(tokens)
-    return np.ascontiguousarray(tokens, np.int32)
 
 
 def _option_arrays(options: Mapping[str, Any], rows: int) -> dict[str, np.ndarray]:

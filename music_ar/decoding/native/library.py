@@ -30,6 +30,7 @@ class CConfig(ctypes.Structure):
         "retrieval_notes",
         "time_heads",
         "rotary_size",
+        "vocabulary_size",
     )
     _fields_ = (*((name, c_int32) for name in SIZES), ("rotary_rates", POINTER(c_float)))
 
@@ -59,11 +60,16 @@ class CState(ctypes.Structure):
         "velocity_B",
         "keys_Bx128",
         "note_count_B",
+        "note_first_B",
         "note_BxC",
         "note_time_BxC",
         "match_keys_BxWxC",
         "match_level_B",
         "match_number_B",
+        "gap_begin_B",
+        "gap_length_B",
+        "gap_end_B",
+        "gap_over_B",
         "pitches_Bx128",
         "velocities_Bx32",
         "cross_k",

@@ -75,6 +75,7 @@ Model::Model(const Config& config, const std::vector<Tensor>& tensors)
   if (config.conv_width > 1) taps_LxD_ = rows_of(named.at("conv"));
   if (config.onsets) keyboard_ = bag("keyboard.kernel");
   if (config.retrieval_notes) retrieval_ = bag("retrieval.kernel");
+  if (config.vocabulary_size > VOCABULARY_SIZE) gap_ = bag("gap.kernel");
   context_norm_ = vector_of(named, "context_norm.scale");
   final_norm_ = vector_of(named, "final_norm.scale");
   latent_ = matrix(named, {"latent.kernel"});
@@ -110,6 +111,7 @@ void Model::embed(const Conditioning& conditioning, float* x_D) const {
   }
   if (config_.onsets) add_keyboard(conditioning, x_D);
   if (config_.retrieval_notes) add_retrieved(conditioning, x_D);
+  if (conditioning.gap_row >= 0) add_gap(conditioning, x_D);
 }
 
 void Model::add_keyboard(const Conditioning& conditioning, float* x_D) const {
@@ -134,9 +136,14 @@ void Model::add_retrieved(const Conditioning& conditioning, float* x_D) const {
   for (int d = 0; d < width_; ++d) x_D[d] += sums[d] * retrieval_.scale_D[d];
 }
 
+void Model::add_gap(const Conditioning& conditioning, float* x_D) const {
+  const int8_t* row = gap_.rows_CxD.data() + size_t(conditioning.gap_row) * width_;
+  for (int d = 0; d < width_; ++d) x_D[d] += float(row[d]) * gap_.scale_D[d];
+}
+
 // Cosines and sines of R = rotary_size / 2 channel pairs, by position in tokens and then in time: [2, 2, R].
 void Model::find_angles(const Conditioning& conditioning, float* angles) const {
-  const int positions[2] = {conditioning.age, conditioning.time}, R = config_.rotary_size / 2;
+  const int positions[2] = {conditioning.age, conditioning.place}, R = config_.rotary_size / 2;
   for (int way = 0; way < 2; ++way)
     for (int r = 0; r < R; ++r) {
       const float angle = float(positions[way]) * rotary_rates_[r];
@@ -285,8 +292,7 @@ void Model::forward(Threads& threads, const std::vector<Position>& positions, fl
   quantise(threads, x_.data(), width_, final_norm_.data(), config_.width, rows);
   multiply(threads, head_, rows, Then::STORE, logits_.data(), head_.outputs);
   for (int row = 0; row < rows; ++row)
-    std::copy_n(logits_.data() + size_t(row) * head_.outputs, VOCABULARY_SIZE,
-                logits_TxV + size_t(row) * VOCABULARY_SIZE);
+    std::copy_n(logits_.data() + size_t(row) * head_.outputs, vocabulary(), logits_TxV + size_t(row) * vocabulary());
 }
 
 void Model::bare_products(Threads& threads, int rows) {

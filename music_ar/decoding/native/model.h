@@ -40,9 +40,10 @@ class Model {
   const Config& config() const { return config_; }
   const Kernels& kernels() const { return kernels_; }
   int value_stride() const { return value_stride_; }
+  int vocabulary() const { return config_.vocabulary_size; }
 
   // Run up to MOST_POSITIONS positions; those without a latent come first. Gives the logits of the token after each
-  // latent, [T, VOCABULARY_SIZE], unless the pointer is null.
+  // latent, [T, vocabulary], unless the pointer is null.
   void forward(Threads& threads, const std::vector<Position>& positions, float* logits_TxV);
 
   // Run all int8 products of one step, and nothing else, on so many rows.
@@ -68,6 +69,7 @@ class Model {
   void embed(const Conditioning& conditioning, float* x_D) const;
   void add_keyboard(const Conditioning& conditioning, float* x_D) const;
   void add_retrieved(const Conditioning& conditioning, float* x_D) const;
+  void add_gap(const Conditioning& conditioning, float* x_D) const;
   void find_angles(const Conditioning& conditioning, float* angles) const;
 
   void read_context(Threads& threads, const std::vector<Position>& positions);
@@ -83,7 +85,7 @@ class Model {
   const Kernels& kernels_;
   int width_, heads_width_, projected_width_, value_stride_, angle_stride_;  // of rows, padded
   std::vector<float> rotary_rates_, embedding_VxD_, taps_LxD_, context_norm_, final_norm_;
-  EmbeddingBag keyboard_, retrieval_;
+  EmbeddingBag keyboard_, retrieval_, gap_;
   Matrix latent_, cross_keys_values_, head_;
   Block cross_;
   std::vector<Block> blocks_;

@@ -29,8 +29,9 @@ class NativeState(NamedTuple):
         recent_BxL: the last tokens, the pending one last.
         held_Bx128: how many notes of each pitch are held.
         time_B, velocity_B, keys_Bx128: the keyboard.
-        note_count_B, note_BxC, note_time_BxC: the last notes.
+        note_count_B, note_first_B, note_BxC, note_time_BxC: the last notes.
         match_keys_BxWxC, match_level_B, match_number_B: their n-gram match; without retrieval, it has no keys.
+        gap_begin_B, gap_length_B, gap_end_B, gap_over_B: the gap that the piece fills, if there is one.
         pitches_Bx128, velocities_Bx32: histograms of the notes that the piece has had.
         cross_k, cross_v: keys and values of the inputs, by row and key head; time t is in slot t mod S.
         self_k, self_v: of the latents, by row, layer and key head; time t is in slot t mod R.
@@ -48,11 +49,16 @@ class NativeState(NamedTuple):
     velocity_B: Int32[np.ndarray, " B"]
     keys_Bx128: Int32[np.ndarray, "B 128"]
     note_count_B: Int32[np.ndarray, " B"]
+    note_first_B: Int32[np.ndarray, " B"]
     note_BxC: Int32[np.ndarray, "B C"]
     note_time_BxC: Int32[np.ndarray, "B C"]
     match_keys_BxWxC: UInt32[np.ndarray, "B W C2"]
     match_level_B: Int32[np.ndarray, " B"]
     match_number_B: Int32[np.ndarray, " B"]
+    gap_begin_B: Int32[np.ndarray, " B"]
+    gap_length_B: Int32[np.ndarray, " B"]
+    gap_end_B: Int32[np.ndarray, " B"]
+    gap_over_B: UInt8[np.ndarray, " B"]
     pitches_Bx128: Int32[np.ndarray, "B 128"]
     velocities_Bx32: Int32[np.ndarray, "B 32"]
     cross_k: Shaped[np.ndarray, "B G SK"]
@@ -93,11 +99,16 @@ class NativeState(NamedTuple):
             velocity_B=filled(0),
             keys_Bx128=filled(-1, vocabulary.PITCHES),
             note_count_B=filled(0),
+            note_first_B=filled(0),
             note_BxC=filled(0, C),
             note_time_BxC=filled(0, C),
             match_keys_BxWxC=np.zeros((B, len(retrieval.LEVELS), C if config.retrieval_notes else 0), np.uint32),
             match_level_B=filled(-1),
             match_number_B=filled(-1),
+            gap_begin_B=filled(0),
+            gap_length_B=filled(-1),
+            gap_end_B=filled(-1),
+            gap_over_B=np.zeros(B, np.uint8),
             pitches_Bx128=filled(0, vocabulary.PITCHES),
             velocities_Bx32=filled(0, vocabulary.VELOCITY_BINS),
             cross_k=np.zeros((B, G, S * K), cached),
