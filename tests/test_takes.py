@@ -2,19 +2,25 @@
 
 import base64
 import contextlib
+import dataclasses
 import io
 import zlib
 
 import numpy as np
 import pytest
-from conftest import make_performance
+from conftest import make_performance, noisy_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.web.manager import SessionManager
 from app.web.session import Session, prompt_revision
 from app.web.settings import Settings, WebError
 from app.web.takes import notes_for_link, read_take, unpacked
-from music_ar import read_midi, write_midi
+from app.web.warmup import Machine
+from music_ar import Generator, read_midi, write_midi
+from music_ar.model.config import PRESETS
+from music_ar.model.pretrained import save_pretrained
+from music_ar.tokens import vocabulary
 
 PIECE = make_performance(1, notes=60)
 
@@ -112,3 +118,19 @@ def test_a_cut_keeps_what_is_before_it():
     assert (cut.join_s, revision.cut(0, 1.0).join_s) == (2, 1)
     with pytest.raises(WebError, match="no note before"):
         revision.cut(0, 0.0)
+
+
+def test_a_part_of_a_take_is_made_anew(tmp_path):
+    config = dataclasses.replace(PRESETS["tiny"], vocabulary_size=vocabulary.INFILL_VOCABULARY_SIZE)
+    save_pretrained(noisy_model(config), tmp_path / "model")
+    manager, session = SessionManager(Machine(Generator.from_pretrained(tmp_path / "model"))), Session()
+    session.adopt(read_take(sent(), most_latents=32))
+    piece, end_s = session.revision.pieces[0], float(PIECE.onset_s[40])
+    settings = session.revision.settings.model_copy(update={"fill": True, "start_s": 3.0, "end_s": end_s, "seed": 1})
+    for _ in manager.generate(session, settings, piece):
+        pass
+    made = session.revision.pieces[0]
+    assert made.pitch[made.onset_s < 3].tolist() == piece.pitch[piece.onset_s < 3].tolist()
+    assert made.pitch[made.onset_s >= end_s - 0.005].tolist() == piece.pitch[piece.onset_s >= end_s - 0.005].tolist()
+    inside = (made.onset_s >= 3) & (made.onset_s < end_s - 0.005)
+    assert inside.any()

@@ -118,17 +118,15 @@ class SessionManager:
         Args:
             session: gets the music.
             settings: what was asked for.
-            again: the prompt of an earlier piece, to be used in place of that of the session; empty for none.
+            again: the prompt of an earlier piece, to be used in place of that of the session, empty for none; or the
+                piece itself, to fill a part of it.
 
         Raises:
             WebError, GenerationError: it cannot be done as asked.
         """
         asked = f"{settings.seconds:g} s, variations: {settings.variations}"
         with self._run(session, "Reading the prompt …" if session.prompt else "Starting …", asked) as run:
-            if again is None:
-                prompt, prompt_seconds = session.cropped_prompt(settings)
-            else:
-                prompt, prompt_seconds = (again if len(again) else None), None
+            prompt, prompt_seconds = session.cropped_prompt(settings) if again is None else _earlier(again, settings)
             seed = secrets.randbelow(MAX_SEED - MAX_VARIATIONS + 1) if settings.seed is None else settings.seed
             name = session.prompt_name if again is None else settings.prompt
             settings = settings.model_copy(update={"prompt": name, "seed": seed})
@@ -298,6 +296,11 @@ class SessionManager:
                 how = "Others are waiting, so it ended early; Extend goes on. " if over_long else ""
                 session.status = f"{how}Done in {clock(time.monotonic() - began_s)}. {revision.summary()}"
             yield revision
+
+
+def _earlier(again: Performance, settings: Settings) -> tuple[Performance | None, float | None]:
+    """What `Session.cropped_prompt` gives, for an earlier piece or its prompt."""
+    return (again if len(again) else None), (settings.start_s if settings.fill else None)
 
 
 def _progress(chunk: Chunk, latents: int) -> str:

@@ -67,10 +67,22 @@ class MusicEvents:
             session.adopt(self._take(event))
             revision, chosen = session.revision, session.chosen
             length_s = min(max(1.0, revision.until_s[chosen] - revision.join_s), MAX_SECONDS)
-            again = {"seconds": length_s, "seed": None, "variations": 1, "start_s": 0.0, "end_s": None}
+            again = {"seconds": length_s, "seed": None, "variations": 1, "start_s": 0.0, "end_s": None, "fill": False}
             settings = revision.settings.model_copy(update=again)
             prompt = revision.pieces[chosen].crop(0, revision.join_s) if revision.join_s else Performance.empty()
             yield from self._growing(session, self._manager.generate(session, settings, prompt))
+
+    def on_fill(self, request: gr.Request, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
+        """Make a part of a take anew, joined to what comes before and after."""
+        session = self._session(request)
+        with errors_in_toasts():
+            session.adopt(self._take(event))
+            revision, chosen = session.revision, session.chosen
+            part = Settings.read({"start_s": event.start, "end_s": event.end})
+            start_s, end_s = part.start_s + revision.from_s, (part.end_s or 0.0) + revision.from_s
+            filled = {"seed": None, "variations": 1, "start_s": start_s, "end_s": end_s, "fill": True}
+            settings = revision.settings.model_copy(update=filled)
+            yield from self._growing(session, self._manager.generate(session, settings, revision.pieces[chosen]))
 
     def _growing(self, session: Session, revisions: Iterator[Revision]) -> Iterator[tuple[Any, ...]]:
         for _ in revisions:

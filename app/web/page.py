@@ -49,7 +49,7 @@ class Page:
                 self._layout_settings()
             with gr.Column(scale=3, min_width=320, elem_id="result"):
                 self._layout_actions()
-                self.player = player(SAMPLES)
+                self.player = player(SAMPLES, fills_gaps=self.manager.machine.generator.config.fills_gaps)
                 self._layout_downloads()
         with gr.Accordion("About the model: data, limits, licence", open=False, elem_id="about"):
             gr.Markdown(f"{LICENCE}\n\n{self.about}")
@@ -144,14 +144,15 @@ class Page:
             "show_progress": "minimal",
             "show_progress_on": self.status,
         }
-        starts = (self.generate.click, self.extend.click, self.player.begin, self.player.go_on, self.player.redo)
-        for start in starts:
+        asked = (self.player.begin, self.player.go_on, self.player.fill, self.player.redo)
+        for start in (self.generate.click, self.extend.click, *asked):
             start(self.music.on_press, None, [self.stop, self.wait_timer], **_QUICK)
         runs = [
             self.generate.click(self.music.on_generate, list(self.controls.values()), **options),
             self.player.begin(self.music.on_begin, list(self.controls.values()), **options),
             self.extend.click(self.music.on_extend, self.more_s, **options),
             self.player.go_on(self.music.on_go_on, self.more_s, **options),
+            self.player.fill(self.music.on_fill, None, **options),
             self.player.redo(self.music.on_redo, None, **options),
         ]
         for run in runs:

@@ -46,7 +46,7 @@ def read_take(sent: Any, most_latents: int) -> Revision:
         raise WebError(_UNUSABLE) from error
     piece = read_notes(take.midi)
     values = dict(parse_qsl(take.settings.removeprefix("?"))) | {"seed": str(take.seed), "start_s": "0"}
-    values.pop("end_s", None)
+    values = {name: value for name, value in values.items() if name not in ("end_s", "fill")}
     settings = Settings.read(values, most_latents=most_latents)
     return Revision(
         number=0,

@@ -18,6 +18,7 @@ It triggers these events:
 - `played` {name, midi}: something that was played is the prompt, or nothing if both are empty
 - `adopt`, `redo`, `go_on` {take, join, seed, latents, settings, midi}: a take from the browser's storage is to be
   shown, made again with another seed, or, with `until`, cut there and continued
+- `fill`: the same with {start, end}: this part is to be made anew
 
 `midi` is a MIDI file, compressed with zlib, in base64.
 """
@@ -37,20 +38,21 @@ from music_ar.midi.pedalling import unfold
 
 _EMPTY_TEXT = "Play on the piano below, pick something to begin with, or just press Generate."
 _HERE = Path(__file__).parent
-_TICKS_PER_S = 1000
+_TICKS_PER_S = 1000.0
 
 
-def player(samples: Path) -> gr.HTML:
+def player(samples: Path, *, fills_gaps: bool) -> gr.HTML:
     """The timeline and the piano as a component.
 
     Args:
         samples: folder of the piano samples, which the page must serve.
+        fills_gaps: whether the model can make a part of a piece anew.
     """
     # As properties, these would be missing when the player first appears together with new music.
     html = Template((_HERE / "player.html").read_text(encoding="utf-8"))
     return gr.HTML(
         piece_value(Session()),
-        html_template=html.substitute(samples=f"gradio_api/file={samples.as_posix()}/"),
+        html_template=html.substitute(samples=f"gradio_api/file={samples.as_posix()}/", fills=str(fills_gaps).lower()),
         css_template=(_HERE / "player.css").read_text(encoding="utf-8"),
         js_on_load="const gradio = { element, props, trigger, watch };\n" + script(_HERE, "start"),
         elem_id="player",

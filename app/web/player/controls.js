@@ -35,7 +35,7 @@ function connectButtons(player) {
   const zoom = (/** @type {number} */ factor) => player.viewport.zoom(player.playback.position, factor);
   /** @type {Record<string, () => void>} */
   const buttons = {
-    play: () => player.toggle(), continue: () => { player.continueHere(); }, loop: () => player.setLoop(!player.loops),
+    play: () => player.toggle(), continue: () => { player.continueHere(); }, fill: () => { player.fill(); }, loop: () => player.setLoop(!player.loops),
     in: () => zoom(1.5), out: () => zoom(1 / 1.5), all: () => player.viewport.showAll(),
     record: () => player.record(), again: () => { player.discard(); player.record(); }, discard: () => player.discard(), duet: () => player.playDuet(),
     connect: () => { connectMidi(player.instrument, (message) => player.tell(message)); },

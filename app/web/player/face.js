@@ -110,6 +110,8 @@ export class Face {
     play.setAttribute('aria-label', playback.playing ? 'Pause' : 'Play');
     play.disabled = !count;
     player.button('continue').disabled = !count || generating || at < 0.2 || recording.active || player.duet.active;
+    player.button('fill').hidden = player.root.dataset.fills !== 'true';
+    player.button('fill').disabled = !player.region || shown.kind !== 'piece' || generating || player.duet.active;
     player.find('time').textContent = `${clock(at)} / ${clock(until)}`;
     player.find('count').textContent = count ? `${count.toLocaleString('en')} notes` : '';
     player.find('waiting').hidden = !playback.waiting;

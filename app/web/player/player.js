@@ -287,4 +287,12 @@ export class Player {
       this.trigger('begin', { start: this.region?.from, end: until });
     } else if (take) this.trigger('go_on', { ...(await this.shelf.sent(take)), until });
   }
+
+  /** Make the selected region anew, joined to what is around it. */
+  async fill() {
+    const take = this.shelf.takes.all.get(this.shown.id), { region } = this;
+    if (!take || !region) return;
+    this.playback.pause();
+    this.trigger('fill', { ...(await this.shelf.sent(take)), start: region.from, end: Math.min(region.to, this.shown.score.end) });
+  }
 }
