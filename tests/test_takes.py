@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.web.manager import SessionManager
+from app.web.music_events import find_prompt
 from app.web.session import Session, prompt_revision
 from app.web.settings import Settings, WebError
 from app.web.takes import notes_for_link, read_take, unpacked
@@ -134,3 +135,14 @@ def test_a_part_of_a_take_is_made_anew(tmp_path):
     assert made.pitch[made.onset_s >= end_s - 0.005].tolist() == piece.pitch[piece.onset_s >= end_s - 0.005].tolist()
     inside = (made.onset_s >= 3) & (made.onset_s < end_s - 0.005)
     assert inside.any()
+
+
+def test_a_restarted_server_finds_the_prompt_that_the_page_shows_or_says_so():
+    session = Session()
+    find_prompt(session, "")
+    assert session.prompt is None
+    with pytest.raises(WebError, match="“mine.mid”. Choose it again"):
+        find_prompt(session, "mine.mid")
+    find_prompt(session, "Bach prelude in f minor")
+    assert session.prompt is not None
+    assert len(session.prompt) == 139

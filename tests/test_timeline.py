@@ -303,6 +303,18 @@ def test_a_link_carries_a_short_prompt(page, address):
 
 
 @needs_browser
+def test_axe_finds_no_serious_fault(page):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    make_a_piece(page, 5)
+    for scheme in ("light", "dark"):
+        page.evaluate("dark => document.body.classList.toggle('dark', dark)", scheme == "dark")
+        page.wait_for_timeout(300)
+        found = axe.run(page).response["violations"]
+        serious = [f"{each['id']}: {each['nodes'][0]['html'][:200]}" for each in found if each["impact"] != "minor"]
+        assert serious == [], scheme
+
+
+@needs_browser
 def test_everything_has_a_name_and_a_role(page):
     choose_example(page)
     unnamed = page.evaluate(

@@ -13,7 +13,7 @@ from app.web.export import FileKind, write_file
 from app.web.manager import SessionManager
 from app.web.player import piece_value
 from app.web.session import Revision, Session
-from app.web.settings import MAX_SECONDS, Settings
+from app.web.settings import MAX_SECONDS, Settings, WebError
 from app.web.takes import notes_for_link, read_take
 from app.web.toasts import errors_in_toasts
 from app.web.waiting import waiting_in_words
@@ -38,26 +38,21 @@ class MusicEvents:
         """Generate; `values` are those of the controls."""
         session = self._session(request)
         with errors_in_toasts():
-            settings = self._manager.settings(dict(zip(self._controls, values, strict=True)))
-            yield from self._growing(session, self._manager.generate(session, settings))
+            given = dict(zip(self._controls, values, strict=True))
+            find_prompt(session, given.pop("prompt") or "")
+            yield from self._growing(session, self._manager.generate(session, self._manager.settings(given)))
 
     def on_begin(self, request: gr.Request, event: gr.EventData, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Generate from a part of the prompt that was chosen in the timeline."""
         given = dict(zip(self._controls, values, strict=True)) | {"start_s": event.start, "end_s": event.end}
         yield from self.on_generate(request, *given.values())
 
-    def on_extend(self, request: gr.Request, more_s: float) -> Iterator[tuple[Any, ...]]:
-        """Extend the chosen variation."""
-        session = self._session(request)
-        with errors_in_toasts():
-            yield from self._growing(session, self._manager.extend(session, _length(more_s)))
-
     def on_go_on(self, request: gr.Request, event: gr.EventData, more_s: float) -> Iterator[tuple[Any, ...]]:
-        """Cut a take at the playhead and let the model go on from there."""
+        """Let the model go on at the end of a take, or where it is cut."""
         session = self._session(request)
         with errors_in_toasts():
             session.adopt(self._take(event))
-            at_s = float(event.until)
+            at_s = None if event.until is None else float(event.until)
             yield from self._growing(session, self._manager.extend(session, _length(more_s), at_s))
 
     def on_redo(self, request: gr.Request, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
@@ -177,6 +172,20 @@ class MusicEvents:
             gr.update(interactive=idle),
             gr.update(interactive=idle and len(session.revisions) > 1),
             *(gr.update(interactive=idle) for _ in range(4)),
+        )
+
+
+def find_prompt(session: Session, name: str) -> None:
+    """Make sure that the session has the prompt that the page shows: the server may have been restarted since.
+
+    Raises:
+        WebError: it has not, and only the user can give it again.
+    """
+    if session.prompt is None and name in EXAMPLES:
+        session.set_prompt(EXAMPLES[name].read_bytes(), name)
+    if session.prompt is None and name:
+        raise WebError(
+            f"the server was restarted and no longer has “{name}”. Choose it again in the list of takes, or upload it"
         )
 
 

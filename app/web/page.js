@@ -21,6 +21,8 @@
       // A click with the mouse leads on to the music; with the keyboard one may want the next button.
       if (event.detail) roll().focus({ preventScroll: true });
     }
+    // The player sends the take along: the server may have been restarted.
+    if (within(event.target, 'extend')) find('#player .player').dispatchEvent(new CustomEvent('extend'));
     if (within(event.target, 'stop')) roll().focus({ preventScroll: true }); // the button is about to be disabled
   });
 

@@ -14,7 +14,7 @@ from app.web.export import FileKind
 from app.web.manager import SessionManager
 from app.web.music_events import MusicEvents
 from app.web.player import player
-from app.web.prompt_events import NO_PROMPT, PromptEvents, cost_in_words
+from app.web.prompt_events import NO_PROMPT, PROMPT_CONTROLS, PromptEvents, cost_in_words
 from app.web.settings import AUTO, MAX_VARIATIONS, SAMPLING, Settings, sampling_help
 from music_ar import SamplingOptions
 
@@ -62,9 +62,12 @@ class Page:
             "continuation_only": self.continuation_only,
             "start_s": self.start_s,
             "end_s": self.end_s,
+            "prompt": self.prompt_name,
         }
-        self.prompt_parts = [self.example, self.file, self.prompt_box, self.player, self.start_s, self.end_s]
-        self.settable = [self.controls[name] for name in self.controls if name not in ("start_s", "end_s")]
+        self.prompt_parts = [
+            self.example, self.file, self.prompt_box, self.player, self.prompt_name, self.start_s, self.end_s
+        ]  # fmt: skip
+        self.settable = [self.controls[name] for name in self.controls if name not in PROMPT_CONTROLS]
         self.settable += self.prompt_parts
         self.buttons = [self.status, self.stop, self.extend, self.undo, *self.downloads.values()]
         self.result = [self.player, *self.buttons]
@@ -81,6 +84,7 @@ class Page:
     def _layout_prompt(self) -> None:
         self.example = gr.Dropdown([NO_PROMPT, *EXAMPLES], value=NO_PROMPT, label="Begin with", elem_id="example")
         self.file = gr.File(label="… or your own MIDI file", file_types=_PROMPT_TYPES, height=120, elem_id="file")
+        self.prompt_name = gr.Textbox("", visible=False)
         with gr.Row(visible=False) as self.prompt_box:
             self.start_s = gr.Number(0, label="From (s)", min_width=90, elem_id="start")
             self.end_s = gr.Number(None, label="To (s)", min_width=90, elem_id="end")
@@ -145,12 +149,11 @@ class Page:
             "show_progress_on": self.status,
         }
         asked = (self.player.begin, self.player.go_on, self.player.fill, self.player.redo)
-        for start in (self.generate.click, self.extend.click, *asked):
+        for start in (self.generate.click, *asked):
             start(self.music.on_press, None, [self.stop, self.wait_timer], **_QUICK)
         runs = [
             self.generate.click(self.music.on_generate, list(self.controls.values()), **options),
             self.player.begin(self.music.on_begin, list(self.controls.values()), **options),
-            self.extend.click(self.music.on_extend, self.more_s, **options),
             self.player.go_on(self.music.on_go_on, self.more_s, **options),
             self.player.fill(self.music.on_fill, None, **options),
             self.player.redo(self.music.on_redo, None, **options),

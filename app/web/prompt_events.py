@@ -19,6 +19,9 @@ from app.web.warmup import Machine
 from music_ar import Performance
 
 NO_PROMPT = "Nothing (a new piece)"
+PROMPT_CONTROLS = ("prompt", "start_s", "end_s")
+"""Settings that belong to the prompt."""
+_PROMPT_PARTS = 7  # components
 _MOST_SILENCE_S = 2.0  # before the first note of a prompt
 _NOTES_OF_LINK = "notes from a link"
 
@@ -34,7 +37,7 @@ class PromptEvents:
 
     def __init__(self, manager: SessionManager, controls: list[str]):
         self._manager = manager
-        self._restored_controls = [name for name in controls if name not in ("start_s", "end_s")]
+        self._restored_controls = [name for name in controls if name not in PROMPT_CONTROLS]
 
     # ---------------------------------------------------------------- prompt
 
@@ -55,7 +58,7 @@ class PromptEvents:
         """Use an example as the prompt, or none."""
         session = self._session(request)
         if chosen in (None, session.prompt_name):  # Gradio also asks when the list is left as it was
-            return (gr.skip(),) * 6
+            return (gr.skip(),) * _PROMPT_PARTS
         session.set_prompt(EXAMPLES[chosen].read_bytes() if chosen in EXAMPLES else None, chosen)
         return gr.skip(), None, *_prompt_update(session)
 
@@ -105,7 +108,7 @@ class PromptEvents:
         """Restore the settings of a link, and the notes in it."""
         values = dict(request.query_params)
         if not values:  # a plain address sets nothing: on a slow connection the user may have begun to choose already
-            return [gr.skip()] * (len(self._restored_controls) + 6)
+            return [gr.skip()] * (len(self._restored_controls) + _PROMPT_PARTS)
         session = self._session(request)
         with errors_in_toasts():
             notes = values.pop("notes", None)
@@ -130,16 +133,16 @@ class PromptEvents:
         if session.prompt is None or name != session.prompt_name:
             if name:
                 warn(_missing_prompt(settings))
-            return [*chosen, *[gr.skip()] * 6]
+            return [*chosen, *[gr.skip()] * _PROMPT_PARTS]
         try:
             session.cropped_prompt(settings)
         except WebError as error:
             warn(f"{error}. The whole prompt is selected.")
             settings = settings.model_copy(update={"start_s": 0.0, "end_s": None})
         source = (name, None) if name in EXAMPLES else (gr.skip(), gr.skip())
-        visible, _, _, end_s = _prompt_update(session)
+        visible, _, _, _, end_s = _prompt_update(session)
         part = settings.start_s, end_s if settings.end_s is None else settings.end_s
-        return [*chosen, *source, visible, prompt_value(session, settings), *part]
+        return [*chosen, *source, visible, prompt_value(session, settings), session.prompt_name, *part]
 
 
 def cost_in_words(machine: Machine, settings: Settings, prompt: Performance | None = None) -> str:
@@ -161,7 +164,8 @@ def _missing_prompt(settings: Settings) -> str:
 def _prompt_update(session: Session) -> tuple[Any, ...]:
     """Values of the prompt's parts after its sources: all of it is selected, but for a long silence before it."""
     if session.prompt is None:
-        return gr.update(visible=False), prompt_value(session, Settings()), 0, None
+        return gr.update(visible=False), prompt_value(session, Settings()), "", 0, None
     first_s, end_s = session.prompt.onset_s[0], round(session.prompt.duration_s, 1)
     start_s = math.floor(10 * first_s) / 10 if first_s > _MOST_SILENCE_S else 0.0
-    return gr.update(visible=True), prompt_value(session, Settings(start_s=start_s)), start_s, end_s
+    value = prompt_value(session, Settings(start_s=start_s))
+    return gr.update(visible=True), value, session.prompt_name, start_s, end_s

@@ -17,6 +17,7 @@ export function connect(player) {
   for (const gesture of ['pointerdown', 'keydown']) document.addEventListener(gesture, () => player.piano.ready());
   connectButtons(player);
   connectSliders(player);
+  player.root.addEventListener('extend', () => { player.extend(); });
   document.addEventListener('keydown', (event) => keyDown(player, event));
   for (const edge of player.edges()) {
     edge.addEventListener('keydown', (event) => moveEdge(player, edge, event));

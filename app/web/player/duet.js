@@ -180,9 +180,11 @@ export class Duet {
     if (!this.#conversation) return null;
     const { score, pedals } = this.picture, { takes } = this.player.shelf, known = takes.all.get(this.#id);
     if (!score.notes.some((note) => note.human)) return null;
+    const first = score.notes[0].on; // a duet begins with its first note
+    for (const note of score.notes) { note.on -= first; note.off -= first; }
     const take = {
-      id: this.#id, kind: /** @type {const} */ ('duet'), made: known?.made ?? Date.now(), notes: pack(score.notes), pedals,
-      join: score.end, until: score.end, seed: null, latents: 0, settings: '', starred: known?.starred ?? false, turns: turnsOf(score.notes),
+      id: this.#id, kind: /** @type {const} */ ('duet'), made: known?.made ?? Date.now(), notes: pack(score.notes),
+      pedals: pedals.map(([from, to]) => /** @type {[number, number]} */ ([from - first, to - first])), join: score.end - first, until: score.end - first, seed: null, latents: 0, settings: '', starred: known?.starred ?? false, turns: turnsOf(score.notes),
     };
     takes.keep(take);
     return take;

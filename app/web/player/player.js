@@ -288,6 +288,12 @@ export class Player {
     } else if (take) this.trigger('go_on', { ...(await this.shelf.sent(take)), until });
   }
 
+  /** Let the model go on at the end. */
+  async extend() {
+    const take = this.shelf.takes.all.get(this.shown.id);
+    if (take) this.trigger('go_on', { ...(await this.shelf.sent(take)), until: null });
+  }
+
   /** Make the selected region anew, joined to what is around it. */
   async fill() {
     const take = this.shelf.takes.all.get(this.shown.id), { region } = this;
