@@ -141,7 +141,7 @@ def test_a_restarted_server_finds_the_prompt_that_the_page_shows_or_says_so():
     session = Session()
     find_prompt(session, "")
     assert session.prompt is None
-    with pytest.raises(WebError, match="“mine.mid”. Choose it again"):
+    with pytest.raises(WebError, match=r"“mine\.mid”\. Choose it again"):
         find_prompt(session, "mine.mid")
     find_prompt(session, "Bach prelude in f minor")
     assert session.prompt is not None

@@ -108,6 +108,7 @@ def test_a_phrase_from_a_midi_keyboard_is_recorded_continued_and_kept(page, tmp_
     assert "Test piano is gone" in said(page)
 
 
+@pytest.mark.slow
 @needs_browser
 def test_too_many_notes_and_stuck_keys_do_no_harm(page, tmp_path):
     connect_keyboard(page)
@@ -121,6 +122,7 @@ def test_too_many_notes_and_stuck_keys_do_no_harm(page, tmp_path):
     wait_until(lambda: page.get_by_role("radio", name="Played at").count() == 1, "and back")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_computers_keys_and_fingers_play(page, tmp_path):
     keys = page.locator("#player .keys")
@@ -153,6 +155,7 @@ def test_the_computers_keys_and_fingers_play(page, tmp_path):
     assert played.pitch[:5].tolist() == [48, 49, 50, 60, 60], "arrow right is an octave higher"
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_view_zooms_around_the_pointer_and_scrolls(page):
     choose_example(page)
@@ -261,6 +264,7 @@ def test_a_duet_answers_falls_silent_and_is_kept(page, tmp_path):
     assert page.get_by_role("radio", name="Duet at").count() == 1
 
 
+@pytest.mark.slow
 @needs_browser
 def test_takes_are_compared_starred_made_again_and_deleted(page):
     fill(page, "seconds", 5)
@@ -287,6 +291,7 @@ def test_takes_are_compared_starred_made_again_and_deleted(page):
     assert page.get_by_role("button", name=f"Remove the star from Seed {seed}").count() == 1
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_link_carries_a_short_prompt(page, address):
     connect_keyboard(page)
@@ -302,6 +307,7 @@ def test_a_link_carries_a_short_prompt(page, address):
     assert float(other.locator("#seconds input").input_value()) == 5
 
 
+@pytest.mark.slow
 @needs_browser
 def test_axe_finds_no_serious_fault(page):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
