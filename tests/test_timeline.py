@@ -116,7 +116,7 @@ def test_too_many_notes_and_stuck_keys_do_no_harm(page, tmp_path):
     record(page, flood)
     assert shown(page, "notes") == 10_000
     assert len(read_midi(taken_out(page, tmp_path))) == 10_000
-    button(page, "Undo").last.click()
+    button(page, "Undo recording").click()
     wait_until(lambda: shown(page, "notes") == 0, "the recording is undone")
     button(page, "Restore the deleted take").click()
     wait_until(lambda: page.get_by_role("radio", name="Played at").count() == 1, "and back")
@@ -279,7 +279,7 @@ def test_takes_are_compared_starred_made_again_and_deleted(page):
     first.click()
     wait_until(lambda: first.get_attribute("aria-checked") == "true", "the other is shown")
     wait_until(lambda: state(page, "playing") == "true", "and plays on")
-    assert at - 0.1 <= shown(page, "position") < at + 3
+    assert shown(page, "position") >= at - 0.1, "from the same position"
     seed = first.inner_text().split("\n")[0].removeprefix("Seed ")
     wait_until(lambda: f"seed {seed}" in status(page), "the server knows")
     page.get_by_role("button", name=f"Star Seed {seed}").click()

@@ -83,7 +83,7 @@ class Page:
 
     def _layout_prompt(self) -> None:
         self.example = gr.Dropdown([NO_PROMPT, *EXAMPLES], value=NO_PROMPT, label="Begin with", elem_id="example")
-        self.file = gr.File(label="… or your own MIDI file", file_types=_PROMPT_TYPES, height=120, elem_id="file")
+        self.file = gr.File(label="… or your own MIDI file", file_types=_PROMPT_TYPES, height=140, elem_id="file")
         self.prompt_name = gr.Textbox("", visible=False)
         with gr.Row(visible=False) as self.prompt_box:
             self.start_s = gr.Number(0, label="From (s)", min_width=90, elem_id="start")

@@ -2,7 +2,6 @@
 
 import { dragOut } from './drag_out.js';
 import { LEAST_REGION_S, listen } from './gestures.js';
-import { midiFile } from './midi.js';
 import { connectMidi } from './midi_input.js';
 
 /** @typedef {import('./player.js').Player} Player */
@@ -27,7 +26,7 @@ export function connect(player) {
   }
   window.addEventListener('pagehide', () => { if (player.recording.active) player.recording.stop(performance.now()); });
   dragOut(/** @type {HTMLAnchorElement} */ (player.find('midi')), () => ({
-    name: `music-ar-${player.shown.seed ?? 'played'}.mid`, content: midiFile(player.shown.score.notes),
+    name: `music-ar-${player.shown.seed ?? 'played'}.mid`, content: player.shelf.file(player.shown),
   }));
 }
 

@@ -92,7 +92,7 @@ export class Keys {
     return layout(this.canvas.clientWidth, this.#touched ? LEAST_TOUCHED_PX : LEAST_KEY_PX, this.octave);
   }
 
-  /** @param {Map<number, boolean>} lit pitches that sound, and whether hands play them @param {{generated: string, sounding: string, line: string}} ink */
+  /** @param {Map<number, boolean>} lit pitches that sound, and whether hands play them @param {{generated: string, sounding: string, shade: string}} ink */
   draw(lit, ink) {
     const { pen, width, height } = prepare(this.canvas);
     if (!width) return;
@@ -107,7 +107,7 @@ export class Keys {
         pen.lineWidth = 1;
         pen.strokeRect(left + 0.5, -1, right - left - 1, (white ? height : 0.62 * height) + 0.5);
         if (white && key.pitch % 12 === 0 && wide > 11) {
-          pen.fillStyle = colour ? '#fff' : '#5b6270';
+          pen.fillStyle = colour ? ink.shade : '#5b6270';
           pen.font = '10px system-ui, sans-serif';
           pen.textAlign = 'center';
           pen.fillText(`C${key.pitch / 12 - 1}`, (left + right) / 2, height - 5);

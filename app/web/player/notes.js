@@ -26,7 +26,7 @@ export function pack(notes) {
 /**
  * Lengthen notes that the pedal sustains: until it comes up, or until the same key is struck again.
  * @param {Note[]} notes sorted by onset
- * @param {[number, number][]} pedals from and to
+ * @param {[number, number][]} pedals from and to, in order
  * @returns {Note[]}
  */
 export function sustained(notes, pedals) {
@@ -34,8 +34,8 @@ export function sustained(notes, pedals) {
   /** @type {Map<number, number>} */
   const struck = new Map(); // pitch -> onset of the next note
   return notes.map((note) => ({ ...note })).reverse().map((note) => {
-    const pedal = pedals.find(([from, to]) => from <= note.off && note.off < to);
-    if (pedal) note.off = Math.max(note.off, Math.min(pedal[1], struck.get(note.pitch) ?? Infinity));
+    const pedal = pedals[search(pedals.length, (index) => pedals[index][1] > note.off)];
+    if (pedal && pedal[0] <= note.off) note.off = Math.max(note.off, Math.min(pedal[1], struck.get(note.pitch) ?? Infinity));
     struck.set(note.pitch, note.on);
     return note;
   }).reverse();

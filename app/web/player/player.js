@@ -6,13 +6,13 @@ import { Face } from './face.js';
 import { LEAST_REGION_S } from './gestures.js';
 import { Instrument } from './instrument.js';
 import { Keys } from './keys.js';
-import { compressed, midiFile } from './midi.js';
+import { compressed } from './midi.js';
 import { NOTHING, received, stored } from './music.js';
-import { clock, unpack } from './notes.js';
+import { clock } from './notes.js';
 import { Piano } from './piano.js';
 import { Playback } from './playback.js';
 import { Recording } from './recording.js';
-import { Shelf } from './shelf.js';
+import { fileOf, Shelf } from './shelf.js';
 import { Viewport } from './viewport.js';
 
 /** @typedef {import('./music.js').Music} Music */
@@ -179,7 +179,7 @@ export class Player {
   async #asPrompt(take) {
     const name = `Played at ${new Date(take.made).toLocaleTimeString('en-GB')}`;
     this.#played = { name, take };
-    this.trigger('played', { name, midi: await compressed(midiFile(unpack(take.notes))) });
+    this.trigger('played', { name, midi: await compressed(fileOf(take)) });
   }
 
   // ---------------------------------------------------------------- what is played

@@ -80,7 +80,7 @@ export class Recording {
     const until = Math.max(...notes.map((note) => note.off));
     this.on.done({
       id: `played-${crypto.getRandomValues(new Uint32Array(2)).join('-')}`, kind: 'played', made: Date.now(), notes: pack(notes),
-      pedals, join: until, until, seed: null, latents: 0, settings: '', starred: false, turns: [],
+      pedals, join: until, until, seed: null, latents: 0, settings: '', starred: false, turns: [], keys: pack(keys),
     });
   }
 }

@@ -65,10 +65,16 @@ export class Shelf {
     return rows;
   }
 
+  /** What is on the timeline as a MIDI file. @param {Music} music */
+  file(music) {
+    const take = this.takes.all.get(music.id);
+    return take ? fileOf(take) : midiFile(music.score.notes);
+  }
+
   /** A take as the server takes it back. @param {Take} take */
   async sent(take) {
     const { id, join, seed, latents, settings } = take;
-    return { take: id, join, seed: seed ?? 0, latents, settings, midi: await compressed(midiFile(unpack(take.notes))) };
+    return { take: id, join, seed: seed ?? 0, latents, settings, midi: await compressed(fileOf(take)) };
   }
 
   /** @param {string} id */
@@ -104,3 +110,6 @@ export class Shelf {
 
 /** @param {Music} music @param {string} title @param {string} detail @returns {Row} */
 const rowOfMusic = ({ id, score, until, join }, title, detail) => ({ id, title, detail, score, until, join, starred: false, kept: false, made: false });
+
+/** A take as a MIDI file, with the pedal as it was played. @param {Take} take */
+export const fileOf = ({ keys, notes, pedals }) => (keys === undefined ? midiFile(unpack(notes)) : midiFile(unpack(keys), pedals));

@@ -4,10 +4,11 @@
  * @typedef {{
  *   id: string, kind: 'made' | 'played' | 'duet', made: number, notes: string, pedals: [number, number][],
  *   join: number, until: number, seed: number | null, latents: number, settings: string, starred: boolean,
- *   turns: {from: number, to: number}[],
+ *   turns: {from: number, to: number}[], keys?: string,
  * }} Take
  * `made`: time of day in ms. `notes`: packed. `join`: where its prompt ends. `settings`: as in a link. `turns`: what a
- * human played of a duet; a piece has its prompt instead.
+ * human played of a duet; a piece has its prompt instead. `keys`: notes as
+ * their keys were held, to be written with the pedal.
  */
 
 const MOST_TAKES = 200;
