@@ -1,6 +1,7 @@
 """The copy task of the Perceiver AR paper: random tokens, then the same again, up to 131,072 tokens in all.
 
     python benchmarks/copy_task.py --output copy [--lengths 2048 8192 32768 131072] [--minutes 1 1 1.5 3]
+        [--model transformer-xl]
 
 Trains one model on growing lengths, then scores held-out sequences: the share of the second half that is the likeliest
 token, in a forward pass and through the decoder's caches. Prints one line of JSON for each score.
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from context_length import MODELS, of_family
 from flax import nnx
 from jaxtyping import Bool, Int
 
@@ -40,11 +42,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768, 131072])
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 1, 1.5, 3])
-    parser.add_argument("--latents", type=int, default=1024)
+    parser.add_argument("--latents", type=int, default=1024, help="or the length of a segment")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--start", help="a folder or a name: begin with the weights of this model")
-    parser.add_argument("--control", action="store_true", help="decoder-only: as many latents as inputs")
+    parser.add_argument("--model", choices=MODELS, default="perceiver-ar")
     parser.add_argument("--held-out", type=int, default=4, help="sequences to score", metavar="N")
     parser.add_argument("--decoded", type=int, default=4096, help="tokens to score through the caches", metavar="N")
     arguments = parser.parse_args()
@@ -63,10 +65,7 @@ def trained(
     arguments: argparse.Namespace, before: PerceiverAR | None, length: int, minutes: float, *, last: bool
 ) -> PerceiverAR:
     """Train on sequences of one length, from the weights of the shorter ones."""
-    latents = length if arguments.control else min(arguments.latents, length // 2)
-    model_config = ModelConfig(
-        context=length,
-        latents=latents,
+    sizes = ModelConfig(
         width=arguments.width,
         layers=arguments.layers,
         heads=arguments.width // 64,
@@ -74,6 +73,7 @@ def trained(
         hidden=3 * arguments.width,
         conv_width=8,
     )
+    model_config = of_family(sizes, arguments.model, length, min(arguments.latents, length // 2))
     model = PerceiverAR(model_config, rngs=nnx.Rngs(0), compute=backend.select().compute)
     if before is not None:
         nnx.update(model, nnx.state(before, nnx.Param))
@@ -88,7 +88,7 @@ def trained(
         log_every=100,
         checkpoint_minutes=1e5,
     )
-    batches = CopyBatches(length, latents, config.batch_size, seed=length)
+    batches = CopyBatches(length, model_config.latents, config.batch_size, seed=length)
     folder = arguments.output / f"{length}-{time.time_ns()}"
     return Trainer(model, config, batches, output=folder, on_progress=print_progress).fit().model
 
@@ -119,7 +119,8 @@ class CopyBatches(Iterator[dict[str, np.ndarray]]):
         for row in tokens:
             end = self._rng.integers(half + self._latents, self._length + 1) if self._latents <= half else self._length
             row[self._length + 1 - end :] = sequence(self._rng, self._length)[:end]
-        copied = np.arange(self._latents)[::-1] < half  # the control also predicts the first half, which is random
+        # A model without a prefix also predicts the first half, which is random.
+        copied = np.arange(self._latents)[::-1] < half
         weights = np.broadcast_to(copied.astype(np.float32), (self._rows, self._latents))
         return {"tokens": tokens, "weights": np.ascontiguousarray(weights)}
 
@@ -178,7 +179,7 @@ def report_decoding(arguments: argparse.Namespace, model: PerceiverAR, length: i
     for first in (length // 2 + 1, length - arguments.decoded):
         following = tokens[first : first + arguments.decoded]
         began = time.perf_counter()
-        state = decoder.start([tokens[:first]], latents=model.config.latents, seeds=[0], limit_steps=2**30)
+        state = decoder.start([tokens[:first]], latents=model.config.most_latents, seeds=[0], limit_steps=2**30)
         _, logits = decoder.teacher_force(state, following[None])
         right = np.asarray(logits)[0].argmax(axis=-1) == following
         result = {"benchmark": "copy_task_decoding", "length": length, "first": first, "percent": 100 * right.mean()}

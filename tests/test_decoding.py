@@ -184,6 +184,15 @@ def test_prefill_of_a_sliding_window_is_the_model_as_trained(decoder, uncached, 
         np.testing.assert_allclose(row, uncached(PIECE[: length + ahead], first=first, seen=LATENTS), atol=2e-5)
 
 
+def test_prefill_of_many_latents():
+    """As many as are not computed at once."""
+    model = noisy_model(dataclasses.replace(PRESETS["tiny"], context=1024, latents=1024))
+    piece = np.resize(PIECE, 1000)
+    decoder = Decoder(model, Backend())
+    _, logits = decoder.teacher_force(start(decoder, [piece[:-1]], latents=1024), piece[None, -1:])
+    np.testing.assert_allclose(logits[0, 0], model(piece[None, :-1], latents=999)[0, -1], atol=2e-5)
+
+
 def test_equal_prompts_are_prefilled_once(decoder, compilations):
     def prefilled(prompts):
         with compilations() as programs:

@@ -29,6 +29,7 @@ from music_ar.decoding.prefill import Prompts, prefill
 from music_ar.decoding.processors import draw
 from music_ar.decoding.state import BY_ROWS, Caches, DecodeState, on_each_device
 from music_ar.decoding.step import advance, step
+from music_ar.decoding.stored_programs import StoredPrograms
 from music_ar.decoding.windows import WINDOWS, WindowMode, cache_size
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.tokens import vocabulary
@@ -61,6 +62,7 @@ class Decoder:
         self.config, self.dtype = model.config, model.dtype
         self.device, self.path = jax.local_devices()[0].device_kind, "jax"
         self.graph, self.params = _prepared(model, self.backend)
+        self._programs = StoredPrograms((self.config, self.backend, str(self.dtype)))
         self._params_on: dict[Mesh | None, nnx.State] = {None: self.params}
 
     def start(
@@ -107,7 +109,8 @@ class Decoder:
             return state
         before_BxP = jax.tree.map(lambda leaf: jnp.asarray(leaf[:, :-1]), ready.conditioning_BxP)
         tokens_BxP = jnp.asarray(ready.tokens_BxPL[:, L - 1 : -1])
-        return prefill(self.graph, self.backend, self.params, state, tokens_BxP, before_BxP)
+        arguments = (self.params, state, tokens_BxP, before_BxP)
+        return self._programs.call("prefill", prefill, (self.graph, self.backend), arguments, like=state)
 
     def _cache_size(self, latents: int) -> int:
         if self.backend.attention == "plain":
@@ -146,7 +149,8 @@ class Decoder:
         micro_batches = self.backend.micro_batches(state.clock_B.shape[0] // (1 if mesh is None else mesh.size))
         decode = _compiled_decode(self.backend.options(micro_batches))
         program = (self.graph, self.backend, length, mesh, micro_batches)
-        return decode(program, self._params_on[mesh], state, options)
+        name, arguments = f"decode-{length}-{micro_batches}", (self._params_on[mesh], state, options)
+        return self._programs.call(name, decode, (program,), arguments, like=(state, 0, 0))
 
     def teacher_force(
         self, state: DecodeState, tokens_BxT: Int[np.ndarray, "B T"]
@@ -178,6 +182,7 @@ class Decoder:
 
     def free_programs(self) -> None:
         """See `AnyDecoder.free_programs`."""
+        self._programs.clear()
         jax.clear_caches()
 
     def _sharded(self, state: DecodeState) -> tuple[DecodeState, Mesh | None]:

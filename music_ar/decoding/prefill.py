@@ -27,6 +27,7 @@ from music_ar.model.perceiver_ar import Conditioning
 from music_ar.tokens import grammar, vocabulary
 
 _LEAST_PREFILL = 16
+_QUERIES_AT_ONCE = 512  # of the cross-attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,20 +183,36 @@ def _prefill_window(
     P, M = context.embedded_BxPxD.shape[1], model.config.reach
     times_BxR = jnp.clip(times_BxR, 0, P - 1)
     positions_BxRx2 = jnp.take_along_axis(context.positions_BxPx2, times_BxR[..., None], axis=1)
-    keys_1x1xP = jnp.arange(P)[None, None]
-    visible_BxRxP = (keys_1x1xP <= times_BxR[..., None]) & (keys_1x1xP > times_BxR[..., None] - M)
-    visible_BxRxP &= (keys_1x1xP >= birth_B[:, None, None]) | (keys_1x1xP == times_BxR[..., None])
-
     x_BxRxD = model.outer.latent(jnp.take_along_axis(context.embedded_BxPxD, times_BxR[..., None], axis=1))
     q = model.cross.queries(x_BxRxD, positions_BxRx2)
-    attended = jax.nn.dot_product_attention(q, context.k_BxPxGxK, context.v_BxPxGxK, mask=visible_BxRxP[:, None])
-    x_BxRxD = model.cross.add(x_BxRxD, attended)
+    x_BxRxD = model.cross.add(x_BxRxD, _attend(context, M, birth_B, q, times_BxR))
     filled = []
     for block in model.blocks:
         q, k, v = block.queries_keys_values(x_BxRxD, positions_BxRx2)
         filled.append((k, v))
         x_BxRxD = block.add(x_BxRxD, causal_attention(q, k, v, backend.compute))
     return filled
+
+
+def _attend(context: _Context, M: int, birth_B: Array, q_BxRxHxK: Array, times_BxR: Array) -> Array:
+    """Attention of the latents at `times_BxR` to the last M inputs of their piece.
+
+    It is computed for some latents at a time, so that memory does not grow with latents times inputs.
+    """
+
+    def of_some(q_BxTxHxK: Array, times_BxT: Array) -> Array:
+        keys_1x1xP, times_BxTx1 = jnp.arange(context.k_BxPxGxK.shape[1])[None, None], times_BxT[..., None]
+        visible_BxTxP = (keys_1x1xP <= times_BxTx1) & (keys_1x1xP > times_BxTx1 - M)
+        visible_BxTxP &= (keys_1x1xP >= birth_B[:, None, None]) | (keys_1x1xP == times_BxTx1)
+        mask = visible_BxTxP[:, None]
+        return jax.nn.dot_product_attention(q_BxTxHxK, context.k_BxPxGxK, context.v_BxPxGxK, mask=mask)
+
+    B, R = times_BxR.shape
+    if R <= _QUERIES_AT_ONCE or R % _QUERIES_AT_ONCE:
+        return of_some(q_BxRxHxK, times_BxR)
+    parts = [x.reshape(B, -1, _QUERIES_AT_ONCE, *x.shape[2:]).swapaxes(0, 1) for x in (q_BxRxHxK, times_BxR)]
+    found = jax.lax.map(lambda part: of_some(*part), tuple(parts))
+    return found.swapaxes(0, 1).reshape(q_BxRxHxK.shape)
 
 
 def _in_slots(x_BxTxGxK: Array, slots_BxT: Array, size: int) -> Float[Array, "B size G K"]:
