@@ -251,7 +251,7 @@ def test_a_duet_answers_falls_silent_and_is_kept(page, tmp_path):
     button(page, "■ End the duet").click()
     wait_until(lambda: state(page, "take").startswith("duet-"), "the duet is a take")
     duet = read_midi(taken_out(page, tmp_path))
-    assert duet.velocity[duet.pitch == 60].max() == 80, "what was played is in it"
+    assert 80 in duet.velocity[duet.pitch == 60], "what was played is in it"
     assert len(duet) == shown(page, "notes") > before
     wait_until(lambda: page.locator("#extend").is_enabled(), "the server has it too")
     fill(page, "seconds", 5)

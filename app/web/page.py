@@ -132,6 +132,7 @@ class Page:
         self._bind_runs()
         self._bind_takes()
         self._bind_prompt()
+        self._bind_wishes()
         for changed in (self.latents.change, self.variations.change, self.cost_timer.tick):
             self._then_cost(changed)
         self._bind_downloads()
@@ -139,6 +140,14 @@ class Page:
         self._then_cost(settings.then)
         self._then_cost(app.load(self.prompt.on_open, None, self.settable, **_MAY_FAIL).then)
         app.unload(self.music.on_leave)
+
+    def _bind_wishes(self) -> None:
+        """Tell the player the settings that answers of a duet are made with."""
+        wishes = {"latents": self.latents, **self.sampling}
+        detail = f"{{detail: [{list(wishes)}, values]}}"
+        js = f"(...values) => {{ window.dispatchEvent(new CustomEvent('music-ar-wishes', {detail})); }}"
+        for control in wishes.values():
+            control.change(None, list(wishes.values()), None, js=js, api_visibility="private")
 
     def _bind_runs(self) -> None:
         options: dict[str, Any] = {

@@ -16,6 +16,10 @@ export function connect(player) {
   for (const gesture of ['pointerdown', 'keydown']) document.addEventListener(gesture, () => player.piano.ready());
   connectButtons(player);
   connectSliders(player);
+  window.addEventListener('music-ar-wishes', (event) => {
+    const [names, values] = /** @type {CustomEvent<[string[], number[]]>} */ (event).detail;
+    player.duet.wishes = Object.fromEntries(names.map((name, number) => [name, values[number]]));
+  });
   player.root.addEventListener('extend', () => { player.extend(); });
   document.addEventListener('keydown', (event) => keyDown(player, event));
   for (const edge of player.edges()) {

@@ -69,6 +69,8 @@ export class Duet {
   #coming = [];
   /** @type {Map<number, import('./piano.js').Voice | null>} by pitch */
   sounding = new Map();
+  /** @type {Record<string, number>} settings of the page; without any, the server's defaults count */
+  wishes = {};
   #id = '';
   #kept = 0;
 
@@ -99,12 +101,12 @@ export class Duet {
     return { score: new Score(notes), pedals: played.pedals, until: now };
   }
 
-  /** Begin at the end of what is on the timeline. @param {Music} music @param {number} pauseS @param {number} latents */
-  start(music, pauseS, latents) {
+  /** Begin at the end of what is on the timeline. @param {Music} music @param {number} pauseS */
+  start(music, pauseS) {
     this.#began = performance.now() - 1000 * music.until;
     this.#id = `duet-${crypto.getRandomValues(new Uint32Array(2)).join('-')}`;
     const notes = music.score.notes.map(({ on, off, pitch, velocity }) => /** @type {[number, number, number, number]} */ ([on, off, pitch, velocity]));
-    const conversation = (this.#conversation = new Conversation(document.baseURI, { timeline: { notes }, latents }));
+    const conversation = (this.#conversation = new Conversation(document.baseURI, { timeline: { notes }, latents: this.wishes.latents ?? 0 }));
     this.#pause = new Pause(() => this.#ask(), pauseS);
     const listen = (/** @type {string} */ name, /** @type {(detail: any) => void} */ act) =>
       conversation.addEventListener(name, (event) => { if (conversation === this.#conversation) act(/** @type {CustomEvent} */ (event).detail); });
@@ -141,7 +143,8 @@ export class Duet {
   }
 
   #ask() {
-    this.#conversation?.answer(this.#seconds(performance.now()), { lead: LEAD_S, seconds: LONGEST_ANSWER_S });
+    const { latents: _, ...sampling } = this.wishes;
+    this.#conversation?.answer(this.#seconds(performance.now()), { ...sampling, lead: LEAD_S, seconds: LONGEST_ANSWER_S });
   }
 
   /** Make the notes heard whose time has come. */

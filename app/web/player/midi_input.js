@@ -22,8 +22,11 @@ export function obey(instrument, message, at) {
  * @param {(message: string) => void} tell says in words what is connected, and what was lost
  */
 export async function connectMidi(instrument, tell) {
+  if (!window.isSecureContext) {
+    return tell('Browsers allow MIDI keyboards only on https pages and on the machine that runs the page. Play with the computer’s keys or the keys above.');
+  }
   if (!('requestMIDIAccess' in navigator)) {
-    return tell('This browser cannot use MIDI keyboards; Chrome, Edge and Firefox can. Play with the computer’s keys or the keys below.');
+    return tell('This browser cannot use MIDI keyboards; Chrome, Edge and Firefox can. Play with the computer’s keys or the keys above.');
   }
   /** @type {MIDIAccess} */
   let access;

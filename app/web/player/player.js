@@ -203,7 +203,7 @@ export class Player {
     }
     this.playback.pause();
     this.viewport.follows = true;
-    this.duet.start(this.shown, Number(this.input('pause-s').value) || 0.8, this.piece?.latents ?? 0);
+    this.duet.start(this.shown, Number(this.input('pause-s').value) || 0.8);
     this.canvas('keys').focus();
   }
 
