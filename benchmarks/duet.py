@@ -1,4 +1,4 @@
-"""Measure a duet: `python benchmarks/duet.py [--turns N] [--before FILE.mid]`.
+"""Measure a duet: `python benchmarks/duet.py [--turns N] [--before FILE] [--others N]`.
 
 Serves the shipped model. In each turn, a client plays a phrase in time, pauses, and asks for an answer; after some
 seconds it plays again. Measured at the client: from the end of the pause until the answer's first note can be heard
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gradio_client import Client
 from served import served
 from websockets.sync.client import ClientConnection, connect
 
@@ -99,6 +100,7 @@ class Player:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--others", type=int, default=0, help="clients that generate two variations meanwhile")
     parser.add_argument("--before", type=Path, help="a MIDI file with which the duet begins")
     arguments = parser.parse_args()
     arrivals_s, first_s, silent_s = [], [], []
@@ -107,6 +109,8 @@ def main() -> None:
         served(measure=False) as (address, _),
         connect(re.sub("^http", "ws", address.rstrip("/")) + "/conversation") as socket,
     ):
+        others = [Client(address, verbose=False) for _ in range(arguments.others)]
+        jobs = [other.submit(seconds=1800, variations=2, api_name="/generate") for other in others]
         notes, length_s = [], 0.0
         if arguments.before:
             piece = read_midi(arguments.before)
@@ -124,6 +128,8 @@ def main() -> None:
             first_s.append(heard)
             silent_s.append(player.silence())
             time.sleep(0.3)
+        for job in jobs:
+            job.cancel()
     rows = [
         (name, f"{1000 * statistics.median(times):.0f}", f"{1000 * max(times):.0f}")
         for name, times in (
@@ -132,7 +138,10 @@ def main() -> None:
             ("from a key to the answer's last message", silent_s),
         )
     ]
-    print(f"{cpu_name()}, {latents} latents, {len(notes)} notes before, turns: {arguments.turns}")
+    print(
+        f"{cpu_name()}, {latents} latents, {len(notes)} notes before, "
+        f"others: {arguments.others}, turns: {arguments.turns}"
+    )
     print_table(("", "median, ms", "longest, ms"), rows)
     result = {"arrivals_s": arrivals_s, "first_s": first_s, "silent_s": silent_s}
     print(json.dumps({"cpu": cpu_name(), "latents": latents} | result))

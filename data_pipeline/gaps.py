@@ -2,7 +2,7 @@
 
 A share of the windows is re-ordered. The gap's length is log-uniform, since a second and a minute are both worth
 filling; its place is uniform within the window. Now and then, one of the parts around it is left out, so that the same
-model fills a gap from one side, or from neither.
+model fills a gap from one side, or from neither. And now and then the gap is the beginning of a piece.
 
 What lies at the boundaries depends on where the gap was put and not on the music: its length, the separators, and the
 wait before it. A model is not trained to predict that, so these targets have no weight.
@@ -21,6 +21,7 @@ from music_ar.tokens.vocabulary import START, STEPS_PER_SECOND, is_shift, is_vel
 SHORTEST_S, LONGEST_S = 1.0, 60.0
 """Lengths of gaps that are trained."""
 _WITHOUT_AFTER, _WITHOUT_BEFORE = 0.2, 0.1  # shares of the gaps that are filled from one side
+_AT_START = 0.2  # share of those in the first window of a piece that begin with the piece
 _MOST_MIDDLE = 0.75  # of the targets
 
 
@@ -68,7 +69,9 @@ class Gaps:
             return None
         length = round(math.exp(rng.uniform(math.log(shortest), math.log(longest))))
         begin = int(rng.integers(0, steps - length, endpoint=True))
-        without_after, without_before = rng.random(2) < (_WITHOUT_AFTER, _WITHOUT_BEFORE)
+        without_after, without_before, at_start = rng.random(3) < (_WITHOUT_AFTER, _WITHOUT_BEFORE, _AT_START)
+        if at_start and tokens[0] == START:
+            begin = 0
         end = _end_that_fits(tokens, begin, begin + length, int(_MOST_MIDDLE * latents))
         if end <= begin:
             return None

@@ -2,35 +2,25 @@
 
 import io
 import json
-import os
-import re
-import socket
 import time
-import urllib.request
-from urllib.parse import urlsplit
 
 import mido
-import numpy as np
 import pytest
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
-from web_client import running_page
-from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import connect as connect_to
 
 from app.web import conversations as limits
 from app.web.conversation_routes import ConversationRoutes
 from app.web.conversations import Conversations
 from app.web.limits import Refusal
 from app.web.manager import SessionManager
-from app.web.timeline import Reading, Refused, Timeline, rest_tokens
+from app.web.reading import Reading
 from app.web.warmup import Machine
-from music_ar import Generator, Performance, decode, encode
+from music_ar import Generator, decode
 from music_ar.decoding.live import aligned
-from music_ar.tokens import vocabulary
 
 PHRASE = [
     [0.5, "pedal", 127],
@@ -126,6 +116,28 @@ def test_an_answer_follows_what_was_played(connect):
         elif kind == "off":
             sounding.remove(pitch)
     assert sounding == []
+
+
+@pytest.mark.slow
+def test_both_decoders_answer_and_are_silenced(decoder):
+    conversations = Conversations(SessionManager(Machine(Generator(decoder))))
+    with TestClient(ConversationRoutes(conversations)) as client:
+        with client.websocket_connect("/conversation") as connection:
+            player = Player(connection)
+            name = player.open(session=None)["session"]
+            player.say(type="play", events=PHRASE)
+            player.say(type="answer", id=1, **{"from": 2.0}, seconds=60, seed=1)
+            while player.next("music")["until"] < 4:
+                pass
+            player.say(type="play", events=[[3.0, "on", 50, 90], [3.5, "off", 50]])
+            assert player.next("end")["at"] == 3.0
+            assert player.answer(2, 4.0, seconds=1, seed=2)[1]["why"] == "enough"
+        conversation = conversations.of(name)
+        assert conversation is not None
+        known = Reading(conversation.timeline).tokens
+        same = aligned(conversation.live.tokens, known)
+        assert conversation.live.tokens[: len(same)].tolist() == same.tolist()
+    conversations.stop()
 
 
 def test_an_answer_may_have_nothing_before_it(connect):
@@ -270,7 +282,7 @@ def test_another_tab_takes_the_session_over(connect):
         ('{"type": "play", "events": [[1, "on", 128, 80]]}', "message", "from 0 to 127, got 128"),
         ('{"type": "play", "events": [[1, "on", 60, 0]]}', "message", "from 1 to 127, got 0"),
         ('{"type": "play", "events": [[1, "on", true, 80]]}', "message", "got true"),
-        ('{"type": "play", "events": [[-1, "off", 60]]}', "message", "from 0 to 3600, got -1"),
+        ('{"type": "play", "events": [[-1, "off", 60]]}', "message", "from 0 to 14400, got -1"),
         ('{"type": "play", "events": [[NaN, "off", 60]]}', "message", "got no number (NaN)"),
         ('{"type": "play", "events": [[1e999, "off", 60]]}', "message", "got infinity"),
         ('{"type": "play", "events": [[1, "release", 60]]}', "message", "[time, “pedal”, position]"),
@@ -328,6 +340,19 @@ def test_a_keyboard_that_sends_without_end_is_stopped_and_others_are_answered(co
     assert "check the keyboard" in stuck.next("error")["message"]
     other.say(type="play", events=PHRASE)
     assert other.answer(seconds=1)[1]["why"] == "enough"
+
+
+def test_an_address_cannot_make_the_model_read_without_end(connect):
+    player, other = connect(), connect()
+    player.open(session=None)
+    large = {"timeline": {}, "more": "x" * 1_900_000}
+    for _ in range(4):
+        player.say(type="replace", **large)
+    assert player.next("error")["code"] == "rate"
+    other.say(type="open", session=None, **large)
+    with pytest.raises(WebSocketDisconnect) as closed:
+        other.next("never")
+    assert closed.value.code == 1013
 
 
 def test_at_most_so_many_are_answered_and_connected(connect, client, monkeypatch):
@@ -389,66 +414,6 @@ def test_a_file_is_made_without_a_session(client):
     assert client.get("/conversation/unknown.mid").status_code == 404
 
 
-def test_a_reading_is_the_encoding_of_the_notes():
-    timeline = Timeline.read({"played": PHRASE, "answered": [[2.0, "on", 50, 70], [2.5, "off", 50]]})
-    notes = Performance(
-        onset_s=np.array([0.5123, 0.7, 2.0]),
-        offset_s=np.array([1.5, 1.5, 2.5]),
-        pitch=np.array([60, 64, 50]),
-        velocity=np.array([80, 70, 70]),
-    )
-    assert Reading(timeline).tokens.tolist() == [vocabulary.START, *encode(notes).tolist()]
-
-
-def test_a_reading_grows_at_its_end():
-    """So that the model reads each event once: what is settled never changes."""
-    rng = np.random.default_rng(0)
-    times = np.cumsum(rng.integers(0, 30, 300)) / 1000
-    events = []
-    for time_s in times.tolist():
-        kind = ("on", "off", "pedal")[rng.integers(3)]
-        number = int(rng.integers(60, 66)) if kind != "pedal" else 127 * int(rng.integers(2))
-        events.append([time_s, kind, number, 70] if kind == "on" else [time_s, kind, number])
-    whole, settled = Reading(Timeline.read({"played": events})).tokens.tolist(), []
-    for count in range(len(events)):
-        settled = Reading(Timeline.read({"played": events[:count]})).settled.tolist()
-        assert settled == whole[: len(settled)]
-    assert len(settled) > len(whole) - 20
-
-
-def test_notes_that_sound_are_open_until_the_model_ends_them():
-    held = Timeline.read({"played": PHRASE[:4]})
-    reading = Reading(held)
-    assert reading.sounding == [60, 64]
-    assert vocabulary.NOTE_OFF + 60 not in reading.tokens
-    released = Timeline.read({"played": PHRASE[:4], "answered": [[2.0, "release", 60]]})
-    assert Reading(released).sounding == [64]
-    assert Reading(released).tokens[-1] == vocabulary.NOTE_OFF + 60
-    assert Reading(Timeline.read({"played": PHRASE, "answered": [[2.0, "release", 60]]})).last_s == 1.5
-
-
-def test_long_rests_are_shorter_for_the_model():
-    events = [[0.0, "on", 60, 80], [0.5, "off", 60], [100.5, "on", 62, 80], [101.0, "off", 62]]
-    reading = Reading(Timeline.read({"played": events}))
-    assert reading.end_step == 500
-    assert reading.step(102.0) == 600
-    assert reading.step(1000.0) == 900
-
-
-@pytest.mark.parametrize("steps", [0, 1, 99, 100, 101, 200, 399, 400])
-def test_a_rest_is_written_as_the_encoder_does(steps):
-    onset_s = np.array([0.0, 0.01 + steps / 100])
-    notes = Performance(onset_s=onset_s, offset_s=onset_s + 0.01, pitch=np.array([60, 60]), velocity=np.array([80, 80]))
-    tokens = encode(notes)
-    first_off, second_on = np.flatnonzero(tokens == vocabulary.NOTE_OFF + 60)[0], np.flatnonzero(tokens == 60)[1]
-    assert rest_tokens(steps).tolist() == tokens[first_off + 1 : second_on].tolist()
-
-
-def test_a_timeline_is_not_too_long():
-    with pytest.raises(Refused, match="at most 20,000 notes"):
-        Timeline.read({"notes": [[0, 1, 60, 80]] * 20_001})
-
-
 def _notes(content):
     """Onset, end and track of each note, read by another library."""
     found = []
@@ -471,52 +436,3 @@ def _notes(content):
                 if pedal:
                     held.append(note)
     return sorted(found, key=lambda note: note[0])
-
-
-def _refusal(address, host=None, **headers):
-    """Why a connection is refused: to an address, perhaps by another name of the host."""
-    named = address if host is None else re.sub(r"//[^/]+", f"//{host}", address)
-    url = urlsplit(address)
-    with pytest.raises(InvalidStatus) as refused:
-        connect_to(named, sock=socket.create_connection((url.hostname, url.port)), additional_headers=headers)
-    answer = refused.value.response
-    return answer.status_code, json.loads(answer.body)["detail"]
-
-
-@pytest.mark.slow
-def test_a_real_server_lets_in_whom_it_may(tiny_checkpoint, tmp_path):
-    environment = os.environ | {"MUSIC_AR_AUTH": "anna:secret"}
-    with running_page(tiny_checkpoint, tmp_path, "--root-path", "/music", environment=environment) as page:
-        address = re.sub(r"http://([^/]+).*", r"ws://\1", page.address)
-        host = re.sub(r"\D+([\d.]+:\d+).*", r"\1", page.address)
-        assert _refusal(f"{address}/conversation") == (401, "log in first")
-        assert _refusal(f"{address}/conversation", Origin="https://evil.example")[0] == 403
-        assert _refusal(f"{address}/gradio_api/queue/data")[0] == 404
-        assert _refusal(f"{address}/conversation", host="evil.example")[0] == 421
-        assert page.request("/conversation", {"timeline": {"played": PHRASE}})[0] == 401
-        login = urllib.request.Request(f"http://{host}/login", b"username=anna&password=secret")
-        with urllib.request.urlopen(login, timeout=30) as answer:
-            cookies = "; ".join(each.partition(";")[0] for each in answer.headers.get_all("Set-Cookie"))
-        for path in ("/conversation", "/music/conversation"):
-            headers = {"Cookie": cookies, "Origin": f"http://{host}"}
-            with connect_to(address + path, additional_headers=headers) as connection:
-                connection.send(json.dumps({"type": "open", "session": None, "latents": 16}))
-                ready = json.loads(connection.recv(timeout=30))
-                connection.send(json.dumps({"type": "play", "events": PHRASE}))
-                connection.send(json.dumps({"type": "answer", "id": 1, "from": 2, "seconds": 1}))
-                while json.loads(connection.recv(timeout=30))["type"] != "end":
-                    pass
-            status, content = page.request(f"/conversation/{ready['session']}.mid", headers={"Cookie": cookies})
-            assert (status, content[:4]) == (200, b"MThd")
-        with connect_to(f"{address}/conversation", additional_headers={"Cookie": cookies}) as connection:
-            connection.send("x" * (2 * 2**20 + 1))
-            with pytest.raises(ConnectionClosed) as closed:
-                connection.recv(timeout=30)
-            assert closed.value.rcvd is None or closed.value.rcvd.code == 1009
-        with connect_to(f"{address}/conversation", additional_headers={"Cookie": cookies}) as connection:
-            connection.send(b"\x00\x01")
-            with pytest.raises(ConnectionClosed):
-                connection.recv(timeout=30)
-        assert page.request("/health")[1]["status"] == "ok"
-        assert "Traceback" not in page.log.read_text()
-        assert ready["session"] not in page.log.read_text()

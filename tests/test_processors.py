@@ -167,6 +167,19 @@ def test_shifts_end_with_the_gap():
     assert allowed[:, off(40)].tolist() == [True, False, False]
 
 
+def test_waits_beyond_the_end_are_waits_up_to_it():
+    """So time passes as likely as before."""
+    state, options = (
+        state_after(tokens_of(*GAP_PROMPT, SECOND, shift(70), on(50)), gaps=True),
+        shared_options(NO_FILTERS),
+    )
+    logits = gap_logits(1)
+    found = np.asarray(GapEnd()(logits, state, options))
+    share = np.exp(np.asarray(logits[0, TIME_SHIFT + 29 : VELOCITY])).sum()
+    np.testing.assert_allclose(np.exp(found[0, TIME_SHIFT + 29]), share, rtol=1e-5)
+    np.testing.assert_array_equal(found[0, TIME_SHIFT : TIME_SHIFT + 29], logits[0, TIME_SHIFT : TIME_SHIFT + 29])
+
+
 def test_at_its_end_a_gap_is_marked():
     allowed = in_gap([SECOND, SECOND], [SECOND, off(40), SECOND])
     assert [np.flatnonzero(row).tolist() for row in allowed] == [[END_OF_GAP]] * 2

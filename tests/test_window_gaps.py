@@ -44,7 +44,7 @@ CONTEXT, LATENTS = 256, 128
 @pytest.fixture(scope="module")
 def music() -> Pieces:
     pieces = [codec.encode(make_performance(seed, 300)) for seed in range(4)]
-    return pieces_of(*(np.concatenate([[START], piece, [END]]).astype(np.uint16) for piece in pieces))
+    return pieces_of([np.concatenate([[START], piece, [END]]).astype(np.uint16) for piece in pieces])
 
 
 def windows(pieces, count, **options):
@@ -66,7 +66,7 @@ def test_without_a_share_windows_are_as_before(music):
 def test_re_ordered_windows_are_sequences_that_fit(music, context):
     """Each has all its marks; what only tells where the gap is has no weight; the parts differ in size."""
     tokens, weights = windows(music, 160, augmentation=Augmentation(), gaps=Gaps(share=1.0, context=context))
-    sizes = []
+    sizes, at_start = [], 0
     for row, of_targets in zip(tokens, weights, strict=True):
         sequence = row[row != PAD]
         if MIDDLE not in sequence:  # a window of less than a second
@@ -81,9 +81,11 @@ def test_re_ordered_windows_are_sequences_that_fit(music, context):
         last = sequence[-LATENTS:]
         assert (of_targets[-len(last) :][np.isin(last, [SEPARATOR, MIDDLE, START])] == 0).all()
         assert (of_targets[-(len(sequence) - middle - 1) :] == 1).all()
+        at_start += sequence[separator + 1 : middle].tolist() == [START]
         sizes.append((separator - told - 1, middle - separator - 1))
     after, before = np.array(sizes).T
     assert len(sizes) > 100
+    assert at_start > 0
     assert 0.05 < (after == 0).mean() < 0.5
     assert 0.02 < (before <= 1).mean() < 0.4
 
@@ -105,7 +107,7 @@ def test_values_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="expected a"):
         Gaps(**options)
     with pytest.raises(ValueError, match=r"gaps with a context of 8\.\.16, got 20"):
-        LoaderConfig(context=16, latents=8, batch_size=1, seed=0, gaps=Gaps(share=1, context=20))
+        LoaderConfig(context=16, latents=8, batch_size=1, seed=0, gaps=Gaps(share=1.0, context=20))
 
 
 def test_train_gives_an_old_model_the_tokens(capsys, tmp_path, prepared, tiny_checkpoint):
@@ -139,14 +141,14 @@ TOY = dataclasses.replace(
 
 def toy_gap(rng: np.random.Generator) -> Parts:
     """A gap whose only note is the first note after it, an octave lower, in half of its time."""
-    steps, pitch = int(rng.integers(20, 100)), int(rng.integers(48, 84))
+    steps, pitch = int(rng.integers(20, 100)), int(rng.integers(60, 72))
     half = steps // 2
 
     def note(pitch, before, length):
         waits = [TIME_SHIFT + before - 1] if before else []
         return [*waits, VELOCITY + 9, NOTE_ON + pitch, TIME_SHIFT + length - 1, NOTE_OFF + pitch]
 
-    other = int(rng.integers(48, 84))
+    other = int(rng.integers(60, 72))
     middle = [*shifts(half), NOTE_ON + pitch - 12, TIME_SHIFT, NOTE_OFF + pitch - 12, *shifts(steps - half - 1)]
     return Parts(
         before=np.array([START, *note(other, 0, 10), *shifts(5)], np.int32),
@@ -170,9 +172,9 @@ def toy_batch(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarr
 
 @pytest.mark.slow
 def test_a_model_learns_from_what_comes_after_and_from_the_time_left():
-    """With both sides it knows the note; with the left side it knows the time, and guesses the note of 36."""
+    """With both sides it knows the note; with the left side it knows the time, and guesses the note of 12."""
     graph, params = nnx.split(PerceiverAR(TOY, rngs=nnx.Rngs(0)), nnx.Param)
-    optimizer = optax.adam(3e-3)
+    optimizer = optax.adam(6e-3)
     state, rng = optimizer.init(params), np.random.default_rng(0)
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -184,12 +186,12 @@ def test_a_model_learns_from_what_comes_after_and_from_the_time_left():
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    for _ in range(600):
+    for _ in range(500):
         params, state = update(params, state, *map(jnp.asarray, toy_batch(rng, 32)))
     score = score_middles(nnx.merge(graph, params), [toy_gap(rng) for _ in range(64)])
     of_a_note = (score.left - score.both).mean()
-    assert of_a_note > 0.5 * np.log(36)
-    assert score.nats_per_token()["both"] < 0.35
+    assert of_a_note > 0.8 * np.log(12)
+    assert score.nats_per_token()["both"] < 0.1
 
 
 def test_middles_are_scored_as_the_model_predicts_them():

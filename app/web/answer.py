@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from app.web.timeline import Reading, Timeline, rest_tokens
+from app.web.reading import Reading, rest_tokens
+from app.web.timeline import Timeline
 from music_ar import GenerationError
 from music_ar.decoding.interface import shared_options
 from music_ar.decoding.live import LiveState, aligned

@@ -250,6 +250,7 @@ class Conversation:
         if at_s is None:
             at_s = answer.until_s
             self.timeline.cut(at_s, answer.first)
+        LOG.info("answer of %.1f s: %s", max(at_s - answer.at_s, 0.0), why)
         self._tell(type="end", id=answer.number, at=round(at_s, 4), why=why)
 
     def _tell(self, **message: Any) -> None:

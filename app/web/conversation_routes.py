@@ -89,6 +89,7 @@ class _Connection:
         self._conversations, self._socket, self._address = conversations, socket, address
         self._unsent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._allowance = Bucket(_EVENTS, _EVENTS_PER_S)
+        self._closing: asyncio.Task[None] | None = None
 
     async def serve(self) -> None:
         """Take messages until the client leaves, or another takes its place."""
@@ -111,12 +112,12 @@ class _Connection:
         try:
             async with asyncio.timeout(_OPEN_WITHIN_S):
                 text = await self._socket.receive_text()
+            self._conversations.check_timeline(self._address, len(text))
             values = _read(text)
             if values.get("type") != "open":
                 raise Refused(
                     "message", f"the first message must be of type “open”, got {in_words(values.get('type'))}"
                 )
-            self._conversations.check_opening(self._address)
             conversation, resumed = self._conversations.open(values)
         except TimeoutError:
             await self._close(NOT_OPENED, "no conversation was opened")
@@ -140,9 +141,14 @@ class _Connection:
 
     async def _take(self, conversation: Conversation, text: str) -> None:
         try:
+            is_large = len(text) > _MAX_SMALL_BYTES
+            if is_large:  # counted before it is read, which takes time too
+                self._conversations.check_timeline(self._address, len(text))
             values = _read(text)
             kind = values.get("type")
-            if len(text) > _MAX_SMALL_BYTES and kind != "replace":
+            if kind == "replace" and not is_large:
+                self._conversations.check_timeline(self._address, len(text))
+            if kind != "replace" and is_large:
                 raise Refused("message", f"a message of this type may have at most {_MAX_SMALL_BYTES // 2**10} kB")
             events = values.get("events")
             cost = _COST.get(kind if isinstance(kind, str) else "", 1)
@@ -169,14 +175,14 @@ class _Connection:
         elif kind == "silence":
             conversation.silence(values)
         elif kind == "replace":
-            self._conversations.check_opening(self._address)
             conversation.replace(Timeline.read(values.get("timeline")))
         else:
             raise Refused("message", f"the type must be play, answer, silence or replace, got {in_words(kind)}")
 
     def _post(self, message: dict[str, Any]) -> None:
-        if self._unsent.qsize() < _MOST_UNSENT:
-            self._unsent.put_nowait(message)
+        self._unsent.put_nowait(message)
+        if self._unsent.qsize() > _MOST_UNSENT and self._closing is None:
+            self._closing = asyncio.create_task(self._close(POLICY, "this client does not read what it is sent"))
 
     async def _send(self) -> None:
         with suppress(WebSocketDisconnect, RuntimeError):

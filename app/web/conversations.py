@@ -23,7 +23,8 @@ MAX_ANSWERS = 4
 MAX_LIVE = 4
 """Conversations whose caches stay on the device."""
 FORGOTTEN_AFTER_S = 1800.0
-_OPENINGS, _OPENINGS_PER_S = 60, 1.0  # of one address
+_TIMELINE_BYTES, _TIMELINE_BYTES_PER_S = 6 * 2**20, 100 * 2**10  # of one address: the model must read them
+_LEAST_COUNTED_BYTES = 20 * 2**10
 
 
 class Bucket:
@@ -92,16 +93,17 @@ class Conversations:
             self._connections[address] -= 1
             self._connections += Counter()  # forget addresses without any
 
-    def check_opening(self, address: str) -> None:
-        """Count that an address opens or replaces a conversation, which the model must then read.
+    def check_timeline(self, address: str, size: int) -> None:
+        """Count the bytes with which an address opens or replaces a conversation.
 
         Raises:
-            Refused: it does so too often.
+            Refused: there are too many of them.
         """
         if len(self._openings) > MAX_CONVERSATIONS:
             self._openings = {each: bucket for each, bucket in self._openings.items() if not bucket.full}
-        if not self._openings.setdefault(address, Bucket(_OPENINGS, _OPENINGS_PER_S)).take(1):
-            raise Refused("rate", f"at most {_OPENINGS} timelines a minute are taken; wait a little")
+        bucket = self._openings.setdefault(address, Bucket(_TIMELINE_BYTES, _TIMELINE_BYTES_PER_S))
+        if not bucket.take(max(size, _LEAST_COUNTED_BYTES)):
+            raise Refused("rate", "too many conversations were opened or changed from your address; wait a little")
 
     def open(self, values: dict[str, Any]) -> tuple[Conversation, bool]:
         """Find a conversation, or begin one; and whether it was found.

@@ -1,24 +1,19 @@
-"""`Timeline`: everything that was played in a conversation, as clients send it and as the model reads it."""
+"""`Timeline`: everything that was played in a conversation, as clients send it."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int32
 
 from app.web.settings import WebError, in_words
-from music_ar import Performance, encode
-from music_ar.midi.live import LiveNotes, Touch, duet_file
+from music_ar import Performance
+from music_ar.midi.live import Touch, duet_file
 from music_ar.tokens import vocabulary
-from music_ar.tokens.codec import event_steps, length_steps, quantize
 
 MAX_NOTES = 20_000
-MAX_SECONDS = 3600.0
+MAX_SECONDS = 4 * 3600.0
 _MAX_EVENTS = 4 * MAX_NOTES
-LONGEST_REST_S = 4.0
-"""Longer rests are told to the model as this long: pianists in recordings do not wait longer."""
-_LATER_S = 100.0  # after everything: where notes end that still sound, for the encoder
 _DECIMALS = 4
 
 
@@ -135,7 +130,7 @@ class Timeline:
 
     def answers(self) -> Performance:
         """The notes of the answers; those that still sound end at the last event."""
-        onset_s, offset_s, pitch, velocity = _paired(self.answered)
+        onset_s, offset_s, pitch, velocity = paired(self.answered)
         last_s = self.last_s
         offset_s = np.maximum(np.where(np.isinf(offset_s), last_s, offset_s), onset_s + 1 / vocabulary.STEPS_PER_SECOND)
         return Performance(onset_s=onset_s, offset_s=offset_s, pitch=pitch, velocity=velocity)
@@ -149,102 +144,9 @@ class Timeline:
         return duet_file(self.notes, self.played, self.answers())
 
 
-class Reading:
-    """A timeline as the model reads it: tokens, in a time that leaves out the rest of long rests.
-
-    Args:
-        timeline: the timeline.
-
-    Attributes:
-        tokens: `vocabulary.START`, and the tokens of all events.
-        end_step: time of the last of them, in steps.
-        last_s: its time in the timeline.
-        sounding: for each note that still sounds, its pitch.
-    """
-
-    def __init__(self, timeline: Timeline):
-        onset_s, offset_s, pitch, velocity = self._heard(timeline)
-        times_s = np.unique(np.concatenate([onset_s, offset_s[np.isfinite(offset_s)]]))
-        left_out_s = np.cumsum(np.maximum(np.diff(times_s, prepend=0.0) - LONGEST_REST_S, 0.0))
-        self.last_s = float(times_s[-1]) if len(times_s) else 0.0
-        self._left_out_s = float(left_out_s[-1]) if len(times_s) else 0.0
-
-        def told(seconds: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-            return seconds - left_out_s[np.searchsorted(times_s, seconds)] if len(seconds) else seconds
-
-        sounds = np.isinf(offset_s)
-        ends_s = np.full(len(offset_s), self.last_s + _LATER_S)
-        ends_s[~sounds] = told(offset_s[~sounds])
-        piece = Performance(onset_s=told(onset_s), offset_s=ends_s, pitch=pitch, velocity=velocity)
-        tokens = encode(piece)
-        steps = event_steps(tokens)
-        end_step = int(quantize(np.array([self.last_s - self._left_out_s]))[0])
-        # A note shorter than a step ends a step after the last event.
-        known = np.flatnonzero(vocabulary.is_note(tokens) & (steps <= end_step + 1))
-        count = known[-1] + 1 if len(known) else 0
-        self._tokens, self._steps = tokens[:count], steps[:count]
-        self.end_step = int(self._steps[-1]) if count else 0
-        self.sounding = pitch[sounds].tolist()
-
-    @property
-    def tokens(self) -> Int32[np.ndarray, " T"]:
-        """See the class."""
-        return _begun(self._tokens)
-
-    @property
-    def settled(self) -> Int32[np.ndarray, " T"]:
-        """The tokens before the last time step, whose order no later event of that step can change."""
-        is_before = vocabulary.is_note(self._tokens) & (self._steps < self.end_step - 1)
-        last = np.flatnonzero(is_before)
-        return _begun(self._tokens[: last[-1] + 1 if len(last) else 0])
-
-    def step(self, seconds: float) -> int:
-        """A time after the last event, in steps of the model's time. A long rest before it is cut to its longest."""
-        rest_s = min(max(seconds - self.last_s, 0.0), LONGEST_REST_S)
-        told_s = self.last_s - self._left_out_s + rest_s
-        return max(int(quantize(np.array([told_s]))[0]), self.end_step)
-
-    @staticmethod
-    def _heard(timeline: Timeline) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """All notes: onset, offset (infinite if they still sound), pitch and velocity."""
-        hands = LiveNotes()
-        for touch in timeline.played:
-            hands.add(touch)
-        onset_s, offset_s = np.array(hands.onset_s), np.array(hands.offset_s)
-        pitch, velocity = np.array(hands.pitch, np.int32), np.array(hands.velocity, np.int32)
-        for time_s, kind, released, _ in timeline.answered:
-            if kind == "release":
-                sounds = (pitch == released) & (onset_s < time_s) & (time_s < offset_s)
-                offset_s[np.flatnonzero(sounds)[:1]] = time_s
-        before, answers = timeline.notes, _paired(timeline.answered)
-        columns = [
-            np.concatenate(parts)
-            for parts in zip(
-                (before.onset_s, before.offset_s, before.pitch, before.velocity),
-                (onset_s, offset_s, pitch, velocity),
-                answers,
-                strict=True,
-            )
-        ]
-        has_length = columns[1] > columns[0]
-        onset_s, offset_s, pitch, velocity = (column[has_length] for column in columns)
-        return onset_s, offset_s, pitch, velocity
-
-
 def event(time_s: float, kind: str, number: int, velocity: int = 0) -> list[Any]:
     """An event as clients write it."""
     return [round(time_s, _DECIMALS), kind, number, *([velocity] if kind == "on" else [])]
-
-
-def rest_tokens(steps: int) -> Int32[np.ndarray, " T"]:
-    """A rest as `encode` writes it: whole shifts, then what is left."""
-    if steps <= 0:
-        return np.zeros(0, np.int32)
-    whole, left = divmod(steps - 1, vocabulary.MAX_SHIFT_STEPS)
-    longest = vocabulary.TIME_SHIFT + vocabulary.MAX_SHIFT_STEPS - 1
-    tokens = np.array([*[longest] * whole, vocabulary.TIME_SHIFT + left], np.int32)
-    assert length_steps(tokens) == steps
-    return tokens
 
 
 def seconds(value: object, name: str, most: float = MAX_SECONDS) -> float:
@@ -256,10 +158,6 @@ def seconds(value: object, name: str, most: float = MAX_SECONDS) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
         raise Refused("message", f"{name} must be a number of seconds from 0 to {most:g}, got {in_words(value)}")
     return float(value)
-
-
-def _begun(tokens: Int32[np.ndarray, " T"]) -> Int32[np.ndarray, " T1"]:
-    return np.concatenate([[vocabulary.START], tokens]).astype(np.int32)
 
 
 def _list(values: Mapping[str, Any], name: str) -> list[Any]:
@@ -322,7 +220,7 @@ def _check_order(times_s: Sequence[float], before_s: float) -> None:
         before_s = time_s
 
 
-def _paired(answered: Sequence[tuple[float, str, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def paired(answered: Sequence[tuple[float, str, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The notes of answers: onset, offset (infinite if they still sound), pitch and velocity."""
     rows: list[list[float]] = []
     sounding: dict[int, list[int]] = {}

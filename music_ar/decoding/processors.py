@@ -56,7 +56,7 @@ class Grammar:
 
 
 class GapEnd:
-    """Ends a gap exactly: no time shift goes beyond its end, and there it is marked, whatever is held.
+    """Ends a gap exactly: a wait beyond its end is a wait up to it, and there it is marked, whatever is held.
 
     After that, what is held is released, and the piece ends with the last release.
     """
@@ -70,8 +70,10 @@ class GapEnd:
         left_Bx1, counts_Bx1, over_Bx1 = (each[:, None] for each in (left_B, counts_B, state.gap.over))
         token_1xV = jnp.arange(logits_BxV.shape[1])[None]
         is_shift_1xV = vocabulary.is_shift(token_1xV)
-        too_long_BxV = is_shift_1xV & (token_1xV - (vocabulary.TIME_SHIFT - 1) > left_Bx1)
-        logits_BxV = jnp.where(counts_Bx1 & (too_long_BxV | (token_1xV == vocabulary.END)), -jnp.inf, logits_BxV)
+        beyond_BxV = jnp.where(is_shift_1xV, token_1xV - (vocabulary.TIME_SHIFT - 1) - left_Bx1, -1)
+        waits_Bx1 = jax.nn.logsumexp(jnp.where(beyond_BxV >= 0, logits_BxV, -jnp.inf), axis=1, keepdims=True)
+        logits_BxV = jnp.where(counts_Bx1 & (beyond_BxV == 0), waits_Bx1, logits_BxV)
+        logits_BxV = jnp.where(counts_Bx1 & ((beyond_BxV > 0) | (token_1xV == vocabulary.END)), -jnp.inf, logits_BxV)
         is_off_1xV = (token_1xV >= vocabulary.NOTE_OFF) & (token_1xV < vocabulary.TIME_SHIFT)
         logits_BxV = jnp.where(over_Bx1 & ~(is_shift_1xV | is_off_1xV), -jnp.inf, logits_BxV)
         silent_B = (state.held_Bx128 == 0).all(axis=1)

@@ -150,6 +150,8 @@ class Request:
             part if part is None or isinstance(part, Performance) else read_prompt(part)
             for part in (self.prompt, self.after)
         )
+        if prompt is self.prompt and after is self.after:
+            return self
         return dataclasses.replace(self, prompt=prompt, after=after)
 
     def samples(self) -> "Iterator[Request]":

@@ -127,7 +127,11 @@ static void end_gap(float* logits, int V, const Piece& piece) {
   }
   const int left = piece.gap_end - piece.time;
   if (left <= 0) return allow_only(logits, V, END_OF_GAP);
-  rule_out(logits, TIME_SHIFT, VELOCITY, [&](int token) { return token - (TIME_SHIFT - 1) > left; });
+  if (left < MAX_SHIFT_STEPS) {
+    float* to_the_end = logits + TIME_SHIFT + left - 1;
+    *to_the_end = log_sum_exp(to_the_end, MAX_SHIFT_STEPS - left + 1);
+    std::fill(to_the_end + 1, logits + VELOCITY, NEVER);
+  }
   logits[END] = NEVER;
 }
 
