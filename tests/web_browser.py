@@ -35,6 +35,7 @@ def address(tiny_checkpoint, tmp_path_factory):
     yield found[0]
     process.terminate()
     process.wait(timeout=20)
+    process.stdout.close()
 
 
 @pytest.fixture(scope="session")
