@@ -309,6 +309,9 @@ def test_the_cost_of_a_latent_budget_is_given_in_words(tiny_checkpoint):
     assert "Less coherent than with more (0.25 nats per token worse)" in machine.cost(8)
     assert "Best quality." in machine.cost(32)
     assert machine.cost(0).startswith("**Auto** chooses 32 latents: music comes about ")
+    assert machine.in_short(0) == "**Auto**: 32 latents fit this machine. Plays at once. Best coherence."
+    assert machine.in_short(8) == "Plays at once. Less than the best coherence."
+    assert machine.in_short(8, 2) == machine.cost(8, 2)
 
 
 def test_a_latent_budget_buys_layers_too_if_the_model_has_exits(tmp_path):

@@ -19,6 +19,7 @@ from music_ar.decoding.budget import Measured, Setting
 from music_ar.decoding.request import DEFAULT_SPEED, Request
 from music_ar.decoding.windows import cache_size
 
+_AS_GOOD, _NEARLY_AS_GOOD = 0.005, 0.06  # nats per token
 _BUDGETS = (256, 512, 1024, 2048)  # that "auto" chooses from; 64 is hardly faster and costs 0.16 nats per token
 _PROMPT_NOTES = (100, 50, 800, 1600, 20)  # of prompts to compile for, besides the examples: one per program
 _VARIATIONS = (1, 2, 4, 3, 8, 6, 5, 7)  # in this order: the most likely first
@@ -182,6 +183,20 @@ class Machine:
         share = (latents - least) / max(most - least, 1)
         return 1 / max(fast_s + share * (slow_s - fast_s), 0.5 * fast_s)
 
+    def in_short(self, latents: int, variations: int = 1, prompt: Performance | None = None) -> str:
+        """What a latent budget means here to someone who plays: whether it plays at once, and how coherent it is."""
+        if not self.knows(variations):
+            return self.cost(latents, variations)
+        budget = self.auto_budget(prompt, variations) if latents == AUTO else max(2, latents)
+        keeps_up = self.tokens_per_s(budget, variations) >= MAESTRO_TOKENS_PER_S
+        fits = f"**Auto**: {budget:,} latents fit this machine. " if latents == AUTO else ""
+        plays = "Plays at once." if keeps_up else "Playback pauses now and then to wait for more music."
+        loss = self._loss(budget)
+        if loss is None:
+            return fits + plays
+        coherence = "Best" if loss < _AS_GOOD else "Almost the best" if loss < _NEARLY_AS_GOOD else "Less than the best"
+        return f"{fits}{plays} {coherence} coherence."
+
     def cost(self, latents: int, variations: int = 1, prompt: Performance | None = None) -> str:
         """One line on the speed and quality of a latent budget here; what "auto" chooses depends on the prompt."""
         if not self.knows(variations):
@@ -199,15 +214,21 @@ class Machine:
         return text
 
     def _quality(self, latents: int) -> str:
-        if not self._nll:
+        loss = self._loss(latents)
+        if loss is None:
             return ""
+        if loss < _AS_GOOD:
+            return " Best quality."
+        quality = "Almost the best quality" if loss < _NEARLY_AS_GOOD else "Less coherent than with more"
+        return f" {quality} ({loss:.2f} nats per token worse)."
+
+    def _loss(self, latents: int) -> float | None:
+        """How much worse the music is predicted than with the best budget, in nats per token; None if not known."""
+        if not self._nll:
+            return None
         nearest = min(self._nll, key=lambda n: abs(math.log(n / latents)))
         nll = self._bought(latents).nats_per_token if self._frontier else self._nll[nearest]
-        loss = nll - min(self._nll.values())
-        if loss < 0.005:
-            return " Best quality."
-        quality = "Almost the best quality" if loss < 0.06 else "Less coherent than with more"
-        return f" {quality} ({loss:.2f} nats per token worse)."
+        return nll - min(self._nll.values())
 
 
 class Activity:
