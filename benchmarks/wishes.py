@@ -182,10 +182,10 @@ def features(piece: Performance) -> np.ndarray:
 def likelihoods(checkpoint: str, table: WishTable, data: str, windows: int) -> dict[str, float]:
     """NLL of validation windows, without wishes and with their own; each window predicts as many targets as latents."""
     model = load_pretrained(checkpoint)
-    sizes = {"context": model.config.window, "latents": model.config.latents}
     cut = Windows(
         pieces=Pieces.open(data, "validation"),
-        **sizes,
+        context=model.config.window,
+        latents=model.config.latents,
         seed=0,
         augmentation=None,
         wishes=WindowWishes(table=table, dropout=WishDropout(wish_dropout=0.0, without_wishes=0.0)),
@@ -195,8 +195,8 @@ def likelihoods(checkpoint: str, table: WishTable, data: str, windows: int) -> d
     @jax.jit
     def nll(params: nnx.State, tokens: jax.Array, wishes: jax.Array) -> jax.Array:
         wishful: PerceiverAR = nnx.merge(graph, params)
-        logits = wishful(tokens[:, :-1], latents=sizes["latents"], wishes_BxW=wishes)
-        return token_nll(logits, tokens[:, -sizes["latents"] :])
+        logits = wishful(tokens[:, :-1], latents=cut.latents, wishes_BxW=wishes)
+        return token_nll(logits, tokens[:, -cut.latents :])
 
     sums, rng = np.zeros(3), np.random.default_rng(0)
     for index in np.unique(np.linspace(0, len(cut) - 1, windows).astype(int)).tolist():

@@ -14,7 +14,7 @@ from music_ar.features.composers import canonical, era_of
 from music_ar.features.measured import measure
 from music_ar.features.wishes import WISHES, WishTable
 from music_ar.ranges import check_ranges, number
-from music_ar.tokens.vocabulary import END, EVENT_CLASSES
+from music_ar.tokens.vocabulary import END, END_OF_GAP, EVENT_CLASSES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +58,14 @@ class WindowWishes:
 
         Args:
             tokens: of the window; its targets come last. What is measured begins with the first target that has a
-                weight, and after the last control token but `END`.
+                weight, and after the last control token but `END` and `END_OF_GAP`: of a window with a gap, the middle.
             weights: of its targets.
             composer: of the piece, in any spelling.
             source: of the piece.
             rng: decides what is left out.
         """
         first_target = len(tokens) - len(weights) + int((weights > 0).argmax())
-        boundaries = np.flatnonzero((tokens >= EVENT_CLASSES) & (tokens != END))
+        boundaries = np.flatnonzero((tokens >= EVENT_CLASSES) & ~np.isin(tokens, (END, END_OF_GAP)))
         start = max(first_target, int(boundaries[-1]) + 1 if len(boundaries) else 0)
         names = {"composer": canonical(composer), "era": era_of(composer), "source": source}
         ids = self.table.nearest_ids(measure(tokens, start), names)

@@ -10,6 +10,7 @@ from tiny_maestro import numbered_pieces, random_pieces, write_folder
 
 from data_pipeline.augmentation.transforms import Augmentation
 from data_pipeline.dataset import Pieces
+from data_pipeline.gaps import Gaps
 from data_pipeline.loader import LoaderConfig, batches
 from data_pipeline.manifest import DatasetError
 from data_pipeline.prepare import prepare_midi
@@ -18,6 +19,7 @@ from data_pipeline.window_wishes import WindowWishes, WishDropout
 from data_pipeline.wish_table import wish_table
 from music_ar.features.measured import measure
 from music_ar.features.wishes import NUMBERS, WISHES, WishTable
+from music_ar.tokens.vocabulary import MIDDLE
 
 TABLE = WishTable(
     edges=((0.0, 5.0, 10.0, 20.0), (1.0, 40.0, 127.0), (30.0, 60.0, 100.0), (0.0, 0.5, 1.0), (0.0, 0.3, 0.8)),
@@ -61,6 +63,21 @@ def test_wishes_do_not_change_the_windows_and_are_absent_by_default():
     assert "wishes" not in without
     for name, array in without.items():
         np.testing.assert_array_equal(with_wishes[name], array)
+
+
+def test_the_wishes_of_a_window_with_a_gap_are_those_of_its_middle():
+    pieces, wishes = by_chopin(random_pieces(), "b"), WindowWishes(table=TABLE, dropout=NEVER)
+    stream = batches(pieces, config=loader(wishes=wishes, gaps=Gaps(share=1.0, context=256)))
+    checked = 0
+    for _ in range(8):
+        batch: Any = next(stream)
+        for tokens, found in zip(batch["tokens"], batch["wishes"], strict=True):
+            if MIDDLE in tokens:
+                middle = int(np.flatnonzero(tokens == MIDDLE)[0]) + 1
+                names = {"composer": "Frédéric Chopin", "era": "Romantic", "source": "b"}
+                np.testing.assert_array_equal(found, TABLE.nearest_ids(measure(tokens, middle), names))
+                checked += bool(found[0])
+    assert checked > 3
 
 
 def drawn(dropout, count=400):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -314,6 +315,69 @@ def test_guided_rows_are_replaced_and_chosen_in_pairs(fast_decoder):
     new = start(guided, [Wishes(loudness=90.0)])
     both = start(guided, [WISHED, WISHED]).replaced(1, new)
     np.testing.assert_array_equal(decoded(guided, both, 2.0)[1], decoded(guided, new, 2.0)[0])
+
+
+# With early exits and gaps.
+
+SURE = 0.028  # about as likely as not that the likeliest token of an untrained model is more probable
+
+
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory):
+    """A pretrained model that takes wishes, has exits and fills gaps."""
+    path = tmp_path_factory.mktemp("model") / "whole"
+    changes: dict[str, Any] = {"layers": 4, "exits": (1, 3), "vocabulary_size": vocabulary.INFILL_VOCABULARY_SIZE}
+    model = noisy_model(dataclasses.replace(CONFIG, context=512, **changes))
+    save_pretrained(model, path)
+    return path
+
+
+@pytest.fixture(scope="module", params=["native", "jax"])
+def whole_decoder(request, whole_folder):
+    if request.param == "jax":
+        return Decoder(load_pretrained(whole_folder), Backend())
+    if not backend.native():
+        pytest.skip("the native engine was not compiled")
+    return load_decoder(whole_folder)
+
+
+def test_both_rows_of_a_piece_leave_early_or_neither(whole_decoder):
+    prompts, seeds, wishes = [TOKENS[:LENGTH]] * 3, range(3), [WISHED, Wishes(loudness=90.0), Wishes(register=45.0)]
+    place: dict[str, Any] = {"latents": 16, "limit_steps": 2**30, "confidence": SURE}
+    alone = whole_decoder.start(prompts, seeds=seeds, wishes=wishes, **place)
+    options = shared_options(SamplingOptions(steadiness=0.0))
+    alone, _ = whole_decoder.decode(alone, options, length=40)
+    assert (np.asarray(alone.layers_run_B) > 40).all()
+    assert (np.asarray(alone.layers_run_B) < 160).any()
+    guided = GuidedDecoder(whole_decoder)
+    state = guided.start(prompts, seeds=seeds, wishes=wishes, **place)
+    state, _ = guided.decode(state, options | {"guidance": np.float32(2.0)}, length=40)
+    run_of_pairs = np.asarray(state.pairs.layers_run_B).reshape(3, 2)
+    np.testing.assert_array_equal(run_of_pairs[:, 0], run_of_pairs[:, 1])
+    assert (run_of_pairs > 40).all()
+    assert (run_of_pairs < 160).any()
+
+
+def test_a_gap_is_filled_with_wishes_and_guidance(whole_decoder):
+    before, after = make_performance(1, 10), make_performance(2, 10)
+    generator, options = Generator(whole_decoder), {"seconds": 1.5, "seed": 3, "latents": 16}
+    plain = generator.infill(before, after, **options)
+    made = [generator.infill(before, after, composer="Liszt", **options, **each) for each in ({}, {"guidance": 2.0})]
+    for piece in made:
+        last = piece.select(piece.onset_s >= before.duration_s + 1.5 - 1e-6)
+        np.testing.assert_array_equal(last.pitch, after.pitch)
+    assert len({str(notes_of(piece)) for piece in (plain, *made)}) == 3
+
+
+def test_a_batch_has_guided_pieces_of_fewer_layers(whole_decoder):
+    generator, options = Generator(whole_decoder), {"seconds": 3.0, "latents": 8, "seed": 3, "steadiness": 0.0}
+    asked = [{}, {"layers": 3}, {"layers": 3, "guidance": 2.0}, {"confidence": SURE, "guidance": 2.0}]
+    requests = [Request.of(None, era="Romantic", **options, **each) for each in asked]
+    alone = [notes_of(generator.generate(request)) for request in requests]
+    assert len({str(each) for each in alone}) == len(asked)
+    if whole_decoder.path != "jax":
+        pieces = list(generator.generate_many(requests, batch_size=2))
+        assert sorted(map(str, (notes_of(piece.performance) for piece in pieces))) == sorted(map(str, alone))
 
 
 # The generator.

@@ -57,6 +57,8 @@ class Train:
             Default: random weights of the preset.
         expand_to: expand the --start model to this larger preset (small or medium) before training. It computes the
             same function until it is trained. Default: keep its size.
+        exits: numbers of blocks, such as 2 4 6, after which the model also learns to predict, so that decoding may stop
+            there (early exits); see --exit-weight and --layer-dropout. Default: those of the --start model, or none.
         teacher: models to distill: the trained model also learns their mean prediction. Names of shipped models, or
             folders such as the model/ of other runs.
         out_of_fold: cross-fitted distillation: each teacher teaches only the fold that it was not trained on. Train
@@ -72,6 +74,8 @@ class Train:
         mesh: what the devices share, such as data=4,fsdp=2. Each axis has a number of devices, and their product is
             the number of all: data splits the batch; fsdp splits it too, and with it the parameters and the optimizer's
             state, for large models; sequence splits the context, for long ones. Default: all devices on data.
+        infill: share of the training windows that are re-ordered so that the model learns to fill gaps: 0.5 trains it
+            to fill them and to continue pieces. A model that starts without the tokens for it gets them.
         workers: number of processes that prepare batches; 0 prepares them in the training process. Raise it if the
             device waits for data, as it may with a long context.
         resume: continue from the newest checkpoint in the folder of the run.
@@ -93,6 +97,7 @@ class Train:
     preset: str = "small"
     start: Unset[str] = None
     expand_to: Unset[str] = None
+    exits: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")] = whole((), 1, 1000)
     teacher: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = ()
     out_of_fold: bool = False
     folds: Unset[int] = whole(None, 2, 1000)
@@ -100,6 +105,7 @@ class Train:
     wishes: bool = False
     augmented_copies: int = whole(0, 0, 1000)
     mesh: Unset[str] = None
+    infill: float = number(0.0, least=0, most=1)
     workers: int = whole(0, 0, 1000)
     resume: bool = False
     augment: Annotated[
@@ -192,7 +198,8 @@ class Train:
         # A user's own data may have no validation split.
         held_out = Pieces.open(main, "validation").tokens if manifests[0].splits["validation"].pieces else ()
         model = self._initial_model(compute, parts)
-        fitted = self._fit(model, sources, manifests, parts, held_out, self._teachers(compute), hosts)
+        teachers = self._teachers(model, compute)
+        fitted = self._fit(model, sources, manifests, parts, held_out, teachers, hosts)
         if hosts.process > 0:
             return
         if fitted.finished:
@@ -234,13 +241,15 @@ class Train:
         rngs = nnx.Rngs(self.training.seed)
         if self.start is None:
             config = PRESETS[self.preset]
-            config = replace(config, label_size=LABEL_SIZE, wishes=self._wish_table(None, config.latents, parts))
+            config = self._changed(config, LABEL_SIZE, self._wish_table(None, config.latents, parts))
             return PerceiverAR(config, rngs=rngs, compute=compute)
         model = load_pretrained(self.start, compute=compute)
         config = model.config if self.expand_to is None else PRESETS[self.expand_to]
+        kept = {"exits": model.config.exits, "vocabulary_size": model.config.vocabulary_size}
         wishes = self._wish_table(model.config.wishes, config.latents, parts)
+        config = self._changed(replace(config, **kept), LABEL_SIZE, wishes)
         try:
-            return expand(model, replace(config, label_size=LABEL_SIZE, wishes=wishes), rngs=rngs)
+            return expand(model, config, rngs=rngs)
         except ValueError as error:
             raise CommandError(f"--start {self.start}: {error}") from error
 
@@ -258,13 +267,41 @@ class Train:
             )
         return known
 
-    def _teachers(self, compute: "Compute") -> "Teachers | None":
+    def _changed(self, config: "ModelConfig", label_size: int, wishes: "WishTable | None") -> "ModelConfig":
+        """Return the config with a label, wishes, the tokens of gaps if they are trained and, if given, other exits."""
+        config = replace(config, label_size=label_size, wishes=wishes, vocabulary_size=self._vocabulary(config))
+        try:
+            return replace(config, exits=self.exits or config.exits)
+        except ValueError as error:
+            given = ", ".join(map(str, self.exits))
+            raise CommandError(
+                f"--exits must rise and be below the model's {config.layers} blocks, got {given}"
+            ) from error
+
+    def _vocabulary(self, config: "ModelConfig") -> int:
+        """Return the size of the vocabulary: with the tokens of gaps if they are trained, or if the start has them."""
+        from music_ar.tokens.vocabulary import INFILL_VOCABULARY_SIZE
+
+        return max(config.vocabulary_size, INFILL_VOCABULARY_SIZE if self.infill else 0)
+
+    def _teachers(self, student: "PerceiverAR", compute: "Compute") -> "Teachers | None":
         from music_ar.model.pretrained import load_pretrained
         from music_ar.training.distillation import CrossFitted, Ensemble
 
         if not self.teacher:
             return None
         models = [load_pretrained(teacher, compute=compute) for teacher in self.teacher]
+        for name, model in zip(self.teacher, models, strict=True):
+            if model.config.fills_gaps != student.config.fills_gaps:
+                knows, lacks = ("teacher", "model") if model.config.fills_gaps else ("model", "teacher")
+                raise CommandError(
+                    f"--teacher {name}: the {knows} has the tokens to fill gaps and the {lacks} has not; take a "
+                    "teacher with the model's tokens"
+                )
+            if student.config.wishes and model.config.wishes not in (None, student.config.wishes):
+                raise CommandError(
+                    f"--teacher {name} takes other wishes than the model; take one without, or with the same"
+                )
         return CrossFitted(models) if self.out_of_fold else Ensemble(models)
 
     def _fit(
@@ -280,6 +317,7 @@ class Train:
         """Train with a progress line."""
         import jax
 
+        from music_ar.evaluation.likelihood import quick_nll
         from music_ar.model.perceiver_ar import parameter_count
         from music_ar.training.mesh import make_mesh, parse_axes, process_rows
         from music_ar.training.trainer import Trainer
@@ -303,7 +341,7 @@ class Train:
                 data=self._description(model, sources, manifests, parts),
                 output=self.output,
                 teachers=teachers,
-                validate=(lambda averaged: _validation_nll(averaged, held_out)) if held_out else None,
+                validate=(lambda averaged: quick_nll(averaged, held_out)) if held_out else None,
                 resume=self.resume,
                 mesh=mesh,
                 hosts=hosts,
@@ -353,6 +391,7 @@ class Train:
             "folds": folds,
             "augmented_copies": self.augmented_copies,
             "start": None if self.start is None else identity(self.start)["weights_sha256"],
+            **({"infill": self.infill} if self.infill else {}),
             **shares,
             **wishes,
         }
@@ -366,6 +405,7 @@ class Train:
         rows: tuple[int, ...] | None,
         shares: tuple[float, ...] | None,
     ) -> "Batches":
+        from data_pipeline.gaps import Gaps
         from data_pipeline.loader import LoaderConfig, batches
 
         loader = LoaderConfig(
@@ -377,30 +417,10 @@ class Train:
             wishes=None if config.wishes is None else WindowWishes(table=config.wishes, dropout=self.wish_dropout),
             shares=shares,
             rows=rows,
+            gaps=Gaps(share=self.infill, context=config.context) if self.infill else None,
             workers=self.workers,
         )
         return cast("Batches", batches(*parts, config=loader))  # its batches are TypedDicts, so dicts of arrays
-
-
-def _validation_nll(model: "PerceiverAR", pieces: "Sequence[np.ndarray]") -> float:
-    """Return a quick NLL in nats per token, to monitor a run; of many processes, each scores its share of the pieces.
-
-    Every token counts once, but windows do not overlap, so some tokens have few latents before them: `music-ar
-    evaluate` reports a lower NLL.
-    """
-    import jax
-    from jax.experimental.multihost_utils import process_allgather
-
-    from music_ar.evaluation.likelihood import ScoringConfig, score
-
-    config = ScoringConfig(stride=model.config.latents)
-    if jax.process_count() == 1:
-        return score(model, pieces, config).nats_per_token
-    share = pieces[jax.process_index() :: jax.process_count()]
-    found = score(model, share, config) if share else None
-    sums = np.array([found.nll, found.tokens] if found else [0.0, 0.0])
-    nll, tokens = np.asarray(process_allgather(sums), np.float64).sum(axis=0)
-    return float(nll / tokens)
 
 
 def _share(progress: "Progress") -> float:

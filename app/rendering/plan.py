@@ -29,8 +29,10 @@ from music_ar.storage import find_files, is_url, read_path
 LIST_EXTENSIONS = (".txt", ".list")
 _EXACT = 2**53  # whole numbers up to this are floats, too
 _HALF_CHARACTER = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-_NOT_OPTIONS = ("prompt", "speed", "sampling", "wishes", "tag")
 _NO_WISHES = dataclasses.asdict(Wishes())
+_NEUTRAL = {"layers": None, "confidence": 1.0, "budget": None}
+"""Options that a manifest records only if they differ from these, so that pieces of earlier versions stay unchanged."""
+_NOT_OPTIONS = ("prompt", "after", "speed", "sampling", "wishes", "tag")
 _TYPE_NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -216,9 +218,12 @@ class Plan:
         except CommandError as refused:
             name, error = f"piece-{len(self.requests) + 1:04}", str(refused)
         name = self._names.unique(name)
-        options = {**self._defaults, **options}
+        options = {**self._defaults, **self._instead(options), **options}
         wishes = Wishes(**{name: options[name] for name in WISH_OPTIONS})
         wish_ids(self.generator.config.wishes, wishes)  # raises if the model cannot take them
+        if any(options[name] != neutral for name, neutral in _NEUTRAL.items()):
+            asked = Request.of(None, **{name: options[name] for name in ("latents", *_NEUTRAL)})
+            options |= {**self.generator.setting(asked)._asdict(), "budget": None}  # raises if the model cannot
         batch_size = self.generator.batch_size(options["latents"])  # raises if the model cannot take so many latents
         if wishes.is_guided:  # each piece takes two rows
             batch_size = max(1, batch_size // 2)
@@ -241,11 +246,22 @@ class Plan:
             )
             self.requests.append(dataclasses.replace(request, tag=output))
 
+    @staticmethod
+    def _instead(options: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults that a piece's own budget replaces, or that replace a budget."""
+        in_place = {"latents": None, "layers": None, "confidence": 1.0}
+        if "budget" in options:
+            return in_place
+        return {"budget": None} if options.keys() & in_place.keys() else {}
+
     def _settings(self, options: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
         """What the manifest records in addition to prompt, seed and model."""
-        # A wish is named only if it is given: a folder that an earlier version rendered goes on.
-        left_out = ("seed", "variations", *(name for name in WISH_OPTIONS if options[name] == _NO_WISHES[name]))
-        settings = {name: value for name, value in options.items() if name not in left_out}
+        neutral = _NEUTRAL | _NO_WISHES
+        settings = {
+            name: value
+            for name, value in options.items()
+            if name not in ("seed", "variations") and (name not in neutral or value != neutral[name])
+        }
         settings["batch_size"] = self._batch_size or batch_size
         if self._audio is not None:
             settings["audio"] = self._audio

@@ -33,7 +33,7 @@ LICENCE = (
     "The weights are licensed under CC BY-NC-SA 4.0: credit the source, no commercial use, share alike. "
     "Piano samples: Salamander Grand Piano V3 by Alexander Holm, CC BY 3.0."
 )
-# Programs may pass these by position, so keep the order. Further sampling options are appended, then wishes.
+# Programs may pass these by position, so keep the order. Further sampling options are appended, then fill and wishes.
 _ORDER = ("seconds", "latents", "variations", "temperature", "top_p", "seed", "start_s", "end_s", "steadiness")
 _HELP = {
     "prompt": "MIDI file of piano music to continue; leave it out for a new piece. Python clients pass "
@@ -44,6 +44,8 @@ _HELP = {
     "seed": "random seed of the first variation; leave it out for a random one.",
     "start_s": "start of the part of the prompt to use, in seconds.",
     "end_s": "end of that part, in seconds; leave it out for the end of the file.",
+    "fill": "true makes the part of the prompt from start_s to end_s anew, joined to what comes before and after, and "
+    "keeps the rest as it is; seconds then does not count. Needs a model that was trained to fill gaps.",
     "variation": "number of the variation to continue; 0 is the first.",
 }
 
@@ -63,11 +65,11 @@ class Api:
 
     def layout(self) -> None:
         """Add the endpoints to a page. Their components are never visible."""
-        names = [*_ORDER, *(name for name in SAMPLING if name not in _ORDER), *WISH_OPTIONS]
+        names = [*_ORDER, *(name for name in SAMPLING if name not in _ORDER), "fill", *WISH_OPTIONS]
         defaults = Settings().flat()
         with gr.Group(visible=False):
             prompt = gr.File(label="prompt", file_types=[".mid", ".midi"])
-            values = [gr.Textbox(label=name) if name in NAMES else _number(name, defaults[name]) for name in names]
+            values = [_value(name, defaults[name]) for name in names]
             more = [_number(name, value) for name, value in _EXTENSION.items()]
             results = [gr.JSON(label="progress"), gr.File(label="files", file_count="multiple")]
             info = gr.JSON(label="info")
@@ -105,7 +107,7 @@ class Api:
             yield from _results(session, self.manager.extend(session, chosen.seconds))
 
     def info(self) -> dict[str, Any]:
-        """Limits and speed of this server: the most latents, variations and seconds, and the licence of the music.
+        """Limits and speed of this server: the most latents, variations and seconds, what it can, and the licence.
 
         "wishes" has an object for each wish that the model takes, with its range or the names that it knows.
         """
@@ -114,6 +116,7 @@ class Api:
             "auto": self.manager.machine.cost(AUTO),
             "most_variations": MAX_VARIATIONS,
             "most_seconds": MAX_SECONDS,
+            "fills_gaps": self.manager.machine.generator.config.fills_gaps,
             "warm": self.manager.machine.warm,
             "wishes": [dataclasses.asdict(control) for control in self.manager.machine.generator.wish_controls()],
             "licence": LICENCE,
@@ -133,6 +136,12 @@ def _file(value: Any) -> tuple[bytes | None, str]:
         return path.read_bytes(), str(value.get("orig_name") or path.name)
     except OSError as error:
         raise WebError("the prompt is gone: upload it again") from error
+
+
+def _value(name: str, default: Any) -> gr.Number | gr.Checkbox | gr.Textbox:
+    if name in NAMES:
+        return gr.Textbox(label=name)
+    return gr.Checkbox(default, label=name) if isinstance(default, bool) else _number(name, default)
 
 
 def _number(name: str, default: float | None) -> gr.Number:

@@ -3,6 +3,7 @@
 A guided piece takes a pair of neighboring rows with the same prompt and seed: the first with its wishes, the second
 without. At each step, the logits of both are `without + guidance * (with - without)`, and both rows go on with the
 token drawn from those. So a piece costs as much as two rows: up to twice the time, and twice the memory of the caches.
+A token leaves early (see `step`) if both rows are sure: logits of different depths would not compare.
 
 `GuidedDecoder` is a decoder whose rows are such pairs. Both engines decode pairs if "guidance" is among the options.
 This module does not import JAX.
@@ -46,6 +47,12 @@ class GuidedState:
         """See `AnyState.done_B`."""
         return self.pairs.done_B[0::2]
 
+    @property
+    def layers_run_B(self) -> Any:
+        """See `AnyState.layers_run_B`: those of each of the two rows."""
+        run_B = self.pairs.layers_run_B
+        return None if run_B is None else run_B[0::2]
+
     def with_limit(self, limit_steps: int) -> "GuidedState":
         """See `AnyState.with_limit`."""
         return GuidedState(self.pairs.with_limit(limit_steps))
@@ -81,7 +88,7 @@ class GuidedDecoder:
 
     def __init__(self, decoder: AnyDecoder):
         self._decoder = decoder
-        self.backend = decoder.backend
+        self.config, self.backend = decoder.config, decoder.backend
 
     def start(
         self,
@@ -90,13 +97,22 @@ class GuidedDecoder:
         latents: int,
         seeds: Sequence[int],
         limit_steps: int,
+        layers: int | None = None,
+        confidence: float = 1.0,
         mode: WindowMode = "sliding",
         wishes: Sequence[Wishes] | None = None,
     ) -> GuidedState:
         """See `AnyDecoder.start`."""
         of_pairs = [each for row in row_wishes(wishes, len(prompts)) for each in (row, Wishes())]
         pairs = self._decoder.start(
-            _twice(prompts), latents=latents, seeds=_twice(seeds), limit_steps=limit_steps, mode=mode, wishes=of_pairs
+            _twice(prompts),
+            latents=latents,
+            seeds=_twice(seeds),
+            limit_steps=limit_steps,
+            layers=layers,
+            confidence=confidence,
+            mode=mode,
+            wishes=of_pairs,
         )
         return GuidedState(pairs)
 
