@@ -95,7 +95,7 @@ def losses_of(model, config, teachers=None):
     """The loss and the cross-entropy of a batch."""
     batch = jax.tree.map(jnp.asarray, next(CountingBatches()))
     graph, params = nnx.split(model, nnx.Param)
-    placed = [] if teachers is None else teachers.place(data_mesh(1))
+    placed = [] if teachers is None else teachers.place(mesh_of(1))
     return [float(found) for found in student_loss(graph, config, teachers, params, placed, batch, jax.random.key(0))]
 
 
