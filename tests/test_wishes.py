@@ -319,7 +319,7 @@ def test_guided_rows_are_replaced_and_chosen_in_pairs(fast_decoder):
 
 # With early exits and gaps.
 
-SURE = 0.028  # about as likely as not that the likeliest token of an untrained model is more probable
+SURE = 0.1  # the likeliest token of this model is now more probable at an exit, now less
 
 
 @pytest.fixture(scope="module")
@@ -341,26 +341,26 @@ def whole_decoder(request, whole_folder):
     return load_decoder(whole_folder)
 
 
+@pytest.fixture(scope="module")
+def fast_whole_decoder(whole_folder):
+    return load_decoder(whole_folder)
+
+
 def test_both_rows_of_a_piece_leave_early_or_neither(whole_decoder):
-    prompts, seeds, wishes = [TOKENS[:LENGTH]] * 3, range(3), [WISHED, Wishes(loudness=90.0), Wishes(register=45.0)]
-    place: dict[str, Any] = {"latents": 16, "limit_steps": 2**30, "confidence": SURE}
-    alone = whole_decoder.start(prompts, seeds=seeds, wishes=wishes, **place)
-    options = shared_options(SamplingOptions(steadiness=0.0))
-    alone, _ = whole_decoder.decode(alone, options, length=40)
-    assert (np.asarray(alone.layers_run_B) > 40).all()
-    assert (np.asarray(alone.layers_run_B) < 160).any()
-    guided = GuidedDecoder(whole_decoder)
-    state = guided.start(prompts, seeds=seeds, wishes=wishes, **place)
-    state, _ = guided.decode(state, options | {"guidance": np.float32(2.0)}, length=40)
-    run_of_pairs = np.asarray(state.pairs.layers_run_B).reshape(3, 2)
-    np.testing.assert_array_equal(run_of_pairs[:, 0], run_of_pairs[:, 1])
-    assert (run_of_pairs > 40).all()
-    assert (run_of_pairs < 160).any()
+    wishes, guided = [WISHED, Wishes(loudness=90.0), Wishes(register=45.0)], GuidedDecoder(whole_decoder)
+    place: dict[str, Any] = {"latents": 16, "limit_steps": 2**30, "confidence": SURE, "seeds": range(3)}
+    state = guided.start([TOKENS[:LENGTH]] * 3, wishes=wishes, **place)
+    options = shared_options(SamplingOptions(steadiness=0.0)) | {"guidance": np.float32(2.0)}
+    state, _ = guided.decode(state, options, length=40)
+    layers_run = np.asarray(state.pairs.layers_run_B).reshape(3, 2)
+    np.testing.assert_array_equal(layers_run[:, 0], layers_run[:, 1])
+    assert (layers_run > 40).all()  # as many as tokens, if all of them had left at once
+    assert (layers_run < 160).all()
 
 
-def test_a_gap_is_filled_with_wishes_and_guidance(whole_decoder):
+def test_a_gap_is_filled_with_wishes_and_guidance(fast_whole_decoder):
     before, after = make_performance(1, 10), make_performance(2, 10)
-    generator, options = Generator(whole_decoder), {"seconds": 1.5, "seed": 3, "latents": 16}
+    generator, options = Generator(fast_whole_decoder), {"seconds": 1.5, "seed": 3, "latents": 16}
     plain = generator.infill(before, after, **options)
     made = [generator.infill(before, after, composer="Liszt", **options, **each) for each in ({}, {"guidance": 2.0})]
     for piece in made:
@@ -369,13 +369,13 @@ def test_a_gap_is_filled_with_wishes_and_guidance(whole_decoder):
     assert len({str(notes_of(piece)) for piece in (plain, *made)}) == 3
 
 
-def test_a_batch_has_guided_pieces_of_fewer_layers(whole_decoder):
-    generator, options = Generator(whole_decoder), {"seconds": 3.0, "latents": 8, "seed": 3, "steadiness": 0.0}
+def test_a_batch_has_guided_pieces_of_fewer_layers(fast_whole_decoder):
+    generator, options = Generator(fast_whole_decoder), {"seconds": 3.0, "latents": 8, "seed": 3, "steadiness": 0.0}
     asked = [{}, {"layers": 3}, {"layers": 3, "guidance": 2.0}, {"confidence": SURE, "guidance": 2.0}]
     requests = [Request.of(None, era="Romantic", **options, **each) for each in asked]
     alone = [notes_of(generator.generate(request)) for request in requests]
     assert len({str(each) for each in alone}) == len(asked)
-    if whole_decoder.path != "jax":
+    if fast_whole_decoder.path != "jax":
         pieces = list(generator.generate_many(requests, batch_size=2))
         assert sorted(map(str, (notes_of(piece.performance) for piece in pieces))) == sorted(map(str, alone))
 
