@@ -75,7 +75,7 @@ Model::Model(const Config& config, const std::vector<Tensor>& tensors)
   if (config.conv_width > 1) taps_LxD_ = rows_of(named.at("conv"));
   if (config.onsets) keyboard_ = bag("keyboard.kernel");
   if (config.retrieval_notes) retrieval_ = bag("retrieval.kernel");
-  if (config.vocabulary_size > vocabulary()) gap_ = bag("gap.kernel");
+  if (config.vocabulary_size > VOCABULARY_SIZE) gap_ = bag("gap.kernel");
   context_norm_ = vector_of(named, "context_norm.scale");
   final_norm_ = vector_of(named, "final_norm.scale");
   latent_ = matrix(named, {"latent.kernel"});
