@@ -360,7 +360,8 @@ def test_both_rows_of_a_piece_leave_early_or_neither(whole_decoder):
 
 def test_a_gap_is_filled_with_wishes_and_guidance(fast_whole_decoder):
     before, after = make_performance(1, 10), make_performance(2, 10)
-    generator, options = Generator(fast_whole_decoder), {"seconds": 1.5, "seed": 3, "latents": 16}
+    generator = Generator(fast_whole_decoder)
+    options: dict[str, Any] = {"seconds": 1.5, "seed": 3, "latents": 16}
     plain = generator.infill(before, after, **options)
     made = [generator.infill(before, after, composer="Liszt", **options, **each) for each in ({}, {"guidance": 2.0})]
     for piece in made:
