@@ -6,7 +6,7 @@
 #
 # SIGTERM makes `music-ar train` save a checkpoint and exit with code 0. That is not the end of the run, so here the code
 # is 75 then ("try again").
-folder=$1
+folder=$1 stopped=
 shift
 [ -e "$folder/model/config.json" ] && exit 0
 set -- --output "$folder" "$@"
@@ -16,13 +16,15 @@ for checkpoint in "$folder"/training/[0-9]*; do
     *) set -- "$@" --resume && break ;;
     esac
 done
+# A shell that is a container's first process hands on no signal by itself.
+trap 'stopped=yes; kill -TERM $! 2>/dev/null || exit 75' TERM
 music-ar train "$@" &
-trap 'kill -TERM $!' TERM # a shell that is a container's first process hands on nothing by itself
 wait $!
 code=$?
-while kill -0 $! 2>/dev/null; do # a signal ends `wait`, and the run goes on to its checkpoint
+while kill -0 $! 2>/dev/null; do # the signal ended `wait`, and the run goes on to its checkpoint
     wait $!
     code=$?
 done
-[ "$code" -eq 0 ] && [ ! -e "$folder/model/config.json" ] && exit 75
+[ -e "$folder/model/config.json" ] && exit "$code"
+[ "$code" -eq 0 ] || [ -n "$stopped" ] && exit 75
 exit "$code"
