@@ -1,0 +1,28 @@
+"""The hash by which processes compare the code they have."""
+
+import pytest
+
+from music_ar.code import code_digest, look_for_code
+
+
+def test_it_depends_on_the_names_and_contents_of_python_files(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "some_package_to_hash"
+    package.mkdir()
+    digests = []
+    for name, text in (("__init__.py", ""), ("a.py", "1"), ("a.py", "2"), ("b.py", "2"), ("notes.txt", "3")):
+        (package / name).write_text(text)
+        digests.append(code_digest("some_package_to_hash"))
+    assert len(set(digests)) == 4
+    assert digests[-1] == digests[-2]
+
+
+def test_it_is_of_all_packages_or_of_those_named():
+    assert code_digest() == look_for_code()() == code_digest("music_ar", "data_pipeline", "app")
+    assert code_digest() != code_digest("music_ar")
+
+
+def test_without_a_package_there_is_none():
+    assert look_for_code("no_such_package")() is None
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        code_digest("no_such_package")
