@@ -90,7 +90,8 @@ def test_commands_in_snippets_can_be_typed(words):
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert {extra for listed in extras for extra in listed.split(",")} <= known.keys()
     else:
-        assert program in ("python", "python3", "sh", "ruff", "pyright", "lint-imports", "pytest", "ray", "sbatch")
+        known = ("python", "python3", "sh", "ruff", "pyright", "lint-imports", "pytest", "ray", "sbatch", "hf")
+        assert program in known
 
 
 def inline_commands():
