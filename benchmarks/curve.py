@@ -1,10 +1,10 @@
-"""Plot what the latent budget trades: tokens per second against NLL, with a point per number of latents.
+"""Plot what a budget trades: tokens per second against NLL, with a point per number of latents.
 
     music-ar bench decode --data data/maestro --latents 64 256 512 1024 2048 --tokens 1024 --output curve.json
     python benchmarks/curve.py curve.json --picture docs/images/curve.png
 
 Takes any number of such files, for example from different machines. Each device has its own axes, with a line per
-batch size.
+batch size and depth.
 """
 
 import argparse
@@ -22,20 +22,23 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, required=True, help="PNG file to write")
     arguments = parser.parse_args()
 
-    lines: dict[str, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    lines: dict[str, dict[tuple[int, int, float], list[dict]]] = defaultdict(lambda: defaultdict(list))
     for path in arguments.curves:
         curve = json.loads(path.read_text(encoding="utf-8"))
         for row in curve["rows"]:
             if row["nats_per_token"] is not None:
-                lines[curve["device"]][row["batch"]].append(row)
+                line = row["batch"], row.get("layers", 0), row.get("confidence", 1.0)
+                lines[curve["device"]][line].append(row)
     if not lines:
         parser.error("expected rows with an NLL, found none: run `music-ar bench decode` with --data")
 
     size = {"figsize": (1.5 + 5.5 * len(lines), 4.2), "layout": "constrained"}
     figure, axes = plt.subplots(1, len(lines), sharey=True, squeeze=False, **size)
     for axis, (device, of_device) in zip(axes[0], lines.items(), strict=True):
-        for batch, rows in sorted(of_device.items()):
-            draw(axis, rows, f"{batch} at once")
+        depths = {line[1:] for line in of_device}
+        for (batch, layers, confidence), rows in sorted(of_device.items()):
+            depth = f", {layers} layers" if confidence == 1 else f", exits above {confidence:g}"
+            draw(axis, rows, f"{batch} at once" + depth * (len(depths) > 1))
         axis.set_title(device, loc="left", fontsize=10)
         axis.set_xlabel("tokens per second")
         axis.locator_params(axis="x", nbins=6)
@@ -44,7 +47,7 @@ def main() -> None:
         axis.grid(linewidth=0.3)
         axis.legend(fontsize=8)
     axes[0, 0].set_ylabel("NLL of real music through the decoder, nats per token")
-    figure.suptitle("Latent budget: speed and likelihood", fontsize=11)
+    figure.suptitle("Budget: speed and likelihood", fontsize=11)
     figure.savefig(arguments.picture, dpi=110)
 
 

@@ -6,17 +6,17 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 from served import served
 
-SIZES = {"desktop": (1360, 1040), "phone": (390, 844)}
+SIZES = {"desktop": (1360, 1040), "phone": (390, 844), "narrow": (320, 700)}
 
 
 def play_something(page: Page) -> None:
     """Continue an example, and wait until it plays."""
     page.get_by_label("Begin with").click()
     page.get_by_role("option", name="Bach").click()
-    page.wait_for_selector("#prompt-player .player[data-notes='139']")
+    page.wait_for_selector("#player .player[data-notes='139']")
     page.locator("#seconds input").fill("30")
     page.locator("#generate").click()
-    page.wait_for_selector("#piece-player .player[data-playing='true']", timeout=120_000)
+    page.wait_for_selector("#player .player[data-playing='true']", timeout=120_000)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from app.console import print_table
 PROMPTS = {"nothing": None, "20 s of Bach": "Bach"}
 # Records, by the clock of the page, when the player begins to play, when there are new notes and when it has to wait.
 WATCH = """(prompted) => {
-  const player = document.querySelector('#piece-player .player');
+  const player = document.querySelector('#player .player');
   window.seen = {pressed: null, notes: null, generated: null, began: [], waits: 0, done: null};
   document.querySelector('#generate').addEventListener('click', () => { window.seen.pressed ??= performance.now(); });
   let wasPlaying = false;
@@ -40,11 +40,11 @@ WATCH = """(prompted) => {
 
 def listen(page: Page, prompt: str | None, seconds: float, variations: int, seed: int) -> dict[str, Any]:
     """Press Generate and wait until the piece is finished. Times in seconds from the press."""
-    page.wait_for_selector("#piece-player .player")
+    page.wait_for_selector("#player .player")
     if prompt is not None:
         page.get_by_label("Begin with").click()
         page.get_by_role("option", name=prompt).click()
-        page.locator("#prompt-player .player:not([data-notes='0'])").wait_for()
+        page.locator("#player .player:not([data-notes='0'])").wait_for()
         page.locator("#end input").fill("20")
         page.locator("#end input").press("Tab")
     page.get_by_text("More settings").click()

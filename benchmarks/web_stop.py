@@ -38,7 +38,7 @@ def main() -> None:
             page.goto(f"{address}?latents=2048&variations=8&seconds=600")
             page.wait_for_function("document.querySelector('#seconds input')?.value === '600'")
             page.locator("#generate").click()
-            page.locator("#piece-player .player:not([data-notes='0'])").wait_for(timeout=120_000)
+            page.locator("#player .player:not([data-notes='0'])").wait_for(timeout=120_000)
             page.wait_for_timeout(1500)
             job = other.submit(seconds=30, latents=64, api_name="/generate")
             page.wait_for_timeout(1500)

@@ -19,6 +19,7 @@ from jaxtyping import Float, Integer
 from data_pipeline.augmentation.mode_and_rubato import LABEL_SIZE
 from data_pipeline.augmentation.transforms import Augmentation
 from data_pipeline.dataset import Pieces
+from data_pipeline.gaps import Gaps
 from data_pipeline.windows import Window, Windows
 
 
@@ -45,6 +46,7 @@ class LoaderConfig:
         augmentation: what to draw for each window; None leaves windows as they are.
         rows: which rows of each batch to make, in 0..B-1. Processes that share the batches make different rows of the
             same ones. None makes all.
+        gaps: which windows are re-ordered, to train a model to fill gaps; None for none.
         threads: threads that prepare batches ahead; 0 prepares a batch when it is requested. One thread delivers over a
             million targets per second; more of them mostly wait for each other (`benchmarks/loader.py`).
         workers: worker processes that prepare batches, with `threads` threads each; 0 uses this process. Needed for
@@ -57,12 +59,15 @@ class LoaderConfig:
     seed: int
     augmentation: Augmentation | None = None
     rows: tuple[int, ...] | None = None
+    gaps: Gaps | None = None
     threads: int = 1
     workers: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.latents <= self.context:
             raise ValueError(f"expected 1 <= latents <= context, got latents {self.latents} and context {self.context}")
+        if self.gaps is not None and not self.latents <= self.gaps.context <= self.context:
+            raise ValueError(f"expected gaps with a context of {self.latents}..{self.context}, got {self.gaps.context}")
         if self.batch_size < 1:
             raise ValueError(f"expected a batch_size of at least 1, got {self.batch_size}")
         if min(self.threads, self.workers) < 0:
@@ -145,6 +150,7 @@ def _shuffled_windows(pieces: Pieces, number: int, config: LoaderConfig) -> grai
         latents=config.latents,
         seed=seed,
         augmentation=config.augmentation,
+        gaps=config.gaps,
     )
     # Windows are cut before the shuffle, where an index is (epoch, block), so that a window does not depend on when or
     # in which process it is requested. Nothing is computed until then.

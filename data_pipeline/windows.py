@@ -12,6 +12,9 @@ Random crops would rarely reach the ends of a piece.
 more or fewer time shifts, so its N latents reach back a little less or more than the block did. Weights stay with their
 events, so a total of 1 per epoch holds on average. The first block of a piece keeps its first N targets rather than its
 last, so that beginnings are never lost.
+
+**Gaps.** A share of the windows, by default none, is re-ordered after that, to train a model to fill gaps (see `gaps`).
+All their targets weigh 1, except those that only tell where the gap is.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from data_pipeline.augmentation.transforms import (
     transpose,
 )
 from data_pipeline.dataset import Pieces
+from data_pipeline.gaps import Gaps
 from music_ar.tokens.vocabulary import PAD
 
 
@@ -71,6 +75,7 @@ class Windows:
         latents: N, number of targets of a window.
         seed: random seed of the block offsets.
         augmentation: what to draw for each window; None leaves windows as they are.
+        gaps: which windows are re-ordered; None for none.
     """
 
     pieces: Pieces
@@ -78,6 +83,7 @@ class Windows:
     latents: int
     seed: int
     augmentation: Augmentation | None
+    gaps: Gaps | None = None
     _first_blocks: Int64[np.ndarray, " pieces+1"] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,6 +122,9 @@ class Windows:
             weights = weights[source]
         if cut.is_first:
             tokens, weights = tokens[: self.latents + 1], weights[: self.latents + 1]
+        reordered = None if self.gaps is None else self.gaps.draw(tokens, self.latents, rng)
+        if reordered is not None:
+            tokens, weights = reordered
         return {
             "tokens": _last(tokens, self.context + 1, PAD),
             "weights": _last(weights, self.latents, 0),

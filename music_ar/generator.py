@@ -1,6 +1,7 @@
 """`Generator`: piano music in, piano music out. The main entry point."""
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 from music_ar.decoding import continuous_batching
 from music_ar.decoding.autotune import Autotuner
+from music_ar.decoding.budget import Frontier, Setting
 from music_ar.decoding.continuous_batching import Completion
 from music_ar.decoding.interface import AnyDecoder
 from music_ar.decoding.loading import load_decoder
@@ -15,6 +17,7 @@ from music_ar.decoding.request import DEFAULT_LATENTS, DEFAULT_SPEED, Generation
 from music_ar.decoding.session import Chunk, Session
 from music_ar.midi.performance import Performance
 from music_ar.model.config import ModelConfig
+from music_ar.model.weights import read_companion
 from music_ar.tokens import vocabulary
 
 
@@ -42,16 +45,18 @@ class Piece:
 class Generator:
     """Generates piano music with a trained model.
 
-    The methods take options by keyword: the fields of `Request` (seconds, latents, speed, seed, variations,
-    prompt_seconds, continuation_only, tag) and of `SamplingOptions` (temperature, top_k, top_p, min_p, steadiness).
+    The methods take options by keyword: the fields of `Request` (after, seconds, latents, layers, confidence, budget,
+    speed, seed, variations, prompt_seconds, continuation_only, tag) and of `SamplingOptions` (temperature, top_k,
+    top_p, min_p, steadiness).
     They also take a whole `Request` in place of a prompt.
 
     Args:
         decoder: a model ready to decode; `from_pretrained` is the usual way to load one.
+        curve: returns the text of the model's `curve.json`, which says what settings a budget buys.
     """
 
-    def __init__(self, decoder: AnyDecoder):
-        self.decoder = decoder
+    def __init__(self, decoder: AnyDecoder, *, curve: Callable[[], str] = str):
+        self.decoder, self._curve = decoder, curve
         self.autotuner = Autotuner(decoder)
 
     @property
@@ -70,7 +75,16 @@ class Generator:
         Raises:
             CheckpointError: the model is missing, damaged, or has a different vocabulary.
         """
-        return cls(load_decoder(source))
+        return cls(load_decoder(source), curve=functools.partial(read_companion, source, "curve.json"))
+
+    @functools.cached_property
+    def frontier(self) -> Frontier:
+        """The best settings at each cost, as measured for the model; read on first use.
+
+        Raises:
+            CheckpointError: the model's `curve.json` is damaged.
+        """
+        return Frontier.read(self._curve(), self.config)
 
     def generate(
         self, prompt: Prompt | Request | None = None, *, progress: Callable[[Chunk], None] | None = None, **options: Any
@@ -117,6 +131,36 @@ class Generator:
 
         return chunks()
 
+    def infill(
+        self,
+        before: Prompt | None = None,
+        after: Prompt | None = None,
+        *,
+        seconds: float,
+        progress: Callable[[Chunk], None] | None = None,
+        **options: Any,
+    ) -> Performance:
+        """Fill a gap between two passages, and return both with what joins them.
+
+        The gap begins where the notes before it end, or at `prompt_seconds`; what comes after it begins exactly
+        `seconds` later. No note is cut, except those of keys that are struck again. `Request.replacing` describes a
+        passage of a piece to replace, for `generate`, `stream` and `generate_many`.
+
+        Args:
+            before: a performance or a MIDI file; None begins the piece with the gap.
+            after: a performance or a MIDI file, timed from the end of the gap; None ends the piece with it.
+            seconds: length of the gap.
+            progress: called with each chunk.
+            options: see the class.
+
+        Raises:
+            GenerationError: the model cannot fill gaps, or an option is unknown or out of range.
+            SamplingError, MidiError: as `stream`.
+        """
+        follows = Performance.empty() if after is None else after
+        request = Request.of(before, after=follows, seconds=seconds, **options)
+        return self.generate(request, progress=progress)
+
     def session(self, prompt: Prompt | Request | None = None, **options: Any) -> Session:
         """Prefill the prompt into caches, from which `Session.extend` continues as often as it is called.
 
@@ -158,7 +202,7 @@ class Generator:
             raise GenerationError(f"batch_size must be at least 1, got {batch_size}")
         shared = Request.of(None, **options).with_seed()
         if shared.latents != "auto":
-            self._checked_latents(shared.latents)
+            self.setting(shared)
 
         def requests() -> Iterator[Request]:
             for prompt in prompts:
@@ -177,14 +221,62 @@ class Generator:
         """Default number of pieces that `generate_many` generates at once, for a number of latents."""
         return self.decoder.batch_rows(self._checked_latents(latents))
 
+    def setting(self, request: Request) -> Setting:
+        """The latents, layers and confidence that a request asks for. "auto" measures this machine's speed.
+
+        Raises:
+            GenerationError: the model cannot decode so, or cannot fill a gap, or its budget is not known.
+            CheckpointError: the model's `curve.json` is damaged.
+        """
+        if request.after is not None and not self.config.fills_gaps:
+            raise GenerationError(
+                "this model cannot fill a gap, since it was not trained to: take another one, or train it further with "
+                "music-ar train --infill"
+            )
+        if request.budget is not None:
+            return self._affordable(request.budget)
+        layers = self._checked_layers(request.layers)
+        if request.confidence < 1 and not self.config.exits:
+            raise GenerationError(
+                "confidence must be 1: no event of this model can be done early, since it predicts only after all "
+                f"{self.config.layers} layers; got {request.confidence:g}"
+            )
+        if request.latents != "auto":
+            return Setting(self._checked_latents(request.latents), layers, request.confidence)
+        speed = DEFAULT_SPEED if request.speed is None else request.speed
+        gap = request.gap(self.config.reach)
+        tokens = request.prompt_tokens() if gap is None else gap.tokens
+        pace: dict[str, Any] = {"prompt": tokens, "variations": request.variations}
+        if self.config.exits and (request.layers, request.confidence) == (None, 1) and self.frontier.settings:
+            return self.autotuner.setting(speed, self.frontier, **pace)
+        latents = self.autotuner.latents(speed, layers=layers, confidence=request.confidence, **pace)
+        return Setting(latents, layers, request.confidence)
+
     def _resolved(self, request: Request) -> Request:
-        """The request with its number of latents resolved and checked."""
-        if request.latents == "auto":
-            speed = DEFAULT_SPEED if request.speed is None else request.speed
-            latents = self.autotuner.latents(speed, request.prompt_tokens(), variations=request.variations)
-        else:
-            latents = self._checked_latents(request.latents)
-        return dataclasses.replace(request, latents=latents, speed=None)
+        """The request with its setting resolved and checked."""
+        return dataclasses.replace(request, **self.setting(request)._asdict(), budget=None, speed=None)
+
+    def _affordable(self, budget: float) -> Setting:
+        if not self.frontier.settings:
+            raise GenerationError(
+                "a budget needs a model whose speed and quality were measured, and this one has no curve.json: choose "
+                "latents and layers in place of it"
+            )
+        setting = self.frontier.best(budget)
+        if setting is None:
+            least, cheapest = math.ceil(100 * self.frontier.least) / 100, self.frontier.settings[0].setting
+            raise GenerationError(
+                f"the budget must be from {least:g} to 1, since the model's fastest setting "
+                f"({cheapest.in_words(self.config)}) takes that share of the full time; got {budget:g}"
+            )
+        return setting
+
+    def _checked_layers(self, layers: int | None) -> int:
+        depths = self.config.depths
+        if layers is None or layers in depths:
+            return self.config.layers if layers is None else layers
+        after = ", ".join(map(str, depths[:-1])) + f" or {depths[-1]}" if depths[:-1] else f"all {depths[-1]}"
+        raise GenerationError(f"layers must be {after}, after which this model predicts; got {layers}")
 
     def _checked_latents(self, latents: int | None) -> int:
         most = self.config.most_latents

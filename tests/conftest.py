@@ -12,6 +12,7 @@ import numpy as np
 import platformdirs
 import pytest
 from hypothesis import settings
+from web_browser import address, browser, page  # noqa: F401 (fixtures)
 
 from music_ar.midi.io import write_midi
 from music_ar.midi.performance import Performance

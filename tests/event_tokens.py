@@ -4,7 +4,19 @@ import numpy as np
 from hypothesis import strategies as st
 
 from music_ar.midi.performance import Performance
-from music_ar.tokens.vocabulary import NOTE_OFF, NOTE_ON, PAD, START, TIME_SHIFT, VELOCITY, VOCABULARY_SIZE
+from music_ar.tokens.vocabulary import (
+    END_OF_GAP,
+    INFILL_VOCABULARY_SIZE,
+    MIDDLE,
+    NOTE_OFF,
+    NOTE_ON,
+    PAD,
+    SEPARATOR,
+    START,
+    TIME_SHIFT,
+    VELOCITY,
+    VOCABULARY_SIZE,
+)
 
 Row = tuple[int, int, int, int]
 """Onset step, offset step, pitch, velocity bin."""
@@ -81,9 +93,11 @@ def _chords(draw: st.DrawFn) -> list[int]:
     return [START, *struck]
 
 
-def token_sequences(min_size: int = 0, max_size: int = 90) -> st.SearchStrategy[np.ndarray]:
-    """Sequences of the vocabulary: of all tokens; of few, so that everything recurs; of chords."""
-    every = st.lists(st.integers(0, VOCABULARY_SIZE - 1), min_size=min_size, max_size=max_size)
-    few = st.lists(st.sampled_from(_FEW), min_size=min_size, max_size=max_size)
+def token_sequences(min_size: int = 0, max_size: int = 90, *, gaps: bool = False) -> st.SearchStrategy[np.ndarray]:
+    """Sequences of the vocabulary, or that of gaps: of all tokens; of few, so that everything recurs; of chords."""
+    size = INFILL_VOCABULARY_SIZE if gaps else VOCABULARY_SIZE
+    every = st.lists(st.integers(0, size - 1), min_size=min_size, max_size=max_size)
+    few_tokens = [*_FEW, SEPARATOR, MIDDLE, END_OF_GAP] if gaps else _FEW
+    few = st.lists(st.sampled_from(few_tokens), min_size=min_size, max_size=max_size)
     chords = _chords().filter(lambda tokens: len(tokens) >= min_size).map(lambda tokens: tokens[:max_size])
     return st.one_of(every, few, chords).map(lambda tokens: np.array(tokens, np.int32))

@@ -1,11 +1,17 @@
 """The benchmarks that check something, at a small size."""
 
+import dataclasses
 import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import noisy_model
+
+from music_ar.model.config import PRESETS
+from music_ar.model.pretrained import save_pretrained
+from music_ar.tokens.vocabulary import INFILL_VOCABULARY_SIZE
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,3 +53,17 @@ def test_context_length_times_every_context(model, monkeypatch, capsys):
     runpy.run_path(str(ROOT / "benchmarks" / "context_length.py"), run_name="__main__")
     results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
     assert [result["context"] for result in results] == [16, 32]
+
+
+@pytest.mark.slow
+def test_infill_scores_middles_from_both_sides_and_from_one(prepared, tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(PRESETS["tiny"], context=512, vocabulary_size=INFILL_VOCABULARY_SIZE)
+    save_pretrained(noisy_model(config), tmp_path)
+    options = f"--checkpoint {tmp_path} --gaps 1 2 --count 3 --filled 0 --batch-size 2"
+    monkeypatch.setattr("sys.argv", ["infill.py", str(prepared), *options.split()])
+    runpy.run_path(str(ROOT / "benchmarks" / "infill.py"), run_name="__main__")
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [(result["seconds"], result["count"]) for result in results] == [(1.0, 3), (2.0, 3)]
+    for result in results:
+        assert result["gain"] == pytest.approx(result["left"] - result["both"])
+        assert result["gain"] != 0

@@ -16,7 +16,7 @@ from test_cli import refusal, run
 from test_rendering import contents, lines_of
 
 from app.rendering.manifest import Output
-from app.rendering.on_ray import Job, RowsOnWorker, Sizes
+from app.rendering.on_ray import Job, Model, RowsOnWorker, Sizes
 from music_ar.decoding.request import GenerationError, Request
 from music_ar.generator import Generator
 from music_ar.model.weights import read_weights
@@ -74,7 +74,10 @@ def test_a_worker_makes_what_a_generator_makes(tiny_checkpoint):
     """Two sizes of batches, and a request that fails alone."""
     requests = [Request(seconds=2.0, latents=16, seed=seed, tag=output(seed)) for seed in range(6)]
     requests.append(Request(prompt=b"not MIDI", latents=16, seed=6, tag=output(6)))
-    worker, generator = RowsOnWorker(read_weights(tiny_checkpoint)), Generator.from_pretrained(tiny_checkpoint)
+    worker, generator = (
+        RowsOnWorker(Model(read_weights(tiny_checkpoint), "")),
+        Generator.from_pretrained(tiny_checkpoint),
+    )
     futures = [worker.generate(Job(request, 2 + number // 4)) for number, request in enumerate(requests)]
     made = [future.result(timeout=60) for future in futures]
     assert [piece.request.seed for piece in made] == list(range(7))
@@ -84,7 +87,7 @@ def test_a_worker_makes_what_a_generator_makes(tiny_checkpoint):
         assert piece.error == alone[piece.request.seed].error
         assert piece.nats_per_token == pytest.approx(alone[piece.request.seed].nats_per_token, nan_ok=True)
     assert worker.batch_size(16) == generator.batch_size(16)
-    assert worker.seconds_per_token(Sizes(16, 2)) > 0
+    assert worker.seconds_per_token(Sizes(worker.setting(Request(latents=16)), 2)) > 0
     with pytest.raises(GenerationError, match="latents must be in"):
         worker.batch_size(10**6)
 

@@ -190,7 +190,7 @@ def test_prefill_of_many_latents():
     piece = np.resize(PIECE, 1000)
     decoder = Decoder(model, Backend())
     _, logits = decoder.teacher_force(start(decoder, [piece[:-1]], latents=1024), piece[None, -1:])
-    np.testing.assert_allclose(logits[0, 0], model(piece[None, :-1], latents=999)[0, -1], atol=2e-5)
+    np.testing.assert_allclose(logits[0, 0], model(jnp.asarray(piece[None, :-1]), latents=999)[0, -1], atol=2e-5)
 
 
 def test_equal_prompts_are_prefilled_once(decoder, compilations):

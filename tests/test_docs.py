@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 WRITTEN = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *DOCS.rglob("*.md")])
 HISTORY = {DOCS / "results" / "training-log.md"}  # its commands are those of the commit that it names
-NEEDS_SERVER = "<!-- test: needs the server -->"
+NOT_RUN = ("<!-- test: needs the server -->", "<!-- test: needs a model that fills gaps -->")
 
 
 class Snippet(NamedTuple):
@@ -90,8 +90,20 @@ def test_commands_in_snippets_can_be_typed(words):
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert {extra for listed in extras for extra in listed.split(",")} <= known.keys()
     else:
-        known = ("python", "python3", "sh", "ruff", "pyright", "lint-imports", "pytest", "ray", "sbatch", "hf")
-        assert program in known
+        assert program in (
+            "python",
+            "python3",
+            "sh",
+            "ruff",
+            "pyright",
+            "lint-imports",
+            "pytest",
+            "ray",
+            "sbatch",
+            "node",
+            "npx",
+            "hf",
+        )
 
 
 def inline_commands():
@@ -121,7 +133,7 @@ def workplace(tiny_checkpoint, tmp_path_factory):
     return folder
 
 
-PYTHON = [snippet for snippet in snippets("python") if snippet.comment != NEEDS_SERVER]
+PYTHON = [snippet for snippet in snippets("python") if snippet.comment not in NOT_RUN]
 
 
 # As users run them: `seconds=60` is no float to the types that tests check.
@@ -277,7 +289,7 @@ def test_the_reference_has_the_public_names_and_every_command(site):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("snippet", [each for each in snippets("python") if each.comment == NEEDS_SERVER], ids=str)
+@pytest.mark.parametrize("snippet", [each for each in snippets("python") if each.comment == NOT_RUN[0]], ids=str)
 def test_snippets_of_the_http_api_run(snippet, workplace, tiny_checkpoint, monkeypatch):
     pytest.importorskip("gradio")
     command = [sys.executable, "-m", "app.cli", "web", "--checkpoint", str(tiny_checkpoint), "--no-measure"]

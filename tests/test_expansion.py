@@ -62,6 +62,7 @@ def trained():
         {"heads": 6, "kv_heads": 3, "time_heads": 2},
         {"hidden": 28},
         {"label_size": 3},
+        {"vocabulary_size": vocabulary.INFILL_VOCABULARY_SIZE},
         {name: getattr(LARGER, name) for name in ("width", "layers", "heads", "kv_heads", "time_heads", "hidden")},
     ],
 )
@@ -69,7 +70,7 @@ def test_an_expanded_model_computes_the_same(trained, sizes):
     model, logits = trained
     larger = expand(model, dataclasses.replace(CONFIG, **sizes), rngs=nnx.Rngs(1))
     assert larger.config == dataclasses.replace(CONFIG, **sizes)
-    np.testing.assert_allclose(logits_of(larger), logits, atol=2e-4)
+    np.testing.assert_allclose(logits_of(larger)[..., : vocabulary.VOCABULARY_SIZE], logits, atol=2e-4)
 
 
 def test_all_that_is_new_learns_after_some_steps(trained):
@@ -91,6 +92,13 @@ def test_all_that_is_new_learns_after_some_steps(trained):
             moved = np.abs(np.asarray(grad[...])) > 0
             assert moved.any(axis=0).mean() > 0.5, path
             assert moved.any(axis=1).mean() > (0 if path[0] in FEATURES else 0.5), path
+
+
+def test_new_tokens_are_as_unlikely_as_start(trained):
+    sizes = {"vocabulary_size": vocabulary.INFILL_VOCABULARY_SIZE, "width": 20}
+    logits = logits_of(expand(trained[0], dataclasses.replace(CONFIG, **sizes), rngs=nnx.Rngs(1)))
+    for token in (vocabulary.SEPARATOR, vocabulary.MIDDLE, vocabulary.END_OF_GAP):
+        np.testing.assert_allclose(logits[..., token], logits[..., vocabulary.START], atol=1e-5)
 
 
 def test_a_model_of_the_same_sizes_is_itself(trained):

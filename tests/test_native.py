@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import noisy_model
+from conftest import make_performance, noisy_model
 from event_tokens import melody, token_sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +23,9 @@ from music_ar.decoding.step import advance
 from music_ar.model.config import PRESETS
 from music_ar.model.pretrained import load_pretrained, save_pretrained
 from music_ar.tokens import vocabulary
-from music_ar.tokens.vocabulary import END, PAD, START, VOCABULARY_SIZE
+from music_ar.tokens.codec import encode
+from music_ar.tokens.gaps import split
+from music_ar.tokens.vocabulary import END, END_OF_GAP, INFILL_VOCABULARY_SIZE, PAD, START, VOCABULARY_SIZE
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="the engine was not built: there is no C++ compiler")
 
@@ -35,6 +37,7 @@ CONFIGS = {
     "tokens only": dataclasses.replace(TINY, conv_width=1),
     "onsets only, many query heads": dataclasses.replace(TINY, onsets=2, heads=12, layers=1),
     "retrieval only, one query head a key": dataclasses.replace(TINY, retrieval_notes=12, kv_heads=4, conv_width=8),
+    "gaps": dataclasses.replace(CONFIG, vocabulary_size=INFILL_VOCABULARY_SIZE),
     "odd sizes": dataclasses.replace(CONFIG, width=36, heads=6, head_size=80, hidden=70, rotary_fraction=0.3),
 }
 FOREVER = 2**30
@@ -119,7 +122,7 @@ def test_prefill_equals_steps_to_the_byte_while_no_window_slides(native, length)
     stepped, _ = native.teacher_force(start(native, [PIECE[:1]]), PIECE[None, 1:length])
     prefilled = start(native, [PIECE[:length]])
     for name, one, other in zip(stepped._fields, stepped, prefilled, strict=True):
-        if name != "prompt_end_B":
+        if name not in ("prompt_end_B", "layers_run_B"):  # of the tokens after the prompt
             np.testing.assert_array_equal(one, other, err_msg=name)
 
 
@@ -205,10 +208,10 @@ def test_stuck_notes_and_long_silences_are_ruled_out_as_in_jax(native, reference
         np.testing.assert_allclose(native.processed(after(native, tokens), options, logits), expected, atol=1e-4)
 
 
-def test_decoding_is_step_draw_and_advance_as_in_jax(native, reference):
-    """Every token is the one that JAX draws from the engine's own logits."""
-    prompt, options = melody([60, 64, 67, 72]), option_arrays([SamplingOptions()])
-    _, tokens_BxT, nats_BxT = native.decode_scored(start(native, [prompt], seeds=[5]), options, length=40)
+def assert_draws_as_jax(native, reference, prompt, sampling, length):
+    """Every token is the one that JAX draws from the engine's own logits; returns them."""
+    options = option_arrays([sampling])
+    _, tokens_BxT, nats_BxT = native.decode_scored(start(native, [prompt], seeds=[5]), options, length=length)
     _, logits = native.teacher_force(start(native, [prompt], seeds=[5]), tokens_BxT)
 
     @jax.jit
@@ -225,6 +228,57 @@ def test_decoding_is_step_draw_and_advance_as_in_jax(native, reference):
         assert int(drawn[0]) == token
         expected = jax.nn.logsumexp(logits[0, index]) - logits[0, index, token]
         np.testing.assert_allclose(nats_BxT[0, index], expected, atol=1e-4)
+    return tokens_BxT[0]
+
+
+def test_decoding_is_step_draw_and_advance_as_in_jax(native, reference):
+    assert_draws_as_jax(native, reference, melody([60, 64, 67, 72]), SamplingOptions(), 40)
+
+
+# Gaps.
+
+GAPS = CONFIGS["gaps"]
+
+
+@pytest.fixture(scope="module")
+def gap_decoders(pretrained):
+    """The native engine and JAX, with a model that fills gaps."""
+    model, tensors = pretrained(GAPS)
+    return NativeDecoder(GAPS, tensors), Decoder(model, Backend())
+
+
+def gap_sequence(seed, notes=12, begin=100, end=150):
+    return split(np.append(np.int32(START), encode(make_performance(seed, notes))), begin, end)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_middle_of_a_gap_is_that_of_jax(gap_decoders, seed):
+    """With what comes after it in the context, and partly out of it."""
+    parts = gap_sequence(seed)
+    middle = parts.middle[None, : parts.middle.size - 1]  # without `END`
+    logits = [
+        np.asarray(decoder.teacher_force(start(decoder, [parts.prompt()]), middle)[1][0]) for decoder in gap_decoders
+    ]
+    assert_close(*logits)
+
+
+@given(tokens=token_sequences(min_size=1, max_size=60, gaps=True), sampling=SAMPLING, seed=st.integers(0, 9))
+@settings(max_examples=25)
+def test_processors_in_gaps_are_those_of_jax(gap_decoders, chain, tokens, sampling, seed):
+    native, reference = gap_decoders
+    tokens = np.resize(tokens[tokens != END], 60) if (tokens != END).any() else np.full(60, START, np.int32)
+    logits = (3 * np.random.default_rng(seed).normal(size=(1, INFILL_VOCABULARY_SIZE))).astype(np.float32)
+    options = option_arrays([sampling])
+    expected = np.asarray(chain(logits, after(reference, tokens), options))
+    np.testing.assert_allclose(native.processed(after(native, tokens), options, logits), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gap_is_filled_by_step_draw_and_advance_as_in_jax(gap_decoders):
+    sampling = SamplingOptions(lowest_pitch=54, highest_pitch=72)
+    native, reference = gap_decoders
+    tokens = assert_draws_as_jax(native, reference, gap_sequence(3).prompt(), sampling, 300)
+    assert tokens[tokens != PAD][-1] == END
+    assert (tokens == END_OF_GAP).sum() == 1
 
 
 # Rows.

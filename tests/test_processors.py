@@ -13,6 +13,7 @@ from event_tokens import SECOND, off, on, shift, tokens_of, velocity
 from music_ar.decoding import history_bias, processors
 from music_ar.decoding.interface import option_arrays, shared_options
 from music_ar.decoding.processors import (
+    GapEnd,
     Grammar,
     HistoryBias,
     LogitProcessor,
@@ -23,15 +24,28 @@ from music_ar.decoding.processors import (
 )
 from music_ar.decoding.sampling import SamplingError, SamplingOptions
 from music_ar.decoding.state import Caches, DecodeState
-from music_ar.features import keyboard, notes
+from music_ar.features import gap, keyboard, notes
+from music_ar.features.gap import Gap
 from music_ar.tokens import grammar
-from music_ar.tokens.vocabulary import NOTE_OFF, NOTE_ON, START, TIME_SHIFT, VELOCITY, VOCABULARY_SIZE
+from music_ar.tokens.vocabulary import (
+    END,
+    END_OF_GAP,
+    INFILL_VOCABULARY_SIZE,
+    MIDDLE,
+    NOTE_OFF,
+    NOTE_ON,
+    SEPARATOR,
+    START,
+    TIME_SHIFT,
+    VELOCITY,
+    VOCABULARY_SIZE,
+)
 
 NO_FILTERS = SamplingOptions(top_p=1.0, steadiness=0.0)
 START_ONLY = tokens_of(START)
 
 
-def state_after(*pieces: np.ndarray) -> DecodeState:
+def state_after(*pieces: np.ndarray, gaps: bool = False) -> DecodeState:
     """The state after each piece, one a row, as far as processors read it: not its caches."""
     empty = jnp.zeros((len(pieces), 1, 1))
     numbers = jnp.zeros(len(pieces), jnp.int32)
@@ -49,6 +63,7 @@ def state_after(*pieces: np.ndarray) -> DecodeState:
         keyboard=keys,
         notes=last_notes,
         match=None,
+        gap=jax.tree.map(lambda *rows: jnp.asarray(np.stack(rows)), *map(gap_after, pieces)) if gaps else None,
         history=history,
         caches=Caches(empty, empty, (empty,), (empty,)),
         prompt_end_B=numbers,
@@ -56,6 +71,10 @@ def state_after(*pieces: np.ndarray) -> DecodeState:
         rng_B=jax.random.split(jax.random.key(0), len(pieces)),
         ended_B=jnp.zeros(len(pieces), bool),
     )
+
+
+def gap_after(piece: np.ndarray) -> Gap:
+    return gap.scan(piece, keyboard.times_and_velocities(piece)[0])
 
 
 def random_logits(rows: int = 1) -> jax.Array:
@@ -119,6 +138,73 @@ def test_after_three_seconds_of_silence_no_shift_may_come():
         row[TIME_SHIFT:VELOCITY] = not silent
     found = processed(SilenceLimit, *(piece for piece, _ in pieces.values()))
     assert_masks(found, random_logits(4), allowed)
+
+
+# The end of a gap.
+
+GAP_PROMPT = [SECOND, SECOND, END_OF_GAP, SEPARATOR, START, velocity(16), on(40), SECOND, MIDDLE]
+
+
+def gap_logits(rows: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).normal(size=(rows, INFILL_VOCABULARY_SIZE)), jnp.float32)
+
+
+def in_gap(*middles: list[int]) -> np.ndarray:
+    """Which tokens may follow each middle, by the grammar and the end of the gap."""
+    pieces = [tokens_of(*GAP_PROMPT, *middle) for middle in middles]
+    state = state_after(*pieces, gaps=True)
+    options = shared_options(NO_FILTERS)
+    logits = gap_logits(len(pieces))
+    return np.asarray(GapEnd()(Grammar()(logits, state, options), state, options)) > -np.inf
+
+
+def test_shifts_end_with_the_gap():
+    allowed = in_gap([], [SECOND, shift(70), on(50)], [SECOND, shift(99), on(50)])
+    assert allowed[0, TIME_SHIFT:VELOCITY].all()
+    for row, left in ((1, 30), (2, 1)):
+        assert np.flatnonzero(allowed[row, TIME_SHIFT:VELOCITY]).tolist() == list(range(left))
+    assert not allowed[:, [END, END_OF_GAP, SEPARATOR, MIDDLE]].any()
+    assert allowed[:, off(40)].tolist() == [True, False, False]
+
+
+def test_waits_beyond_the_end_are_waits_up_to_it():
+    """So time passes as likely as before."""
+    state, options = (
+        state_after(tokens_of(*GAP_PROMPT, SECOND, shift(70), on(50)), gaps=True),
+        shared_options(NO_FILTERS),
+    )
+    logits = gap_logits(1)
+    found = np.asarray(GapEnd()(logits, state, options))
+    share = np.exp(np.asarray(logits[0, TIME_SHIFT + 29 : VELOCITY])).sum()
+    np.testing.assert_allclose(np.exp(found[0, TIME_SHIFT + 29]), share, rtol=1e-5)
+    np.testing.assert_array_equal(found[0, TIME_SHIFT : TIME_SHIFT + 29], logits[0, TIME_SHIFT : TIME_SHIFT + 29])
+
+
+def test_at_its_end_a_gap_is_marked():
+    allowed = in_gap([SECOND, SECOND], [SECOND, off(40), SECOND])
+    assert [np.flatnonzero(row).tolist() for row in allowed] == [[END_OF_GAP]] * 2
+
+
+def test_after_its_end_keys_are_released_and_the_piece_ends():
+    rung = [SECOND, SECOND, END_OF_GAP]
+    allowed = in_gap(rung, [*rung, SECOND], [*rung, shift(3)], [*rung, shift(3), off(40)], [off(40), *rung])
+    assert [np.flatnonzero(row[:TIME_SHIFT]).tolist() for row in allowed] == [[off(40)]] * 3 + [[]] * 2
+    assert allowed[:, TIME_SHIFT:VELOCITY].all(axis=1).tolist() == [True, True, False, False, False]
+    assert not allowed[:, VELOCITY:END].any()
+    assert allowed[:, END].tolist() == [False, False, False, True, True]
+
+
+def test_without_a_gap_nothing_changes():
+    state, logits = state_after(START_ONLY, gaps=True), gap_logits(1)
+    np.testing.assert_array_equal(GapEnd()(logits, state, shared_options(NO_FILTERS)), logits)
+
+
+def test_silence_counts_from_the_beginning_of_the_timeline():
+    """Not from that of what comes after the gap, which is read before it."""
+    prompt = [SECOND, END_OF_GAP, velocity(16), on(40), *[SECOND] * 9, SEPARATOR, START, SECOND, MIDDLE]
+    state = state_after(tokens_of(*prompt, SECOND), tokens_of(*prompt, SECOND, SECOND), gaps=True)
+    found = np.asarray(SilenceLimit()(gap_logits(2), state, shared_options(NO_FILTERS)))
+    assert (found[:, TIME_SHIFT:VELOCITY] > -np.inf).all(axis=1).tolist() == [True, False]
 
 
 # Stuck notes.

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import pytest
-from conftest import make_performance
+from conftest import make_performance, noisy_model
 
 from app.console import clock
 from app.web.export import write_file
@@ -20,7 +20,10 @@ from app.web.saved_settings import read_settings_file
 from app.web.session import Session
 from app.web.settings import Settings, WebError
 from app.web.warmup import Machine
-from music_ar import GenerationError, Generator, SamplingOptions, read_midi
+from music_ar import GenerationError, Generator, Request, SamplingOptions, read_midi
+from music_ar.decoding.budget import Setting
+from music_ar.model.config import PRESETS
+from music_ar.model.pretrained import save_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +227,8 @@ def test_variations_that_wait_for_the_slowest_do_not_grow_beyond_what_was_asked_
         seconds_made=7.0, seconds_wanted=15.0, eta_s=1.0, finished=False,
     )  # fmt: skip
     last = SimpleNamespace(**vars(chunk) | {"performances": (notes, notes), "final_s": (31.0, 16.0), "finished": True})
-    generation = SimpleNamespace(prompt_s=0.0, latents=8, extend=lambda _: iter([chunk, last]), close=lambda: None)
+    options = {"prompt_s": 0.0, "setting": Setting(8, 2), "close": lambda: None}
+    generation = SimpleNamespace(**options, extend=lambda _: iter([chunk, last]))
     monkeypatch.setattr(manager.machine.generator, "session", lambda _: generation)
     _, growing, finished = manager.generate(Session(), Settings(latents=8, seconds=15, variations=2))
     assert growing.until_s == (15.0, 7.0)
@@ -305,6 +309,37 @@ def test_the_cost_of_a_latent_budget_is_given_in_words(tiny_checkpoint):
     assert "Less coherent than with more (0.25 nats per token worse)" in machine.cost(8)
     assert "Best quality." in machine.cost(32)
     assert machine.cost(0).startswith("**Auto** chooses 32 latents: music comes about ")
+    assert machine.in_short(0) == "**Auto**: 32 latents fit this machine. Plays at once. Best coherence."
+    assert machine.in_short(8) == "Plays at once. Less than the best coherence."
+    assert machine.in_short(8, 2) == machine.cost(8, 2)
+
+
+def test_a_latent_budget_buys_layers_too_if_the_model_has_exits(tmp_path):
+    config = dataclasses.replace(PRESETS["tiny"], exits=(1,))
+    save_pretrained(noisy_model(config), tmp_path / "model")
+    of = {"context": 64, "batch": 1}
+    rows = [
+        {**of, "latents": 32, "layers": 2, "confidence": 1.0, "tokens_per_s": 100.0, "nats_per_token": 1.0},
+        {**of, "latents": 32, "layers": 2, "confidence": 0.5, "tokens_per_s": 200.0, "nats_per_token": 1.1},
+        {**of, "latents": 8, "layers": 1, "confidence": 1.0, "tokens_per_s": 500.0, "nats_per_token": 1.5},
+    ]
+    (tmp_path / "model" / "curve.json").write_text(json.dumps({"rows": rows}))
+    machine = Machine(Generator.from_pretrained(tmp_path / "model"), rows)
+    full, early, cheap = Setting(32, 2), Setting(32, 2, 0.5), Setting(8, 1)
+    expected = {2: cheap, 11: cheap, 12: early, 31: early, 32: full}  # half of the full cost is 0.2 + 0.8 * 12 / 32
+    for budget, setting in expected.items():
+        spent = machine.spend(Request(latents=budget))
+        assert (spent.latents, spent.layers, spent.confidence) == setting
+        assert machine.spend(Request(latents=machine.budget_of(setting))) == spent
+    assert "8 latents, 1 of 2 layers: music comes about " in machine.cost(2)
+    assert "(0.50 nats per token worse)" in machine.cost(2)
+    assert machine.cost(32).endswith("Best quality.")
+    assert machine.auto_budget(None, 1) == 32
+    manager = SessionManager(machine)
+    session = manager.session("tab")
+    make(manager, session, seconds=1, seed=1, latents=2)
+    assert session.revision.latents == 2
+    assert list(manager.extend(session, 1.0))[-1].latents == 2
 
 
 def test_caches_are_bounded_and_are_freed_with_their_session(tiny_checkpoint, monkeypatch):

@@ -115,17 +115,19 @@ def test_augmented_copies_are_read_as_often_as_originals(capsys, tmp_path, prepa
 
 
 def test_training_continues_from_another_model(capsys, tmp_path, prepared, teachers, fits):
-    """At a rate of zero it stays as it was, whatever the preset."""
+    """At a rate of zero it stays as it was, whatever the preset; exits take no parameters."""
     command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run", "--preset", "small"]
     rates = ["--muon-learning-rate", 0.0, "--adamw-learning-rate", 0.0]
-    code, _, errors = run(capsys, *command, *rates, "--start", teachers[0])
+    code, _, errors = run(capsys, *command, *rates, "--start", teachers[0], "--exits", 1)
     assert code == 0, errors
     [(_, options)] = fits
     assert options["data"]["start"] == identity(teachers[0])["weights_sha256"]
     before, after = load_pretrained(teachers[0]), load_pretrained(tmp_path / "run" / "model")
-    assert after.config == dataclasses.replace(before.config, label_size=LABEL_SIZE)
+    assert after.config == dataclasses.replace(before.config, label_size=LABEL_SIZE, exits=(1,))
     np.testing.assert_allclose(after.embedding[...], before.embedding[...], atol=1e-6)
     assert "data.start was" in refusal(capsys, *command, *rates, "--resume", "--start", teachers[1])
+    refused = refusal(capsys, *command, "--start", teachers[0], "--exits", 1, 2)
+    assert "--exits must rise and be below the model's 2 blocks, got 1, 2" in refused
     assert "expected the name of a model that ships" in refusal(capsys, *command, "--start", tmp_path / "nothing")
 
 

@@ -85,6 +85,67 @@ def test_the_loss_is_that_of_the_last_inputs_next_tokens(take_step):
     assert float(take_step(EXACT)[2]["loss"]) == pytest.approx(expected, rel=1e-4)
 
 
+@functools.cache
+def with_exits():
+    """A noisy model of three layers, with exits after the first and the second."""
+    return noisy_model(dataclasses.replace(CONFIG, layers=3, exits=(1, 2)))
+
+
+def losses_of(model, config, teachers=None):
+    """The loss and the cross-entropy of a batch."""
+    batch = jax.tree.map(jnp.asarray, next(CountingBatches()))
+    graph, params = nnx.split(model, nnx.Param)
+    placed = [] if teachers is None else teachers.place(mesh_of(1))
+    return [float(found) for found in student_loss(graph, config, teachers, params, placed, batch, jax.random.key(0))]
+
+
+def entropies_at_depths(teacher=None):
+    """The cross-entropy of each depth of the model with exits: with the data, or with probabilities [B, N, V]."""
+    batch = next(CountingBatches())
+    depths = with_exits().at_depths(jnp.asarray(batch["tokens"][:, :-1]), depths=(1, 2, 3), latents=N)
+    targets = jax.nn.one_hot(batch["tokens"][:, -N:], vocabulary.VOCABULARY_SIZE) if teacher is None else teacher
+    nll = [-(jax.nn.log_softmax(logits) * targets).sum(-1) for logits in depths]
+    return [float((each * batch["weights"]).sum() / batch["weights"].sum()) for each in nll], depths
+
+
+PLAIN = dataclasses.replace(EXACT, z_loss=0.0)
+
+
+def test_exits_share_the_loss_with_weights_that_rise_with_depth():
+    config = dataclasses.replace(PLAIN, exit_weight=0.9, exit_weight_power=2.0)
+    assert config.exit_weights((1, 2, 3)) == pytest.approx([0.1 / 1.5, 0.4 / 1.5, 1 / 1.5])
+    entropies, _ = entropies_at_depths()
+    loss, cross_entropy = losses_of(with_exits(), config)
+    assert cross_entropy == pytest.approx(entropies[2], rel=1e-4)
+    assert loss == pytest.approx(np.dot(entropies, [0.1, 0.4, 1.0]) / 1.5, rel=1e-4)
+
+
+def test_the_prediction_of_all_layers_teaches_the_exits_and_does_not_learn_from_them():
+    config = dataclasses.replace(PLAIN, exit_weight=1.5, exit_weight_power=1.0, exit_distillation=1.0)
+    data, depths = entropies_at_depths()
+    taught, _ = entropies_at_depths(jax.nn.softmax(depths[2]))
+    assert losses_of(with_exits(), config)[0] == pytest.approx((0.5 * taught[0] + taught[1] + data[2]) / 2.5, rel=1e-4)
+    graph, params = nnx.split(with_exits(), nnx.Param)
+    batch = jax.tree.map(jnp.asarray, next(CountingBatches()))
+
+    def gradient(weight):
+        of = dataclasses.replace(config, exit_weight=weight)
+        grads = jax.grad(lambda params: student_loss(graph, of, None, params, [], batch, jax.random.key(0))[0])(params)
+        last = nnx.to_pure_dict(grads)["blocks"][2]["contract"]["kernel"]
+        return np.asarray(last) / of.exit_weights((1, 2, 3))[-1]
+
+    np.testing.assert_allclose(gradient(1.0), gradient(0.1), rtol=1e-3, atol=1e-6)
+
+
+def test_teachers_teach_the_exits_too():
+    config = dataclasses.replace(PLAIN, distillation_weight=1.0, exit_weight=1.5)
+    batch = next(CountingBatches())
+    teacher = jax.nn.softmax(noisy()(jnp.asarray(batch["tokens"][:, :-1]), latents=N))
+    taught, _ = entropies_at_depths(teacher)
+    loss, _ = losses_of(with_exits(), config, Ensemble([noisy()]))
+    assert loss == pytest.approx((0.5 * taught[0] + taught[1] + taught[2]) / 2.5, rel=1e-4)
+
+
 def test_the_rate_scales_the_step(take_step):
     before, whole, _ = take_step(EXACT)
     _, half, _ = take_step(EXACT, rate=0.5)

@@ -94,7 +94,7 @@ def test_a_malformed_join_is_refused_in_words(page, join, change, expected):
         ("/gradio_api/heartbeat/" + "a" * 100, None, 400),
         ("/gradio_api/call/nothing", {"data": []}, 404),
         ("/gradio_api/call/v2/generate", {"sconds": 3}, 400),
-        ("/gradio_api/run/generate", {"data": [None] * 14}, 404),  # it would pass by the queue
+        ("/gradio_api/run/generate", {"data": [None] * 15}, 404),  # it would pass by the queue
         ("/gradio_api/vibe-code", {}, 404),
         ("/gradio_api/component_server", {}, 404),
         ("/gradio_api/proxy=http://example.org", None, 404),
@@ -193,6 +193,8 @@ def test_a_client_has_a_limited_number_of_jobs(jobs, expected, monkeypatch):
         ({"start_s": 9, "end_s": 3}, "the prompt must end after it starts, got 9 s to 3 s"),
         ({"prompt": "mine.mid"}, r"the prompt must be an uploaded MIDI file \(in Python: handle_file.*got “mine.mid”"),
         ({"prompt": "https://example.org/a.mid"}, "the prompt must be an uploaded MIDI file .*, got an address"),
+        ({"fill": 1}, r"the choice to make a part of the prompt anew \(fill\) must be true or false, got 1"),
+        ({"fill": True}, "there is no piece to fill a part of: choose one first"),
         ({"prompt": 5}, "the prompt must be an uploaded MIDI file .*, got 5"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The command `music-ar bench`: measure decoding speed here, and what each number of latents costs in NLL."""
+"""The command `music-ar bench`: measure decoding speed here, and what each setting costs in NLL."""
 
 import dataclasses
 import json
@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from app.console import CommandError, Unset, check_options, print_table
+from music_ar.decoding.budget import Setting
 from music_ar.ranges import MAX_SECONDS, number, whole
 
 if TYPE_CHECKING:
     from app.commands.timing import DecodeRow, RenderRow
+    from music_ar.model.config import ModelConfig
     from music_ar.model.weights import Weights
 
 _MOST = 2**20  # of latents, tokens and pieces
@@ -20,7 +22,9 @@ _MOST = 2**20  # of latents, tokens and pieces
 
 @dataclass(frozen=True, kw_only=True)
 class Decode:
-    """Time the decoding of tokens after a full prompt; with --data, also score each number of latents.
+    """Time the decoding of tokens after a full prompt; with --data, also score each setting.
+
+    A setting is a number of latents with a number of layers, or with all layers and a threshold of early exits.
 
     Two bounds are measured in the same run. A step must read every weight and every cache once, so memory bandwidth
     limits its speed; it is taken from a large matrix-vector product and a sum. And a step must multiply its int8
@@ -30,11 +34,14 @@ class Decode:
     Attributes:
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name); default: the shipped model.
         latents: numbers of latents to compare.
+        layers: numbers of layers to compare; default: all after which the model was trained to predict.
+        confidence: thresholds of early exits to compare, with all layers: an event leaves early once the model gives it
+            more than this probability. Default: none.
         context: context lengths to compare, in tokens; default: the model's own. Retrieval still uses all tokens.
         batch: numbers of pieces decoded at once.
         tokens: tokens to time per piece, after the first chunk. Raise it on a noisy machine.
         data: dataset written by `music-ar prepare`, a folder or its address (s3://bucket/data, gs://...); score its
-            validation split. Default: no scores.
+            validation split. The timed runs then continue its music, which matters for early exits. Default: no scores.
         pieces: number of validation pieces to score (with --data).
         piece_tokens: tokens to score of each piece, from its start (with --data).
         output: JSON file to write the result to.
@@ -42,6 +49,8 @@ class Decode:
 
     checkpoint: Unset[str] = None
     latents: tuple[int, ...] = whole((64, 256, 1024, 2048), 1, _MOST)
+    layers: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")] = whole((), 1, 1000)
+    confidence: Annotated[tuple[float, ...], tyro.conf.arg(help_behavior_hint="")] = number((), least=0, most=1)
     context: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")] = whole((), 1, _MOST)
     batch: tuple[int, ...] = whole((1, 4), 1, 2**12)
     tokens: int = whole(256, 1, _MOST)
@@ -64,7 +73,20 @@ class Decode:
             validation = Pieces.open(self.data, "validation").tokens[: self.pieces]
             scored = [tokens[: self.piece_tokens] for tokens in validation]
         contexts = self.context or (weights.config.context,)
-        return decode_rows(weights, contexts, self.latents, self.batch, self.tokens, scored)
+        return decode_rows(weights, contexts, self._settings(weights.config), self.batch, self.tokens, scored)
+
+    def _settings(self, config: "ModelConfig") -> list[Setting]:
+        """What to compare."""
+        if unknown := set(self.layers) - set(config.depths):
+            raise CommandError(
+                f"--layers must be among {', '.join(map(str, config.depths))}, after which the model predicts; got "
+                f"{', '.join(map(str, sorted(unknown)))}"
+            )
+        if self.confidence and not config.exits:
+            raise CommandError("--confidence needs a model with early exits, trained with --exits")
+        depths = [(layers, 1.0) for layers in self.layers or config.depths]
+        depths += [(config.layers, confidence) for confidence in self.confidence]
+        return [Setting(latents, *depth) for latents in self.latents for depth in depths]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """The command `music-ar generate`: generate one piece, or several variations of it, as MIDI."""
 
+import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,16 +29,27 @@ class Generate:
             Several variations are numbered: piece-1.mid, piece-2.mid and so on.
         prompt: MIDI file to continue; default: none, for a piece from scratch. A MIDI output keeps its events as they
             are: tracks, tempos, pedal.
+        between: two MIDI files to join: the music fills a gap of exactly --seconds between them. Needs a model that was
+            trained to fill gaps.
+        replace: a passage to make anew, in seconds from the beginning, and the MIDI file: --replace 12:20 mine.mid. All
+            notes that begin before or after it stay as they are. Needs a model that was trained to fill gaps.
         prompt_seconds: use only this many seconds of the prompt, from its beginning; default: all.
         continuation_only: write only the new music, without the prompt.
         pedal: play the generated notes with the sustain pedal, so that a player piano or a workstation shows keys and
             pedal as a pianist would use them. It sounds the same.
-        seconds: length of the music to generate; a piece may end earlier.
+        seconds: length of the music to generate; a piece may end earlier. With --replace, the length of the passage
+            counts instead.
         variations: number of pieces to generate at once; variation i uses seed + i. On a CPU each is the piece that
             its seed gives alone; on a GPU or TPU it may be another one, since the number of pieces moves the last bits
             of the logits.
         latents: number of latents. Fewer is faster, more is more coherent. "auto" times this machine for a moment and
             takes the most that keep up with --speed. Default: 1024, or the model's maximum if it has fewer.
+        layers: number of layers of the model to use. Fewer is faster, for a model that was trained to stop early.
+            Default: all.
+        confidence: stop early at each event that the model gives more than this probability; lower is faster. Default:
+            1, never.
+        budget: in place of the three, a share of the time that the best quality takes, such as 0.5; it takes the best
+            setting that was measured for the model at that cost.
         speed: with --latents auto, seconds of music to generate per second. Raise it to leave room for other work;
             default: 1.5.
         seed: random seed; the same seed and options give the same piece. Default: a random one, which is printed.
@@ -47,19 +60,27 @@ class Generate:
 
     output: Path
     prompt: Unset[Path] = None
+    between: Unset[tuple[Path, Path]] = None
+    replace: Unset[tuple[str, Path]] = None
     prompt_seconds: Unset[float] = None
     continuation_only: bool = False
     pedal: bool = False
     seconds: float = 60.0
     variations: int = 1
     latents: Unset[int | Literal["auto"]] = None
+    layers: Unset[int] = None
+    confidence: float = 1.0
+    budget: Unset[float] = None
     speed: Unset[float] = None
     seed: Unset[int] = None
     checkpoint: Unset[str] = None
     sampling: Sampling = SamplingOptions()
 
     def __post_init__(self) -> None:
-        if self.prompt is None and (self.prompt_seconds is not None or self.continuation_only):
+        fills_gap = self.between is not None or self.replace is not None
+        if sum(each is not None for each in (self.prompt, self.between, self.replace)) > 1:
+            raise CommandError("give only one of --prompt, --between and --replace")
+        if self.prompt is None and (self.prompt_seconds is not None or (self.continuation_only and not fills_gap)):
             raise CommandError("--prompt-seconds and --continuation-only need a --prompt")
 
     def run(self) -> None:
@@ -71,10 +92,13 @@ class Generate:
         request = self._request()
         began_s, first_s, chunk = time.monotonic(), None, None
         with ProgressLine("loading the model") as line:
-            session = Generator.from_pretrained(self.checkpoint).session(request)
-            for chunk in session.extend(self.seconds):
+            generator = Generator.from_pretrained(self.checkpoint)
+            session = generator.session(request)
+            for chunk in session.extend(request.seconds):
                 first_s = time.monotonic() - began_s if first_s is None else first_s
                 line.report(chunk.seconds_made / chunk.seconds_wanted, _progress(chunk))
+        if session.gap is not None and session.gap.cut is not None:
+            print(f"note: {session.gap.cut}", file=sys.stderr)
         assert chunk is not None  # a session yields at least one chunk
         elapsed_s = time.monotonic() - began_s
         for number, (seed, piece) in enumerate(zip(chunk.seeds, chunk.performances, strict=True), start=1):
@@ -84,7 +108,7 @@ class Generate:
         print(
             f"generated {chunk.seconds_made:.1f} s of music in {elapsed_s:.1f} s, including loading: "
             f"{chunk.seconds_made / elapsed_s:.2f} times real time, first notes after {first_s:.1f} s, "
-            f"{session.latents} latents"
+            f"{session.setting.in_words(generator.config)}"
         )
 
     def _writer(self) -> "Callable[[Performance, Path, int], None]":
@@ -101,17 +125,53 @@ class Generate:
     def _request(self) -> "Request":
         from music_ar import Request
 
-        return Request(
-            prompt=None if self.prompt is None else read_performance(self.prompt),
-            seconds=self.seconds,
+        return Request.of(
+            self._passages(),
             latents=self.latents,
+            layers=self.layers,
+            confidence=self.confidence,
+            budget=self.budget,
             speed=self.speed,
             seed=self.seed,
             variations=self.variations,
-            prompt_seconds=self.prompt_seconds,
+            **({} if self.prompt_seconds is None else {"prompt_seconds": self.prompt_seconds}),
             continuation_only=self.continuation_only,
             sampling=self.sampling,
         )
+
+    def _passages(self) -> "Request":
+        """What is given, and how long the new music is."""
+        from music_ar import Request
+        from music_ar.decoding.request import GenerationError
+
+        if self.replace is not None:
+            passage, path = self.replace
+            piece = read_performance(path)
+            try:
+                return Request.replacing(piece, *_passage_s(passage))
+            except GenerationError as error:
+                raise CommandError(f"--replace {passage} {path}: {error}") from error
+        if self.between is not None:
+            before, after = map(read_performance, self.between)
+            return Request(prompt=before, after=_from_first_note(after), seconds=self.seconds)
+        return Request(prompt=None if self.prompt is None else read_performance(self.prompt), seconds=self.seconds)
+
+
+def _passage_s(text: str) -> tuple[float, float]:
+    """Beginning and end of a passage, in seconds."""
+    start, colon, end = text.partition(":")
+    try:
+        passage = float(start), float(end)
+    except ValueError:
+        passage = None
+    if not colon or passage is None or not all(map(math.isfinite, passage)):
+        raise CommandError(f"--replace must be two numbers of seconds, such as 12:20, and a file; got {text}")
+    return passage
+
+
+def _from_first_note(piece: "Performance") -> "Performance":
+    """The piece without the silence before it."""
+    return piece.crop(float(piece.onset_s[0]) if len(piece) else 0.0)
 
 
 def _progress(chunk: "Chunk") -> str:

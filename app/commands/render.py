@@ -59,6 +59,12 @@ class Render:
         continuation_only: write only the new music, without the prompt.
         latents: number of latents. Fewer is faster, more is more coherent. Default: 1024, or the model's maximum if it
             has fewer.
+        layers: number of layers of the model to use. Fewer is faster, for a model that was trained to stop early.
+            Default: all.
+        confidence: stop early at each event that the model gives more than this probability; lower is faster. Default:
+            1, never.
+        budget: in place of the three, a share of the time that the best quality takes, such as 0.5; it takes the best
+            setting that was measured for the model at that cost.
         seed: random seed of each prompt's first variation. Change it for other pieces.
         audio: also write each piece as an audio file, tagged with title, seed and model; needs the extra `audio`.
         pedal: play the generated notes with the sustain pedal, so that a player piano or a workstation shows keys and
@@ -88,6 +94,9 @@ class Render:
     prompt_seconds: Unset[float] = None
     continuation_only: bool = False
     latents: Unset[int] = None
+    layers: Unset[int] = None
+    confidence: float = 1.0
+    budget: Unset[float] = None
     seed: int = 0
     audio: Unset[Literal["wav", "flac", "mp3", "ogg"]] = None
     pedal: bool = False
@@ -106,7 +115,7 @@ class Render:
         check_options(self)
         if STDIN in self.prompts and self.jobs == Path(STDIN):
             raise CommandError("standard input (-) can be a prompt or the jobs, not both")
-        own = ("variations", "seconds", "prompt_seconds", "latents", "seed")
+        own = ("variations", "seconds", "prompt_seconds", "latents", "layers", "confidence", "budget", "seed")
         Request(**{name: getattr(self, name) for name in own}, sampling=self.sampling)  # checks them
         if not self.prompts and not self.count and self.jobs is None:
             raise CommandError("nothing to generate: give prompts, --count or --jobs")
@@ -121,15 +130,15 @@ class Render:
         from app.rendering.on_ray import RayGenerator
         from music_ar import Generator
         from music_ar.cluster import Cluster
-        from music_ar.model.weights import read_weights
+        from music_ar.model.weights import read_companion, read_weights
 
         if self.output == "-":
             return self._pipe()
         write_audio = None if self.audio is None else import_write_audio(f"--audio {self.audio}")
         if self.ray is None:
             return self._run(Generator.from_pretrained(self.checkpoint), write_audio)
-        weights = read_weights(self.checkpoint)
-        with Cluster(self.ray) as cluster, RayGenerator(cluster, weights) as generator:
+        weights, curve = read_weights(self.checkpoint), read_companion(self.checkpoint, "curve.json")
+        with Cluster(self.ray) as cluster, RayGenerator(cluster, weights, curve) as generator:
             return self._run(generator, write_audio)
 
     def _run(self, generator: "AnyGenerator", write_audio: "WriteAudio | None") -> int:
@@ -247,7 +256,7 @@ def _estimate_s(generator: "AnyGenerator", requests: "Sequence[Request]") -> flo
 
     estimate_s = 0.0
     for request in requests:
-        size, latents = request.tag.settings["batch_size"], request.tag.settings["latents"]
-        step_s = generator.autotuner.seconds_per_token(latents, size)
+        size, (latents, layers, confidence) = request.tag.settings["batch_size"], generator.setting(request)
+        step_s = generator.autotuner.seconds_per_token(latents, size, layers=layers, confidence=confidence)
         estimate_s += request.seconds * MAESTRO_TOKENS_PER_S * step_s / min(size, len(requests))
     return estimate_s

@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from app.console import ProgressLine
 from music_ar.decoding.autotune import MAESTRO_TOKENS_PER_S
+from music_ar.decoding.budget import Setting
 from music_ar.decoding.interface import AnyDecoder, option_arrays
 from music_ar.decoding.loading import decoder_of
 from music_ar.decoding.request import Request
@@ -22,6 +23,9 @@ from music_ar.generator import Generator
 from music_ar.model.weights import Weights
 from music_ar.system import usable_cores
 from music_ar.tokens import vocabulary
+
+if TYPE_CHECKING:
+    from music_ar.evaluation.likelihood import Score
 
 _BANDWIDTH_BYTES = 2**28
 _ACCELERATOR_BANDWIDTH_BYTES = 2**32  # an accelerator then spends longer reading than launching the read
@@ -36,6 +40,8 @@ class DecodeRow:
         first_note_s: time to read the prompt and decode the first chunk, without compilation.
         times_real_time: seconds of average MAESTRO music per second, in each piece.
         nats_per_token: NLL of real music through the decoder; None if not scored.
+        layers, confidence: see `Setting`.
+        mean_layers: layers that a token of the scored music ran through on average; None if not scored.
         share_of_limit: speed as a fraction of what the memory bandwidth allows.
         bare_matrices_ms: time of a step's int8 matrices alone, between the chunks of this row; None with JAX.
         times_bare_matrices: time of a step as a multiple of that.
@@ -43,9 +49,12 @@ class DecodeRow:
 
     context: int
     latents: int
+    layers: int
+    confidence: float
     batch: int
     mode: str = "sliding"
     tokens_per_s: float
+    mean_layers: float | None
     first_note_s: float
     times_real_time: float
     nats_per_token: float | None
@@ -76,23 +85,24 @@ class _Timing(NamedTuple):
     """What was measured for a `DecodeRow`."""
 
     context: int
-    latents: int
+    setting: Setting
     batch: int
     step_s: float
     first_note_s: float
     step_bytes: int
     bare_s: float | None
 
-    def row(self, nats_per_token: float | None, bytes_per_s: float) -> DecodeRow:
+    def row(self, score: "Score | None", bytes_per_s: float) -> DecodeRow:
         bare_s = self.bare_s
         return DecodeRow(
             context=self.context,
-            latents=self.latents,
+            **self.setting._asdict(),
             batch=self.batch,
             tokens_per_s=self.batch / self.step_s,
             first_note_s=self.first_note_s,
             times_real_time=1 / self.step_s / MAESTRO_TOKENS_PER_S,
-            nats_per_token=nats_per_token,
+            nats_per_token=None if score is None else score.nats_per_token,
+            mean_layers=None if score is None else score.mean_layers or self.setting.layers,
             share_of_limit=self.step_bytes / bytes_per_s / self.step_s,
             bare_matrices_ms=None if bare_s is None else 1e3 * bare_s,
             times_bare_matrices=None if bare_s is None else self.step_s / bare_s,
@@ -102,18 +112,21 @@ class _Timing(NamedTuple):
 def decode_rows(
     weights: Weights,
     contexts: Sequence[int],
-    latents: Sequence[int],
+    settings: Sequence[Setting],
     batches: Sequence[int],
     tokens: int,
     scored: Sequence[np.ndarray],
 ) -> tuple[list[DecodeRow], dict[str, Any]]:
-    """Time decoding for every context, number of latents and batch; score `scored`, if any, through the decoder.
+    """Time decoding for every context, setting and batch; score `scored`, if any, through the decoder.
+
+    Tokens leave early when the music lets them, so scored music is also what the timed runs continue.
 
     Returns:
         The rows, and what is the same for all of them.
     """
     timings: list[_Timing] = []
-    nats: dict[tuple[int, int], float] = {}
+    scores: dict[tuple[int, Setting], Score] = {}
+    music = max(scored, key=len) if scored else None
     with ProgressLine("loading the model") as line:
         configs = [dataclasses.replace(weights.config, context=context) for context in contexts]
         decoders = [decoder_of(weights._replace(config=config)) for config in configs]
@@ -121,15 +134,16 @@ def decode_rows(
             timed: list[_Timing] = []
             for batch in batches:
                 line.report(0.0, f"context {context}: timing {batch} at once")
-                timed += _interleaved(decoder, batch, latents, tokens)
-            timings += sorted(timed, key=lambda timing: latents.index(timing.latents))
+                prompt = _prompt(decoder.config.reach, music)
+                timed += _interleaved(decoder, batch, settings, tokens, prompt)
+            timings += sorted(timed, key=lambda timing: settings.index(timing.setting))
         facts = _facts(decoders[0])  # before scores and bandwidth, which take more memory
         for context, decoder in zip(contexts, decoders, strict=True) if scored else ():
-            for number in latents:
-                line.report(0.0, f"context {context}: scoring with {number} latents")
-                nats[context, number] = _score(decoder, scored, number)
+            for setting in settings:
+                line.report(0.0, f"context {context}: scoring with {setting.in_words(decoder.config)}")
+                scores[context, setting] = _score(decoder, scored, setting)
     bytes_per_s = read_bandwidth(decoders[0])
-    rows = [timing.row(nats.get((timing.context, timing.latents)), bytes_per_s) for timing in timings]
+    rows = [timing.row(scores.get((timing.context, timing.setting)), bytes_per_s) for timing in timings]
     return rows, {**facts, "bytes_per_s": round(bytes_per_s)}
 
 
@@ -161,51 +175,53 @@ def _peak_memory_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _score(decoder: AnyDecoder, scored: Sequence[np.ndarray], latents: int) -> float:
+def _score(decoder: AnyDecoder, scored: Sequence[np.ndarray], setting: Setting) -> "Score":
     from music_ar.evaluation.likelihood import score_decoding  # imports JAX
 
-    return score_decoding(decoder, scored, latents=latents).nats_per_token
+    return score_decoding(decoder, scored, **setting._asdict())
 
 
-def _interleaved(decoder: AnyDecoder, batch: int, latents: Sequence[int], tokens: int) -> list[_Timing]:
-    """Time each number of latents. They alternate chunk by chunk, so that noise slows all of them alike."""
-    runs = {number: _Run(decoder, number, batch) for number in latents}
-    bare_s = []
+def _interleaved(
+    decoder: AnyDecoder, batch: int, settings: Sequence[Setting], tokens: int, prompt: np.ndarray
+) -> list[_Timing]:
+    """Time each setting. They alternate chunk by chunk, so that noise slows all of them alike."""
+    runs = {setting: _Run(decoder, setting, batch, prompt) for setting in settings}
+    bare_s: dict[int, list[float]] = {setting.layers: [] for setting in settings}
     for _ in range(-(-tokens // decoder.backend.chunk_tokens(batch))):
         for run in runs.values():
             run.next_chunk()
-        if (seconds := decoder.bare_matrices_s(batch)) is not None:
-            bare_s.append(seconds)
+        for layers, times in bare_s.items():
+            if (seconds := decoder.bare_matrices_s(batch, layers)) is not None:
+                times.append(seconds)
     return [
         _Timing(
             context=decoder.config.reach,
-            latents=number,
+            setting=setting,
             batch=batch,
             step_s=run.step_s,
             first_note_s=run.first_note_s,
             step_bytes=run.step_bytes,
-            bare_s=statistics.median(bare_s) if bare_s else None,
+            bare_s=statistics.median(times) if (times := bare_s[setting.layers]) else None,
         )
-        for number, run in runs.items()
+        for setting, run in runs.items()
     ]
 
 
 class _Run:
-    """Decoding with one number of latents, after a full prompt, one chunk at a time.
+    """Decoding with one setting, after a full prompt, one chunk at a time.
 
     Attributes:
         first_note_s: seconds for prefill and the first chunk, without compilation.
         step_bytes: bytes that a step must read.
     """
 
-    def __init__(self, decoder: AnyDecoder, latents: int, batch: int):
+    def __init__(self, decoder: AnyDecoder, setting: Setting, batch: int, prompt: np.ndarray):
         self._decoder, self._options = decoder, option_arrays([SamplingOptions()] * batch)
         self._length = decoder.backend.chunk_tokens(batch)
         self._chunk_s: list[float] = []
-        prompt = _prompt(decoder.config.reach)
 
         def first_chunk() -> None:
-            self._state = decoder.start([prompt] * batch, latents=latents, seeds=range(batch), limit_steps=2**30)
+            self._state = decoder.start([prompt] * batch, seeds=range(batch), limit_steps=2**30, **setting._asdict())
             self.next_chunk()
 
         first_chunk()  # compiles
@@ -309,8 +325,10 @@ def _best_read(ones: Any, product: Any, total: Any, size: int = _BANDWIDTH_BYTES
     return matrix.nbytes / best_s
 
 
-def _prompt(length: int) -> np.ndarray:
-    """Return repeated notes; the content of a prompt does not change the timing."""
+def _prompt(length: int, music: np.ndarray | None) -> np.ndarray:
+    """Return the beginning of a piece, or repeated notes if there is none or it is too short."""
+    if music is not None and len(music) > length:
+        return music[:length].astype(np.int32)
     note = [vocabulary.NOTE_ON + 60, vocabulary.TIME_SHIFT + 19, vocabulary.NOTE_OFF + 60, vocabulary.TIME_SHIFT + 9]
     tokens = np.resize(note, length)
     tokens[:2] = vocabulary.START, vocabulary.VELOCITY + 15

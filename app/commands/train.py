@@ -51,6 +51,8 @@ class Train:
             Default: random weights of the preset.
         expand_to: expand the --start model to this larger preset (small or medium) before training. It computes the
             same function until it is trained. Default: keep its size.
+        exits: numbers of blocks, such as 2 4 6, after which the model also learns to predict, so that decoding may stop
+            there (early exits); see --exit-weight and --layer-dropout. Default: those of the --start model, or none.
         teacher: models to distill: the trained model also learns their mean prediction. Names of shipped models, or
             folders such as the model/ of other runs.
         out_of_fold: cross-fitted distillation: each teacher teaches only the fold that it was not trained on. Train
@@ -64,6 +66,8 @@ class Train:
         mesh: what the devices share, such as data=4,fsdp=2. Each axis has a number of devices, and their product is
             the number of all: data splits the batch; fsdp splits it too, and with it the parameters and the optimizer's
             state, for large models; sequence splits the context, for long ones. Default: all devices on data.
+        infill: share of the training windows that are re-ordered so that the model learns to fill gaps: 0.5 trains it
+            to fill them and to continue pieces. A model that starts without the tokens for it gets them.
         workers: number of processes that prepare batches; 0 prepares them in the training process. Raise it if the
             device waits for data, as it may with a long context.
         resume: continue from the newest checkpoint in the folder of the run.
@@ -83,12 +87,14 @@ class Train:
     preset: str = "small"
     start: Unset[str] = None
     expand_to: Unset[str] = None
+    exits: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")] = whole((), 1, 1000)
     teacher: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = ()
     out_of_fold: bool = False
     folds: Unset[int] = whole(None, 2, 1000)
     without_fold: Unset[int] = whole(None, 1, 1000)
     augmented_copies: int = whole(0, 0, 1000)
     mesh: Unset[str] = None
+    infill: float = number(0.0, least=0, most=1)
     workers: int = whole(0, 0, 1000)
     resume: bool = False
     augment: Annotated[
@@ -171,7 +177,8 @@ class Train:
         parts = self._parts(Pieces.open(self.data, "train"))
         # A user's own data may have no validation split.
         held_out = Pieces.open(self.data, "validation").tokens if manifest.splits["validation"].pieces else ()
-        fitted = self._fit(self._initial_model(compute), manifest, parts, held_out, self._teachers(compute), hosts)
+        model = self._initial_model(compute)
+        fitted = self._fit(model, manifest, parts, held_out, self._teachers(model, compute), hosts)
         if hosts.process > 0:
             return
         if fitted.finished:
@@ -203,21 +210,48 @@ class Train:
                 raise CommandError(f"--{option} must be one of {', '.join(PRESETS)}, got {preset}")
         rngs = nnx.Rngs(self.training.seed)
         if self.start is None:
-            return PerceiverAR(replace(PRESETS[self.preset], label_size=LABEL_SIZE), rngs=rngs, compute=compute)
+            config = self._changed(PRESETS[self.preset], label_size=LABEL_SIZE)
+            return PerceiverAR(config, rngs=rngs, compute=compute)
         model = load_pretrained(self.start, compute=compute)
         config = model.config if self.expand_to is None else PRESETS[self.expand_to]
+        kept = {"exits": model.config.exits, "vocabulary_size": model.config.vocabulary_size}
+        config = self._changed(replace(config, **kept), label_size=LABEL_SIZE)
         try:
-            return expand(model, replace(config, label_size=LABEL_SIZE), rngs=rngs)
+            return expand(model, config, rngs=rngs)
         except ValueError as error:
             raise CommandError(f"--start {self.start}: {error}") from error
 
-    def _teachers(self, compute: "Compute") -> "Teachers | None":
+    def _changed(self, config: "ModelConfig", *, label_size: int) -> "ModelConfig":
+        """Return the config with a label, the tokens of gaps if they are trained and, if given, other exits."""
+        sizes = {"label_size": label_size, "vocabulary_size": self._vocabulary(config)}
+        try:
+            return replace(config, exits=self.exits or config.exits, **sizes)
+        except ValueError as error:
+            given = ", ".join(map(str, self.exits))
+            raise CommandError(
+                f"--exits must rise and be below the model's {config.layers} blocks, got {given}"
+            ) from error
+
+    def _vocabulary(self, config: "ModelConfig") -> int:
+        """Return the size of the vocabulary: with the tokens of gaps if they are trained, or if the start has them."""
+        from music_ar.tokens.vocabulary import INFILL_VOCABULARY_SIZE
+
+        return max(config.vocabulary_size, INFILL_VOCABULARY_SIZE if self.infill else 0)
+
+    def _teachers(self, student: "PerceiverAR", compute: "Compute") -> "Teachers | None":
         from music_ar.model.pretrained import load_pretrained
         from music_ar.training.distillation import CrossFitted, Ensemble
 
         if not self.teacher:
             return None
         models = [load_pretrained(teacher, compute=compute) for teacher in self.teacher]
+        for name, model in zip(self.teacher, models, strict=True):
+            if model.config.fills_gaps != student.config.fills_gaps:
+                knows, lacks = ("teacher", "model") if model.config.fills_gaps else ("model", "teacher")
+                raise CommandError(
+                    f"--teacher {name}: the {knows} has the tokens to fill gaps and the {lacks} has not; take a "
+                    "teacher with the model's tokens"
+                )
         return CrossFitted(models) if self.out_of_fold else Ensemble(models)
 
     def _fit(
@@ -298,6 +332,7 @@ class Train:
             "folds": folds,
             "augmented_copies": self.augmented_copies,
             "start": None if self.start is None else identity(self.start)["weights_sha256"],
+            **({"infill": self.infill} if self.infill else {}),
         }
 
     def _batches(
@@ -308,6 +343,7 @@ class Train:
         seed: int,
         rows: tuple[int, ...] | None,
     ) -> "Batches":
+        from data_pipeline.gaps import Gaps
         from data_pipeline.loader import LoaderConfig, batches
 
         loader = LoaderConfig(
@@ -317,6 +353,7 @@ class Train:
             seed=seed,
             augmentation=augmentation,
             rows=rows,
+            gaps=Gaps(share=self.infill, context=config.context) if self.infill else None,
             workers=self.workers,
         )
         return cast("Batches", batches(*parts, config=loader))  # its batches are TypedDicts, so dicts of arrays

@@ -128,8 +128,8 @@ class Web:
 
     def _manager(self) -> "tuple[SessionManager, str]":
         """Load the model; a manager for it, and its model card."""
+        from app.web.examples import example_prompts
         from app.web.manager import SessionManager
-        from app.web.page import example_prompts
         from app.web.warmup import Machine
         from music_ar import Generator
         from music_ar.model.weights import CURVE, MODEL_CARD, read_companion, read_figures
@@ -147,7 +147,7 @@ class Web:
 
     def _serve(self, server: "Server", manager: "SessionManager") -> int:
         """Wait for Ctrl-C or SIGTERM, or until the server cannot go on; the exit code."""
-        from app.web.page import example_prompts
+        from app.web.examples import example_prompts
 
         ended = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -13,6 +13,7 @@ from typing import NamedTuple, Self
 
 from music_ar.cluster import Cluster
 from music_ar.decoding import backend
+from music_ar.decoding.budget import Setting
 from music_ar.decoding.loading import decoder_of
 from music_ar.decoding.request import Request
 from music_ar.generator import Generator, Piece
@@ -25,10 +26,17 @@ _PATIENCE_S = 0.5  # how long a batch with a free row waits for a request that i
 
 
 class Sizes(NamedTuple):
-    """What the time of a step depends on: a number of latents, and of rows in a batch."""
+    """What the time of a step depends on: a setting of the budget, and the rows of a batch."""
 
-    latents: int
+    setting: Setting
     rows: int
+
+
+class Model(NamedTuple):
+    """What is sent to the nodes: a model, and the text of its `curve.json`, empty if it has none."""
+
+    weights: Weights
+    curve: str
 
 
 class Job(NamedTuple):
@@ -44,6 +52,7 @@ class RayGenerator:
     Args:
         cluster: the cluster.
         weights: the model, which is sent to the nodes.
+        curve: text of its `curve.json`, empty if it has none.
 
     Attributes:
         config: sizes of the model.
@@ -52,10 +61,11 @@ class RayGenerator:
         ClusterError: the cluster cannot be used.
     """
 
-    def __init__(self, cluster: Cluster, weights: Weights):
+    def __init__(self, cluster: Cluster, weights: Weights, curve: str = ""):
         self.config: ModelConfig = weights.config
-        self._workers = cluster.workers(RowsOnWorker, weights, on_each="device")
+        self._workers = cluster.workers(RowsOnWorker, Model(weights, curve), on_each="device")
         self._batch_sizes: dict[int | None, int] = {}
+        self._settings: dict[Request, Setting] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -68,9 +78,18 @@ class RayGenerator:
         """This object: it times the workers' decoders."""
         return self
 
-    def seconds_per_token(self, latents: int, rows: int) -> float:
+    def setting(self, request: Request) -> Setting:
+        """The latents, layers and confidence that a request asks for; errors as in `Generator.setting`."""
+        names = ("latents", "layers", "confidence", "budget", "speed")
+        asked = Request(**{name: getattr(request, name) for name in names})
+        if asked not in self._settings:
+            self._settings[asked] = self._workers.ask("setting", asked)
+        return self._settings[asked]
+
+    def seconds_per_token(self, latents: int, rows: int, *, layers: int, confidence: float) -> float:
         """Seconds of a step of a batch, divided by the number of workers."""
-        return self._workers.ask("seconds_per_token", Sizes(latents, rows)) / len(self._workers)
+        sizes = Sizes(Setting(latents, layers, confidence), rows)
+        return self._workers.ask("seconds_per_token", sizes) / len(self._workers)
 
     def batch_size(self, latents: int | None = None) -> int:
         """Default number of pieces that a worker generates at once.
@@ -103,10 +122,10 @@ class RayGenerator:
 class RowsOnWorker:
     """The decoder of a worker, and a thread that keeps its batch full."""
 
-    def __init__(self, weights: Weights):
+    def __init__(self, model: Model):
         keep_compiled_programs()
         backend.split_cpu(many_rows=True)
-        self._generator = Generator(decoder_of(weights))
+        self._generator = Generator(decoder_of(model.weights), curve=lambda: model.curve)
         self._waiting: queue.SimpleQueue[tuple[Job, Future[Piece]]] = queue.SimpleQueue()
         self._next: tuple[Job, Future[Piece]] | None = None
         self._running: dict[str, Future[Piece]] = {}
@@ -116,9 +135,14 @@ class RowsOnWorker:
         """As `Generator.batch_size`."""
         return self._generator.batch_size(latents)
 
+    def setting(self, request: Request) -> Setting:
+        """As `Generator.setting`."""
+        return self._generator.setting(request)
+
     def seconds_per_token(self, sizes: Sizes) -> float:
         """As `Autotuner.seconds_per_token`."""
-        return self._generator.autotuner.seconds_per_token(sizes.latents, sizes.rows)
+        latents, layers, confidence = sizes.setting
+        return self._generator.autotuner.seconds_per_token(latents, sizes.rows, layers=layers, confidence=confidence)
 
     def generate(self, job: Job) -> "Future[Piece]":
         """Put a request into the batch as soon as a row is free."""

@@ -28,7 +28,9 @@ from music_ar.storage import find_files, is_url, read_path
 LIST_EXTENSIONS = (".txt", ".list")
 _EXACT = 2**53  # whole numbers up to this are floats, too
 _HALF_CHARACTER = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-_NOT_OPTIONS = ("prompt", "speed", "sampling", "tag")
+_NEUTRAL = {"layers": None, "confidence": 1.0, "budget": None}
+"""Options that a manifest records only if they differ from these, so that pieces of earlier versions stay unchanged."""
+_NOT_OPTIONS = ("prompt", "after", "speed", "sampling", "tag")
 _TYPE_NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -214,7 +216,10 @@ class Plan:
         except CommandError as refused:
             name, error = f"piece-{len(self.requests) + 1:04}", str(refused)
         name = self._names.unique(name)
-        options = {**self._defaults, **options}
+        options = {**self._defaults, **self._instead(options), **options}
+        if any(options[name] != neutral for name, neutral in _NEUTRAL.items()):
+            asked = Request.of(None, **{name: options[name] for name in ("latents", *_NEUTRAL)})
+            options |= {**self.generator.setting(asked)._asdict(), "budget": None}  # raises if the model cannot
         batch_size = self.generator.batch_size(options["latents"])  # raises if the model cannot take so many latents
         if options["latents"] is None:
             options["latents"] = min(DEFAULT_LATENTS, self.generator.config.most_latents)
@@ -235,9 +240,21 @@ class Plan:
             )
             self.requests.append(dataclasses.replace(request, tag=output))
 
+    @staticmethod
+    def _instead(options: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults that a piece's own budget replaces, or that replace a budget."""
+        in_place = {"latents": None, "layers": None, "confidence": 1.0}
+        if "budget" in options:
+            return in_place
+        return {"budget": None} if options.keys() & in_place.keys() else {}
+
     def _settings(self, options: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
         """What the manifest records in addition to prompt, seed and model."""
-        settings = {name: value for name, value in options.items() if name not in ("seed", "variations")}
+        settings = {
+            name: value
+            for name, value in options.items()
+            if name not in ("seed", "variations") and (name not in _NEUTRAL or value != _NEUTRAL[name])
+        }
         settings["batch_size"] = self._batch_size or batch_size
         if self._audio is not None:
             settings["audio"] = self._audio

@@ -93,8 +93,11 @@ class Run:
         def batch_size(request: Request) -> int:
             return request.tag.settings["batch_size"]
 
-        # Sorted by latents, because similar numbers of latents share a batch.
-        ordered = sorted(self._missing, key=lambda request: (batch_size(request), request.latents))
+        def depth(request: Request) -> tuple[int, bool]:
+            return request.layers or 0, request.confidence < 1
+
+        # Sorted by depth and latents, because equal depths and similar numbers of latents share a batch.
+        ordered = sorted(self._missing, key=lambda request: (batch_size(request), depth(request), request.latents))
         for size, requests in itertools.groupby(ordered, key=batch_size):
             leased = self._leased(requests, log)
             yield from self._generator.generate_many(leased, batch_size=size, progress=progress)

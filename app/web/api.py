@@ -42,6 +42,8 @@ _HELP = {
     "seed": "random seed of the first variation; leave it out for a random one.",
     "start_s": "start of the part of the prompt to use, in seconds.",
     "end_s": "end of that part, in seconds; leave it out for the end of the file.",
+    "fill": "true makes the part of the prompt from start_s to end_s anew, joined to what comes before and after, and "
+    "keeps the rest as it is; seconds then does not count. Needs a model that was trained to fill gaps.",
     "variation": "number of the variation to continue; 0 is the first.",
 }
 
@@ -61,11 +63,11 @@ class Api:
 
     def layout(self) -> None:
         """Add the endpoints to a page. Their components are never visible."""
-        names = [*_ORDER, *(name for name in SAMPLING if name not in _ORDER)]
+        names = [*_ORDER, *(name for name in SAMPLING if name not in _ORDER), "fill"]
         defaults = Settings().flat()
         with gr.Group(visible=False):
             prompt = gr.File(label="prompt", file_types=[".mid", ".midi"])
-            values = [_number(name, defaults[name]) for name in names]
+            values = [_value(name, defaults[name]) for name in names]
             more = [_number(name, value) for name, value in _EXTENSION.items()]
             results = [gr.JSON(label="progress"), gr.File(label="files", file_count="multiple")]
             info = gr.JSON(label="info")
@@ -103,12 +105,13 @@ class Api:
             yield from _results(session, self.manager.extend(session, chosen.seconds))
 
     def info(self) -> dict[str, Any]:
-        """Limits and speed of this server: the most latents, variations and seconds, and the licence of the music."""
+        """Limits and speed of this server: the most latents, variations and seconds, what it can, and the licence."""
         return {
             "most_latents": self.manager.machine.most_latents,
             "auto": self.manager.machine.cost(AUTO),
             "most_variations": MAX_VARIATIONS,
             "most_seconds": MAX_SECONDS,
+            "fills_gaps": self.manager.machine.generator.config.fills_gaps,
             "warm": self.manager.machine.warm,
             "licence": LICENCE,
         }
@@ -127,6 +130,10 @@ def _file(value: Any) -> tuple[bytes | None, str]:
         return path.read_bytes(), str(value.get("orig_name") or path.name)
     except OSError as error:
         raise WebError("the prompt is gone: upload it again") from error
+
+
+def _value(name: str, default: Any) -> gr.Number | gr.Checkbox:
+    return gr.Checkbox(default, label=name) if isinstance(default, bool) else _number(name, default)
 
 
 def _number(name: str, default: float | None) -> gr.Number:

@@ -110,22 +110,30 @@ class SessionManager:
             if not generating:  # otherwise the run frees its caches when it ends
                 self.free_caches(session)
 
-    def generate(self, session: Session, settings: Settings) -> Iterator[Revision]:
+    def generate(self, session: Session, settings: Settings, again: Performance | None = None) -> Iterator[Revision]:
         """Generate new pieces from the prompt of a session, revision by revision; each replaces the one before it.
 
         The first revision comes at once. It holds the prompt alone, or nothing if the prompt is to be left out.
+
+        Args:
+            session: gets the music.
+            settings: what was asked for.
+            again: the prompt of an earlier piece, to be used in place of that of the session, empty for none; or the
+                piece itself, to fill a part of it.
 
         Raises:
             WebError, GenerationError: it cannot be done as asked.
         """
         asked = f"{settings.seconds:g} s, variations: {settings.variations}"
         with self._run(session, "Reading the prompt …" if session.prompt else "Starting …", asked) as run:
-            prompt, prompt_seconds = session.cropped_prompt(settings)
+            prompt, prompt_seconds = session.cropped_prompt(settings) if again is None else _earlier(again, settings)
             seed = secrets.randbelow(MAX_SEED - MAX_VARIATIONS + 1) if settings.seed is None else settings.seed
-            settings = settings.model_copy(update={"prompt": session.prompt_name, "seed": seed})
+            name = session.prompt_name if again is None else settings.prompt
+            settings = settings.model_copy(update={"prompt": name, "seed": seed})
             part = prompt if prompt is None or prompt_seconds is None else prompt.crop(0, prompt_seconds)
             session.chosen = 0  # from now on the user may choose
             session.reading = prompt_revision(part or Performance.empty(), settings, run)
+            session.begins_s = session.reading.join_s
             yield session.reading
             if settings.latents == AUTO and not self.machine.knows(settings.variations):
                 session.status = f"Timing {settings.variations} variations on this machine, once: a minute or two …"
@@ -138,21 +146,35 @@ class SessionManager:
                 if latents == AUTO:
                     latents = self.machine.auto_budget(part, settings.variations)
                 self.machine.make_room(latents, settings.variations)
-                generation = self.machine.generator.session(settings.request(prompt, prompt_seconds, latents))
+                generation = self.machine.generator.session(
+                    self.machine.spend(settings.request(prompt, prompt_seconds, latents))
+                )
                 self._keep_caches(session, generation)
             yield from self._revisions(session, run, generation, settings, generation.prompt_s, run)
 
-    def extend(self, session: Session, seconds: float) -> Iterator[Revision]:
+    def extend(self, session: Session, seconds: float, at_s: float | None = None) -> Iterator[Revision]:
         """Continue the chosen variation. The first revision yielded is the one being continued.
+
+        Args:
+            session: has the music.
+            seconds: length of the music to add.
+            at_s: where to cut the shown part of the music before; None continues at its end.
 
         Raises:
             WebError, GenerationError: there is no music yet, or it cannot be done as asked.
         """
         revision, chosen = session.revision, session.chosen
+        if at_s is not None:
+            revision, chosen = revision.cut(chosen, at_s), 0
         seed = revision.seeds[chosen]
-        settings = revision.settings.model_copy(update={"seconds": seconds, "variations": 1, "seed": seed})
-        continues = session.runs == revision.number
+        settings = revision.settings.model_copy(
+            update={"seconds": seconds, "variations": 1, "seed": seed, "fill": False}
+        )
+        continues = session.runs == revision.number and not revision.settings.fill
         with self._run(session, "Continuing …", f"{seconds:g} s more") as run:
+            session.begins_s = revision.until_s[chosen]
+            if at_s is not None:  # shown as what the new music replaces, which is kept
+                session.reading, session.chosen = revision, 0
             yield revision
             with self._turns.turn((session, run)):
                 if session.run != run:
@@ -166,7 +188,7 @@ class SessionManager:
                     another_seed = seed + len(session.revisions)  # the same one would sample the same notes again
                     request = settings.model_copy(update={"seed": another_seed})
                     generation = self.machine.generator.session(
-                        request.request(revision.pieces[chosen], None, revision.latents)
+                        self.machine.spend(request.request(revision.pieces[chosen], None, revision.latents))
                     )
                 self._keep_caches(session, generation)
             session.chosen = 0
@@ -265,11 +287,13 @@ class SessionManager:
                 final_s=chunk.final_s,
                 join_s=join_s,
                 seeds=chunk.seeds,
-                latents=generation.latents,
+                latents=self.machine.budget_of(generation.setting),
                 settings=settings,
             )
             session.show(revision)
-            session.status = _progress(chunk, generation.latents) + self._sharing()
+            session.status = (
+                _progress(chunk, generation.setting.in_words(self.machine.generator.config)) + self._sharing()
+            )
             if last:
                 session.end(run)
                 revision = session.revision
@@ -278,9 +302,14 @@ class SessionManager:
             yield revision
 
 
-def _progress(chunk: Chunk, latents: int) -> str:
+def _earlier(again: Performance, settings: Settings) -> tuple[Performance | None, float | None]:
+    """What `Session.cropped_prompt` gives, for an earlier piece or its prompt."""
+    return (again if len(again) else None), (settings.start_s if settings.fill else None)
+
+
+def _progress(chunk: Chunk, setting: str) -> str:
     speed = (chunk.seconds_wanted - chunk.seconds_made) / chunk.eta_s if chunk.eta_s > 0 else 0.0
     return (
         f"{clock(chunk.seconds_made)} of {clock(chunk.seconds_wanted)} of music · {clock(chunk.eta_s)} left · "
-        f"{speed:.1f}× as fast as it plays · {latents} latents · {seeds_in_words(chunk.seeds)}"
+        f"{speed:.1f}× as fast as it plays · {setting} · {seeds_in_words(chunk.seeds)}"
     )

@@ -1,7 +1,7 @@
 () => {
   // What the page does beyond Gradio: keys, focus, names and spoken status. Gradio runs this when the page opens.
   const find = (selector) => document.querySelector(selector);
-  const roll = () => find('#piece-player .roll');
+  const roll = () => find('#player .roll');
   const within = (target, ...names) => target instanceof Element && target.closest(names.map((name) => `#${name}`).join());
 
   // Space plays or pauses, and never makes a new piece in place of the one that is heard. Enter presses the button.
@@ -10,17 +10,19 @@
       if (event.key !== ' ' || !within(event.target, 'generate', 'extend')) return;
       event.preventDefault();
       event.stopImmediatePropagation();
-      if (kind === 'keydown' && !event.repeat) find('#piece-player .play').click();
+      if (kind === 'keydown' && !event.repeat) find('#player .play').click();
     }, true);
   }
   const calm = window.matchMedia('(prefers-reduced-motion: reduce)');
   document.addEventListener('click', (event) => {
     if (within(event.target, 'generate', 'extend')) {
-      find('#piece-player').scrollIntoView(
+      find('#player').scrollIntoView(
         { block: window.innerWidth < 900 ? 'start' : 'nearest', behavior: calm.matches ? 'auto' : 'smooth' });
       // A click with the mouse leads on to the music; with the keyboard one may want the next button.
       if (event.detail) roll().focus({ preventScroll: true });
     }
+    // The player sends the take along: the server may have been restarted.
+    if (within(event.target, 'extend')) find('#player .player').dispatchEvent(new CustomEvent('extend'));
     if (within(event.target, 'stop')) roll().focus({ preventScroll: true }); // the button is about to be disabled
   });
 
@@ -51,24 +53,20 @@
   };
   new MutationObserver(say).observe(find('#status'), { childList: true, subtree: true, characterData: true });
 
-  // Gradio gives all these buttons one name.
-  const nameResets = () => {
+  // Gradio gives all these buttons one name, and the place for files one that is not what it shows.
+  const rename = () => {
     for (const button of document.querySelectorAll('.reset-button[aria-label="Reset to default value"]')) {
       const slider = button.closest('.block').querySelector('[data-testid="block-info"]');
       button.setAttribute('aria-label', `Reset ${slider.textContent.trim()}`);
     }
+    find('#file .upload-container')?.removeAttribute('aria-label');
   };
-  nameResets();
-  new MutationObserver(nameResets).observe(find('#more'), { childList: true, subtree: true }); // drawn when it is opened
+  rename();
+  new MutationObserver(rename).observe(find('#settings'), { childList: true, subtree: true }); // some are drawn when opened
 
-  // Music lives as long as its tab: ask before it is lost, unless it has been saved as it is.
-  let saved = null;
-  const shown = () => {
-    const { notes, generated } = find('#piece-player .player').dataset;
-    return generated === 'true' ? notes : null;
-  };
-  document.addEventListener('click', (event) => { if (within(event.target, 'saved')) saved = shown(); });
+  // Music is kept in the browser. Where that is not allowed it lives as long as its tab: ask before it is lost.
   window.addEventListener('beforeunload', (event) => {
-    if (shown() !== null && shown() !== saved) event.preventDefault();
+    const { notes, take, stored } = find('#player .player').dataset;
+    if (notes !== '0' && take !== 'prompt' && stored !== 'true') event.preventDefault();
   });
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import secrets
 
 from app.console import clock
 from app.web.settings import MAX_PROMPT_SECONDS, Settings, WebError
@@ -28,6 +29,7 @@ class Revision:
         seeds: one for each variation.
         latents: latent budget used.
         settings: what was asked for, with the seed used.
+        takes: names of the variations, if the browser has named them; see `Session.take`.
     """
 
     number: int
@@ -39,6 +41,7 @@ class Revision:
     seeds: tuple[int, ...]
     latents: int
     settings: Settings
+    takes: tuple[str, ...] = ()
 
     @property
     def from_s(self) -> float:
@@ -57,6 +60,27 @@ class Revision:
         """This revision as the last one of its run: each piece ends with its last note, and all notes are final."""
         lengths_s = tuple(piece.duration_s for piece in self.pieces)
         return dataclasses.replace(self, until_s=lengths_s, final_s=(math.inf,) * len(self.pieces))
+
+    def cut(self, variation: int, at_s: float) -> "Revision":
+        """One variation, cut at a time of its shown part, to be continued from there.
+
+        Raises:
+            WebError: there is no note before.
+        """
+        until_s = at_s + self.from_s
+        piece = self.pieces[variation].crop(0, until_s)
+        if not len(piece):
+            raise WebError("there is no note before the place to continue from: move the playhead further on")
+        return dataclasses.replace(
+            self,
+            number=0,
+            pieces=(piece,),
+            until_s=(until_s,),
+            final_s=(math.inf,),
+            join_s=min(self.join_s, until_s),
+            seeds=self.seeds[variation : variation + 1],
+            takes=(),
+        )
 
     def summary(self) -> str:
         """Lengths, latent budget and seeds in words."""
@@ -94,6 +118,7 @@ class Session:
     """One tab of the page, or one API client.
 
     Attributes:
+        name: part of the names of its takes; different for each session.
         prompt: the whole prompt; None for a new piece.
         prompt_name: its name.
         revisions: results; the last one is shown.
@@ -102,6 +127,7 @@ class Session:
         status: what is happening, or what happened last, in words.
         run: number of the run in progress, or None. A run ends when this is no longer its own number.
         runs: number of runs so far.
+        begins_s: where the music of the run in progress begins in its piece.
         left_s: estimated seconds until the run in progress ends; None if not known.
         run_s: estimated seconds that it takes in all.
         calls: how often the page or the client has used this session.
@@ -110,6 +136,7 @@ class Session:
     """
 
     def __init__(self) -> None:
+        self.name = secrets.token_hex(6)
         self.prompt: Performance | None = None
         self.prompt_name = ""
         self.revisions: list[Revision] = []
@@ -118,11 +145,13 @@ class Session:
         self.status = ""
         self.run: int | None = None
         self.runs = 0
+        self.begins_s = 0.0
         self.left_s: float | None = None
         self.run_s = 0.0
         self.calls = 0
         self.left: tuple[int, float] = (-1, 0.0)
         self.closed = False
+        self._adopted = 0
         self._chosen_at_ms = 0.0
         self._chosen_before: dict[int, int] = {}  # by the number of a run: the variation chosen when it began
 
@@ -164,10 +193,16 @@ class Session:
     def cropped_prompt(self, settings: Settings) -> tuple[Performance | None, float | None]:
         """The prompt from `settings.start_s`, and how many seconds of it to use; None for all.
 
+        To fill a part of it, all of the prompt, and the seconds before that part.
+
         Raises:
-            WebError: no note begins in that part.
+            WebError: no note begins in that part, or there is no prompt to fill a part of.
         """
         prompt = self.prompt
+        if settings.fill:
+            if prompt is None:
+                raise WebError("there is no piece to fill a part of: choose one first")
+            return prompt, settings.start_s
         if prompt is None:
             return None, None
         end_s = prompt.duration_s if settings.end_s is None else settings.end_s
@@ -227,6 +262,37 @@ class Session:
         undone = self.revisions.pop()
         self.chosen = min(self._chosen_before.pop(undone.number, 0), len(self.revision.pieces) - 1)
         self.status = f"Undone. {self.revision.summary()}"
+
+    def take(self, revision: Revision, variation: int) -> str:
+        """The name of a variation, under which the browser keeps it."""
+        return revision.takes[variation] if revision.takes else f"{self.name}-{revision.number}-{variation}"
+
+    def show_take(self, take: str) -> bool:
+        """Show the revision that has this take again, and choose the take. False if there is none."""
+        for revision in reversed(self.revisions):
+            for variation in range(len(revision.pieces)):
+                if self.take(revision, variation) == take:
+                    self._show_last(revision, variation)
+                    return True
+        return False
+
+    def adopt(self, revision: Revision) -> None:
+        """Show music that the browser has kept, made in this session or an earlier one. Undo returns from it.
+
+        Raises:
+            WebError: a run is in progress.
+        """
+        if self.generating:
+            raise WebError("music is being generated: press Stop first")
+        if not self.show_take(self.take(revision, 0)):
+            self._adopted += 1  # a number of its own, which is none of a run
+            self._show_last(dataclasses.replace(revision, number=-self._adopted, piece=-self._adopted), 0)
+        self.status = self.revision.summary()
+
+    def _show_last(self, revision: Revision, variation: int) -> None:
+        others = [each for each in self.revisions if each.number != revision.number]
+        self.revisions = [*others[-_MAX_REVISIONS:], revision]
+        self.chosen = variation
 
     def choose(self, variation: int, at_ms: float = math.inf) -> None:
         """Choose a variation of the revision shown, also while its prompt is still being read.

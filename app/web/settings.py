@@ -106,6 +106,8 @@ class Settings(BaseModel):
         start_s: start of the part of the prompt to use.
         end_s: end of that part; None is the end of the prompt.
         continuation_only: leave the prompt out of what is shown and downloaded.
+        fill: make the part from `start_s` to `end_s` anew and keep the rest of the prompt, instead of continuing that
+            part; the length is that of the part.
         prompt: name of the prompt; empty for a new piece.
     """
 
@@ -149,6 +151,11 @@ class Settings(BaseModel):
         bool,
         BeforeValidator(_flag),
         Field(title="choice to leave out the prompt (continuation_only)", description="true or false"),
+    ] = False
+    fill: Annotated[
+        bool,
+        BeforeValidator(_flag),
+        Field(title="choice to make a part of the prompt anew (fill)", description="true or false"),
     ] = False
     prompt: Annotated[str, Field(title="name of the prompt", description="a text")] = ""
 
@@ -195,14 +202,12 @@ class Settings(BaseModel):
 
     def request(self, prompt: Performance | None, prompt_seconds: float | None, latents: int) -> Request:
         """The request for the generator, with the prompt; see `music_ar.Request`."""
-        return Request(
-            prompt=prompt,
-            prompt_seconds=prompt_seconds,
-            seconds=self.seconds,
-            latents=latents,
-            sampling=self.sampling,
-            seed=self.seed,
-            variations=self.variations,
+        if self.fill and prompt is not None:
+            passages = Request.replacing(prompt, self.start_s, prompt.duration_s if self.end_s is None else self.end_s)
+        else:
+            passages = Request(prompt=prompt, prompt_seconds=prompt_seconds, seconds=self.seconds)
+        return dataclasses.replace(
+            passages, latents=latents, sampling=self.sampling, seed=self.seed, variations=self.variations
         )
 
 

@@ -1,5 +1,7 @@
 """Measure the model's speed on this machine, and compile its programs, before anyone has to wait for that."""
 
+import dataclasses
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterable
@@ -13,9 +15,11 @@ from app.web.memory import release_freed_memory
 from app.web.settings import AUTO
 from music_ar import Generator, Performance, encode, read_midi
 from music_ar.decoding.autotune import MAESTRO_TOKENS_PER_S
-from music_ar.decoding.request import DEFAULT_SPEED
+from music_ar.decoding.budget import Measured, Setting
+from music_ar.decoding.request import DEFAULT_SPEED, Request
 from music_ar.decoding.windows import cache_size
 
+_AS_GOOD, _NEARLY_AS_GOOD = 0.005, 0.06  # nats per token
 _BUDGETS = (256, 512, 1024, 2048)  # that "auto" chooses from; 64 is hardly faster and costs 0.16 nats per token
 _PROMPT_NOTES = (100, 50, 800, 1600, 20)  # of prompts to compile for, besides the examples: one per program
 _VARIATIONS = (1, 2, 4, 3, 8, 6, 5, 7)  # in this order: the most likely first
@@ -52,6 +56,8 @@ class Machine:
             int(row["latents"]): float(row["nats_per_token"])
             for row in curve or []
             if row.get("mode", "sliding") == "sliding"
+            and row.get("layers", generator.config.layers) == generator.config.layers
+            and row.get("confidence", 1) == 1
         }
         self._prompt_notes, self._variations, self._max_programs = prompt_notes, variations, max_programs
         self._measuring = threading.Lock()
@@ -113,9 +119,49 @@ class Machine:
         for _ in self.generator.stream(prompt, seconds=0.01, latents=latents, seed=0):
             pass
 
+    @functools.cached_property
+    def _frontier(self) -> tuple[Measured, ...]:
+        """What a latent budget chooses from, if it buys layers too; otherwise empty."""
+        settings = self.generator.frontier.settings if self.generator.config.exits else ()
+        return settings if len(settings) > 1 else ()
+
+    def spend(self, request: Request) -> Request:
+        """The request with what its latent budget buys: so many latents or, if the model has exits, latents and layers.
+
+        With exits, budgets divide the costs from the cheapest measured setting to the full one into even steps.
+        """
+        assert isinstance(request.latents, int)
+        return dataclasses.replace(request, **self._bought(request.latents).setting._asdict())
+
+    def _bought(self, budget: int) -> Measured:
+        """A latent budget's setting; cost and likelihood are unknown (NaN) for a model without exits."""
+        if not self._frontier:
+            return Measured(Setting(budget, self.generator.config.layers), math.nan, math.nan)
+        most = 1 - (1 - self._frontier[0].cost) * (1 - budget / self.most_latents)
+        return [measured for measured in self._frontier if measured.cost <= max(most, self._frontier[0].cost)][-1]
+
+    def budget_of(self, setting: Setting) -> int:
+        """The smallest latent budget that buys a setting."""
+        cost = next((measured.cost for measured in self._frontier if measured.setting == setting), None)
+        if cost is None:
+            return setting.latents
+        share = 1 - (1 - cost) / (1 - self._frontier[0].cost)
+        return max(2, math.ceil(share * self.most_latents - 1e-6))
+
+    def _affordable(self, prompt: Performance | None, variations: int) -> int:
+        """The latent budget of the best setting that keeps ahead of playback."""
+        tokens = [None] if prompt is None else [None, encode(prompt)]
+        settings = (
+            self.generator.autotuner.setting(DEFAULT_SPEED, self.generator.frontier, each, variations=variations)
+            for each in tokens
+        )
+        return min(map(self.budget_of, settings))
+
     def auto_budget(self, prompt: Performance | None, variations: int) -> int:
         """The largest latent budget that keeps ahead of playback, even if the music gets denser than its prompt."""
         with self._measuring if variations not in self._measured else nullcontext():
+            if self._frontier:
+                return self._affordable(prompt, variations)
             autotuner = self.generator.autotuner
             budget = autotuner.latents(DEFAULT_SPEED, variations=variations)
             if prompt is not None:
@@ -130,9 +176,26 @@ class Machine:
     def tokens_per_s(self, latents: int, variations: int = 1) -> float:
         """The estimated speed of each variation at a latent budget, interpolated between measurements."""
         least, most = min(64, self.most_latents), self.most_latents
+        if self._frontier:
+            full_s = self.generator.autotuner.seconds_per_token(most, variations)
+            return 1 / (full_s * self._bought(latents).cost)
         slow_s, fast_s = (self.generator.autotuner.seconds_per_token(n, variations) for n in (most, least))
         share = (latents - least) / max(most - least, 1)
         return 1 / max(fast_s + share * (slow_s - fast_s), 0.5 * fast_s)
+
+    def in_short(self, latents: int, variations: int = 1, prompt: Performance | None = None) -> str:
+        """What a latent budget means here to someone who plays: whether it plays at once, and how coherent it is."""
+        if not self.knows(variations):
+            return self.cost(latents, variations)
+        budget = self.auto_budget(prompt, variations) if latents == AUTO else max(2, latents)
+        keeps_up = self.tokens_per_s(budget, variations) >= MAESTRO_TOKENS_PER_S
+        fits = f"**Auto**: {budget:,} latents fit this machine. " if latents == AUTO else ""
+        plays = "Plays at once." if keeps_up else "Playback pauses now and then to wait for more music."
+        loss = self._loss(budget)
+        if loss is None:
+            return fits + plays
+        coherence = "Best" if loss < _AS_GOOD else "Almost the best" if loss < _NEARLY_AS_GOOD else "Less than the best"
+        return f"{fits}{plays} {coherence} coherence."
 
     def cost(self, latents: int, variations: int = 1, prompt: Performance | None = None) -> str:
         """One line on the speed and quality of a latent budget here; what "auto" chooses depends on the prompt."""
@@ -140,7 +203,8 @@ class Machine:
             return f"Measuring how fast {variations} variations are on this machine …"
         budget = self.auto_budget(prompt, variations) if latents == AUTO else max(2, latents)
         each = self.tokens_per_s(budget, variations)
-        chosen = f"**Auto** chooses {budget} latents" if latents == AUTO else f"{budget} latents"
+        bought = self._bought(budget).setting.in_words(self.generator.config)
+        chosen = f"**Auto** chooses {bought}" if latents == AUTO else bought
         text = f"{chosen}: music comes about {each / MAESTRO_TOKENS_PER_S:.1f}× as fast as it plays"
         if variations > 1:
             text += f", in each of {variations} variations"
@@ -150,14 +214,21 @@ class Machine:
         return text
 
     def _quality(self, latents: int) -> str:
-        if not self._nll:
+        loss = self._loss(latents)
+        if loss is None:
             return ""
-        nearest = min(self._nll, key=lambda n: abs(math.log(n / latents)))
-        loss = self._nll[nearest] - min(self._nll.values())
-        if loss < 0.005:
+        if loss < _AS_GOOD:
             return " Best quality."
-        quality = "Almost the best quality" if loss < 0.06 else "Less coherent than with more"
+        quality = "Almost the best quality" if loss < _NEARLY_AS_GOOD else "Less coherent than with more"
         return f" {quality} ({loss:.2f} nats per token worse)."
+
+    def _loss(self, latents: int) -> float | None:
+        """How much worse the music is predicted than with the best budget, in nats per token; None if not known."""
+        if not self._nll:
+            return None
+        nearest = min(self._nll, key=lambda n: abs(math.log(n / latents)))
+        nll = self._bought(latents).nats_per_token if self._frontier else self._nll[nearest]
+        return nll - min(self._nll.values())
 
 
 class Activity:

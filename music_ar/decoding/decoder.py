@@ -23,11 +23,11 @@ from jaxtyping import Array, Float, Int, Integer
 from music_ar.decoding import backend as backends
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.int8_layers import Int8Forms
-from music_ar.decoding.interface import Options, distinct
+from music_ar.decoding.interface import Options, depth_of, distinct, leaves_early
 from music_ar.decoding.layers import DecodingModel, Forms, HashedGraph, PlainForms, TransposedForms
 from music_ar.decoding.prefill import Prompts, prefill
 from music_ar.decoding.processors import draw
-from music_ar.decoding.state import BY_ROWS, Caches, DecodeState, on_each_device
+from music_ar.decoding.state import BY_ROWS, Caches, DecodeState, EarlyExit, on_each_device
 from music_ar.decoding.step import advance, step
 from music_ar.decoding.stored_programs import StoredPrograms
 from music_ar.decoding.windows import WINDOWS, WindowMode, cache_size
@@ -72,21 +72,27 @@ class Decoder:
         latents: int,
         seeds: Sequence[int],
         limit_steps: int,
+        layers: int | None = None,
+        confidence: float = 1.0,
         mode: WindowMode = "sliding",
     ) -> DecodeState:
         """See `AnyDecoder.start`."""
         if len(prompts) != len(seeds):
             raise ValueError(f"expected a seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
         for prompt in prompts:
-            vocabulary.check_tokens(prompt)
+            vocabulary.check_tokens(prompt, self.config.vocabulary_size)
         different, index = distinct(prompts)
-        state = self._prefilled(different, latents, limit_steps, WINDOWS[mode])
+        depth = depth_of(self.config, layers)
+        state = self._prefilled(different, latents, limit_steps, WINDOWS[mode], depth)
+        if leaves_early(self.config, layers, confidence):
+            B = len(different)
+            state = state._replace(early=EarlyExit(jnp.full(B, confidence, jnp.float32), jnp.zeros(B, jnp.int32)))
         if len(different) < len(prompts):
             state = state.rows(index)
         return state.with_seeds(seeds)
 
     def _prefilled(
-        self, prompts: list[Integer[np.ndarray, " _P"]], latents: int, limit_steps: int, windows: int
+        self, prompts: list[Integer[np.ndarray, " _P"]], latents: int, limit_steps: int, windows: int, depth: int
     ) -> DecodeState:
         B, L, R = len(prompts), self.config.conv_width, self._cache_size(latents)
         # Everything that a latent still in a window can see, and the convolution taps before that.
@@ -98,7 +104,7 @@ class Decoder:
             latents_B=jnp.full(B, max(2, latents), jnp.int32),
             recent_BxL=jnp.asarray(ready.tokens_BxPL[:, ready.length :]),
             keyboard=now,
-            caches=self._empty_caches(B, R, windows),
+            caches=self._empty_caches(B, R, windows, depth),
             prompt_end_B=now.time + 0,  # not the same buffer, since both are donated
             limit_B=jnp.full(B, limit_steps, jnp.int32),
             rng_B=jax.random.split(jax.random.key(0), B),
@@ -119,7 +125,7 @@ class Decoder:
 
         return max(cache_size(latents), LEAST_BLOCK)
 
-    def _empty_caches(self, B: int, R: int, windows: int) -> Caches:
+    def _empty_caches(self, B: int, R: int, windows: int, depth: int) -> Caches:
         config, dtype = self.config, self.dtype
         G, K, M = config.kv_heads, config.head_size, config.reach
         key_dtype = self.backend.key_dtype or dtype
@@ -131,8 +137,8 @@ class Decoder:
         return Caches(
             cross_k=keys(B * G, M),
             cross_v=jnp.zeros((B * G, M, K), dtype),
-            self_k=tuple(keys(B * windows * G, R) for _ in range(config.layers)),
-            self_v=tuple(jnp.zeros((B * windows * G, R, K), dtype) for _ in range(config.layers)),
+            self_k=tuple(keys(B * windows * G, R) for _ in range(depth)),
+            self_v=tuple(jnp.zeros((B * windows * G, R, K), dtype) for _ in range(depth)),
         )
 
     def decode(
@@ -174,11 +180,15 @@ class Decoder:
 
     def step_bytes(self, state: DecodeState) -> int:
         """See `AnyDecoder.step_bytes`. Counts the whole embedding tables (3 %), of which a step reads rows."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.params, state.caches, state.notes, state.match)))
+        skipped = [self.params["blocks"][layer] for layer in range(state.layers, self.config.layers)]
+        read = (self.params, state.caches, state.notes, state.match)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(read)) - sum(
+            leaf.nbytes for leaf in jax.tree.leaves(skipped)
+        )
 
-    def bare_matrices_s(self, rows: int) -> None:
+    def bare_matrices_s(self, rows: int, layers: int | None = None) -> None:
         """Not measured: XLA has no products without the rest."""
-        del rows
+        del rows, layers
 
     def free_programs(self) -> None:
         """See `AnyDecoder.free_programs`."""

@@ -39,6 +39,22 @@ def distinct(prompts: Sequence[Integer[np.ndarray, " _P"]]) -> tuple[list[Intege
     return [prompts[index.index(number)] for number in range(len(numbers))], index
 
 
+def depth_of(config: ModelConfig, layers: int | None) -> int:
+    """The number of self-attention blocks to run: `layers`, or all.
+
+    Raises:
+        ValueError: the model does not predict after so many.
+    """
+    if layers is not None and layers not in config.depths:
+        raise ValueError(f"layers must be one of {list(config.depths)}, after which the model predicts; got {layers}")
+    return config.layers if layers is None else layers
+
+
+def leaves_early(config: ModelConfig, layers: int | None, confidence: float) -> bool:
+    """Whether a token may leave at an exit before the last of `layers` blocks."""
+    return confidence < 1 and any(depth < depth_of(config, layers) for depth in config.exits)
+
+
 @runtime_checkable
 class AnyState(Protocol):
     """What decoding carries from token to token, for a batch of rows."""
@@ -46,6 +62,11 @@ class AnyState(Protocol):
     @property
     def done_B(self) -> Any:
         """Rows that have ended or have enough music, as an array of booleans."""
+        ...
+
+    @property
+    def layers_run_B(self) -> Any:
+        """Self-attention blocks run since `start`, over all tokens of each row; None if they were not counted."""
         ...
 
     def with_limit(self, limit_steps: int) -> "AnyState":
@@ -69,7 +90,8 @@ class AnyState(Protocol):
 
         Args:
             row: the row to replace.
-            newcomer: a state of one row, of the same number of latents; it can be used again. The state itself cannot.
+            newcomer: a state of one row, of the same number of latents and layers, in which tokens may leave early if
+                they may in this one; it can be used again. The state itself cannot.
         """
         ...
 
@@ -97,6 +119,8 @@ class AnyDecoder(Protocol):
         latents: int,
         seeds: Sequence[int],
         limit_steps: int,
+        layers: int | None = None,
+        confidence: float = 1.0,
         mode: WindowMode = "sliding",
     ) -> Any:
         """State (`AnyState`) after all but the last token of each prompt; the last one is pending.
@@ -106,10 +130,13 @@ class AnyDecoder(Protocol):
             latents: the number of latents n, at least 2; in exact mode, an odd n acts as n - 1.
             seeds: one per row; a row's tokens depend only on its own prompt, seed and options.
             limit_steps: a row is done when this much music (in steps of 10 ms) follows its prompt.
+            layers: number of self-attention blocks to run, one of `ModelConfig.depths`; default: all.
+            confidence: a token leaves early at the first exit below `layers` that gives its likeliest successor more
+                than this probability; at 1 none does. The prompt is read through all `layers`.
             mode: how the window of latents continues once it is full; see `windows`.
 
         Raises:
-            ValueError: not as many seeds as prompts.
+            ValueError: not as many seeds as prompts, or no exit after so many layers.
         """
         ...
 
@@ -147,8 +174,8 @@ class AnyDecoder(Protocol):
         """Bytes that a step must read: the weights and the caches of a state."""
         ...
 
-    def bare_matrices_s(self, rows: int) -> float | None:
-        """Seconds that the int8 matrices of one step alone take with this number of rows, timed; None with JAX."""
+    def bare_matrices_s(self, rows: int, layers: int | None = None) -> float | None:
+        """Seconds that the int8 matrices of a step alone take with so many rows and layers, timed; None with JAX."""
         ...
 
     def free_programs(self) -> None:

@@ -13,10 +13,11 @@ from jaxtyping import Array, Float, Int, Integer
 
 from music_ar.decoding import history_bias
 from music_ar.decoding.backend import Backend
-from music_ar.decoding.layers import DecodingModel, HashedGraph
+from music_ar.decoding.layers import DecodingModel, HashedGraph, SelfBlock
 from music_ar.decoding.state import Caches, DecodeState
 from music_ar.decoding.windows import window_starts
-from music_ar.features import keyboard, notes, retrieval
+from music_ar.features import gap, keyboard, notes, retrieval
+from music_ar.features.gap import Place
 from music_ar.features.keyboard import Keyboard
 from music_ar.features.notes import Onsets
 from music_ar.features.retrieval import Retrieved
@@ -74,6 +75,11 @@ def _features(
     keyboards = Keyboard(*_padded(keyboard.init(padding), keyboard.scan_each(prompt), kept))
     no_onsets = Onsets(np.zeros((*padding, config.onsets), np.int32), np.full((*padding, config.onsets), -1, np.int32))
     onsets = Onsets(*_padded(no_onsets, notes.scan_each(prompt, config.onsets), kept))
+    times = keyboard.times_and_velocities(prompt)[0]
+    place = None
+    if config.fills_gaps:
+        outside = Place(np.full(padding, -1, np.int32), np.zeros(padding, np.int32))
+        place = Place(*_padded(outside, gap.scan_each(prompt, times), kept))
     found, match = None, None
     if config.retrieval_notes:
         index = retrieval.Index.of(prompt, config.retrieval_notes)
@@ -83,9 +89,10 @@ def _features(
         "held_Bx128": grammar.scan(prompt).held,
         "notes": notes.scan(prompt, config.notes_kept),
         "match": match,
+        "gap": gap.scan(prompt, times) if config.fills_gaps else None,
         "history": history_bias.scan(prompt),
     }
-    return Conditioning(keyboards, onsets, found), states
+    return Conditioning(keyboards, onsets, found, place), states
 
 
 def _padded(before: Sequence[np.ndarray], values: Sequence[np.ndarray], kept: int) -> list[np.ndarray]:
@@ -120,11 +127,12 @@ def prefill(
         conditioning_BxP: features after each of them.
     """
     model = nnx.merge(graph.graph, params)
+    blocks = list(model.blocks)[: state.layers]
     caches, W = state.caches, state.caches.windows
     B, P = tokens_BxP.shape
     M, R = caches.cross_v.shape[1], caches.self_v[0].shape[1]
     times_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
-    positions_BxPx2 = jnp.stack([times_BxP - state.birth_B[:, None], conditioning_BxP.keyboard.time], axis=-1)
+    positions_BxPx2 = jnp.stack([times_BxP - state.birth_B[:, None], conditioning_BxP.time], axis=-1)
     embedded_BxPxD = model.outer.condition(model.outer.embed(tokens_BxP), conditioning_BxP)
     k_BxPxGxK, v_BxPxGxK = model.cross.keys_values(model.outer.context_norm(embedded_BxPxD), positions_BxPx2)
     context = _Context(embedded_BxPxD, positions_BxPx2, k_BxPxGxK, v_BxPxGxK)
@@ -136,7 +144,7 @@ def prefill(
     for turn in range(W):
         start_B = jnp.take_along_axis(starts_BxW, (active_B[:, None] + turn) % W, axis=1)[:, 0] + state.birth_B
         times_BxR = start_B[:, None] + jnp.arange(min(R >> turn, P))[None]
-        filled = _prefill_window(model, backend, context, state.birth_B, times_BxR)
+        filled = _prefill_window(model, blocks, backend, context, state.birth_B, times_BxR)
         by_age.append([[_in_slots(x, times_BxR % R, R) for x in layer] for layer in filled])
     order_BxW = (jnp.arange(W)[None] - active_B[:, None]) % W
 
@@ -170,7 +178,12 @@ class _Context:
 
 
 def _prefill_window(
-    model: DecodingModel, backend: Backend, context: _Context, birth_B: Array, times_BxR: Array
+    model: DecodingModel,
+    blocks: list[SelfBlock],
+    backend: Backend,
+    context: _Context,
+    birth_B: Array,
+    times_BxR: Array,
 ) -> list[tuple[Array, Array]]:
     """Keys and values [B, R, G, K], one pair per layer, of the latents at `times_BxR`."""
     P, M = context.embedded_BxPxD.shape[1], model.config.reach
@@ -180,7 +193,7 @@ def _prefill_window(
     q = model.cross.queries(x_BxRxD, positions_BxRx2)
     x_BxRxD = model.cross.add(x_BxRxD, _attend(context, M, birth_B, q, times_BxR))
     filled = []
-    for block in model.blocks:
+    for block in blocks:
         q, k, v = block.queries_keys_values(x_BxRxD, positions_BxRx2)
         filled.append((k, v))
         x_BxRxD = block.add(x_BxRxD, causal_attention(q, k, v, backend.compute))

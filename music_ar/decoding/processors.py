@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from music_ar.decoding import history_bias
 from music_ar.decoding.interface import Options
 from music_ar.decoding.state import DecodeState
-from music_ar.features import keyboard
+from music_ar.features import gap, keyboard
 from music_ar.features.keyboard import Keyboard
 from music_ar.tokens import grammar, vocabulary
 
@@ -48,9 +48,37 @@ class Grammar:
     """Rules out tokens that the event grammar does not allow or a piano cannot play."""
 
     def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
-        """See `grammar.playable_tokens`."""
+        """See `grammar.playable_tokens`; it knows no tokens of gaps."""
         del options
-        return jnp.where(grammar.playable_tokens(state.grammar), logits_BxV, -jnp.inf)
+        playable_BxV = grammar.playable_tokens(state.grammar)
+        playable_BxV = jnp.pad(playable_BxV, ((0, 0), (0, logits_BxV.shape[1] - playable_BxV.shape[1])))
+        return jnp.where(playable_BxV, logits_BxV, -jnp.inf)
+
+
+class GapEnd:
+    """Ends a gap exactly: a wait beyond its end is a wait up to it, and there it is marked, whatever is held.
+
+    After that, what is held is released, and the piece ends with the last release.
+    """
+
+    def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
+        """The logits, the same in rows without a gap."""
+        del options
+        if state.gap is None:
+            return logits_BxV
+        left_B, counts_B = gap.steps_left(state.gap, state.keyboard.time)
+        left_Bx1, counts_Bx1, over_Bx1 = (each[:, None] for each in (left_B, counts_B, state.gap.over))
+        token_1xV = jnp.arange(logits_BxV.shape[1])[None]
+        is_shift_1xV = vocabulary.is_shift(token_1xV)
+        beyond_BxV = jnp.where(is_shift_1xV, token_1xV - (vocabulary.TIME_SHIFT - 1) - left_Bx1, -1)
+        waits_Bx1 = jax.nn.logsumexp(jnp.where(beyond_BxV >= 0, logits_BxV, -jnp.inf), axis=1, keepdims=True)
+        logits_BxV = jnp.where(counts_Bx1 & (beyond_BxV == 0), waits_Bx1, logits_BxV)
+        logits_BxV = jnp.where(counts_Bx1 & ((beyond_BxV > 0) | (token_1xV == vocabulary.END)), -jnp.inf, logits_BxV)
+        is_off_1xV = (token_1xV >= vocabulary.NOTE_OFF) & (token_1xV < vocabulary.TIME_SHIFT)
+        logits_BxV = jnp.where(over_Bx1 & ~(is_shift_1xV | is_off_1xV), -jnp.inf, logits_BxV)
+        silent_B = (state.held_Bx128 == 0).all(axis=1)
+        logits_BxV = _only(logits_BxV, counts_B & (left_B <= 0), vocabulary.END_OF_GAP)
+        return _only(logits_BxV, state.gap.over & silent_B, vocabulary.END)
 
 
 class SilenceLimit:
@@ -59,7 +87,8 @@ class SilenceLimit:
     def __call__(self, logits_BxV: Float[Array, "B V"], state: DecodeState, options: Options) -> Float[Array, "B V"]:
         """The logits, without time shifts in silent rows."""
         del options
-        silent_Bx1 = is_silent(state.keyboard, state.held_Bx128)[:, None]
+        begin_B = jnp.zeros_like(state.keyboard.time) if state.gap is None else state.gap.begin
+        silent_Bx1 = is_silent(state.keyboard, state.held_Bx128, begin_B)[:, None]
         is_shift_1xV = vocabulary.is_shift(jnp.arange(logits_BxV.shape[1]))[None]
         return jnp.where(silent_Bx1 & is_shift_1xV, -jnp.inf, logits_BxV)
 
@@ -132,6 +161,7 @@ class TypeFilters:
 PROCESSORS: tuple[LogitProcessor, ...] = (
     HistoryBias(),
     Grammar(),
+    GapEnd(),
     SilenceLimit(),
     StuckNotes(),
     PitchRange(),
@@ -145,6 +175,12 @@ def draw(rng_B: Array, logits_BxV: Float[Array, "B V"], state: DecodeState, opti
     for process in PROCESSORS:
         logits_BxV = process(logits_BxV, state, options)
     return jax.vmap(jax.random.categorical)(rng_B, logits_BxV).astype(jnp.int32)
+
+
+def _only(logits_BxV: Float[Array, "B V"], rows_B: Bool[Array, " B"], token: int) -> Float[Array, "B V"]:
+    """The logits, in some rows those of one token alone."""
+    alone_1xV = jnp.where(jnp.arange(logits_BxV.shape[1]) == token, 0.0, -jnp.inf)[None]
+    return jnp.where(rows_B[:, None], alone_1xV, logits_BxV)
 
 
 def stuck_notes(state: Keyboard, held: Int[Array, "B 128"]) -> Bool[Array, "B 128"]:
@@ -165,12 +201,13 @@ def stuck_notes(state: Keyboard, held: Int[Array, "B 128"]) -> Bool[Array, "B 12
     return jnp.where(others.any(axis=-1, keepdims=True), others, too_long)
 
 
-def is_silent(state: Keyboard, held: Int[Array, "B 128"]) -> Bool[Array, " B"]:
+def is_silent(state: Keyboard, held: Int[Array, "B 128"], begin: Int[Array, " B"]) -> Bool[Array, " B"]:
     """Whether nothing has sounded for `LONGEST_SILENCE_STEPS`; an opening silence counts too.
 
     Args:
         state: the keyboard.
         held: number of held notes of each key.
+        begin: time at which the timeline began.
     """
-    last_event = keyboard.last_event_steps(state).max(axis=-1)
+    last_event = jnp.maximum(keyboard.last_event_steps(state).max(axis=-1), begin)
     return (held.sum(axis=-1) == 0) & (state.time - last_event >= LONGEST_SILENCE_STEPS)

@@ -12,10 +12,11 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from jaxtyping import Int
 
+from music_ar.decoding.gap_request import LONGEST_S, RELEASE_S, SHORTEST_S, GapRequest
 from music_ar.decoding.sampling import OPTION_NAMES, SamplingOptions
 from music_ar.midi.io import read_prompt
 from music_ar.midi.performance import Performance
-from music_ar.ranges import MAX_SECONDS, MAX_SEED, check_ranges, number, whole
+from music_ar.ranges import MAX_SECONDS, MAX_SEED, check_ranges, number, shown, whole
 from music_ar.tokens import vocabulary
 from music_ar.tokens.codec import encode, event_steps
 
@@ -38,10 +39,19 @@ class Request:
 
     Attributes:
         prompt: a performance or a MIDI file to continue; None starts a new piece.
+        after: a performance or a MIDI file that follows. The music then fills a gap of exactly `seconds` between the
+            prompt and it; the gap begins at `prompt_seconds`, or where the prompt ends, and time zero of what follows
+            is its end. An empty performance fills a gap that nothing follows. None does not fill a gap.
         seconds: seconds of music to generate after the prompt; a piece may end sooner on its own.
         latents: number of latents, from 2 to the number that the model was trained with; fewer is faster, more is more
             coherent. Default: 1024, or the model's number if it is smaller. "auto" takes the most that reach `speed` on
             this machine.
+        layers: number of self-attention layers to run, one of those after which the model was trained to predict (see
+            `ModelConfig.depths`); fewer is faster. Default: all.
+        confidence: a token is done early, after fewer layers, once the model gives its likeliest successor more than
+            this probability; lower is faster. Default: 1, never.
+        budget: time for a token as a share of what all latents and layers take, above 0 to 1, in place of `latents`,
+            `layers` and `confidence`: it takes the best of the model's measured settings that cost no more.
         speed: with "auto", seconds of music to generate per second; default 1.5.
         sampling: how tokens are drawn.
         seed: 0 to 2**31 - 1; the same seed and request give the same piece on the same kind of machine. Default: a
@@ -59,8 +69,12 @@ class Request:
     """
 
     prompt: Prompt | None = None
+    after: Prompt | None = None
     seconds: float = number(60.0, above=0, most=MAX_SECONDS)
     latents: int | Literal["auto"] | None = whole(None, 2, words=("auto",))
+    layers: int | None = whole(None, 1)
+    confidence: float = number(1.0, least=0, most=1)
+    budget: float | None = number(None, above=0, most=1)
     speed: float | None = number(None, above=0, most=1000)
     sampling: SamplingOptions = SamplingOptions()
     seed: int | None = whole(None, 0, MAX_SEED)
@@ -77,6 +91,13 @@ class Request:
             )
         if self.speed is not None and self.latents != "auto":
             raise GenerationError(f'speed = {self.speed} needs latents = "auto"')
+        if self.budget is not None and (self.latents, self.layers, self.confidence) != (None, None, 1.0):
+            raise GenerationError("give either a budget, or latents, layers and confidence")
+        if self.after is not None and not SHORTEST_S <= self.seconds <= LONGEST_S:
+            raise GenerationError(
+                f"a gap must last from {shown(SHORTEST_S)} s, a short note, to {shown(LONGEST_S)} s, the longest that "
+                f"models are trained to fill; got {shown(self.seconds)} s"
+            )
 
     @classmethod
     def of(cls, prompt: "Prompt | Request | None" = None, **options: Any) -> "Request":
@@ -102,6 +123,28 @@ class Request:
             dataclasses.replace(changed, sampling=dataclasses.replace(changed.sampling, **drawn)) if drawn else changed
         )
 
+    @classmethod
+    def replacing(cls, piece: Performance, start_s: float, end_s: float, **options: Any) -> "Request":
+        """A request to replace a passage of a piece: its notes that begin in [start_s, end_s).
+
+        Args:
+            piece: the piece.
+            start_s, end_s: the passage, in seconds.
+            options: as for `of`.
+
+        Raises:
+            GenerationError: the passage is not in the piece, or an option is out of range.
+        """
+        if not 0 <= start_s < end_s <= piece.duration_s:
+            raise GenerationError(
+                f"expected a passage from 0 s to at most {piece.duration_s:.2f} s, where the piece ends; got "
+                f"{shown(start_s)} s to {shown(end_s)} s"
+            )
+        after = piece.crop(end_s)
+        if start_s == 0:
+            return cls.of(None, after=after, seconds=end_s, **options)
+        return cls.of(piece, prompt_seconds=start_s, after=after, seconds=end_s - start_s, **options)
+
     def with_seed(self) -> "Request":
         """The request with a seed: its own, or a random one."""
         if self.seed is not None:
@@ -114,9 +157,13 @@ class Request:
         Raises:
             MidiError: the file is not usable.
         """
-        if self.prompt is None or isinstance(self.prompt, Performance):
+        prompt, after = (
+            part if part is None or isinstance(part, Performance) else read_prompt(part)
+            for part in (self.prompt, self.after)
+        )
+        if prompt is self.prompt and after is self.after:
             return self
-        return dataclasses.replace(self, prompt=read_prompt(self.prompt))
+        return dataclasses.replace(self, prompt=prompt, after=after)
 
     def samples(self) -> "Iterator[Request]":
         """A request for each variation."""
@@ -124,6 +171,42 @@ class Request:
         assert first is not None
         for seed in range(first, first + self.variations):
             yield dataclasses.replace(self, variations=1, seed=seed)
+
+    def gap(self, context: int) -> GapRequest | None:
+        """The gap to fill; None if there is none.
+
+        Args:
+            context: number of inputs that the model reads.
+
+        Raises:
+            GenerationError: there are no notes before it, or it is too long for the context.
+            MidiError: a part is not a usable MIDI file.
+        """
+        if self.after is None:
+            return None
+        parts = self.read()
+        assert isinstance(parts.after, Performance)
+        assert parts.prompt is None or isinstance(parts.prompt, Performance)
+        if parts.prompt is not None and not len(parts.prompt):
+            raise GenerationError("there are no notes in the prompt before the gap")
+        if parts.prompt is None and self.prompt_seconds is not None:
+            raise GenerationError(f"prompt_seconds = {self.prompt_seconds} needs a prompt")
+        gap = GapRequest.of(parts.prompt, parts.after, self.seconds, self.prompt_seconds, context)
+        if gap is None:
+            raise GenerationError(
+                f"a gap of {shown(self.seconds)} s does not fit in the {context} events that the model reads"
+            )
+        return gap
+
+    def limits(self, seconds: float | None = None) -> tuple[int, int]:
+        """Most music to generate, in steps of 10 ms, and most tokens.
+
+        Args:
+            seconds: of music; default: those of the request. A gap ends on its own, but later, with its last note.
+        """
+        if self.after is not None:
+            return limits(self.seconds + RELEASE_S)
+        return limits(self.seconds if seconds is None else seconds)
 
     def prompt_tokens(self) -> Int[np.ndarray, " P"]:
         """`START`, and the events of the prompt up to the last note that begins or ends within `prompt_seconds`.

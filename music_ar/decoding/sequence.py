@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from music_ar.decoding.gap_request import GapRequest
 from music_ar.midi.performance import Performance
 from music_ar.midi.prompt_file import PromptFile
-from music_ar.tokens import vocabulary
+from music_ar.tokens import gaps, vocabulary
 from music_ar.tokens.codec import event_steps, length_steps, lowest_velocity, pair_notes, quantize, velocity_bins
 
 
@@ -52,15 +53,19 @@ class Notes:
     _count: int  # of its members at this moment
     _open: _Columns
     _prompt_file: PromptFile | None
+    _gap: GapRequest | None
 
     def performance(self, until_s: float = math.inf, *, continuation_only: bool = False) -> Performance:
         """The piece: the prompt's own notes, then the generated ones. Notes that are held end at the last event.
+
+        If the piece fills a gap, it is not cut, and what comes after the gap follows, unless that is left out.
 
         Args:
             until_s: cut the piece at this time.
             continuation_only: leave out what begins before `join_s`, and count time from there.
         """
-        return self._performance([*self._final[: self._count], self._open], until_s, continuation_only)
+        piece = self._performance([*self._final[: self._count], self._open], until_s, continuation_only)
+        return piece if self._gap is None or continuation_only else self._gap.filled(piece)
 
     def added(
         self, earlier: "Notes | None", until_s: float = math.inf, *, continuation_only: bool = False
@@ -82,7 +87,7 @@ class Notes:
             velocity=notes.velocity,
             prompt_file=None if continuation_only else self._prompt_file,
         )
-        return piece.crop(self.join_s if continuation_only else 0, until_s)
+        return piece.crop(self.join_s if continuation_only else 0, until_s if self._gap is None else math.inf)
 
 
 class Sequence:
@@ -91,6 +96,7 @@ class Sequence:
     Args:
         prompt: tokens that it continues, beginning with `vocabulary.START`.
         performance: the notes of those tokens as they were played, and perhaps more that follow; default: as decoded.
+        gap: the gap that the piece fills, whose tokens are the prompt; None if it fills none.
 
     Attributes:
         prompt: its tokens.
@@ -100,18 +106,24 @@ class Sequence:
         ended: whether it has ended on its own.
     """
 
-    def __init__(self, prompt: Int[np.ndarray, " P"], performance: Performance | None = None):
-        self.prompt = prompt
-        self.time = self.prompt_time = length_steps(prompt)
+    def __init__(
+        self,
+        prompt: Int[np.ndarray, " P"],
+        performance: Performance | None = None,
+        gap: GapRequest | None = None,
+    ):
+        self.prompt, self._gap = prompt, gap
+        before = gaps.before_part(prompt)
+        self.time = self.prompt_time = length_steps(before) if gap is None else gap.begin_step
         self.count, self.ended = 0, False
         self._tokens: list[np.ndarray] = []
         self._nats: list[np.ndarray] = []
         self._unread: list[np.ndarray] = []
-        self._read_time, self._velocity_bin = 0, vocabulary.DEFAULT_VELOCITY_BIN
+        self._read_time, self._velocity_bin = self.time - length_steps(before), vocabulary.DEFAULT_VELOCITY_BIN
         self._final: list[_Columns] = []
         self._complete = self._held = _Columns.joined([])  # notes that are not final: with their ends, and still held
         self._prompt_file = None
-        self._read_tokens(prompt)
+        self._read_tokens(before)
         if performance is not None:
             self._take_prompt(performance)
 
@@ -184,6 +196,7 @@ class Sequence:
             _count=len(self._final),
             _open=_Columns.joined([self._complete, self._held.ended(self.time)]),
             _prompt_file=self._prompt_file,
+            _gap=self._gap,
         )
 
     def _take_prompt(self, played: Performance) -> None:
@@ -191,11 +204,13 @@ class Sequence:
         onset_step = quantize(played.onset_s)
         offset_step = np.maximum(quantize(played.offset_s), onset_step + 1)
         notes = _Columns(played.onset_s, played.offset_s, played.pitch, played.velocity)
-        begun, complete = onset_step <= self.prompt_time, offset_step <= self.prompt_time
+        # A gap begins with the notes that its first step has; a prompt ends after those of its last.
+        last_step = self.prompt_time if self._gap is None else self.prompt_time - 1
+        begun, complete = onset_step <= last_step, offset_step <= self.prompt_time
         self._complete, self._held = notes.select(begun & complete), notes.select(begun & ~complete)
         file = played.prompt_file
         if file is not None:
-            end_s = min(file.end_s, self.prompt_time / vocabulary.STEPS_PER_SECOND)
+            end_s = min(file.end_s, last_step / vocabulary.STEPS_PER_SECOND)
             self._prompt_file = dataclasses.replace(file, end_s=end_s)
 
     def _read_tokens(self, new: Int[np.ndarray, " T"]) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from music_ar.decoding.budget import setting_of
 from music_ar.decoding.interface import AnyDecoder, AnyState, shared_options
-from music_ar.decoding.request import GenerationError, Request, check_seconds, limits, stuck_error
+from music_ar.decoding.request import GenerationError, Request, check_seconds, stuck_error
 from music_ar.decoding.sequence import Notes
 from music_ar.decoding.sequence import Sequence as TokenSequence
 from music_ar.midi.performance import Performance
@@ -87,27 +88,30 @@ class Session:
     Attributes:
         seeds: one per variation.
         latents: number of latents.
+        setting: latents, layers and confidence.
         prompt_s: where the prompt ends and generated music begins.
+        gap: the gap that the pieces fill, or None.
 
     Raises:
         GenerationError, MidiError: there is nothing to continue from in the prompt.
     """
 
     def __init__(self, decoder: AnyDecoder, request: Request):
-        assert isinstance(request.latents, int)
         assert request.prompt is None or isinstance(request.prompt, Performance)
-        prompt = request.prompt_tokens()
+        self.gap = request.gap(decoder.config.reach)
+        prompt = request.prompt_tokens() if self.gap is None else self.gap.tokens
         self.seeds = tuple(seed for sample in request.samples() if (seed := sample.seed) is not None)
-        self.latents = request.latents
+        self.latents, self.setting = request.latents, setting_of(request, decoder.config)
         self._decoder = decoder
         self._options = shared_options(request.sampling)
-        self._sequences = [TokenSequence(prompt, request.prompt) for _ in self.seeds]
+        self._sequences = [TokenSequence(prompt, request.prompt, self.gap) for _ in self.seeds]
+        self._limits, self._gap_s = request.limits, None if self.gap is None else request.seconds
         self._shown: list[Notes | None] = [None] * len(self.seeds)
         self.prompt_s = self._sequences[0].prompt_time / vocabulary.STEPS_PER_SECOND
         self._continuation_only = request.continuation_only
         self._wanted_s = 0.0
         self._state: AnyState | None = decoder.start(
-            [prompt] * len(self.seeds), latents=self.latents, seeds=self.seeds, limit_steps=0
+            [prompt] * len(self.seeds), seeds=self.seeds, limit_steps=0, **self.setting._asdict()
         )
 
     @property
@@ -118,16 +122,21 @@ class Session:
     def extend(self, seconds: float) -> Iterator[Chunk]:
         """Generate `seconds` more of each variation, chunk by chunk; a piece may end sooner on its own.
 
+        A gap is filled by one call, whatever `seconds` is.
+
         The iterator may be dropped at any chunk, and another call continues from there.
 
         Raises:
-            GenerationError: `seconds` is not a valid length, the session is closed, or the model writes one note after
-                another without letting time pass.
+            GenerationError: `seconds` is not a valid length, the session is closed or its gap is filled, or the model
+                writes one note after another without letting time pass.
         """
         check_seconds(seconds)
         if self._state is None:
             raise GenerationError("the session is closed; start another")
-        self._wanted_s = (self._made_s() if self._wanted_s else 0.0) + seconds
+        if self.gap is not None and self._wanted_s:
+            raise GenerationError("the gap has been filled; give the whole piece as a prompt to go on from its end")
+        more_s = seconds if self._gap_s is None else self._gap_s
+        self._wanted_s = (self._made_s() if self._wanted_s else 0.0) + more_s
         return self._chunks()
 
     def keep(self, variations: Sequence[int]) -> None:
@@ -165,7 +174,7 @@ class Session:
         return sum(sequence.count for sequence in self._sequences)
 
     def _chunks(self) -> Iterator[Chunk]:
-        limit_steps, _ = limits(self._wanted_s)
+        limit_steps, _ = self._limits(self._wanted_s)
         before_s, before_tokens = self._made_s() if self._count() else 0.0, self._count()
         began_s, finished = time.monotonic(), False
         while not finished:

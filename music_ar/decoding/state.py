@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from music_ar.decoding.history_bias import NoteHistory
-from music_ar.features import notes, retrieval
+from music_ar.features import gap, notes, retrieval
+from music_ar.features.gap import Gap
 from music_ar.features.keyboard import Keyboard
 from music_ar.features.notes import Notes
 from music_ar.features.retrieval import Match
@@ -35,7 +36,8 @@ class Caches(NamedTuple):
 
     Attributes:
         cross_k, cross_v: of the inputs, [B G, K, M] (kernel: [B G, M, K]) and [B G, M, K]; time t is in slot t mod M.
-        self_k, self_v: of the latents, one array per layer, [B W G, K, R] (kernel: [B W G, R, K]) and [B W G, R, K].
+        self_k, self_v: of the latents, one array per layer that is run, [B W G, K, R] (kernel: [B W G, R, K]) and
+            [B W G, R, K].
     """
 
     cross_k: Float[Array, "BG _ _"]
@@ -47,6 +49,18 @@ class Caches(NamedTuple):
     def windows(self) -> int:
         """W, the number of windows."""
         return self.self_v[0].shape[0] // self.cross_v.shape[0]
+
+
+class EarlyExit(NamedTuple):
+    """When tokens leave early (see `step`), and how much work they were.
+
+    Attributes:
+        confidence_B: a token leaves at the first exit that gives its likeliest successor more than this probability.
+        layers_run_B: self blocks run so far, over all tokens of the row.
+    """
+
+    confidence_B: Float[Array, " B"]
+    layers_run_B: Int[Array, " B"]
 
 
 class DecodeState(NamedTuple):
@@ -65,6 +79,7 @@ class DecodeState(NamedTuple):
         keyboard: after the pending token.
         notes: the last notes up to it.
         match: their n-gram match, for a model with retrieval.
+        gap: the gap that the piece fills, for a model that can.
         history: histograms of the notes that the piece has had.
         caches: keys and values of all tokens before the pending one.
         prompt_end_B: time at which the prompt ends, in steps of 10 ms.
@@ -72,6 +87,7 @@ class DecodeState(NamedTuple):
             rows on its device are not done.
         rng_B: each row's random key.
         ended_B: whether the piece has ended on its own; from then on, its tokens are `vocabulary.PAD`.
+        early: when tokens leave early; None if they never do.
     """
 
     clock_B: Int[Array, " B"]
@@ -82,17 +98,29 @@ class DecodeState(NamedTuple):
     keyboard: Keyboard
     notes: Notes
     match: Match | None
+    gap: Gap | None
     history: NoteHistory
     caches: Caches
     prompt_end_B: Int[Array, " B"]
     limit_B: Int[Array, " B"]
     rng_B: Array
     ended_B: Bool[Array, " B"]
+    early: EarlyExit | None = None
 
     @property
     def done_B(self) -> Bool[Array, " B"]:
         """Rows that have ended or have enough music."""
         return self.ended_B | (self.keyboard.time - self.prompt_end_B >= self.limit_B)
+
+    @property
+    def layers(self) -> int:
+        """Number of self blocks that a token runs through, unless it leaves early."""
+        return len(self.caches.self_k)
+
+    @property
+    def layers_run_B(self) -> Int[Array, " B"] | None:
+        """See `AnyState.layers_run_B`."""
+        return None if self.early is None else self.early.layers_run_B
 
     @property
     def age_B(self) -> Int[Array, " B"]:
@@ -107,7 +135,8 @@ class DecodeState(NamedTuple):
     def conditioning(self, config: ModelConfig) -> Conditioning:
         """Conditioning features after the pending token."""
         found = None if self.match is None else retrieval.retrieved(self.notes, self.match)
-        return Conditioning(self.keyboard, notes.latest(self.notes, config.onsets), found)
+        place = None if self.gap is None else gap.place(self.gap, self.keyboard.time)
+        return Conditioning(self.keyboard, notes.latest(self.notes, config.onsets), found, place)
 
     def with_limit(self, limit_steps: int) -> "DecodeState":
         """The state with another limit: rows are done after `limit_steps` of music after their prompts."""

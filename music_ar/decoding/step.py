@@ -1,15 +1,16 @@
 """One decoding step: run the pending token through the model, then advance the state by a new token."""
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from music_ar.decoding import history_bias
 from music_ar.decoding.attention import PlainAttention, StepAttention
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.layers import DecodingModel
-from music_ar.decoding.state import Caches, DecodeState
+from music_ar.decoding.state import Caches, DecodeState, EarlyExit
 from music_ar.decoding.windows import window_starts
-from music_ar.features import keyboard, notes, retrieval
+from music_ar.features import gap, keyboard, notes, retrieval
 from music_ar.tokens import grammar, vocabulary
 
 
@@ -24,6 +25,7 @@ def advance(state: DecodeState, token_B: Int[Array, " B"]) -> DecodeState:
         keyboard=after,
         notes=last_notes,
         match=None if state.match is None else retrieval.step(state.match, last_notes, token_B),
+        gap=None if state.gap is None else gap.step(state.gap, token_B, after.time),
         history=history_bias.step(state.history, token_B, after.velocity),
         ended_B=state.ended_B | (token_B == vocabulary.END),
     )
@@ -33,6 +35,12 @@ def step(
     model: DecodingModel, state: DecodeState, backend: Backend, micro_batches: int = 1
 ) -> tuple[Float[Array, "B V"], DecodeState]:
     """Run the pending token through the model.
+
+    As many self blocks run as the state has caches for. If `state.early` is set, a token leaves at the first exit that
+    is sure of its successor. Its stream then stays as it is, and the keys and values of the blocks that it skips follow
+    from that stream, so that later tokens see complete caches (CALM, Schuster et al., arXiv 2207.07061). Here those
+    blocks are computed all the same and their results dropped; the native engine, of which this is the reference, saves
+    the work.
 
     Args:
         model: the model.
@@ -60,17 +68,37 @@ def step(
         found, cross = attention.cross(model.cross, x_Bx1xD, context, cross, visible_since_B[part])
         streams.append(model.cross.add(x_Bx1xD, found))
     streams = [jnp.repeat(x_Bx1xD, W, axis=0) for x_Bx1xD in streams]
-    filled = []
-    for block, *layer in zip(model.blocks, caches.self_k, caches.self_v, strict=True):
+
+    def logits_BxV(streams: list[Array]) -> Array:
+        return outer.logits(jnp.concatenate(streams)[jnp.arange(B) * W + active_B])[:, 0]
+
+    filled, early, left_B = [], state.early, jnp.zeros(B, bool)
+    for depth, (block, *layer) in enumerate(zip(model.blocks, caches.self_k, caches.self_v, strict=False)):
+        if early is not None and depth in model.config.exits:
+            left_B |= is_sure(logits_BxV(streams), early.confidence_B)
         cache, after = (layer[0], layer[1]), []
         for part, attention, x_BWx1xD in zip(rows, attentions, streams, strict=True):
             found, cache = attention.within(block, x_BWx1xD, cache, window_since_BxW[part].reshape(-1))
-            after.append(block.add(x_BWx1xD, found))
+            after.append(_unless(left_B[part], block.add(x_BWx1xD, found), x_BWx1xD, early))
         streams = after
         filled.append(cache)
-    predicting_Bx1xD = jnp.concatenate(streams)[jnp.arange(B) * W + active_B]
+        if early is not None:
+            early = early._replace(layers_run_B=early.layers_run_B + ~(left_B | state.ended_B))
     caches = Caches(*cross, *zip(*filled, strict=True))
-    return outer.logits(predicting_Bx1xD)[:, 0], state._replace(clock_B=state.clock_B + 1, caches=caches)
+    return logits_BxV(streams), state._replace(clock_B=state.clock_B + 1, caches=caches, early=early)
+
+
+def is_sure(logits_BxV: Float[Array, "B V"], confidence_B: Float[Array, " B"]) -> Bool[Array, " B"]:
+    """Whether the likeliest token has more than this probability; never for 1."""
+    return jnp.exp(logits_BxV.max(axis=1) - jax.nn.logsumexp(logits_BxV, axis=1)) > confidence_B
+
+
+def _unless(left_B: Array, after_BWx1xD: Array, before_BWx1xD: Array, early: EarlyExit | None) -> Array:
+    """The stream after a block, in rows that have not left."""
+    if early is None:
+        return after_BWx1xD
+    left_BW = jnp.repeat(left_B, after_BWx1xD.shape[0] // left_B.shape[0])
+    return jnp.where(left_BW[:, None, None], before_BWx1xD, after_BWx1xD)
 
 
 def _attention(

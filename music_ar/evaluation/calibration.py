@@ -74,7 +74,7 @@ def calibrate(
 
 def _with_calibrated_head(model: PerceiverAR, fit_2xK: np.ndarray) -> PerceiverAR:
     """Return a copy of the model whose logits are scaled and offset."""
-    scale_V, offset_V = jnp.asarray(fit_2xK[:, TYPE_OF_TOKEN], np.float32)
+    scale_V, offset_V = jnp.asarray(fit_2xK[:, TYPE_OF_TOKEN[: model.config.vocabulary_size]], np.float32)
     calibrated = nnx.clone(model)
     kernel_DxV, bias_V = calibrated.head.kernel, calibrated.head.bias
     assert bias_V is not None
@@ -124,7 +124,7 @@ def _window_derivatives(
 
     def nll(fit_2xK: Array, row: tuple[Array, Array, Array]) -> Array:
         logits_NxV, targets_N, counts_N = row
-        scale_V, offset_V = fit_2xK[:, TYPE_OF_TOKEN]
+        scale_V, offset_V = fit_2xK[:, TYPE_OF_TOKEN[: logits_NxV.shape[1]]]
         logits_NxV = logits_NxV * scale_V[None] + offset_V[None]
         return (token_nll(logits_NxV[None], targets_N[None])[0] * counts_N).sum()
 

@@ -23,8 +23,8 @@ from music_ar.tokens import codec, vocabulary
 from music_ar.training.losses import token_nll
 
 TOKEN_TYPES = ("note-on", "note-off", "time shift", "velocity", "end")
-TYPE_OF_TOKEN = np.searchsorted(vocabulary.TYPE_STARTS, np.arange(vocabulary.VOCABULARY_SIZE), side="right")
-"""Index into `TOKEN_TYPES` of each token of the vocabulary; "end" is all control tokens."""
+TYPE_OF_TOKEN = np.searchsorted(vocabulary.TYPE_STARTS, np.arange(vocabulary.INFILL_VOCABULARY_SIZE), side="right")
+"""Index into `TOKEN_TYPES` of each token of the largest vocabulary; "end" is all control tokens."""
 
 _FORCED_LENGTH = 256  # tokens per compiled call of `score_decoding`; pieces are padded to a multiple of it
 _BATCHES_AHEAD = 2  # batches that the device works on while earlier results are fetched
@@ -39,12 +39,14 @@ class Score:
         tokens: number of targets: the events and the end of each piece, each scored once.
         notes: number of note-ons among them.
         seconds: length of the music.
+        mean_layers: self-attention layers that a token ran through on average; None if it was not counted.
     """
 
     nll: float
     tokens: int
     notes: int
     seconds: float
+    mean_layers: float | None = None
 
     @classmethod
     def of(cls, nll: float, pieces: Sequence[Integer[np.ndarray, " _"]]) -> "Score":
@@ -278,6 +280,8 @@ def score_decoding(
     pieces: Sequence[Integer[np.ndarray, " _"]],
     *,
     latents: int,
+    layers: int | None = None,
+    confidence: float = 1.0,
     mode: WindowMode = "sliding",
     batch_size: int = 8,
 ) -> Score:
@@ -289,20 +293,31 @@ def score_decoding(
         decoder: the model, ready to decode.
         pieces: token arrays, each beginning with `vocabulary.START`; they may be truncated.
         latents: number of latents.
+        layers, confidence: how many layers run, and when tokens leave early; see `AnyDecoder.start`.
         mode: how decoding continues once the window of latents is full; see `AnyDecoder.start`.
         batch_size: pieces at once.
     """
-    nll = 0.0
+    nll, layers_run, steps = 0.0, 0, 0
     for first in range(0, len(pieces), batch_size):
         batch = pieces[first : first + batch_size]
-        longest = -(-max(len(piece) - 1 for piece in batch) // _FORCED_LENGTH) * _FORCED_LENGTH
+        scored_B = np.array([len(piece) - 1 for piece in batch])
+        longest = -(-scored_B.max() // _FORCED_LENGTH) * _FORCED_LENGTH
         targets_BxT = np.full((len(batch), longest), vocabulary.PAD, np.int32)
         for row, piece in zip(targets_BxT, batch, strict=True):
             row[: len(piece) - 1] = piece[1:]
+            row[len(piece) - 1 : len(piece)] = vocabulary.END  # where a truncated piece is over, its row is, too
         starts = [piece[:1].astype(np.int32) for piece in batch]
-        state = decoder.start(starts, latents=latents, seeds=[0] * len(batch), limit_steps=2**30, mode=mode)
-        for targets_BxF in np.split(targets_BxT, longest // _FORCED_LENGTH, axis=1):
+        depth = {"layers": layers, "confidence": confidence}
+        state = decoder.start(starts, latents=latents, seeds=[0] * len(batch), limit_steps=2**30, mode=mode, **depth)
+        is_scored_BxT = np.arange(longest) < scored_B[:, None]
+        for begin in range(0, longest, _FORCED_LENGTH):
+            targets_BxF, is_scored_BxF = (x[:, begin : begin + _FORCED_LENGTH] for x in (targets_BxT, is_scored_BxT))
             state, logits_BxFxV = decoder.teacher_force(state, targets_BxF)
             nll_BxF = np.asarray(token_nll(jnp.asarray(logits_BxFxV), jnp.asarray(targets_BxF)))
-            nll += float(nll_BxF[targets_BxF != vocabulary.PAD].sum())
-    return Score.of(nll, pieces)
+            nll += float(nll_BxF[is_scored_BxF].sum())
+        if state.layers_run_B is not None:
+            layers_run += int(np.sum(state.layers_run_B))
+            ended_B = np.argmax(targets_BxT == vocabulary.END, axis=1)
+            steps += int(np.where((targets_BxT == vocabulary.END).any(axis=1), ended_B + 1, longest).sum())
+    score = Score.of(nll, pieces)
+    return dataclasses.replace(score, mean_layers=layers_run / steps if steps else None)

@@ -3,6 +3,9 @@
 Event tokens describe changes only. From them alone, a model's layers have to work out at every position which keys are
 down, and for how long. All of that follows exactly from the tokens, so `PerceiverAR` gets it as features.
 
+At `SEPARATOR` a new timeline begins (see `music_ar.tokens.gaps`): no key has been touched and no velocity is in force.
+Its time runs on from `SEPARATOR_STEPS` after the old one, so that time never decreases.
+
 Dimension key, in addition to that of `music_ar.model.config`: B any batch shape.
 """
 
@@ -15,6 +18,8 @@ from music_ar.tokens import vocabulary
 
 VELOCITY_SLOTS = 64
 """A velocity bin is packed into one integer with a time or a pitch: `other * 64 + bin`."""
+SEPARATOR_STEPS = 1
+"""Time between two timelines, so that what belongs to which follows from its time."""
 _HELD_DECAYS_STEPS = (8.0, 32.0, 128.0, 512.0)
 _RELEASED_DECAYS_STEPS = (32.0, 256.0)
 CHANNELS = vocabulary.PITCHES * (2 + len(_HELD_DECAYS_STEPS) + len(_RELEASED_DECAYS_STEPS))
@@ -46,14 +51,14 @@ def init(batch_shape: tuple[int, ...] = ()) -> Keyboard:
 
 
 def step(state: Keyboard, token: Integer[Any, "*B"]) -> Keyboard:
-    """The state after one more token; `PAD`, `START` and `END` change nothing."""
+    """The state after one more token; of the control tokens, only `SEPARATOR` changes it."""
     xp = state.keys.__array_namespace__()
     token = xp.asarray(token, dtype=xp.int32)
-    shift = xp.where(vocabulary.is_shift(token), token - (vocabulary.TIME_SHIFT - 1), 0)
-    time = state.time + shift.astype(xp.int32)
+    time, ends = state.time + _steps(token), token == vocabulary.SEPARATOR
     velocity = xp.where(vocabulary.is_velocity(token), token - (vocabulary.VELOCITY - 1), state.velocity)
-    velocity = velocity.astype(xp.int32)
-    return Keyboard(time, velocity, xp.maximum(state.keys, _key_events(token, time, velocity)))
+    velocity = xp.where(ends, 0, velocity).astype(xp.int32)
+    keys = xp.where(ends[..., None], -1, state.keys).astype(xp.int32)
+    return Keyboard(time, velocity, xp.maximum(keys, _key_events(token, time, velocity)))
 
 
 def scan(tokens: Integer[np.ndarray, " T"]) -> Keyboard:
@@ -68,7 +73,10 @@ def scan_each(tokens: Integer[Any, "*B T"]) -> Keyboard:
     xp = tokens.__array_namespace__()
     tokens = xp.asarray(tokens, dtype=xp.int32)
     time, velocity = times_and_velocities(tokens)
-    return Keyboard(time, velocity, running_max(_key_events(tokens, time, velocity), tokens.ndim - 1))
+    keys = running_max(_key_events(tokens, time, velocity), tokens.ndim - 1)
+    begin = running_max(xp.where(tokens == vocabulary.SEPARATOR, time, 0), tokens.ndim - 1)
+    keys = xp.where(keys < 2 * begin[..., None] * VELOCITY_SLOTS, -1, keys)  # those of an earlier timeline
+    return Keyboard(time, velocity, keys.astype(xp.int32))
 
 
 def times_and_velocities(tokens: Integer[Any, "*B T"]) -> tuple[Any, Any]:
@@ -76,12 +84,13 @@ def times_and_velocities(tokens: Integer[Any, "*B T"]) -> tuple[Any, Any]:
     xp = tokens.__array_namespace__()
     tokens = xp.asarray(tokens, dtype=xp.int32)
     time_axis = tokens.ndim - 1
-    shift = xp.where(vocabulary.is_shift(tokens), tokens - (vocabulary.TIME_SHIFT - 1), 0)
-    time = xp.cumsum(shift, axis=time_axis).astype(xp.int32)
-    # The latest velocity is the largest of (index, bin).
+    time = xp.cumsum(_steps(tokens), axis=time_axis).astype(xp.int32)
+    # The latest velocity is the largest of (index, bin); at a separator, the bin is 0.
     index = xp.broadcast_to(xp.arange(tokens.shape[-1]).astype(xp.int32), tokens.shape)
-    packed = index * VELOCITY_SLOTS + (tokens - (vocabulary.VELOCITY - 1))
-    latest = running_max(xp.where(vocabulary.is_velocity(tokens), packed, 0).astype(xp.int32), time_axis)
+    is_velocity = vocabulary.is_velocity(tokens)
+    packed = index * VELOCITY_SLOTS + xp.where(is_velocity, tokens - (vocabulary.VELOCITY - 1), 0)
+    sets = is_velocity | (tokens == vocabulary.SEPARATOR)
+    latest = running_max(xp.where(sets, packed, 0).astype(xp.int32), time_axis)
     return time, latest % VELOCITY_SLOTS
 
 
@@ -121,6 +130,13 @@ def running_max(x: Any, axis: int) -> Any:
     from jax import lax  # much faster than jax.numpy.maximum.accumulate
 
     return lax.cummax(x, axis=axis)
+
+
+def _steps(tokens: Any) -> Any:
+    """By how much each token advances time."""
+    xp = tokens.__array_namespace__()
+    shift = xp.where(vocabulary.is_shift(tokens), tokens - (vocabulary.TIME_SHIFT - 1), 0)
+    return xp.where(tokens == vocabulary.SEPARATOR, SEPARATOR_STEPS, shift).astype(xp.int32)
 
 
 def _key_events(tokens: Any, time: Any, velocity: Any) -> Any:

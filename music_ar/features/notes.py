@@ -24,17 +24,19 @@ class Notes(NamedTuple):
 
     Attributes:
         count: note-ons so far.
+        first: number of the first note of this timeline (see `keyboard`): how many there were before.
         note: of each slot, pitch * 64 + velocity bin.
         time: of each slot, in steps of 10 ms.
     """
 
     count: Int[Any, "*B"]
+    first: Int[Any, "*B"]
     note: Int[Any, "*B C"]
     time: Int[Any, "*B C"]
 
 
 class Onsets(NamedTuple):
-    """The last L note-ons, newest first; any leading batch shape.
+    """The last L note-ons of this timeline, newest first; any leading batch shape.
 
     Attributes:
         time: in steps of 10 ms; 0 if there were fewer notes.
@@ -53,11 +55,12 @@ def init(batch_shape: tuple[int, ...], capacity: int) -> Notes:
         capacity: C.
     """
     empty = np.zeros((*batch_shape, capacity), np.int32)
-    return Notes(np.zeros(batch_shape, np.int32), empty, empty)
+    none = np.zeros(batch_shape, np.int32)
+    return Notes(none, none, empty, empty)
 
 
 def step(state: Notes, token: Any, time: Any, velocity: Any) -> Notes:
-    """The state after one more token of each row of a batch [B], in JAX; only a note-on changes it.
+    """The state after one more token of each row of a batch [B], in JAX; only a note-on or a separator changes it.
 
     Args:
         state: before the token.
@@ -76,6 +79,7 @@ def step(state: Notes, token: Any, time: Any, velocity: Any) -> Notes:
 
     return Notes(
         count=state.count + is_on,
+        first=xp.where(token == vocabulary.SEPARATOR, state.count, state.first),
         note=written(state.note, token * VELOCITY_SLOTS + velocity),
         time=written(state.time, time),
     )
@@ -87,7 +91,11 @@ def scan(tokens: Integer[np.ndarray, " T"], capacity: int) -> Notes:
     is_on = vocabulary.is_note_on(tokens)
     time, velocity = (values[is_on] for values in times_and_velocities(tokens))
     note = tokens[is_on] * VELOCITY_SLOTS + velocity
-    return Notes(np.int32(len(note)), rolling(note, len(note), capacity), rolling(time, len(note), capacity))
+    separators = np.flatnonzero(tokens == vocabulary.SEPARATOR)
+    first = is_on[: separators[-1]].sum() if capacity and len(separators) else 0
+    return Notes(
+        np.int32(len(note)), np.int32(first), rolling(note, len(note), capacity), rolling(time, len(note), capacity)
+    )
 
 
 def rolling(values: np.ndarray, count: int, capacity: int) -> np.ndarray:
@@ -103,7 +111,7 @@ def latest(state: Notes, onsets: int) -> Onsets:
     """The last L = `onsets` notes, at most C."""
     xp = state.note.__array_namespace__()
     number = state.count[..., None] - 1 - xp.arange(onsets).astype(xp.int32).reshape((1,) * state.count.ndim + (-1,))
-    known = number >= 0
+    known = number >= state.first[..., None]
     return Onsets(
         time=xp.where(known, at(state.time, number), 0),
         note=xp.where(known, at(state.note, number), -1),
@@ -119,6 +127,8 @@ def scan_each(tokens: Integer[Any, "*B T"], onsets: int) -> Onsets:
     note = tokens * VELOCITY_SLOTS + velocity
     # The index of the newest note-on up to each token; from there, the newest before that one, and so on.
     newest = running_max(xp.where(vocabulary.is_note_on(tokens), index, -1).astype(xp.int32), tokens.ndim - 1)
+    begin = running_max(xp.where(tokens == vocabulary.SEPARATOR, index, -1).astype(xp.int32), tokens.ndim - 1)
+    newest = xp.where(newest < begin, -1, newest)
     before = xp.concatenate([xp.full_like(newest[..., :1], -1), newest[..., :-1]], axis=-1)
     nothing = xp.zeros((*tokens.shape, 0), dtype=xp.int32)
     times, notes = [nothing], [nothing]

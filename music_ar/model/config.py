@@ -7,9 +7,10 @@ Dimension key of the whole project, used as suffixes of names:
 """
 
 import dataclasses
+import itertools
 from typing import Literal
 
-from music_ar.features import keyboard, notes, retrieval
+from music_ar.features import gap, keyboard, notes, retrieval
 from music_ar.ranges import check_ranges, number, whole
 from music_ar.tokens import vocabulary
 
@@ -38,10 +39,13 @@ class ModelConfig:
             It may far exceed what the context holds.
         time_heads: number of key/value heads (the last of the G) whose rotary positions count time instead of tokens.
         segment: length of the segments of a Transformer-XL (see `transformer_xl`), with N = M; 0 means none.
-        label_size: length of the label that describes how a training window was augmented; see `PerceiverAR.__call__`.
+        label_size: length of the label that describes how a training window was augmented; see `PerceiverAR.at_depths`.
+        exits: numbers of self-attention blocks, rising and below `layers`, after which the final norm and the head were
+            trained to predict too (early exits): decoding may stop there. They have no parameters of their own.
         rotary_fraction: share of each head's channels that is rotated by position.
         rotary_wavelength: longest wavelength of the rotary positions, in tokens.
-        vocabulary_size: V, including padding and the two piece boundaries.
+        vocabulary_size: V, including padding and the two piece boundaries; a model that can fill gaps also has the
+            tokens of `music_ar.tokens.gaps`.
 
     Raises:
         ValueError: a size out of range, or sizes that do not fit together.
@@ -61,12 +65,15 @@ class ModelConfig:
     time_heads: int = whole(0, 0, 1000)
     segment: int = whole(0, 0, _MAX_TOKENS)
     label_size: int = whole(0, 0, 1000)
+    exits: tuple[int, ...] = whole((), 1, 1000)
     rotary_fraction: float = number(0.5, least=0, most=1)
     rotary_wavelength: float = number(10_000.0, above=0, most=1e9)
     vocabulary_size: int = whole(vocabulary.VOCABULARY_SIZE, 1, 2**16)
 
     def __post_init__(self) -> None:
         check_ranges(self, ValueError)
+        if any(after <= before for before, after in itertools.pairwise((0, *self.exits, self.layers))):
+            raise ValueError(f"exits must rise and be below layers = {self.layers}, got {list(self.exits)}")
         if self.latents > self.context:
             raise ValueError(f"latents must be at most context = {self.context}, got {self.latents}")
         if self.heads % self.kv_heads:
@@ -88,6 +95,16 @@ class ModelConfig:
     def rotary_size(self) -> int:
         """Channels of a head that are rotated."""
         return int(self.head_size * self.rotary_fraction)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Numbers of self-attention blocks after which the model predicts: its exits, and all blocks."""
+        return (*self.exits, self.layers)
+
+    @property
+    def fills_gaps(self) -> bool:
+        """Whether the model can fill a gap: whether its vocabulary has the tokens for it."""
+        return self.vocabulary_size >= vocabulary.INFILL_VOCABULARY_SIZE
 
     @property
     def reach(self) -> int:
@@ -117,7 +134,8 @@ class ModelConfig:
     def feature_count(self) -> int:
         """Number of conditioning features at each position."""
         of_keyboard = keyboard.CHANNELS + notes.feature_count(self.onsets) if self.onsets else 0
-        return of_keyboard + (retrieval.feature_count() if self.retrieval_notes else 0)
+        of_retrieval = retrieval.feature_count() if self.retrieval_notes else 0
+        return of_keyboard + of_retrieval + (gap.CLASSES if self.fills_gaps else 0)
 
     def flops_per_target(self, kept_prefix: int) -> float:
         """Floating-point operations of one training step per target token (forward and backward).
@@ -134,7 +152,7 @@ class ModelConfig:
         self_block = self.width * (2 * attention_width + kv_width) + feed_forward
         cross_block = 2 * self.width * attention_width + feed_forward
         inputs = (kv_width + self.feature_count) * (kept_prefix + self.latents) / self.latents
-        head = self.width * self.vocabulary_size
+        head = self.width * self.vocabulary_size * len(self.depths)
         matrices = self.layers * self_block + cross_block + self.width * (inputs + self.width) + head
         seen = 1.5 * self.segment or self.latents / 2
         cross_scores = 2 * attention_width * (kept_prefix + seen)

@@ -3,6 +3,7 @@
 "Net2Net" (Chen et al., ICLR 2016) copies channels for this. Here the new parameters have no effect at first. New
 weights that write to the residual stream are zero, as in a new block, so new channels of the stream carry nothing, and
 new heads, hidden channels and blocks add nothing. New weights that read are random, which gives the others gradients.
+New tokens are copies of `START`, which a trained model never predicts.
 """
 
 import dataclasses
@@ -16,8 +17,9 @@ from jaxtyping import Array
 
 from music_ar.model.config import ModelConfig
 from music_ar.model.perceiver_ar import PerceiverAR
+from music_ar.tokens import vocabulary
 
-_SIZES = ("width", "layers", "heads", "kv_heads", "time_heads", "hidden")
+_SIZES = ("width", "layers", "heads", "kv_heads", "time_heads", "hidden", "vocabulary_size")
 
 
 class _Rule(NamedTuple):
@@ -34,10 +36,11 @@ class _Rule(NamedTuple):
 
 _WIDTH_NORM = _Rule(("width",), "norm")
 _RULES = {
-    "embedding": _Rule((None, "width"), "zero"),
+    "embedding": _Rule(("vocabulary_size", "width"), "zero"),
     "conv": _Rule((None, "width"), "zero"),
     "keyboard.kernel": _Rule((None, "width"), "zero"),
     "retrieval.kernel": _Rule((None, "width"), "zero"),
+    "gap.kernel": _Rule((None, "width"), "zero"),
     "label.kernel": _Rule((None, "width"), "zero"),
     "context_norm.scale": _WIDTH_NORM,
     "latent.kernel": _Rule(("width", "width"), "zero"),
@@ -53,8 +56,8 @@ _RULES = {
     "expand.kernel": _Rule(("width", "hidden"), "random"),
     "contract.kernel": _Rule(("hidden", "width"), "zero"),
     "final_norm.scale": _WIDTH_NORM,
-    "head.kernel": _Rule(("width", None), "random"),
-    "head.bias": _Rule((None,), "random"),
+    "head.kernel": _Rule(("width", "vocabulary_size"), "random"),
+    "head.bias": _Rule(("vocabulary_size",), "random"),
 }
 
 
@@ -63,8 +66,9 @@ def expand(model: PerceiverAR, config: ModelConfig, *, rngs: nnx.Rngs) -> Percei
 
     Args:
         model: the trained model; it is not changed, and is returned itself if it already has this config.
-        config: the model's, except that width, layers, heads, kv_heads, time_heads and hidden may be larger, with the
-            same number of query heads per key/value head, and label_size may be set if it was 0.
+        config: the model's, except that width, layers, heads, kv_heads, time_heads, hidden and vocabulary_size may be
+            larger, with the same number of query heads per key/value head, label_size may be set if it was 0, and exits
+            may be any.
         rngs: for the random parameters.
 
     Raises:
@@ -91,14 +95,14 @@ def _check(old: ModelConfig, new: ModelConfig) -> None:
     differing = [
         field.name for field in dataclasses.fields(old) if getattr(old, field.name) != getattr(new, field.name)
     ]
-    allowed = {*_SIZES, "label_size"} if old.label_size == 0 else {*_SIZES}
+    allowed = {*_SIZES, "exits"} | ({"label_size"} if old.label_size == 0 else set())
     larger = all(getattr(new, name) >= getattr(old, name) for name in _SIZES)
     larger = larger and new.kv_heads - new.time_heads >= old.kv_heads - old.time_heads
     if not (larger and allowed.issuperset(differing) and new.heads // new.kv_heads == old.heads // old.kv_heads):
         changes = ", ".join(f"{name} {getattr(old, name)} -> {getattr(new, name)}" for name in differing)
         raise ValueError(
             f"cannot expand the model: only {', '.join(_SIZES)} may increase, with the same number of query heads per "
-            f"key/value head, and label_size from 0; differing sizes: {changes}"
+            f"key/value head, exits may change, and label_size from 0; differing sizes: {changes}"
         )
 
 
@@ -115,6 +119,7 @@ def _old_channels(old: ModelConfig, new: ModelConfig) -> dict[str, np.ndarray]:
         "hidden": np.arange(old.hidden),
         "heads": subdivide(subdivide(groups, old.heads // old.kv_heads), old.head_size),
         "kv_heads": subdivide(groups, old.head_size),
+        "vocabulary_size": np.arange(new.vocabulary_size),  # with the new tokens, see `_with_new_tokens`
     }
 
 
@@ -130,7 +135,17 @@ def _expanded(rule: _Rule, trained: np.ndarray, fresh: np.ndarray, channels: dic
         # The mean square is now taken over more channels, and the new ones are zero.
         shrinking = math.sqrt(len(trained) / len(fresh))
         trained, fresh = trained * shrinking, fresh * shrinking
+    trained = _with_new_tokens(rule, trained, channels)
     sizes = zip(rule.axes, trained.shape, strict=True)
     larger = np.zeros_like(fresh) if rule.new == "zero" else fresh.copy()
     larger[np.ix_(*(np.arange(size) if axis is None else channels[axis] for axis, size in sizes))] = trained
     return jnp.asarray(larger)
+
+
+def _with_new_tokens(rule: _Rule, trained: np.ndarray, channels: dict[str, np.ndarray]) -> np.ndarray:
+    """Return a trained parameter with the entries of new tokens: copies of those of `START`."""
+    if "vocabulary_size" not in rule.axes:
+        return trained
+    axis = rule.axes.index("vocabulary_size")
+    tokens = channels["vocabulary_size"]
+    return np.take(trained, np.where(tokens < trained.shape[axis], tokens, vocabulary.START), axis=axis)

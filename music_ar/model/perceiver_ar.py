@@ -5,16 +5,19 @@ the rest. Cost grows with N * M once and with N * N per layer, so M can be long.
 an ordinary decoder-only Transformer, which is our control. The dimension key is in `config`.
 """
 
+import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from music_ar.features import categorical, keyboard, notes, retrieval
+from music_ar.features import categorical, gap, keyboard, notes, retrieval
 from music_ar.features.categorical import Categorical
+from music_ar.features.gap import Place
 from music_ar.features.keyboard import Keyboard
 from music_ar.features.notes import Onsets
 from music_ar.features.retrieval import Retrieved
@@ -25,6 +28,8 @@ from music_ar.model.rows import Rows, lay_out, take, take_slice
 from music_ar.model.transformer_xl import attend_segments
 from music_ar.tokens import vocabulary
 
+_OF_LAYERS = 1  # folded into the key of a call to draw layer dropout; all else is drawn from its split
+
 
 class Conditioning(NamedTuple):
     """Conditioning features after each token; any leading batch shape.
@@ -33,11 +38,18 @@ class Conditioning(NamedTuple):
         keyboard: the keyboard.
         onsets: the last notes.
         retrieved: what followed the last similar passage; None for a model without retrieval.
+        place: where it is in a sequence with a gap; None for a model that cannot fill gaps.
     """
 
     keyboard: Keyboard
     onsets: Onsets
     retrieved: Retrieved | None
+    place: Place | None
+
+    @property
+    def time(self) -> Int[Array, "*B"]:
+        """Time for rotary positions, in steps."""
+        return self.keyboard.time if self.place is None else self.place.time
 
 
 class FeatureProjection(nnx.Module):
@@ -83,6 +95,8 @@ class PerceiverAR(nnx.Module):
             self.keyboard = FeatureProjection(keyboard.CHANNELS, classes, width, dtype=dtype, rngs=rngs)
         if config.retrieval_notes:
             self.retrieval = FeatureProjection(0, retrieval.feature_count(), width, dtype=dtype, rngs=rngs)
+        if config.fills_gaps:
+            self.gap = FeatureProjection(0, gap.CLASSES, width, dtype=dtype, rngs=rngs)
         if config.label_size:
             self.label = linear(config.label_size, width, kernel_init=zeros, dtype=dtype, rngs=rngs)
         self.context_norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
@@ -98,25 +112,45 @@ class PerceiverAR(nnx.Module):
         return jnp.dtype(self.compute.dtype)
 
     def __call__(
-        self,
-        tokens_BxT: Int[Array, "B T"],
-        *,
-        latents: int | None = None,
-        kept_prefix: int | None = None,
-        dropout: float = 0.0,
-        labels_BxC: Float[Array, "B C"] | None = None,
-        key: Array | None = None,
-        split_over: str | None = None,
+        self, tokens_BxT: Int[Array, "B T"], *, layers: int | None = None, **inputs: Any
     ) -> Float[Array, "B N V"]:
         """Logits of the token that follows each of the last N inputs.
 
         Args:
+            tokens_BxT: inputs, left-padded with `vocabulary.PAD`.
+            layers: number of self blocks to run, one of `config.depths`; default: all.
+            inputs: further arguments of `at_depths`.
+
+        Returns:
+            float32 logits [B, N, V]; row k belongs to input position T - N + k. Rows at padding are meaningless.
+        """
+        return self.at_depths(tokens_BxT, depths=(self.config.layers if layers is None else layers,), **inputs)[0]
+
+    def at_depths(
+        self,
+        tokens_BxT: Int[Array, "B T"],
+        *,
+        depths: tuple[int, ...],
+        latents: int | None = None,
+        kept_prefix: int | None = None,
+        dropout: float = 0.0,
+        layer_dropout: float = 0.0,
+        labels_BxC: Float[Array, "B C"] | None = None,
+        key: Array | None = None,
+        split_over: str | None = None,
+    ) -> list[Float[Array, "B N V"]]:
+        """Logits of the token that follows each of the last N inputs, after several numbers of self blocks.
+
+        Args:
             tokens_BxT: inputs, left-padded with `vocabulary.PAD`; any T up to what memory allows. Attention reads the
                 last M = `config.attended(T)` of them; retrieval searches all.
+            depths: rising numbers of self blocks; those after the last of them are not run.
             latents: N, at most M; default `config.latents`.
             kept_prefix: training only: number of the M - N prefix positions to keep, drawn independently for each row
                 (cross-attend dropout by gather: dropped positions cost nothing). Default: all. Needs `key`.
             dropout: rate of the residual dropout. Needs `key`.
+            layer_dropout: training only: rate at which a row skips the last block; it rises linearly from 0 at the
+                first (stochastic depth, Huang et al., arXiv 1603.09382, and LayerSkip, arXiv 2404.16710). Needs `key`.
             labels_BxC: training only: how each window was augmented, C = `config.label_size` numbers; all 0, like None,
                 means no augmentation. Scoring and generation use none. (Conditioning on the augmentation keeps its
                 distribution separate: Jun et al., "Distribution augmentation for generative modeling", 2020.)
@@ -125,7 +159,8 @@ class PerceiverAR(nnx.Module):
                 it and has its keys and values. Inputs, latents and logits are the same on all devices of the axis.
 
         Returns:
-            float32 logits [B, N, V]; row k belongs to input position T - N + k. Rows at padding are meaningless.
+            float32 logits [B, N, V] for each depth; row k belongs to input position T - N + k. Rows at padding are
+            meaningless.
 
         Raises:
             ValueError: `latents` out of range, randomness without `key`, or no prefix to split.
@@ -134,8 +169,9 @@ class PerceiverAR(nnx.Module):
         N = min(self.config.latents, M) if latents is None else latents
         if not 1 <= N <= M:
             raise ValueError(f"latents must be in 1..{M}, the number of inputs that attention reads; got {N}")
-        if key is None and dropout > 0:
-            raise ValueError(f"dropout = {dropout} needs a key")
+        for name, rate in (("dropout", dropout), ("layer_dropout", layer_dropout)):
+            if key is None and rate > 0:
+                raise ValueError(f"{name} = {rate} needs a key")
         prefix_key, dropout_key = (None, None) if key is None else jax.random.split(key)
         drop = nnx.Dropout(dropout, deterministic=key is None, rngs=None if key is None else nnx.Rngs(dropout_key))
 
@@ -149,16 +185,17 @@ class PerceiverAR(nnx.Module):
         embedded_BxSxD = self.condition(self._embed_rows(tokens_BxM, rows), conditioning_BxS)
         if labels_BxC is not None:
             embedded_BxSxD = embedded_BxSxD + self.label(labels_BxC.astype(self.dtype))[:, None]
-        positions_BxSxP = jnp.stack([rows.positions_BxS, conditioning_BxS.keyboard.time], axis=-1)
+        positions_BxSxP = jnp.stack([rows.positions_BxS, conditioning_BxS.time], axis=-1)
 
         tower = self._recur if self.config.segment else self._attend
-        x_BxNxD = tower(embedded_BxSxD, positions_BxSxP, rows, drop)
-        return self.logits(take(x_BxNxD, rows.right_aligned_BxN)[:, -N:])
+        kept_LxB = _kept_rows(key, self.config.layers, tokens_BxT.shape[0], layer_dropout) if layer_dropout else None
+        streams = tower(embedded_BxSxD, positions_BxSxP, rows, drop, _Depths(depths, kept_LxB))
+        return [self.logits(take(x_BxNxD, rows.right_aligned_BxN)[:, -N:]) for x_BxNxD in streams]
 
     def _attend(
-        self, embedded_BxSxD: Array, positions_BxSxP: Array, rows: Rows, drop: nnx.Dropout
-    ) -> Float[Array, "B N D"]:
-        """The cross block, then the self blocks over the latents."""
+        self, embedded_BxSxD: Array, positions_BxSxP: Array, rows: Rows, drop: nnx.Dropout, depths: "_Depths"
+    ) -> list[Float[Array, "B N D"]]:
+        """The cross block, then the self blocks over the latents; the stream at each depth."""
         N = rows.right_aligned_BxN.shape[1]
         k_BxSxGxK, v_BxSxGxK = self.cross.keys_values(self.context_norm(embedded_BxSxD), positions_BxSxP)
         positions_BxNxP = take_slice(positions_BxSxP, rows.latents_B, N)
@@ -166,20 +203,20 @@ class PerceiverAR(nnx.Module):
         q_BxNxHxK = self.cross.queries(x_BxNxD, positions_BxNxP)
         attended_BxNxHxK = attend_context(q_BxNxHxK, k_BxSxGxK, v_BxSxGxK, rows.prefix_B, self.compute, rows.split_over)
         x_BxNxD = self.cross.add(x_BxNxD, attended_BxNxHxK, drop)
-        for block in self.blocks:
-            x_BxNxD = block.attend_self(x_BxNxD, positions_BxNxP, drop)
-        return x_BxNxD
+        return depths.streams(self.blocks, x_BxNxD, lambda block, x: block.attend_self(x, positions_BxNxP, drop))
 
     def _recur(
-        self, embedded_BxMxD: Array, positions_BxMxP: Array, rows: Rows, drop: nnx.Dropout
-    ) -> Float[Array, "B M D"]:
-        """All blocks with segment recurrence; see `transformer_xl`."""
+        self, embedded_BxMxD: Array, positions_BxMxP: Array, rows: Rows, drop: nnx.Dropout, depths: "_Depths"
+    ) -> list[Float[Array, "B M D"]]:
+        """The blocks with segment recurrence; see `transformer_xl`. The stream at each depth."""
         del rows
         x = self.latent(embedded_BxMxD)
         x = self.cross.add(x, attend_segments(self.cross, x, embedded_BxMxD, self.context_norm, positions_BxMxP), drop)
-        for block in self.blocks:
-            x = block.add(x, attend_segments(block, x, x, block.attention_norm, positions_BxMxP), drop)
-        return x
+
+        def recur(block: Block, x: Array) -> Array:
+            return block.add(x, attend_segments(block, x, x, block.attention_norm, positions_BxMxP), drop)
+
+        return depths.streams(self.blocks, x, recur)
 
     def _embed_rows(self, tokens_BxM: Array, rows: Rows) -> Float[Array, "B S D"]:
         """Embeddings of the S rows. If none are dropped, tokens are put in order, which is cheaper than embeddings."""
@@ -193,7 +230,9 @@ class PerceiverAR(nnx.Module):
         """Features after each of the last tokens; the keyboard is untouched before the first of them."""
         config, last_BxL = self.config, tokens_BxT[:, -last:]
         found = retrieval.scan_each(tokens_BxT, config.retrieval_notes, last) if config.retrieval_notes else None
-        return Conditioning(keyboard.scan_each(last_BxL), notes.scan_each(last_BxL, config.onsets), found)
+        keys = keyboard.scan_each(last_BxL)
+        place = gap.scan_each(last_BxL, keys.time) if config.fills_gaps else None
+        return Conditioning(keys, notes.scan_each(last_BxL, config.onsets), found, place)
 
     def condition(self, embedded: Array, conditioning: Conditioning) -> Float[Array, "*B D"]:
         """Embedded tokens with their features added."""
@@ -203,6 +242,8 @@ class PerceiverAR(nnx.Module):
             embedded = embedded + features
         if conditioning.retrieved is not None:
             embedded = embedded + self.retrieval(None, retrieval.categories(conditioning.retrieved))
+        if conditioning.place is not None:
+            embedded = embedded + self.gap(None, gap.categories(conditioning.place))
         return embedded
 
     def embed(self, tokens_BxT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -251,6 +292,37 @@ class PerceiverAR(nnx.Module):
     def logits(self, x_BxTxD: Array) -> Float[Array, "B T V"]:
         """float32 logits of the residual stream."""
         return self.head(self.final_norm(x_BxTxD)).astype(jnp.float32)
+
+
+class _Depths(NamedTuple):
+    """How far the blocks run.
+
+    Attributes:
+        depths: the numbers of blocks after which the stream is read.
+        kept_LxB: the rows that each block changes, the others skip it; None means all.
+    """
+
+    depths: tuple[int, ...]
+    kept_LxB: Array | None
+
+    def streams(self, blocks: Iterable[Block], x_BxNxD: Array, run: Callable[[Block, Array], Array]) -> list[Array]:
+        """The residual stream at each depth; `run` applies a block."""
+        found = []
+        for layer, block in enumerate(itertools.islice(blocks, self.depths[-1])):
+            after_BxNxD = run(block, x_BxNxD)
+            if self.kept_LxB is not None:
+                after_BxNxD = jnp.where(self.kept_LxB[layer][:, None, None], after_BxNxD, x_BxNxD)
+            x_BxNxD = after_BxNxD
+            if layer + 1 in self.depths:
+                found.append(x_BxNxD)
+        return found
+
+
+def _kept_rows(key: Array | None, layers: int, B: int, layer_dropout: float) -> Array:
+    """Which rows do not skip each block, drawn with rates that rise linearly from 0 to `layer_dropout`."""
+    assert key is not None
+    kept_Lx1 = 1 - layer_dropout * jnp.linspace(0.0, 1.0, layers)[:, None]
+    return jax.random.bernoulli(jax.random.fold_in(key, _OF_LAYERS), kept_Lx1, (layers, B))
 
 
 @jax.custom_vjp

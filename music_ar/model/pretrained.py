@@ -31,7 +31,7 @@ def save_pretrained(model: PerceiverAR, folder: Path, *, int8: bool = True) -> N
     weights = safetensors.numpy.save(weights_of(model, int8=int8).tensors, metadata={"format": FORMAT})
     config = {
         "format": FORMAT,
-        "fingerprint": vocabulary.FINGERPRINT,
+        "fingerprint": vocabulary.FINGERPRINTS[model.config.vocabulary_size],
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "model": dataclasses.asdict(model.config),
     }

@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 
 
 def lay_out(tokens_BxM: Array, N: int, kept_prefix: int | None, key: Array | None) -> Rows:
-    """The rows of inputs with N latents; `kept_prefix` and `key` as in `PerceiverAR.__call__`."""
+    """The rows of inputs with N latents; `kept_prefix` and `key` as in `PerceiverAR.at_depths`."""
     B, M = tokens_BxM.shape
     prefix = M - N
     kept = prefix if kept_prefix is None else min(kept_prefix, prefix)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from music_ar.features import keyboard, notes, retrieval
+from music_ar.features import gap, keyboard, notes, retrieval
 from music_ar.files import parse_json, read_file
 from music_ar.model import hub
 from music_ar.model.card import without_metadata
@@ -35,7 +35,7 @@ SHIPPED_FOLDERS = (_HERE.parent / "checkpoints", _HERE / "checkpoints")
 
 _MAX_CONFIG_BYTES = 2**20
 _SIZE_SLACK = 2**20  # bytes, for the header and what small models have besides int8 matrices
-_LATER_SIZES = ("segment",)  # not in the first configs of the format, and off by default
+_LATER_SIZES = ("segment", "exits")  # not in the first configs of the format, and off by default
 _OLD_FORMAT = "music-ar 1"
 _OLD_NAMES = {  # of sizes and of tensors in the old format
     "recall": "retrieval_notes",
@@ -113,6 +113,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "conv": (config.conv_width if config.conv_width > 1 else 0, D),
         "keyboard.kernel": (keyboard.CHANNELS + notes.feature_count(config.onsets) if config.onsets else 0, D),
         "retrieval.kernel": (retrieval.feature_count() if config.retrieval_notes else 0, D),
+        "gap.kernel": (gap.CLASSES if config.fills_gaps else 0, D),
         "label.kernel": (config.label_size, D),
     }
     return {
@@ -282,21 +283,22 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
         record = parse_json(read_file(path, max_bytes=_MAX_CONFIG_BYTES))
         if record["format"] not in (FORMAT, _OLD_FORMAT):
             raise CheckpointError(f'{path}: expected format "{FORMAT}", got "{record["format"]}"')
-        if record["fingerprint"] != vocabulary.FINGERPRINT:
+        if record["fingerprint"] not in vocabulary.FINGERPRINTS.values():
+            known = " or ".join(f"{each[:12]}…" for each in vocabulary.FINGERPRINTS.values())
             raise CheckpointError(
                 f"{path}: the model has a different event vocabulary (fingerprint {record['fingerprint'][:12]}…, "
-                f"expected {vocabulary.FINGERPRINT[:12]}…)"
+                f"expected {known})"
             )
         sizes = _with_current_names(record["model"])
         if sizes.pop("cross_depths", []):
             raise CheckpointError(f"{path}: models with cross_depths are not supported since version 0.2.0")
         if missing := [name for name in _needed_sizes(record["format"]) if name not in sizes]:
             raise CheckpointError(f"{path} lacks {', '.join(missing)}, so it is not a model configuration")
+        sizes["exits"] = tuple(sizes.get("exits", ()))
         config = ModelConfig(**sizes)
-        if config.vocabulary_size != vocabulary.VOCABULARY_SIZE:
-            raise CheckpointError(
-                f"{path}: expected vocabulary_size {vocabulary.VOCABULARY_SIZE}, got {config.vocabulary_size}"
-            )
+        if vocabulary.FINGERPRINTS.get(config.vocabulary_size) != record["fingerprint"]:
+            fitting = next(size for size, each in vocabulary.FINGERPRINTS.items() if each == record["fingerprint"])
+            raise CheckpointError(f"{path}: expected vocabulary_size {fitting}, got {config.vocabulary_size}")
         return config, record.get("weights_sha256")
     except OSError as error:
         raise _unreadable(path, error) from error

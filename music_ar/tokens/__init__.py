@@ -1,6 +1,6 @@
 """`Performance` <-> event tokens: the vocabulary, the codec and the grammar."""
 
-from music_ar.tokens import grammar, vocabulary
+from music_ar.tokens import gaps, grammar, vocabulary
 from music_ar.tokens.codec import decode, decode_report, encode, event_steps, length_steps, quantize
 from music_ar.tokens.vocabulary import EventError
 
@@ -10,6 +10,7 @@ __all__ = [
     "decode_report",
     "encode",
     "event_steps",
+    "gaps",
     "grammar",
     "length_steps",
     "quantize",

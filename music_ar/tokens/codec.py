@@ -15,6 +15,7 @@ from music_ar.midi.performance import Performance
 from music_ar.tokens.grammar import by_pitch, stray_note_offs
 from music_ar.tokens.vocabulary import (
     DEFAULT_VELOCITY_BIN,
+    INFILL_VOCABULARY_SIZE,
     MAX_SHIFT_STEPS,
     NOTE_OFF,
     NOTE_ON,
@@ -23,7 +24,6 @@ from music_ar.tokens.vocabulary import (
     TIME_SHIFT,
     VELOCITY,
     VELOCITY_BIN_SIZE,
-    VOCABULARY_SIZE,
     EventError,
     flat_integers,
     is_note,
@@ -113,7 +113,7 @@ def decode(tokens: Shaped[np.ndarray, "..."]) -> Performance:
 def decode_report(tokens: Shaped[np.ndarray, "..."]) -> tuple[Performance, DecodeReport]:
     """Decode event tokens into a performance, and report what had to be repaired.
 
-    A note-off ends the oldest held note of its pitch, as in note-seq. `PAD`, `START`, `END`, stray note-offs and
+    A note-off ends the oldest held note of its pitch, as in note-seq. Control tokens, stray note-offs and
     anything outside the vocabulary are skipped. Notes left without a note-off end with the last event. Every note lasts
     at least one step. A velocity bin becomes its lowest velocity: 1, 5, … 125.
 
@@ -130,7 +130,7 @@ def decode_report(tokens: Shaped[np.ndarray, "..."]) -> tuple[Performance, Decod
         pitch=tokens[pairs.on],
         velocity=lowest_velocity(velocity_bins(tokens)[pairs.on]),
     )
-    unknown = int(((tokens < 0) | (tokens >= VOCABULARY_SIZE)).sum())
+    unknown = int(((tokens < 0) | (tokens >= INFILL_VOCABULARY_SIZE)).sum())
     return performance, DecodeReport(int((pairs.off < 0).sum()), pairs.stray_note_offs, unknown)
 
 

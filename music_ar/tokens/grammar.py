@@ -16,6 +16,7 @@ from music_ar.tokens.vocabulary import (
     NOTE_ON,
     PAD,
     PITCHES,
+    SEPARATOR,
     TIME_SHIFT,
     VELOCITY,
     VELOCITY_BINS,
@@ -51,10 +52,15 @@ def init(batch_shape: tuple[int, ...] = ()) -> GrammarState:
 
 
 def step(state: GrammarState, token: Integer[Any, "*batch"]) -> GrammarState:
-    """The state after `token`, allowed or not. `PAD` changes nothing, so sequences may be padded on either side."""
+    """The state after `token`, allowed or not. `PAD` changes nothing, so sequences may be padded on either side.
+
+    After `SEPARATOR`, nothing is held and no velocity is in force.
+    """
     xp = state.held.__array_namespace__()
     held, velocity, previous = state
     event: Any = xp.asarray(token, dtype=xp.int32)
+    goes_on = event != SEPARATOR
+    held, velocity = held * goes_on[..., None].astype(held.dtype), velocity * goes_on.astype(velocity.dtype)
     pitches = xp.arange(PITCHES).reshape((1,) * event.ndim + (PITCHES,))
     begins = event[..., None] - NOTE_ON == pitches
     ends = (event[..., None] - NOTE_OFF == pitches) & (held > 0)
@@ -68,6 +74,9 @@ def step(state: GrammarState, token: Integer[Any, "*batch"]) -> GrammarState:
 def scan(tokens: Integer[np.ndarray, " T"]) -> GrammarState:
     """The state after a whole sequence: `step` folded over it from `init`, in NumPy."""
     tokens = flat_integers(tokens)
+    separators = np.flatnonzero(tokens == SEPARATOR)
+    if len(separators):
+        tokens = tokens[separators[-1] :]
     notes = tokens[is_note(tokens)]
     notes = notes[by_pitch(notes)]
     pitch, note_on = notes % PITCHES, notes < NOTE_OFF

@@ -2,7 +2,8 @@
 
 The 388 event classes and their order are those of note-seq 0.0.5's `PerformanceOneHotEncoding(num_velocity_bins=32,
 max_shift_steps=100)` at 100 steps per second, as in Music Transformer and Perceiver AR (Hawthorne et al. 2022, section
-5.2). Three control tokens follow them. Time is counted in steps of 10 ms.
+5.2). Three control tokens follow them, and three more that only models which can fill a gap know (see `gaps`). Time is
+counted in steps of 10 ms.
 """
 
 import hashlib
@@ -27,6 +28,12 @@ PAD = EVENT_CLASSES
 START = PAD + 1
 END = START + 1
 VOCABULARY_SIZE = END + 1
+"""Size of the vocabulary that pieces are written in."""
+SEPARATOR = VOCABULARY_SIZE
+MIDDLE = SEPARATOR + 1
+END_OF_GAP = MIDDLE + 1
+INFILL_VOCABULARY_SIZE = END_OF_GAP + 1
+"""Size of the vocabulary of a model that can fill a gap."""
 
 TYPE_STARTS = (NOTE_OFF, TIME_SHIFT, VELOCITY, EVENT_CLASSES)
 """Where each token type after note-ons begins; the last type is the control tokens."""
@@ -39,7 +46,7 @@ class EventError(ValueError):
     """Input that cannot be encoded as event tokens, or is not an array of them."""
 
 
-def _fingerprint() -> str:
+def _fingerprint(**more: int | str) -> str:
     description = {
         "classes": {
             "note_on": [NOTE_ON, PITCHES],
@@ -49,6 +56,7 @@ def _fingerprint() -> str:
             "pad": PAD,
             "start": START,
             "end": END,
+            **more,
         },
         "steps_per_second": STEPS_PER_SECOND,
         "encoding": "note-seq 0.0.5 Performance after apply_sustain_control_changes",
@@ -58,6 +66,11 @@ def _fingerprint() -> str:
 
 FINGERPRINT = _fingerprint()
 """SHA-256 of the vocabulary and the encoding rules. Shards and checkpoints carry it and are checked against it."""
+FINGERPRINTS = {
+    VOCABULARY_SIZE: FINGERPRINT,
+    INFILL_VOCABULARY_SIZE: _fingerprint(separator=SEPARATOR, middle=MIDDLE, end_of_gap=END_OF_GAP),
+}
+"""The fingerprint of a model, by the size of its vocabulary. Shards need only that of pieces."""
 
 
 def is_note_on(tokens: Any) -> Any:
@@ -80,10 +93,10 @@ def is_velocity(tokens: Any) -> Any:
     return (tokens >= VELOCITY) & (tokens < EVENT_CLASSES)
 
 
-def check_tokens(tokens: np.ndarray) -> None:
-    """Raise `EventError` if a token is outside of the vocabulary: a model would take it for another one."""
-    if tokens.size and not (tokens.min() >= 0 and tokens.max() < VOCABULARY_SIZE):
-        raise EventError(f"tokens must be in 0..{VOCABULARY_SIZE - 1}, got {tokens.min()}..{tokens.max()}")
+def check_tokens(tokens: np.ndarray, size: int = VOCABULARY_SIZE) -> None:
+    """Raise `EventError` if a token is outside of a vocabulary of this size: a model would take it for another one."""
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < size):
+        raise EventError(f"tokens must be in 0..{size - 1}, got {tokens.min()}..{tokens.max()}")
 
 
 def flat_integers(tokens: np.ndarray) -> Int64[np.ndarray, " T"]:

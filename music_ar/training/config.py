@@ -34,6 +34,13 @@ class TrainingConfig:
         z_loss: weight of the squared log-partition function in the loss, which keeps logits from drifting (PaLM, arXiv
             2204.02311).
         dropout: dropout rate of each block's output. Raise it against overfitting.
+        layer_dropout: rate at which an example skips the last block; it rises linearly from 0 at the first. It makes
+            shallow exits better (LayerSkip, arXiv 2404.16710), and costs as much time.
+        exit_weight: weight of an exit's loss, beside 1 for all blocks, if it were as deep; for a model with exits.
+        exit_weight_power: the weight of an exit after d of L blocks is exit_weight * (d / L) ** exit_weight_power; 0
+            weighs all exits alike.
+        exit_distillation: fraction of an exit's loss that is the cross-entropy with the prediction of all blocks, in
+            place of the data or of teachers.
         distillation_weight: with teachers, weight of their predictions in the loss; the data gets the rest (Hinton et
             al., arXiv 1503.02531).
         prefix_keep: fraction of the prefix (the context before the latents) that each example keeps, drawn at random
@@ -58,6 +65,10 @@ class TrainingConfig:
     ema_decay: float = number(0.9995, least=0, most=1)
     z_loss: float = number(1e-4, least=0, most=100)
     dropout: float = number(0.1, least=0, most=1)
+    layer_dropout: float = number(0.0, least=0, most=1)
+    exit_weight: float = number(0.5, above=0, most=100)
+    exit_weight_power: float = number(1.0, least=0, most=10)
+    exit_distillation: float = number(0.0, least=0, most=1)
     distillation_weight: float = number(0.5, least=0, most=1)
     prefix_keep: float = number(0.5, least=0, most=1)
     seed: int = whole(0, 0, 2**31 - 1)
@@ -73,6 +84,11 @@ class TrainingConfig:
             raise TrainingError(
                 f"batch_size must be a multiple of micro_batches, got {self.batch_size} and {self.micro_batches}"
             )
+
+    def exit_weights(self, depths: tuple[int, ...]) -> list[float]:
+        """Return the share of the loss of each depth, the last of which is all blocks; they add up to 1."""
+        rising = [self.exit_weight * (depth / depths[-1]) ** self.exit_weight_power for depth in depths[:-1]]
+        return [weight / (sum(rising) + 1) for weight in (*rising, 1.0)]
 
     def learning_rate_factor(self, step: int, progress: float) -> float:
         """Return the learning rate as a fraction of its peak: warm-up, constant, linear decay to zero.

@@ -50,7 +50,7 @@ class Ensemble:
         Args:
             params: a device's share of what `place` returns.
             batch: a device's share of a batch; see `trainer.Batches`.
-            **window: latents, kept_prefix, key and split_over of `PerceiverAR.__call__`, the same as for the student.
+            **window: latents, kept_prefix, key and split_over of `PerceiverAR.at_depths`, the same as for the student.
         """
         models = [nnx.merge(graph, state) for graph, state in zip(self._graphs, params, strict=True)]
         return jnp.stack([_probabilities(model, batch, **window) for model in models]).mean(axis=0)

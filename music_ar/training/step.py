@@ -91,10 +91,10 @@ def student_loss(
     key: Array,
     split_over: str | None = None,
 ) -> tuple[Array, Array]:
-    """Return the loss and the cross-entropy of a batch; see `token_loss`.
+    """Return the loss of a batch, over all exits, and the cross-entropy of all blocks; see `token_loss`.
 
     The teachers see the same latents and the same part of the prefix as the student, without dropout. `split_over` is
-    the mesh axis that prefixes are split over; see `PerceiverAR.__call__`.
+    the mesh axis that prefixes are split over; see `PerceiverAR.at_depths`.
     """
     model = nnx.merge(graph, params)
     tokens, weights = batch["tokens"], batch["weights"]
@@ -105,14 +105,25 @@ def student_loss(
     teacher_BxNxV = None
     if teachers is not None:
         teacher_BxNxV = jax.lax.stop_gradient(teachers.predict(teacher_params, batch, **window))
-    return token_loss(
-        model(tokens[:, :-1], dropout=config.dropout, **label_argument(model, batch), **window),
-        tokens[:, -latents:],
-        weights,
-        z_loss=config.z_loss,
-        teacher_BxNxV=teacher_BxNxV,
-        distillation_weight=config.distillation_weight,
+    depths_BxNxV = model.at_depths(
+        tokens[:, :-1],
+        depths=model.config.depths,
+        dropout=config.dropout,
+        layer_dropout=config.layer_dropout,
+        **label_argument(model, batch),
+        **window,
     )
+    loss_of = functools.partial(token_loss, targets_BxN=tokens[:, -latents:], weights_BxN=weights, z_loss=config.z_loss)
+    taught = {"teacher_BxNxV": teacher_BxNxV, "distillation_weight": config.distillation_weight}
+    loss, cross_entropy = loss_of(depths_BxNxV[-1], **taught)
+    if not model.config.exits:
+        return loss, cross_entropy
+    if config.exit_distillation:
+        own_BxNxV = jax.lax.stop_gradient(jax.nn.softmax(depths_BxNxV[-1]))
+        taught = {"teacher_BxNxV": own_BxNxV, "distillation_weight": config.exit_distillation}
+    losses = [loss_of(logits_BxNxV, **taught)[0] for logits_BxNxV in depths_BxNxV[:-1]] + [loss]
+    shares = config.exit_weights(model.config.depths)
+    return sum((share * each for share, each in zip(shares, losses, strict=True)), jnp.zeros(())), cross_entropy
 
 
 def batch_gradients(

@@ -1,12 +1,26 @@
-"""The player of the page: a piano roll that plays. This module builds what Python sends; the browser runs `player.js`.
+"""The timeline and the piano of the page. This module builds what Python sends; the browser runs the modules here.
 
-`player.js` receives a dictionary:
+The browser receives a dictionary, `Value` in `music.js`:
 
-    {"piece", "kind", "join", "generating", "autoplay", "message", "start", "end", "chosen",
-     "variations": [{"seed", "until", "notes", "open"}]}
+    {"piece", "kind", "name", "join", "begins", "generating", "autoplay", "message", "start", "end", "chosen",
+     "latents", "settings", "variations": [{"take", "seed", "until", "notes", "open", "pedals"}]}
 
-`piece` changes when another piece is shown. `join` is where the prompt ends; `start` and `end` delimit the selected
-part of a prompt. `notes` are final, `open` may still change; both are `packed`. All times are in seconds.
+`kind` is "prompt" or "piece". `piece` changes when another one is shown. `join` is where the prompt ends, `begins`
+where the music of the run in progress begins; `start` and `end` delimit the selected part of a prompt. `take` names a
+variation for good. `notes` are final, `open` may still change; both are `packed`. `pedals` are pairs of times between
+which the pedal is down. All times are in seconds.
+
+It triggers these events:
+
+- `choose` {variation, take, at}: a variation of the piece; `at` is the page's clock
+- `crop` {start, end}: a part of the prompt
+- `begin` {start, end}: a piece is to be generated from this part of the prompt
+- `played` {name, midi}: something that was played is the prompt, or nothing if both are empty
+- `adopt`, `redo`, `go_on` {take, join, seed, latents, settings, midi}: a take from the browser's storage is to be
+  shown, made again with another seed, or, with `until`, cut there and continued
+- `fill`: the same with {start, end}: this part is to be made anew
+
+`midi` is a MIDI file, compressed with zlib, in base64.
 """
 
 from pathlib import Path
@@ -14,33 +28,34 @@ from string import Template
 from typing import Any
 
 import gradio as gr
+import numpy as np
 
+from app.web.player.bundle import script
 from app.web.session import Session
 from app.web.settings import Settings
 from music_ar import Performance
+from music_ar.midi.pedalling import unfold
 
-_EMPTY_TEXT = "Press Generate. The piece appears here as it is generated."
+_EMPTY_TEXT = "Play on the piano below, pick something to begin with, or just press Generate."
+_HERE = Path(__file__).parent
+_TICKS_PER_S = 1000.0
 
 
-def player(kind: str, label: str, hint: str, samples: Path) -> gr.HTML:
-    """The player as a component.
+def player(samples: Path, *, fills_gaps: bool) -> gr.HTML:
+    """The timeline and the piano as a component.
 
     Args:
-        kind: "prompt", of which a part can be selected, or "piece".
-        label: its name for screen readers.
-        hint: how to use it.
         samples: folder of the piano samples, which the page must serve.
+        fills_gaps: whether the model can make a part of a piece anew.
     """
     # As properties, these would be missing when the player first appears together with new music.
-    html = Template(_read("player.html"))
+    html = Template((_HERE / "player.html").read_text(encoding="utf-8"))
     return gr.HTML(
-        prompt_value(Session(), Settings()) if kind == "prompt" else piece_value(Session()),
-        html_template=html.substitute(
-            kind=kind, label=label, hint=hint, samples=f"gradio_api/file={samples.as_posix()}/"
-        ),
-        css_template=_read("player.css"),
-        js_on_load="\n".join(_read(name) for name in ("piano.js", "player.js")),
-        elem_id=f"{kind}-player",
+        piece_value(Session()),
+        html_template=html.substitute(samples=f"gradio_api/file={samples.as_posix()}/", fills=str(fills_gaps).lower()),
+        css_template=(_HERE / "player.css").read_text(encoding="utf-8"),
+        js_on_load="const gradio = { element, props, trigger, watch };\n" + script(_HERE, "start"),
+        elem_id="player",
     )
 
 
@@ -48,58 +63,89 @@ def prompt_value(session: Session, settings: Settings) -> dict[str, Any]:
     """The prompt, and the part of it that is selected."""
     prompt = Performance.empty() if session.prompt is None else session.prompt
     length = prompt.duration_s
-    return {
+    whole = _variation("prompt", None, length, prompt, np.ones(len(prompt), bool), finished=True)
+    return _empty("prompt") | {
         "piece": f"prompt {session.prompt_name} {len(prompt)} {length:.2f}",
-        "kind": "prompt",
-        "join": 0,
-        "generating": False,
-        "autoplay": False,
+        "name": session.prompt_name,
         "start": min(settings.start_s, length),
         "end": length if settings.end_s is None else min(settings.end_s, length),
-        "variations": [{"seed": None, "until": length, "notes": packed(prompt), "open": ""}] if len(prompt) else [],
+        "variations": [whole] if len(prompt) else [],
     }
 
 
 def piece_value(session: Session) -> dict[str, Any]:
     """The music of a session: its newest revision, or the prompt while it is being read."""
-    value: dict[str, Any] = {
-        "piece": 0,
-        "kind": "piece",
-        "join": 0,
-        "generating": session.generating,
-        "autoplay": False,
-        "message": session.status or _EMPTY_TEXT,
-        "variations": [],
-    }
+    value = _empty("piece") | {"generating": session.generating, "message": session.status or _EMPTY_TEXT}
     if session.reading is None and not session.revisions:
         return value
     revision = session.reading or session.revision
     for number, seed in enumerate(revision.seeds):
         piece = revision.shown(number)
         final = piece.onset_s < revision.final_s[number] - revision.from_s
+        take = session.take(revision, number)
         value["variations"].append(
-            {
-                "seed": seed,
-                "until": revision.length_s(number),
-                "notes": packed(piece.select(final)),
-                "open": packed(piece.select(~final)),
-            }
+            _variation(take, seed, revision.length_s(number), piece, final, finished=not session.generating)
         )
     return value | {
         "piece": revision.piece,
         "join": revision.join_s - revision.from_s,
+        "begins": max(0.0, session.begins_s - revision.from_s),
         "autoplay": session.generating,
         "chosen": session.chosen,
+        "latents": revision.latents,
+        "settings": revision.settings.link(),
     }
 
 
 def packed(piece: Performance) -> str:
     """Notes as "onset,length,pitch,velocity;", in milliseconds. Gradio sends only what was appended to such a text."""
-    onset_ms = (piece.onset_s * 1000).round().astype(int).tolist()
-    length_ms = ((piece.offset_s - piece.onset_s) * 1000).round().astype(int).tolist()
-    rows = zip(onset_ms, length_ms, piece.pitch.tolist(), piece.velocity.tolist(), strict=True)
+    onset_ms, length_ms = _milliseconds(piece)
+    rows = zip(onset_ms.tolist(), length_ms.tolist(), piece.pitch.tolist(), piece.velocity.tolist(), strict=True)
     return "".join(f"{onset},{length},{pitch},{velocity};" for onset, length, pitch, velocity in rows)
 
 
-def _read(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+def _empty(kind: str) -> dict[str, Any]:
+    return {
+        "piece": 0,
+        "kind": kind,
+        "name": "",
+        "join": 0,
+        "begins": 0,
+        "generating": False,
+        "autoplay": False,
+        "message": _EMPTY_TEXT,
+        "start": 0,
+        "end": 0,
+        "chosen": 0,
+        "latents": 0,
+        "settings": "",
+        "variations": [],
+    }
+
+
+def _variation(
+    take: str, seed: int | None, until_s: float, piece: Performance, final: np.ndarray, *, finished: bool
+) -> dict[str, Any]:
+    return {
+        "take": take,
+        "seed": seed,
+        "until": until_s,
+        "notes": packed(piece.select(final)),
+        "open": packed(piece.select(~final)),
+        "pedals": _pedals(piece) if finished else [],
+    }
+
+
+def _pedals(piece: Performance) -> list[list[float]]:
+    """When the pedal is down, as in the MIDI file of a download."""
+    onset_ms, length_ms = _milliseconds(piece)
+    if not len(piece):
+        return []
+    playing = unfold(onset_ms, onset_ms + np.maximum(length_ms, 1), piece.pitch, _TICKS_PER_S)
+    intervals = np.stack([playing.pedal_down, playing.pedal_up], axis=1) / _TICKS_PER_S
+    return intervals.tolist()
+
+
+def _milliseconds(piece: Performance) -> tuple[np.ndarray, np.ndarray]:
+    onset_ms = (piece.onset_s * 1000).round().astype(np.int64)
+    return onset_ms, ((piece.offset_s - piece.onset_s) * 1000).round().astype(np.int64)

@@ -1,26 +1,54 @@
 // A sampled piano, played through Web Audio. Samples are three semitones apart; the notes in between are resampled.
 
-class Piano {
+/** @typedef {{source: AudioBufferSourceNode, gain: GainNode, fade: number}} Voice */
+
+const MOST_VOICES = 96; // more cost the sound its steadiness on a phone
+
+export class Piano {
+  /** @type {Map<number, AudioBuffer>} */
+  buffers = new Map();
+  /** @type {Set<Voice>} */
+  #sounding = new Set();
+  /** @type {AudioContext | null} */
+  #context = null;
+  /** @type {GainNode | null} */
+  #output = null;
+  #volume = 0.8;
+
+  /** @param {string} samples address of the folder of samples */
   constructor(samples) {
     this.samples = samples;
-    this.buffers = new Map();
     const pitches = Array.from({ length: 30 }, (_, n) => 21 + 3 * n);
     pitches.sort((a, b) => Math.abs(a - 62) - Math.abs(b - 62)); // the middle of the keyboard first
-    this.loading = (async () => { for (const pitch of pitches) await this.load(pitch); })();
+    this.loading = (async () => { for (const pitch of pitches) await this.#load(pitch); })();
   }
 
-  ready() { // browsers allow sound only after a user gesture
-    if (!this.context) {
-      this.context = new AudioContext();
-      const limiter = new DynamicsCompressorNode(this.context, { threshold: -6, ratio: 12, attack: 0.003, release: 0.2 });
-      this.output = new GainNode(this.context, { gain: 0.8 });
-      this.output.connect(limiter).connect(this.context.destination);
+  /** Whether there is enough to play with. */
+  get loaded() { return this.buffers.size > 3; }
+
+  /** Make sound possible: browsers allow it only after a user gesture. */
+  ready() {
+    if (!this.#context || !this.#output) {
+      this.#context = new AudioContext({ latencyHint: 'interactive' });
+      const limiter = new DynamicsCompressorNode(this.#context, { threshold: -6, ratio: 12, attack: 0.003, release: 0.2 });
+      this.#output = new GainNode(this.#context, { gain: this.#volume });
+      this.#output.connect(limiter).connect(this.#context.destination);
     }
-    if (this.context.state === 'suspended') this.context.resume();
-    return this.context;
+    if (this.#context.state === 'suspended') this.#context.resume();
+    return this.#context;
   }
 
-  async load(pitch) {
+  /** Seconds by the clock of the sound. */
+  get now() { return this.#context?.currentTime ?? 0; }
+
+  /** Loudness, from 0 to 1. @param {number} volume */
+  set volume(volume) {
+    this.#volume = volume;
+    if (this.#context && this.#output) this.#output.gain.setTargetAtTime(volume, this.#context.currentTime, 0.02);
+  }
+
+  /** @param {number} pitch */
+  async #load(pitch) {
     const data = await (await fetch(`${this.samples}${pitch}.ogg`)).arrayBuffer();
     const whole = await new OfflineAudioContext(2, 1, 48000).decodeAudioData(data); // works before a user gesture
     const left = whole.getChannelData(0);
@@ -36,23 +64,48 @@ class Piano {
     this.buffers.set(pitch, buffer);
   }
 
+  /**
+   * Strike a key.
+   * @param {number} pitch
+   * @param {number} velocity from 1 to 127
+   * @param {number} when by the clock of the sound; 0 is at once
+   * @returns {Voice | null} null while no sample is there yet
+   */
   strike(pitch, velocity, when) {
+    const context = this.ready();
     let nearest = null;
     for (const sampled of this.buffers.keys())
       if (nearest === null || Math.abs(sampled - pitch) < Math.abs(nearest - pitch)) nearest = sampled;
-    if (nearest === null) return null;
+    if (nearest === null || !this.#output) return null;
     const rate = 2 ** ((pitch - nearest) / 12);
-    const source = new AudioBufferSourceNode(this.context, { buffer: this.buffers.get(nearest), playbackRate: rate });
+    const source = new AudioBufferSourceNode(context, { buffer: this.buffers.get(nearest), playbackRate: rate });
     const hertz = 440 * 2 ** ((pitch - 69) / 12);
     const brightness = Math.min(1, velocity / 100) ** 1.5;
     const frequency = Math.min(20000, Math.max(500, 2 * hertz) + 16000 * brightness ** 2);
-    const filter = new BiquadFilterNode(this.context, { type: 'lowpass', Q: -3, frequency });
-    const gain = new GainNode(this.context, { gain: 0.4 * (velocity / 76) ** 1.6 });
-    source.connect(filter).connect(gain).connect(this.output);
+    const filter = new BiquadFilterNode(context, { type: 'lowpass', Q: -3, frequency });
+    const gain = new GainNode(context, { gain: 0.4 * (velocity / 76) ** 1.6 });
+    source.connect(filter).connect(gain).connect(this.#output);
     source.start(when);
-    return { source, gain, fade: pitch > 88 ? 0.4 : 0.06 };
+    const voice = { source, gain, fade: pitch > 88 ? 0.4 : 0.06 };
+    this.#sounding.add(voice);
+    source.addEventListener('ended', () => { this.#sounding.delete(voice); gain.disconnect(); });
+    if (this.#sounding.size > MOST_VOICES) this.#steal(context.currentTime);
+    return voice;
   }
 
+  /** @param {number} now */
+  #steal(now) {
+    const [oldest] = this.#sounding;
+    this.#sounding.delete(oldest);
+    this.release(oldest, now, 0.02);
+  }
+
+  /**
+   * Let a voice fade, and end.
+   * @param {Voice} voice
+   * @param {number} when by the clock of the sound
+   * @param {number} [fade] time constant in seconds
+   */
   release(voice, when, fade = voice.fade) {
     voice.gain.gain.setTargetAtTime(0, when, fade);
     voice.source.stop(when + 8 * fade);

@@ -1,430 +1,304 @@
-// The player: a piano roll on a canvas, played by the `Piano` of piano.js. Both run as `js_on_load` of a gr.HTML, which
-// provides `element`, `props`, `trigger` and `watch`. app/web/player/__init__.py describes `props.value`.
+// The timeline and the instrument of the page, put together.
 
-const root = element.querySelector('.player');
-const find = (name) => root.querySelector('.' + name);
-const [playButton, roll, strips, time, count, waiting] =
-  ['play', 'roll', 'strips', 'time', 'count', 'waiting'].map(find);
+import { connect } from './controls.js';
+import { Duet } from './duet.js';
+import { Face } from './face.js';
+import { LEAST_REGION_S } from './gestures.js';
+import { Instrument } from './instrument.js';
+import { Keys } from './keys.js';
+import { compressed } from './midi.js';
+import { NOTHING, received, stored } from './music.js';
+import { clock } from './notes.js';
+import { Piano } from './piano.js';
+import { Playback } from './playback.js';
+import { Recording } from './recording.js';
+import { fileOf, Shelf } from './shelf.js';
+import { Viewport } from './viewport.js';
 
-function clock(exact) { // as app/console.py writes it
-  const seconds = Math.floor(exact + 0.5), hours = Math.floor(seconds / 3600), minutes = Math.floor(seconds / 60) % 60;
-  const rest = String(seconds % 60).padStart(2, '0');
-  return hours ? `${hours}:${String(minutes).padStart(2, '0')}:${rest}` : `${minutes}:${rest}`;
-}
+/** @typedef {import('./music.js').Music} Music */
+/** @typedef {import('./music.js').Value} Value */
+/** @typedef {import('./takes.js').Take} Take */
+/** @typedef {import('./playback.js').Region} Region */
 
-// All players of the page share one piano.
-const piano = (window.musicArPiano ??= new Piano(root.dataset.samples));
-for (const gesture of ['pointerdown', 'keydown']) document.addEventListener(gesture, () => piano.ready());
+const PROMPT_LEAD_S = 4; // playback of a new piece starts this long before the end of its prompt …
+const LEAD_S = 2; // … and that of an extension this long before the old end
 
-// ---------------------------------------------------------------- music from Python
+export class Player {
+  /** @type {Value | null} what Python sent last of a piece */
+  piece = null;
+  /** @type {Music[]} its variations */
+  variations = [];
+  /** @type {Value | null} what Python sent last of a prompt */
+  #part = null;
+  /** @type {Music} */
+  prompt = NOTHING;
+  /** @type {{name: string, take: Take} | null} what was sent to be the prompt */
+  #played = null;
+  /** @type {Music} what is on the timeline */
+  shown = NOTHING;
+  /** @type {Region | null} the selected part */
+  region = null;
+  loops = false;
+  viewport = new Viewport();
+  #startWithNotes = false; // playback starts as soon as there are notes
+  #telling = 0;
 
-let piece = null; // number of the piece shown
-let state = { kind: root.dataset.kind, join: 0, generating: false, start: 0, end: 0, variations: [] };
-let variations = []; // {seed, until, text, final: [note], notes: [note]}, notes sorted by onset
-let chosen = 0;
-let generating = false;
-let startWithNotes = false; // playback starts as soon as there are notes
-let dirty = true;
-
-const calm = window.matchMedia('(prefers-reduced-motion: reduce)');
-const PROMPT_LEAD_S = 4; // playback starts this long before the end of the prompt
-const empty = { seed: null, until: 0, text: '', final: [], notes: [] };
-const current = () => variations[chosen] ?? empty;
-
-function parse(text) {
-  return text.split(';').slice(0, -1).map((row) => {
-    const [onset, length, pitch, velocity] = row.split(',').map(Number);
-    return { on: onset / 1000, off: (onset + length) / 1000, pitch, velocity };
-  });
-}
-
-function receive() {
-  const value = props.value;
-  if (!value || typeof value !== 'object') return;
-  const fresh = value.piece !== piece, was = ending(), count = variations.length;
-  if (fresh) { pause(); variations = []; position = 0; chosen = 0; startWithNotes = false; piece = value.piece; }
-  state = value;
-  variations = value.variations.map(({ seed, until, notes, open }, number) => {
-    const before = variations[number];
-    const grows = before && notes.startsWith(before.text);
-    const final = grows ? before.final.concat(parse(notes.slice(before.text.length))) : parse(notes);
-    // Notes that reach the end of the known music may last longer: their ends are not known yet.
-    const rest = parse(open).map((note) => ({ ...note, held: value.generating && note.off >= until - 0.02 }));
-    return { seed, until, text: notes, final, notes: final.concat(rest) };
-  });
-  // Within a piece the choice made here counts: the server may have sent this before it heard of it.
-  if (fresh || variations.length !== count) chosen = value.chosen ?? 0;
-  position = Math.min(position, ending());
-  const begins = value.autoplay && (fresh || !generating);
-  generating = value.generating;
-  // A new piece plays from shortly before the end of its prompt, an extension from shortly before the old end.
-  if (begins) {
-    startWithNotes = true;
-    if (!playing) position = Math.max(0, fresh ? value.join - PROMPT_LEAD_S : was - 2);
+  /** @param {HTMLElement} root @param {(name: string, data: object) => void} trigger an event that Python hears of */
+  constructor(root, trigger) {
+    this.root = root;
+    this.trigger = trigger;
+    this.piano = new Piano(root.dataset.samples ?? '');
+    this.playback = new Playback(this.piano);
+    this.instrument = new Instrument(this.piano);
+    this.face = new Face(this);
+    this.keys = new Keys(this.canvas('keys'), this.instrument, () => this.face.touch());
+    this.recording = new Recording(this.instrument, {
+      tell: (message) => this.tell(message), changed: () => this.face.touch(), done: (take) => this.#recorded(take),
+    });
+    this.shelf = new Shelf(this);
+    this.duet = new Duet(this);
+    connect(this);
+    setInterval(() => this.playback.tick(), 40);
+    setInterval(() => this.#releaseStuck(), 5000);
   }
-  if (startWithNotes && current().notes.length) { startWithNotes = false; play(); }
-  if (playing) settle();
-  buildStrips();
-  dirty = true;
-}
 
-const ending = () => current().until;
-const longest = () => Math.max(1, ...variations.map((variation) => variation.until));
+  /** @param {string} name @returns {HTMLElement} */
+  find(name) { return /** @type {HTMLElement} */ (this.root.querySelector(`.${name}`)); }
+  /** @param {string} name */
+  button(name) { return /** @type {HTMLButtonElement} */ (this.find(name)); }
+  /** @param {string} name */
+  canvas(name) { return /** @type {HTMLCanvasElement} */ (this.find(name)); }
+  /** @param {string} name */
+  input(name) { return /** @type {HTMLInputElement} */ (this.find(name)); }
+  /** @returns {HTMLElement[]} */
+  edges() { return [...this.root.querySelectorAll('.edge')].map((each) => /** @type {HTMLElement} */ (each)); }
 
-// ---------------------------------------------------------------- playing
+  get generating() { return Boolean(this.piece?.generating); }
 
-let playing = false, position = 0, startedAt = 0, startedFrom = 0, next = 0;
-const voices = new Map(); // "onset pitch" -> voice, for notes without a scheduled release
+  /** Say something next to the piano. @param {string} message */
+  tell(message) { this.find('say').textContent = message; }
 
-function now() {
-  return playing && startedAt !== null ? startedFrom + Math.max(0, piano.context.currentTime - startedAt) : position;
-}
+  // ---------------------------------------------------------------- music from Python
 
-function play() {
-  if (playing || !current().notes.length) return;
-  piano.ready();
-  window.dispatchEvent(new CustomEvent('music-ar-play', { detail: root }));
-  if (!state.generating && position >= current().until - 0.05) position = state.kind === 'prompt' ? state.start : 0;
-  playing = true;
-  startedAt = null;
-  tick();
-}
+  /** @param {Value} value */
+  receive(value) {
+    if (!value || typeof value !== 'object') return;
+    this.face.message = value.message;
+    if (value.kind === 'prompt') this.#receivePrompt(value); else this.#receivePiece(value);
+    this.shelf.show();
+    this.face.touch();
+  }
 
-function stop() {
-  if (!playing) return;
-  position = now();
-  playing = false;
-  silence();
-  dirty = true;
-}
+  /** @param {Value} value */
+  #receivePrompt(value) {
+    const before = this.#part, same = before?.piece === value.piece;
+    if (same && before.start === value.start && before.end === value.end) return; // a field was left as it was
+    this.#part = value;
+    this.prompt = value.variations.length ? received(value, 0, undefined) : { ...NOTHING, id: 'prompt', kind: 'prompt' };
+    if (value.name && value.name === this.#played?.name) Object.assign(this.prompt, { id: this.#played.take.id, pedals: this.#played.take.pedals });
+    if (same && this.shown.kind === 'prompt') this.shown = this.prompt; else this.show(this.prompt);
+    this.#setRegion(this.#partOfPrompt());
+  }
 
-function silence() {
-  for (const voice of voices.values()) if (voice) piano.release(voice, piano.context.currentTime, 0.03);
-  voices.clear();
-}
+  #partOfPrompt() { return this.#part?.variations.length ? { from: this.#part.start, to: this.#part.end } : null; }
 
-function seek(seconds) {
-  const was = playing;
-  pause();
-  position = Math.max(0, Math.min(seconds, ending()));
-  if (was) play();
-  dirty = true;
-}
+  /** @param {Value} value */
+  #receivePiece(value) {
+    const before = this.piece, fresh = before?.piece !== value.piece, old = fresh ? [] : this.variations;
+    const was = this.variations.findIndex((each) => each.id === this.shown.id), same = old.length === value.variations.length;
+    this.piece = value;
+    this.variations = value.variations.map((_, number) => received(value, number, same ? old[number] : undefined));
+    if (!this.variations.length) return;
+    const begins = value.autoplay && (fresh || !before?.generating);
+    // Within a piece the choice made here counts: the server may have sent this before it heard of it.
+    const chosen = this.variations[same && was >= 0 ? was : value.chosen] ?? this.variations[0];
+    if (fresh || begins || was >= 0 || this.shown.id === '') this.#follow(chosen, value, fresh, begins);
+    if (!value.generating) this.shelf.keep(this.variations, value);
+  }
 
-function key(note) { return `${note.on} ${note.pitch}`; }
-
-// Schedules the release of sounding notes whose ends have become known.
-function settle() {
-  for (const note of current().notes) if (!note.held) releaseAtEnd(note);
-}
-
-function releaseAtEnd(note) {
-  const voice = voices.get(key(note));
-  if (!voice || startedAt === null) return;
-  voices.delete(key(note));
-  const when = Math.max(piano.context.currentTime, startedAt + note.off - startedFrom);
-  piano.release(voice, when);
-  ringing.push({ voice, until: when });
-}
-
-let ringing = []; // voices with a scheduled release, which a pause must bring forward
-function cutRinging() {
-  for (const { voice } of ringing) piano.release(voice, piano.context.currentTime, 0.03);
-  ringing = [];
-}
-
-function tick() {
-  if (!playing) return;
-  const { until, notes } = current();
-  const end = state.kind === 'prompt' ? Math.min(until, state.end || until) : until;
-  if (startedAt === null) { // about to start, or waiting for more music
-    const enough = !state.generating || until - position > 1.5;
-    if (enough && piano.buffers.size > 3) {
-      startedAt = piano.context.currentTime + 0.06;
-      startedFrom = position;
-      next = notes.findIndex((note) => note.on >= position - 0.005);
-      if (next < 0) next = notes.length;
+  /** Show a piece as it grows, and play it when it begins. @param {Music} music @param {Value} value @param {boolean} fresh @param {boolean} begins */
+  #follow(music, value, fresh, begins) {
+    if (fresh || music.kind !== this.shown.kind) this.show(music);
+    else {
+      this.shown = music;
+      this.face.roll.forget(music.changedFrom);
+      this.viewport.resize(music.until);
+      this.playback.update(music.score, music.until, music.growing);
     }
-    waiting.hidden = Boolean(enough);
-    return;
+    if (begins) {
+      this.#startWithNotes = this.viewport.follows = true;
+      const lead = value.begins === value.join ? PROMPT_LEAD_S : LEAD_S;
+      if (!this.playback.playing) this.playback.seek(Math.max(0, value.begins - lead));
+    }
+    if (this.#startWithNotes && music.score.notes.length) { this.#startWithNotes = false; this.playback.play(); }
   }
-  const at = now();
-  if (at >= end) {
-    position = end;
-    if (state.generating) { startedAt = null; waiting.hidden = false; return; }
-    if (at >= end + 0.3) { stop(); position = end; return; }
+
+  /** Put music on the timeline. @param {Music} music @param {number} [at] where to play */
+  show(music, at = 0) {
+    this.playback.pause();
+    this.duet.stop();
+    this.#startWithNotes = false;
+    this.shown = music;
+    this.#setRegion(null);
+    this.face.roll.forget(0);
+    this.viewport.follows = true;
+    this.viewport.resize(music.until);
+    this.viewport.showAll();
+    this.playback.update(music.score, music.until, music.growing);
+    this.playback.seek(at);
+    this.face.touch();
   }
-  const ahead = document.hidden ? 1.6 : 0.25; // seconds; browsers run the timers of hidden pages once a second
-  while (next < notes.length && notes[next].on < Math.min(at + ahead, end)) {
-    const note = notes[next++];
-    voices.set(key(note), piano.strike(note.pitch, note.velocity, Math.max(0, startedAt + note.on - startedFrom)));
-    if (!note.held) releaseAtEnd(note);
+
+  // ---------------------------------------------------------------- takes
+
+  /** Show another take at the same position, and tell the server. @param {string} id */
+  choose(id) {
+    const take = this.shelf.takes.all.get(id), made = this.variations.find((music) => music.id === id);
+    const music = id === this.prompt.id ? this.prompt : made ?? (take && stored(take));
+    if (!music || music.id === this.shown.id) return;
+    const at = Math.min(this.playback.position, music.until), was = this.playback.playing;
+    const { viewport, region, loops } = this, { from, span, fits } = viewport;
+    this.show(music, at);
+    if (!fits) { viewport.fits = false; viewport.place(from, span); }
+    if (id === this.prompt.id) this.#setRegion(this.#partOfPrompt());
+    else if (region && region.to <= music.until) { this.#setRegion(region); this.setLoop(loops); }
+    if (was) this.playback.play();
+    this.shelf.show();
+    this.#tellChoice(id, take);
   }
-  ringing = ringing.filter(({ until: ends }) => ends > piano.context.currentTime);
-}
 
-setInterval(tick, 40);
-window.addEventListener('music-ar-play', (event) => { if (event.detail !== root) pause(); });
-
-function pause() { stop(); cutRinging(); }
-function toggle() { playing ? pause() : play(); }
-
-// ---------------------------------------------------------------- drawing
-
-const drag = { from: null, to: null, x: 0 };
-let view = { from: 0, span: 10 };
-
-function colours() {
-  const style = getComputedStyle(root);
-  const pick = (name) => style.getPropertyValue(name).trim();
-  return { prompt: pick('--prompt-note'), generated: pick('--generated-note'), sounding: pick('--sounding-note'),
-    text: pick('--body-text-color-subdued'), line: pick('--border-color-primary'), shade: pick('--background-fill-secondary') };
-}
-
-function prepare(canvas) {
-  const ratio = window.devicePixelRatio || 1;
-  const [width, height] = [canvas.clientWidth, canvas.clientHeight];
-  if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
-    canvas.width = Math.round(width * ratio);
-    canvas.height = Math.round(height * ratio);
+  /** @param {string} id @param {Take | undefined} take */
+  async #tellChoice(id, take) {
+    if (take?.kind === 'played') return this.#asPrompt(take);
+    const variation = this.variations.findIndex((music) => music.id === id);
+    if (variation >= 0) this.trigger('choose', { variation, take: id, at: performance.now() });
+    else if (take && !this.generating) this.trigger('adopt', await this.shelf.sent(take));
   }
-  const pen = canvas.getContext('2d');
-  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-  pen.clearRect(0, 0, width, height);
-  return { pen, width, height };
-}
 
-function range(notes) {
-  let [low, high] = [48, 84];
-  for (const { pitch } of notes) { low = Math.min(low, pitch); high = Math.max(high, pitch); }
-  return [low - 2, high + 2];
-}
-
-function drawNotes(pen, notes, width, height, from, span, ink, at) {
-  const [low, high] = range(notes);
-  const tall = height / (high - low + 1);
-  for (const note of notes) {
-    if (note.off < from || note.on > from + span) continue;
-    const x = ((note.on - from) / span) * width;
-    const wide = Math.max(1.5, ((note.off - note.on) / span) * width - 0.5);
-    const sounds = at !== null && note.on <= at && at < note.off;
-    pen.fillStyle = sounds ? ink.sounding : note.on < state.join - 0.005 || state.kind === 'prompt' ? ink.prompt : ink.generated;
-    pen.globalAlpha = 0.45 + 0.55 * Math.min(1, note.velocity / 100);
-    pen.beginPath();
-    pen.roundRect(x, (high - note.pitch) * tall, wide, Math.max(2, tall - 1), Math.min(2, tall / 3));
-    pen.fill();
+  /** Use what was played as the prompt. @param {Take} take */
+  async #asPrompt(take) {
+    const name = `Played at ${new Date(take.made).toLocaleTimeString('en-GB')}`;
+    this.#played = { name, take };
+    this.trigger('played', { name, midi: await compressed(fileOf(take)) });
   }
-  pen.globalAlpha = 1;
-}
 
-function drawRoll() {
-  const { pen, width, height } = prepare(roll);
-  if (!width) return;
-  const ink = colours(), at = now(), whole = Math.max(ending(), state.generating ? 10 : 1);
-  pen.textAlign = 'left';
-  if (!current().notes.length) {
-    pen.font = '14px sans-serif';
-    pen.textAlign = 'center';
-    pen.fillStyle = ink.text;
-    return pen.fillText(state.message ?? '', width / 2, height / 2, width - 16);
+  // ---------------------------------------------------------------- what is played
+
+  record() {
+    const { recording } = this;
+    if (recording.active) return recording.stop(performance.now());
+    this.playback.pause();
+    this.viewport.follows = true;
+    recording.start(this.input('count-in').checked);
+    this.canvas('keys').focus();
   }
-  const most = state.kind === 'prompt' ? whole : Math.max(12, width / 22);
-  view = { from: 0, span: Math.min(whole, most) };
-  // The roll moves along with the music, or page by page for those who prefer little motion.
-  const from = calm.matches ? Math.floor(at / (0.9 * most)) * 0.9 * most : at - 0.35 * most;
-  if (whole > most) view.from = Math.max(0, Math.min(from, whole - most));
-  const bottom = height - 18;
-  const x = (seconds) => ((seconds - view.from) / view.span) * width;
 
-  if (state.kind !== 'prompt' && state.join > view.from) {
-    pen.fillStyle = ink.shade;
-    pen.fillRect(0, 0, x(state.join), bottom);
+  /** Begin a duet after what is on the timeline, or end it. */
+  playDuet() {
+    if (this.duet.active) {
+      const take = this.duet.stop();
+      this.tell(take ? 'The duet is a take now: play it, continue it, or take it out.' : '');
+      if (take) this.choose(take.id);
+      return;
+    }
+    this.playback.pause();
+    this.viewport.follows = true;
+    this.duet.start(this.shown, Number(this.input('pause-s').value) || 0.8);
+    this.canvas('keys').focus();
   }
-  const step = [0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600].find((s) => (s / view.span) * width >= 60) ?? 1200;
-  pen.font = '11px sans-serif';
-  pen.lineWidth = 1;
-  for (let tickAt = Math.ceil(view.from / step) * step; tickAt <= view.from + view.span; tickAt += step) {
-    pen.strokeStyle = ink.line;
-    pen.beginPath(); pen.moveTo(x(tickAt), 0); pen.lineTo(x(tickAt), bottom); pen.stroke();
-    pen.fillStyle = ink.text;
-    if (x(tickAt) < width - 26) pen.fillText(step < 1 ? tickAt.toFixed(1) : clock(tickAt), x(tickAt) + 3, height - 5);
+
+  /** @param {Take} take */
+  #recorded(take) {
+    this.shelf.takes.keep(take);
+    this.tell(`Recorded ${clock(take.until)}. Press Generate to hear it continued.`);
+    this.choose(take.id);
+    this.button('discard').hidden = this.button('again').hidden = false;
   }
-  drawNotes(pen, current().notes, width, bottom, view.from, view.span, ink, playing ? at : null);
-  if (state.kind === 'prompt') {
-    const [a, b] = drag.from === null ? [state.start, state.end] : [Math.min(drag.from, drag.to), Math.max(drag.from, drag.to)];
-    pen.fillStyle = ink.shade;
-    pen.globalAlpha = 0.82;
-    pen.fillRect(0, 0, x(a), bottom);
-    pen.fillRect(x(b), 0, width - x(b), bottom);
-    pen.globalAlpha = 1;
-    pen.fillStyle = ink.generated;
-    pen.fillRect(Math.max(0, x(a) - 1), 0, 3, bottom);
-    pen.fillRect(Math.min(width - 3, x(b) - 1), 0, 3, bottom);
-  } else if (state.join > view.from && current().notes.length) {
-    pen.fillStyle = ink.generated;
-    pen.fillRect(x(state.join) - 0.5, 0, 1.5, bottom);
-    pen.fillStyle = ink.text;
-    if (x(state.join) > 50) pen.fillText('prompt', Math.max(4, x(state.join) - 44), 13);
+
+  /** Drop the newest recording, and return to the one before it. */
+  discard() {
+    const [last, previous] = this.shelf.takes.list().filter((take) => take.kind === 'played');
+    if (!last) return;
+    this.shelf.remove(last.id);
+    this.button('discard').hidden = this.button('again').hidden = !previous;
+    if (previous) this.choose(previous.id);
+    else { this.show({ ...NOTHING, id: 'none' }); this.trigger('played', { name: '', midi: '' }); }
+    this.tell('The recording is undone.');
   }
-  if (state.generating && x(current().until) < width) {
-    pen.strokeStyle = ink.generated;
-    pen.setLineDash([3, 3]);
-    pen.beginPath(); pen.moveTo(x(current().until), 0); pen.lineTo(x(current().until), bottom); pen.stroke();
-    pen.setLineDash([]);
+
+  #releaseStuck() {
+    if (this.instrument.releaseStuck(performance.now())) this.tell('A key was down for a minute: it was released.');
   }
-  pen.fillStyle = ink.sounding;
-  pen.fillRect(x(at) - 1, 0, 2, bottom);
-}
 
-function buildStrips() {
-  const wanted = state.kind !== 'prompt' && variations.length > 1 ? variations.length : 0;
-  while (strips.children.length > wanted) strips.lastChild.remove();
-  while (strips.children.length < wanted) {
-    const number = strips.children.length;
-    const strip = document.createElement('button');
-    strip.type = 'button';
-    strip.className = 'strip';
-    strip.setAttribute('role', 'radio');
-    strip.append(document.createElement('span'), document.createElement('canvas'));
-    strip.addEventListener('click', () => choose(number));
-    strips.append(strip);
+  // ---------------------------------------------------------------- playing
+
+  toggle() {
+    if (this.recording.active) return this.recording.stop(performance.now());
+    if (this.duet.active) return;
+    if (this.playback.playing) this.playback.pause();
+    else { this.viewport.follows = true; this.playback.play(); }
+    this.face.touch();
   }
-  [...strips.children].forEach((strip, number) => {
-    strip.setAttribute('aria-checked', String(number === chosen));
-    strip.tabIndex = number === chosen ? 0 : -1; // arrow keys reach the others, as in any radio group
-    strip.firstChild.textContent = `${number + 1} · seed ${variations[number].seed}`;
-    const { pen, width, height } = prepare(strip.lastChild);
-    drawNotes(pen, variations[number].notes, width, height, 0, longest(), colours(), null);
-  });
-}
 
-function choose(number) { // another variation, at the same position
-  const at = now(), was = playing;
-  pause();
-  chosen = number;
-  position = Math.min(at, current().until);
-  trigger('choose', { variation: number, at: performance.now() });
-  buildStrips();
-  if (was) play();
-  dirty = true;
-}
-
-function chooseNext(step) {
-  const strip = strips.children[chosen + step];
-  if (!strip) return;
-  choose(chosen + step);
-  strip.focus();
-}
-
-function draw() {
-  if (!root.isConnected) return;
-  if (playing || dirty) {
-    dirty = false;
-    const at = now(), whole = ending(), noteCount = current().notes.length;
-    root.dataset.notes = noteCount;
-    root.dataset.position = at.toFixed(2);
-    root.dataset.playing = playing && startedAt !== null;
-    root.dataset.generating = Boolean(state.generating);
-    root.dataset.generated = state.kind === 'piece' && current().notes.some((note) => note.on >= state.join);
-    playButton.textContent = playing ? '❚❚' : '▶';
-    playButton.setAttribute('aria-label', `${playing ? 'Pause' : 'Play'} the ${state.kind}`);
-    playButton.disabled = !noteCount;
-    time.textContent = `${clock(at)} / ${clock(whole)}`;
-    count.textContent = noteCount ? `${noteCount.toLocaleString('en')} notes` : '';
-    if (!playing) waiting.hidden = true;
-    roll.setAttribute('aria-valuemax', whole.toFixed(1));
-    roll.setAttribute('aria-valuenow', at.toFixed(1));
-    roll.setAttribute('aria-valuetext', `${clock(at)} of ${clock(whole)}, ${noteCount} notes`);
-    drawRoll();
-    placeEdges();
+  /** @param {number} seconds */
+  seek(seconds) {
+    this.playback.seek(seconds);
+    this.face.touch();
   }
-  requestAnimationFrame(draw);
-}
 
-// ---------------------------------------------------------------- the selected part of a prompt
+  /** @param {Region | null} region */
+  #setRegion(region) {
+    this.region = region;
+    const isPart = this.shown.kind === 'prompt';
+    this.playback.stopAt = region && isPart ? region.to : Infinity;
+    if (!region || isPart) this.setLoop(false);
+    else if (this.loops) this.playback.loop = region;
+    this.button('loop').disabled = !region || isPart;
+    this.face.touch();
+  }
 
-const LEAST_PART_S = 0.2;
+  /** @param {boolean} loops */
+  setLoop(loops) {
+    this.loops = loops && this.region !== null;
+    this.playback.loop = this.loops ? this.region : null;
+    this.button('loop').setAttribute('aria-pressed', String(this.loops));
+    if (this.loops && this.region && this.playback.playing) this.seek(this.region.from);
+  }
 
-let telling = 0;
-function select(start, end, heardFrom) {
-  state = { ...state, start, end };
-  seek(heardFrom);
-  clearTimeout(telling);
-  telling = setTimeout(() => trigger('crop', { start, end }), 150); // not for each step of a key that is held down
-  dirty = true;
-}
+  /** Select a region: in a prompt, the part to continue from. @param {number} from @param {number} to @param {boolean} done */
+  select(from, to, done) {
+    [from, to] = [Math.round(10 * from) / 10, Math.round(10 * to) / 10];
+    const isPart = this.shown.kind === 'prompt';
+    if (to - from < LEAST_REGION_S) { if (done && !isPart) this.#setRegion(null); return; }
+    this.#setRegion({ from, to });
+    if (!done || !isPart || !this.#part) return;
+    this.#part = { ...this.#part, start: from, end: to };
+    this.seek(from);
+    clearTimeout(this.#telling);
+    this.#telling = window.setTimeout(() => this.trigger('crop', { start: from, end: to }), 150); // not for each step of a key
+  }
 
-function placeEdges() {
-  if (state.kind !== 'prompt') return;
-  for (const edge of root.querySelectorAll('.edge')) {
-    const at = state[edge.dataset.edge], start = edge.dataset.edge === 'start';
-    edge.style.left = `${(100 * (at - view.from)) / view.span}%`;
-    edge.setAttribute('aria-valuemin', start ? 0 : state.start);
-    edge.setAttribute('aria-valuemax', start ? state.end : ending());
-    edge.setAttribute('aria-valuenow', at);
-    edge.setAttribute('aria-valuetext', `${at.toFixed(1)} of ${ending().toFixed(1)} seconds`);
+  /** Cut at the playhead and let the model go on from there. */
+  async continueHere() {
+    const take = this.shelf.takes.all.get(this.shown.id), until = this.playback.position;
+    this.playback.pause();
+    if (this.shown.kind === 'prompt') {
+      this.#setRegion({ from: Math.min(this.region?.from ?? 0, until - LEAST_REGION_S), to: until });
+      this.trigger('begin', { start: this.region?.from, end: until });
+    } else if (take) this.trigger('go_on', { ...(await this.shelf.sent(take)), until });
+  }
+
+  /** Let the model go on at the end. */
+  async extend() {
+    const take = this.shelf.takes.all.get(this.shown.id);
+    if (take) this.trigger('go_on', { ...(await this.shelf.sent(take)), until: null });
+  }
+
+  /** Make the selected region anew, joined to what is around it. */
+  async fill() {
+    const take = this.shelf.takes.all.get(this.shown.id), { region } = this;
+    if (!take || !region) return;
+    this.playback.pause();
+    this.trigger('fill', { ...(await this.shelf.sent(take)), start: region.from, end: Math.min(region.to, this.shown.score.end) });
   }
 }
-
-// An edge moves by 0.1 s, and by 1 s with Shift or Page Up and Page Down.
-const strides = { ArrowLeft: -0.1, ArrowDown: -0.1, ArrowRight: 0.1, ArrowUp: 0.1, PageDown: -1, PageUp: 1,
-  Home: -Infinity, End: Infinity };
-function moveEdge(edge, event) {
-  const by = strides[event.key] * (event.shiftKey ? 10 : 1);
-  const [least, most] = edge === 'start' ? [0, state.end - LEAST_PART_S] : [state.start + LEAST_PART_S, ending()];
-  const to = Math.round(10 * Math.max(least, Math.min(state[edge] + by, most))) / 10;
-  const { start, end } = { ...state, [edge]: to };
-  select(start, end, edge === 'start' ? start : Math.max(start, end - 2)); // play what leads to the edge
-}
-
-// ---------------------------------------------------------------- mouse, touch and keyboard
-
-const secondsAt = (event) => {
-  const box = roll.getBoundingClientRect();
-  const seconds = view.from + ((event.clientX - box.left) / box.width) * view.span;
-  return Math.max(0, Math.min(seconds, ending()));
-};
-roll.addEventListener('pointerdown', (event) => {
-  roll.setPointerCapture(event.pointerId);
-  drag.x = event.clientX;
-  drag.pressed = true;
-});
-roll.addEventListener('pointermove', (event) => {
-  if (!drag.pressed || state.kind !== 'prompt') return;
-  if (drag.from === null && Math.abs(event.clientX - drag.x) > 5) drag.from = secondsAt({ clientX: drag.x });
-  if (drag.from !== null) { drag.to = secondsAt(event); dirty = true; }
-});
-roll.addEventListener('pointerup', (event) => {
-  if (!drag.pressed) return;
-  drag.pressed = false;
-  if (drag.from === null) return seek(secondsAt(event));
-  const [start, end] = [Math.min(drag.from, drag.to), Math.max(drag.from, drag.to)].map((s) => Math.round(s * 10) / 10);
-  drag.from = drag.to = null;
-  if (end - start >= LEAST_PART_S) select(start, end, start);
-  dirty = true;
-});
-roll.addEventListener('pointercancel', () => { drag.pressed = false; drag.from = null; dirty = true; });
-playButton.addEventListener('click', () => { window.musicArLast = root; toggle(); });
-root.addEventListener('pointerdown', () => { window.musicArLast = root; });
-
-const keys = { ' ': toggle, ArrowLeft: () => seek(now() - 5), ArrowRight: () => seek(now() + 5),
-  Home: () => seek(0), End: () => seek(ending()) };
-const stripKeys = { ArrowUp: () => chooseNext(-1), ArrowDown: () => chooseNext(1) };
-document.addEventListener('keydown', (event) => {
-  const target = event.target;
-  const mine = root.contains(target);
-  const edge = target.dataset?.edge;
-  const idle = target === document.body && (window.musicArLast ?? document.querySelector('.player.piece')) === root;
-  const act = edge && event.key in strides ? () => moveEdge(edge, event)
-    : strips.contains(target) && stripKeys[event.key] || keys[event.key];
-  if (!(mine || idle) || !act || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (mine && target.tagName === 'BUTTON' && event.key === ' ') return; // the button handles it
-  event.preventDefault();
-  act();
-});
-
-new ResizeObserver(() => { buildStrips(); dirty = true; }).observe(root);
-new MutationObserver(() => { dirty = true; }).observe(document.body, { attributes: true, attributeFilter: ['class'] });
-watch('value', receive);
-receive();
-draw();

@@ -37,7 +37,7 @@ static int note_at(const Piece& piece, int number) { return piece.note_C[modulo(
 static int time_at(const Piece& piece, int number) { return piece.note_time_C[modulo(number, piece.notes_kept)]; }
 
 static void add_onset_rows(std::vector<int32_t>& rows, const Piece& piece, int L) {
-  const int newest = piece.note_count - 1, known = std::min(L, piece.note_count);
+  const int newest = piece.note_count - 1, known = std::min(L, piece.note_count - piece.note_first);
   if (known == 0) return;
   rows.push_back(interval_class(piece.time - time_at(piece, newest)));
   for (int i = 0; i < known; ++i) {
@@ -66,8 +66,18 @@ static void add_retrieved_rows(std::vector<int32_t>& rows, const Piece& piece) {
   }
 }
 
+// See `gap.categories`.
+static int gap_row_of(const Piece& piece) {
+  constexpr int TIME_CLASSES = 72;
+  if (piece.gap_end < 0) return -1;
+  if (piece.gap_over) return TIME_CLASSES;
+  const float steps = float(std::max(piece.gap_end - piece.time, 0));
+  return std::min(int(std::floor(6 * std::log2(1 + steps / 3) + 1e-3f)), TIME_CLASSES - 1);
+}
+
 Conditioning::Conditioning(const Config& config, const Piece& piece)
-    : age(piece.age), time(piece.time), recent_L(piece.recent_L, piece.recent_L + piece.conv_width) {
+    : age(piece.age), time(piece.time), place(piece.time), recent_L(piece.recent_L, piece.recent_L + piece.conv_width),
+      gap_row(gap_row_of(piece)) {
   std::copy(piece.keys_128, piece.keys_128 + PITCHES, keys_128);
   if (config.onsets) add_onset_rows(onset_rows, piece, config.onsets);
   if (config.retrieval_notes) add_retrieved_rows(retrieved_rows, piece);
@@ -171,6 +181,23 @@ static void strike(Piece& piece, int pitch) {
   if (piece.match_keys_WxC) find_match(piece);
 }
 
+// At a separator a new timeline begins: see music_ar/features/keyboard.py.
+static void begin_timeline(Piece& piece) {
+  piece.gap_begin = ++piece.time;
+  piece.velocity = 0;
+  piece.note_first = piece.note_count;
+  std::fill_n(piece.held_128, PITCHES, 0);
+  std::fill_n(piece.keys_128, PITCHES, -1);
+}
+
+// See music_ar/features/gap.py.
+static void mark_end_of_gap(Piece& piece) {
+  if (piece.gap_end >= 0)
+    piece.gap_over = 1;
+  else if (piece.gap_length < 0)
+    piece.gap_length = piece.time;
+}
+
 void advance(Piece& piece, int token) {
   if (piece.ended) token = PAD;
   ++piece.age;
@@ -188,6 +215,9 @@ void advance(Piece& piece, int token) {
     piece.keys_128[pitch] = std::max(piece.keys_128[pitch], 2 * piece.time * VELOCITY_SLOTS);
     if (piece.held_128[pitch] > 0) --piece.held_128[pitch];
   }
+  if (token == SEPARATOR) begin_timeline(piece);
+  if (token == END_OF_GAP) mark_end_of_gap(piece);
+  if (token == MIDDLE && piece.gap_end < 0) piece.gap_end = piece.time + std::max(piece.gap_length, 0);
   if (token == END) piece.ended = 1;
 }
 

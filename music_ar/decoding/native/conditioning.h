@@ -10,10 +10,12 @@ namespace music_ar {
 // What the model reads at one position.
 struct Conditioning {
   int age, time;
+  int place;  // time for rotary positions: `Place.time`
   std::vector<int32_t> recent_L;        // the last tokens, its own last
   int32_t keys_128[PITCHES];            // see `Keyboard.keys`
   std::vector<int32_t> onset_rows;      // of the keyboard's matrix, one for each known class
   std::vector<int32_t> retrieved_rows;  // of the retrieval matrix
+  int gap_row;                          // of the gap's matrix, -1 outside of a gap's middle
 
   Conditioning(const Config& config, const Piece& piece);
 };

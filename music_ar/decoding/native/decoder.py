@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Integer
 
 from music_ar.decoding.backend import CPU, Backend
-from music_ar.decoding.interface import distinct
+from music_ar.decoding.interface import depth_of, distinct
 from music_ar.decoding.native.library import CConfig, COptions, CState, CTensor, Library, load
 from music_ar.decoding.native.state import NativeState
 from music_ar.decoding.native.weights import Tensor, engine_tensors
@@ -51,8 +51,9 @@ class NativeDecoder:
             raise RuntimeError("the native engine was not built: reinstall the package where a C++ compiler is found")
         if not self.suits(config):
             raise ValueError(
-                f"the native engine needs heads of at most {_MOST_HEAD_SIZE} channels and the vocabulary of "
-                f"{vocabulary.VOCABULARY_SIZE} tokens; got {config.head_size} and {config.vocabulary_size}"
+                f"the native engine needs heads of at most {_MOST_HEAD_SIZE} channels and a vocabulary of "
+                f"{' or '.join(map(str, vocabulary.FINGERPRINTS))} tokens; got {config.head_size} and "
+                f"{config.vocabulary_size}"
             )
         weights = engine_tensors(config, tensors)
         self.config, self.backend = config, backend
@@ -61,12 +62,13 @@ class NativeDecoder:
         weakref.finalize(self, library.close, self._model)
         self.path: str = library.path(self._model).decode()
         self._cached = np.dtype(np.float16 if library.cached_bytes(self._model) == 2 else np.float32)
-        self._weight_bytes = sum(each.nbytes for pair in weights.values() for each in pair if each is not None)
+        self._weight_bytes = _bytes(weights)
+        self._layer_bytes = _bytes({name: pair for name, pair in weights.items() if name.startswith("blocks.0.")})
 
     @staticmethod
     def suits(config: ModelConfig) -> bool:
         """Whether the engine supports these sizes."""
-        return config.head_size <= _MOST_HEAD_SIZE and config.vocabulary_size == vocabulary.VOCABULARY_SIZE
+        return config.head_size <= _MOST_HEAD_SIZE and config.vocabulary_size in vocabulary.FINGERPRINTS
 
     def start(
         self,
@@ -75,13 +77,15 @@ class NativeDecoder:
         latents: int,
         seeds: Sequence[int],
         limit_steps: int,
+        layers: int | None = None,
+        confidence: float = 1.0,
         mode: Literal["sliding", "exact"] = "sliding",
     ) -> NativeState:
         """State after all but the last token of each prompt; see `Decoder.start`.
 
         Raises:
             ValueError: not as many seeds as prompts, a prompt without tokens or with others than the vocabulary's, more
-                latents than the context, or re-anchored windows.
+                latents than the context, no exit after so many layers, or re-anchored windows.
         """
         if mode != "sliding":
             raise ValueError(
@@ -91,10 +95,16 @@ class NativeDecoder:
             raise ValueError(f"expected a seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
         if not 1 <= latents <= self.config.reach:
             raise ValueError(f"latents must be in 1..{self.config.reach}, the context; got {latents}")
-        checked = [_checked_tokens(prompt, 1) for prompt in prompts]
+        checked = [self._checked_tokens(prompt, 1) for prompt in prompts]
         different, index = distinct(checked)
         state = NativeState.before_the_first_token(
-            self.config, len(different), latents=max(2, latents), limit_steps=limit_steps, cached=self._cached
+            self.config,
+            len(different),
+            latents=max(2, latents),
+            layers=depth_of(self.config, layers),
+            confidence=confidence,
+            limit_steps=limit_steps,
+            cached=self._cached,
         )
         for number, prompt in enumerate(different):
             self._library.prefill(self._model, self._c_state(state), number, prompt.ctypes.data, len(prompt))
@@ -124,10 +134,10 @@ class NativeDecoder:
         self, state: NativeState, tokens_BxT: Integer[np.ndarray, "B T"]
     ) -> tuple[NativeState, Float32[np.ndarray, "B T V"]]:
         """Advance with the given tokens; see `Decoder.teacher_force`. Logits of rows that have ended are zero."""
-        tokens = _checked_tokens(tokens_BxT, 2)
+        tokens = self._checked_tokens(tokens_BxT, 2)
         if len(tokens) != len(state.age_B):
             raise ValueError(f"expected tokens for {len(state.age_B)} rows, got {len(tokens)}")
-        logits = np.zeros((*tokens.shape, vocabulary.VOCABULARY_SIZE), np.float32)
+        logits = np.zeros((*tokens.shape, self.config.vocabulary_size), np.float32)
         self._library.teacher_force(
             self._model, self._c_state(state), tokens.ctypes.data, tokens.shape[1], logits.ctypes.data
         )
@@ -138,22 +148,23 @@ class NativeDecoder:
     ) -> Float32[np.ndarray, "B V"]:
         """Logits after the logit processors; see `processors.PROCESSORS`."""
         logits = np.array(logits_BxV, np.float32)
-        if logits.shape != (len(state.age_B), vocabulary.VOCABULARY_SIZE):
+        if logits.shape != (len(state.age_B), self.config.vocabulary_size):
             raise ValueError(f"expected logits for {len(state.age_B)} rows, got {logits.shape}")
         arrays = _option_arrays(options, len(logits))
         self._library.process(self._model, self._c_state(state), _c_options(arrays), logits.ctypes.data)
         return logits
 
-    def bare_matrices_s(self, rows: int = 1) -> float:
+    def bare_matrices_s(self, rows: int = 1, layers: int | None = None) -> float:
         """Seconds for all int8 products of one step and nothing else: the best of some passes on this machine, now."""
         if not 1 <= rows <= 64:
             raise ValueError(f"rows must be in 1..64, got {rows}")
-        return self._library.bare_products_s(self._model, rows, _BARE_PASSES)
+        return self._library.bare_products_s(self._model, rows, depth_of(self.config, layers), _BARE_PASSES)
 
     def step_bytes(self, state: NativeState) -> int:
         """Bytes that a step may read: the weights, and the caches of a state. It reads the visible part of caches."""
         caches = (state.cross_k, state.cross_v, state.self_k, state.self_v, state.match_keys_BxWxC)
-        return self._weight_bytes + sum(cache.nbytes for cache in caches)
+        skipped = (self.config.layers - state.layers) * self._layer_bytes
+        return self._weight_bytes - skipped + sum(cache.nbytes for cache in caches)
 
     def batch_rows(self, latents: int) -> int:
         """Number of rows to decode at once."""
@@ -164,6 +175,15 @@ class NativeDecoder:
     def free_programs(self) -> None:
         """Nothing to free: there are no compiled programs."""
 
+    def _checked_tokens(self, tokens: Any, axes: int) -> Int32[np.ndarray, "..."]:
+        tokens = np.asarray(tokens)
+        if tokens.ndim != axes or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(
+                f"expected whole numbers along {axes} axes, at least one; got {tokens.dtype} {tokens.shape}"
+            )
+        vocabulary.check_tokens(tokens, self.config.vocabulary_size)
+        return np.ascontiguousarray(tokens, np.int32)
+
     def _c_state(self, state: NativeState) -> CState:
         """The state for a call.
 
@@ -172,7 +192,13 @@ class NativeDecoder:
         """
         latents = state.latents_B.max(initial=1)
         wanted = NativeState.before_the_first_token(
-            self.config, 0, latents=int(state.self_v.shape[3]), limit_steps=0, cached=self._cached
+            self.config,
+            0,
+            latents=int(state.self_v.shape[3]),
+            layers=state.layers,
+            confidence=1.0,
+            limit_steps=0,
+            cached=self._cached,
         )
         for name, leaf, like in zip(NativeState._fields, state, wanted, strict=True):
             shape = (len(state.age_B), *like.shape[1:])
@@ -180,7 +206,7 @@ class NativeDecoder:
                 raise ValueError(f"not a state of this decoder: {name} is {leaf.dtype} {leaf.shape}, expected {shape}")
         if latents > state.self_v.shape[3]:
             raise ValueError(f"the caches hold {state.self_v.shape[3]} latents, got {latents}")
-        sizes = (len(state.age_B), self.config.notes_kept, state.self_v.shape[3], state.cross_v.shape[2])
+        sizes = (len(state.age_B), self.config.notes_kept, state.self_v.shape[3], state.cross_v.shape[2], state.layers)
         return CState(*sizes, *(leaf.ctypes.data for leaf in state))
 
 
@@ -200,7 +226,13 @@ def _open(library: Library, config: ModelConfig, weights: Mapping[str, Tensor]) 
     rates_R = np.ascontiguousarray(np.float32(config.rotary_wavelength) ** -exponent_R)
     floats = ctypes.POINTER(ctypes.c_float)
     sizes = {name: getattr(config, name) for name in CConfig.SIZES} | {"context": config.reach}
-    c_config = CConfig(**sizes, rotary_rates=rates_R.ctypes.data_as(floats))
+    exits = np.array(config.exits, np.int32)
+    c_config = CConfig(
+        **sizes,
+        exit_count=len(exits),
+        rotary_rates=rates_R.ctypes.data_as(floats),
+        exits=exits.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+    )
     tensors = (CTensor * len(weights))()
     for tensor, (name, (numbers, values)) in zip(tensors, weights.items(), strict=True):
         tensor.name = name.encode()
@@ -211,12 +243,8 @@ def _open(library: Library, config: ModelConfig, weights: Mapping[str, Tensor]) 
     return library.open(c_config, tensors, len(weights))  # copies what it needs
 
 
-def _checked_tokens(tokens: Any, axes: int) -> Int32[np.ndarray, "..."]:
-    tokens = np.asarray(tokens)
-    if tokens.ndim != axes or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"expected whole numbers along {axes} axes, at least one; got {tokens.dtype} {tokens.shape}")
-    vocabulary.check_tokens(tokens)
-    return np.ascontiguousarray(tokens, np.int32)
+def _bytes(weights: Mapping[str, Tensor]) -> int:
+    return sum(each.nbytes for pair in weights.values() for each in pair if each is not None)
 
 
 def _option_arrays(options: Mapping[str, Any], rows: int) -> dict[str, np.ndarray]:

@@ -47,20 +47,38 @@ static void step(Model& model, Threads& threads, const std::vector<Piece>& piece
     std::vector<Position> positions;
     for (size_t i = first; i < std::min(rows.size(), first + Model::MOST_POSITIONS); ++i)
       positions.push_back(pending_position(model, pieces[rows[i]]));
-    model.forward(threads, positions, logits_RxV + first * VOCABULARY_SIZE);
+    model.forward(threads, positions, logits_RxV + first * model.vocabulary());
   }
+}
+
+struct Layout {
+  int separator, begin;  // position of the first separator, and time at which the middle begins; 0 without a gap
+};
+
+// Where the part after a gap ends in a prompt, and where that part begins in time: see `gap.scan_each`.
+static Layout layout_of(const int32_t* tokens, int count) {
+  const int separator = int(std::find(tokens, tokens + count, SEPARATOR) - tokens);
+  int time = 0;
+  for (int t = 0; t < count; ++t) {
+    if (is_shift(tokens[t])) time += tokens[t] - (TIME_SHIFT - 1);
+    if (tokens[t] == SEPARATOR) ++time;
+    if (tokens[t] == MIDDLE) return {std::min(separator, t), time};
+  }
+  return {0, 0};
 }
 
 // Go through all tokens of a prompt but the last, which is left pending. The last n latents are computed as in training:
 // each sees those from the first of them up to itself.
 static void prefill(Model& model, Threads& threads, Piece& piece, const int32_t* tokens, int count) {
   const int first_latent = std::max(0, count - 1 - piece.latents);
+  const Layout layout = layout_of(tokens, count);
   const int first_input = std::max(0, first_latent - model.config().context + 1);
   std::vector<Position> positions;
   for (int age = 0; age < count; ++age) {
     advance(piece, tokens[age]);
     if (age < first_input || age == count - 1) continue;
     positions.push_back({&piece, Conditioning(model.config(), piece), age < first_latent ? -1 : first_latent});
+    if (age < layout.separator) positions.back().conditioning.place += layout.begin;
     if (int(positions.size()) < Model::MOST_POSITIONS && age < count - 2) continue;
     model.forward(threads, positions, nullptr);
     positions.clear();
@@ -73,17 +91,18 @@ struct Drawn {
 };
 
 static Drawn draw_one(const Model& model, const Piece& piece, const Options& options, int row, float* logits_V) {
-  const float total = model.kernels().log_sum_exp(logits_V, VOCABULARY_SIZE);
-  std::vector<float> processed(logits_V, logits_V + VOCABULARY_SIZE);
-  process(processed.data(), piece, options, row);
-  const int token = draw(processed.data(), piece.key_2, piece.age + 1);
+  const float total = model.kernels().log_sum_exp(logits_V, model.vocabulary());
+  std::vector<float> processed(logits_V, logits_V + model.vocabulary());
+  process(processed.data(), model.vocabulary(), piece, options, row);
+  const int token = draw(processed.data(), model.vocabulary(), piece.key_2, piece.age + 1);
   return {token, total - logits_V[token]};
 }
 
 static void decode(Model& model, Threads& threads, const State& state, const Options& options, int length,
                    int32_t* tokens_BxT, float* nats_BxT) {
   std::vector<Piece> pieces = pieces_of(model, state);
-  std::vector<float> logits_RxV(size_t(state.rows) * VOCABULARY_SIZE);
+  const size_t V = model.vocabulary();
+  std::vector<float> logits_RxV(state.rows * V);
   std::fill_n(tokens_BxT, size_t(state.rows) * length, PAD);
   std::fill_n(nats_BxT, size_t(state.rows) * length, 0.0f);
   for (int t = 0; t < length; ++t) {
@@ -94,7 +113,7 @@ static void decode(Model& model, Threads& threads, const State& state, const Opt
     step(model, threads, pieces, rows, logits_RxV.data());
     threads.each(int(rows.size()), [&](int i, int) {
       const int row = rows[i];
-      const Drawn drawn = draw_one(model, pieces[row], options, row, logits_RxV.data() + size_t(i) * VOCABULARY_SIZE);
+      const Drawn drawn = draw_one(model, pieces[row], options, row, logits_RxV.data() + i * V);
       tokens_BxT[size_t(row) * length + t] = drawn.token;
       nats_BxT[size_t(row) * length + t] = drawn.nats;
       advance(pieces[row], drawn.token);
@@ -105,7 +124,8 @@ static void decode(Model& model, Threads& threads, const State& state, const Opt
 static void teacher_force(Model& model, Threads& threads, const State& state, const int32_t* tokens_BxT, int length,
                           float* logits_BxTxV) {
   std::vector<Piece> pieces = pieces_of(model, state);
-  std::vector<float> logits_RxV(size_t(state.rows) * VOCABULARY_SIZE);
+  const size_t V = model.vocabulary();
+  std::vector<float> logits_RxV(state.rows * V);
   for (int t = 0; t < length; ++t) {
     std::vector<int> rows;
     for (int row = 0; row < state.rows; ++row)
@@ -113,18 +133,18 @@ static void teacher_force(Model& model, Threads& threads, const State& state, co
     step(model, threads, pieces, rows, logits_RxV.data());
     for (size_t i = 0; i < rows.size(); ++i) {
       const size_t place = size_t(rows[i]) * length + t;
-      std::copy_n(logits_RxV.data() + i * VOCABULARY_SIZE, VOCABULARY_SIZE, logits_BxTxV + place * VOCABULARY_SIZE);
+      std::copy_n(logits_RxV.data() + i * V, V, logits_BxTxV + place * V);
       advance(pieces[rows[i]], tokens_BxT[place]);
     }
   }
 }
 
 // Seconds of the fastest of some passes.
-static double bare_products_s(Model& model, Threads& threads, int rows, int passes) {
+static double bare_products_s(Model& model, Threads& threads, int rows, int layers, int passes) {
   double least = INFINITY;
   for (int pass = 0; pass < passes; ++pass) {
     const auto began = std::chrono::steady_clock::now();
-    model.bare_products(threads, rows);
+    model.bare_products(threads, rows, layers);
     least = std::min(least, std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
   }
   return least;
@@ -169,18 +189,20 @@ void music_ar_teacher_force(Model* model, const State* state, const int32_t* tok
   teacher_force(*model, *pool(), *state, tokens_BxT, length, logits_BxTxV);
 }
 
-double music_ar_bare_products_s(Model* model, int rows, int passes) {
+double music_ar_bare_products_s(Model* model, int rows, int layers, int passes) {
   Threads::Awake awake(*pool());
-  return bare_products_s(*model, *pool(), rows, passes);
+  return bare_products_s(*model, *pool(), rows, layers, passes);
 }
 
 // For tests: the logit processors and the draw by themselves.
 void music_ar_process(Model* model, const State* state, const Options* options, float* logits_BxV) {
   std::vector<Piece> pieces = pieces_of(*model, *state);
   for (int row = 0; row < state->rows; ++row)
-    process(logits_BxV + size_t(row) * VOCABULARY_SIZE, pieces[row], *options, row);
+    process(logits_BxV + size_t(row) * model->vocabulary(), model->vocabulary(), pieces[row], *options, row);
 }
 
-int music_ar_draw(const float* logits_V, const uint32_t* key_2, int position) { return draw(logits_V, key_2, position); }
+int music_ar_draw(const float* logits_V, const uint32_t* key_2, int position) {
+  return draw(logits_V, VOCABULARY_SIZE, key_2, position);
+}
 
 }

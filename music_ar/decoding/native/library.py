@@ -30,8 +30,14 @@ class CConfig(ctypes.Structure):
         "retrieval_notes",
         "time_heads",
         "rotary_size",
+        "vocabulary_size",
     )
-    _fields_ = (*((name, c_int32) for name in SIZES), ("rotary_rates", POINTER(c_float)))
+    _fields_ = (
+        *((name, c_int32) for name in SIZES),
+        ("exit_count", c_int32),
+        ("rotary_rates", POINTER(c_float)),
+        ("exits", POINTER(c_int32)),
+    )
 
 
 class CTensor(ctypes.Structure):
@@ -49,7 +55,7 @@ class CTensor(ctypes.Structure):
 class CState(ctypes.Structure):
     """`State` in state.h: sizes, and pointers to the arrays of a batch."""
 
-    SIZES = ("rows", "notes_kept", "self_slots", "cross_slots")
+    SIZES = ("rows", "notes_kept", "self_slots", "cross_slots", "layers")
     ARRAYS = (
         "age_B",
         "latents_B",
@@ -59,11 +65,16 @@ class CState(ctypes.Structure):
         "velocity_B",
         "keys_Bx128",
         "note_count_B",
+        "note_first_B",
         "note_BxC",
         "note_time_BxC",
         "match_keys_BxWxC",
         "match_level_B",
         "match_number_B",
+        "gap_begin_B",
+        "gap_length_B",
+        "gap_end_B",
+        "gap_over_B",
         "pitches_Bx128",
         "velocities_Bx32",
         "cross_k",
@@ -74,6 +85,8 @@ class CState(ctypes.Structure):
         "limit_B",
         "key_Bx2",
         "ended_B",
+        "confidence_B",
+        "layers_run_B",
     )
     _fields_ = (*((name, c_int32) for name in SIZES), *((name, c_void_p) for name in ARRAYS))
 
@@ -104,7 +117,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "prefill": (None, [c_void_p, POINTER(CState), c_int, c_void_p, c_int]),
     "decode": (None, [c_void_p, POINTER(CState), POINTER(COptions), c_int, c_void_p, c_void_p]),
     "teacher_force": (None, [c_void_p, POINTER(CState), c_void_p, c_int, c_void_p]),
-    "bare_products_s": (c_double, [c_void_p, c_int, c_int]),
+    "bare_products_s": (c_double, [c_void_p, c_int, c_int, c_int]),
     "process": (None, [c_void_p, POINTER(CState), POINTER(COptions), c_void_p]),
     "draw": (c_int, [c_void_p, c_void_p, c_int]),
 }

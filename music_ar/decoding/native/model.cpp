@@ -75,6 +75,7 @@ Model::Model(const Config& config, const std::vector<Tensor>& tensors)
   if (config.conv_width > 1) taps_LxD_ = rows_of(named.at("conv"));
   if (config.onsets) keyboard_ = bag("keyboard.kernel");
   if (config.retrieval_notes) retrieval_ = bag("retrieval.kernel");
+  if (config.vocabulary_size > VOCABULARY_SIZE) gap_ = bag("gap.kernel");
   context_norm_ = vector_of(named, "context_norm.scale");
   final_norm_ = vector_of(named, "final_norm.scale");
   latent_ = matrix(named, {"latent.kernel"});
@@ -82,6 +83,8 @@ Model::Model(const Config& config, const std::vector<Tensor>& tensors)
   cross_ = block(named, "cross", true);
   for (int layer = 0; layer < config.layers; ++layer)
     blocks_.push_back(block(named, "blocks." + std::to_string(layer), false));
+  exit_before_.resize(config.layers);
+  for (int i = 0; i < config.exit_count; ++i) exit_before_[config.exits[i]] = true;
   head_ = matrix(named, {"head.kernel"});
   head_.bias_O = vector_of(named, "head.bias");
 
@@ -89,6 +92,7 @@ Model::Model(const Config& config, const std::vector<Tensor>& tensors)
   angles_.resize(T * angle_stride_);
   embedded_.resize(T * width_);
   x_.resize(T * width_);
+  left_.resize(T * width_);
   projected_.resize(T * projected_width_);
   queries_.resize(T * config.heads * value_stride_);
   attended_.resize(T * heads_width_);
@@ -110,6 +114,7 @@ void Model::embed(const Conditioning& conditioning, float* x_D) const {
   }
   if (config_.onsets) add_keyboard(conditioning, x_D);
   if (config_.retrieval_notes) add_retrieved(conditioning, x_D);
+  if (conditioning.gap_row >= 0) add_gap(conditioning, x_D);
 }
 
 void Model::add_keyboard(const Conditioning& conditioning, float* x_D) const {
@@ -134,9 +139,14 @@ void Model::add_retrieved(const Conditioning& conditioning, float* x_D) const {
   for (int d = 0; d < width_; ++d) x_D[d] += sums[d] * retrieval_.scale_D[d];
 }
 
+void Model::add_gap(const Conditioning& conditioning, float* x_D) const {
+  const int8_t* row = gap_.rows_CxD.data() + size_t(conditioning.gap_row) * width_;
+  for (int d = 0; d < width_; ++d) x_D[d] += float(row[d]) * gap_.scale_D[d];
+}
+
 // Cosines and sines of R = rotary_size / 2 channel pairs, by position in tokens and then in time: [2, 2, R].
 void Model::find_angles(const Conditioning& conditioning, float* angles) const {
-  const int positions[2] = {conditioning.age, conditioning.time}, R = config_.rotary_size / 2;
+  const int positions[2] = {conditioning.age, conditioning.place}, R = config_.rotary_size / 2;
   for (int way = 0; way < 2; ++way)
     for (int r = 0; r < R; ++r) {
       const float angle = float(positions[way]) * rotary_rates_[r];
@@ -160,11 +170,13 @@ void Model::quantise(Threads& threads, const float* x, int stride, const float* 
            [&](int row) { kernels_.quantise(x + size_t(row) * stride, norm, inputs, rounded_, row); });
 }
 
-void Model::multiply(Threads& threads, const Matrix& matrix, int rows, Then then, float* y, int stride) {
-  const int blocks = matrix.outputs / PADDING, parts = std::min(blocks, threads.count() == 1 ? 1 : 2 * threads.count());
+// The outputs from the block of the first one on.
+void Model::multiply(Threads& threads, const Matrix& matrix, int rows, Then then, float* y, int stride, int first) {
+  const int skipped = first / PADDING, blocks = matrix.outputs / PADDING - skipped;
+  const int parts = std::min(blocks, threads.count() == 1 ? 1 : 2 * threads.count());
   threads.each(parts, [&](int part, int) {
-    const int begin = blocks * part / parts * PADDING, end = blocks * (part + 1) / parts * PADDING;
-    kernels_.product(matrix, rounded_, rows, begin, end, then, y, stride);
+    const int begin = skipped + blocks * part / parts, end = skipped + blocks * (part + 1) / parts;
+    kernels_.product(matrix, rounded_, rows, begin * PADDING, end * PADDING, then, y, stride);
   });
 }
 
@@ -220,13 +232,14 @@ void Model::attend_head(const Position& position, int latent, int g, int layer, 
   kernels_.attend(attention);
 }
 
-void Model::attend(Threads& threads, const Position* latents, int rows, int layer) {
+void Model::attend(Threads& threads, const Latents& latents, int layer) {
+  const Piece& piece = *latents[0].position->piece;
   const int G = config_.kv_heads;
   scores_.resize(std::max(scores_.size(), size_t(threads.count())));
-  const size_t size = 4 * size_t(std::max(latents->piece->cross_slots, latents->piece->self_slots));
+  const size_t size = 4 * size_t(std::max(piece.cross_slots, piece.self_slots));
   for (auto& scores : scores_) scores.resize(std::max(scores.size(), size));
-  threads.each(rows * G, [&](int item, int thread) {
-    attend_head(latents[item / G], item / G, item % G, layer, scores_[thread].data());
+  threads.each(int(latents.size()) * G, [&](int item, int thread) {
+    attend_head(*latents[item / G].position, item / G, item % G, layer, scores_[thread].data());
   });
 }
 
@@ -258,44 +271,97 @@ void Model::read_context(Threads& threads, const std::vector<Position>& position
   });
 }
 
-void Model::forward(Threads& threads, const std::vector<Position>& positions, float* logits_TxV) {
-  read_context(threads, positions);
-  int first = 0;
-  while (first < int(positions.size()) && positions[first].first_latent < 0) ++first;
-  const Position* latents = positions.data() + first;
-  const int rows = int(positions.size()) - first;
-  if (rows == 0) return;
-  const auto angles = [&](int row) { return angles_.data() + size_t(first + row) * angle_stride_; };
-
-  quantise(threads, embedded_.data() + size_t(first) * width_, width_, nullptr, config_.width, rows);
-  multiply(threads, latent_, rows, Then::STORE, x_.data(), width_);
-  for (int layer = CROSS; layer < config_.layers; ++layer) {
-    const Block& block = layer == CROSS ? cross_ : blocks_[layer];
-    quantise(threads, x_.data(), width_, block.attention_norm.data(), config_.width, rows);
-    multiply(threads, block.projection, rows, Then::STORE, projected_.data(), projected_width_);
-    each_row(threads, rows, [&](int row) {
-      rotate_queries(block, row, angles(row));
-      const float* kv = projected_.data() + size_t(row) * projected_width_ + config_.heads * config_.head_size;
-      if (layer != CROSS) write(block, latents[row], kv, angles(row), layer);
-    });
-    attend(threads, latents, rows, layer);
-    add_block(threads, block, rows);
-  }
-  if (logits_TxV == nullptr) return;
-  quantise(threads, x_.data(), width_, final_norm_.data(), config_.width, rows);
-  multiply(threads, head_, rows, Then::STORE, logits_.data(), head_.outputs);
-  for (int row = 0; row < rows; ++row)
-    std::copy_n(logits_.data() + size_t(row) * head_.outputs, VOCABULARY_SIZE,
-                logits_TxV + size_t(row) * VOCABULARY_SIZE);
+void Model::run_block(Threads& threads, const Latents& latents, int layer) {
+  const Block& block = layer == CROSS ? cross_ : blocks_[layer];
+  const int rows = int(latents.size());
+  quantise(threads, x_.data(), width_, block.attention_norm.data(), config_.width, rows);
+  multiply(threads, block.projection, rows, Then::STORE, projected_.data(), projected_width_);
+  each_row(threads, rows, [&](int row) {
+    rotate_queries(block, row, latents[row].angles);
+    const float* kv = projected_.data() + size_t(row) * projected_width_ + config_.heads * config_.head_size;
+    if (layer != CROSS) write(block, *latents[row].position, kv, latents[row].angles, layer);
+  });
+  attend(threads, latents, layer);
+  add_block(threads, block, rows);
 }
 
-void Model::bare_products(Threads& threads, int rows) {
+// Logits of the rows of the residual stream.
+void Model::predict(Threads& threads, int rows) {
+  quantise(threads, x_.data(), width_, final_norm_.data(), config_.width, rows);
+  multiply(threads, head_, rows, Then::STORE, logits_.data(), head_.outputs);
+}
+
+// Whether the likeliest token has more than this probability; never for 1.
+static bool is_sure(const Kernels& kernels, const float* logits_V, int vocabulary, float confidence) {
+  const float most = *std::max_element(logits_V, logits_V + vocabulary);
+  return std::exp(most - kernels.log_sum_exp(logits_V, vocabulary)) > confidence;
+}
+
+// Takes out the latents that are sure at the exit before a block: they get their logits, and the blocks from this one on
+// their keys and values.
+void Model::leave_early(Threads& threads, Latents& latents, int layer) {
+  const auto may_leave = [](const Latent& latent) { return latent.position->piece->confidence < 1; };
+  if (std::none_of(latents.begin(), latents.end(), may_leave)) return;
+  predict(threads, int(latents.size()));
+  Latents left, staying;
+  for (size_t row = 0; row < latents.size(); ++row) {
+    const float *logits = logits_.data() + row * head_.outputs, *x = x_.data() + row * width_;
+    const bool leaves = is_sure(kernels_, logits, vocabulary(), latents[row].position->piece->confidence);
+    float* to = leaves ? left_.data() + left.size() * width_ : x_.data() + staying.size() * width_;
+    if (to != x) std::copy_n(x, width_, to);
+    if (leaves) std::copy_n(logits, vocabulary(), latents[row].logits_V);
+    (leaves ? left : staying).push_back(latents[row]);
+  }
+  latents = staying;
+  if (!left.empty()) fill(threads, left, layer);
+}
+
+// Writes the keys and values that the streams in `left_` give in all blocks from `layer` on.
+void Model::fill(Threads& threads, const Latents& left, int layer) {
+  const int rows = int(left.size()), first = config_.heads * config_.head_size;
+  for (; layer < left[0].position->piece->layers; ++layer) {
+    const Block& block = blocks_[layer];
+    quantise(threads, left_.data(), width_, block.attention_norm.data(), config_.width, rows);
+    multiply(threads, block.projection, rows, Then::STORE, projected_.data(), projected_width_, first);
+    each_row(threads, rows, [&](int row) {
+      write(block, *left[row].position, projected_.data() + size_t(row) * projected_width_ + first, left[row].angles,
+            layer);
+    });
+  }
+}
+
+void Model::forward(Threads& threads, const std::vector<Position>& positions, float* logits_TxV) {
+  read_context(threads, positions);
+  size_t first = 0;
+  while (first < positions.size() && positions[first].first_latent < 0) ++first;
+  Latents latents;
+  for (size_t t = first; t < positions.size(); ++t)
+    latents.push_back({&positions[t], angles_.data() + t * angle_stride_,
+                       logits_TxV == nullptr ? nullptr : logits_TxV + (t - first) * vocabulary()});
+  if (latents.empty()) return;
+  quantise(threads, embedded_.data() + first * width_, width_, nullptr, config_.width, int(latents.size()));
+  multiply(threads, latent_, int(latents.size()), Then::STORE, x_.data(), width_);
+  const int depth = latents[0].position->piece->layers;
+  for (int layer = CROSS; layer < depth; ++layer) {
+    if (logits_TxV != nullptr && layer > 0 && exit_before_[layer]) leave_early(threads, latents, layer);
+    if (latents.empty()) return;
+    run_block(threads, latents, layer);
+    for (const Latent& latent : latents)
+      if (logits_TxV != nullptr && layer != CROSS) ++latent.position->piece->layers_run;
+  }
+  if (logits_TxV == nullptr) return;
+  predict(threads, int(latents.size()));
+  for (size_t row = 0; row < latents.size(); ++row)
+    std::copy_n(logits_.data() + row * head_.outputs, vocabulary(), latents[row].logits_V);
+}
+
+void Model::bare_products(Threads& threads, int rows, int layers) {
   const auto product = [&](const Matrix& matrix, std::vector<float>& y) {
     multiply(threads, matrix, rows, Then::STORE, y.data(), int(y.size()) / MOST_POSITIONS);
   };
   product(cross_keys_values_, projected_);
   product(latent_, x_);
-  for (int layer = CROSS; layer < config_.layers; ++layer) {
+  for (int layer = CROSS; layer < layers; ++layer) {
     const Block& block = layer == CROSS ? cross_ : blocks_[layer];
     product(block.projection, projected_);
     product(block.output, x_);

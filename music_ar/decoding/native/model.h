@@ -40,13 +40,14 @@ class Model {
   const Config& config() const { return config_; }
   const Kernels& kernels() const { return kernels_; }
   int value_stride() const { return value_stride_; }
+  int vocabulary() const { return config_.vocabulary_size; }
 
-  // Run up to MOST_POSITIONS positions; those without a latent come first. Gives the logits of the token after each
-  // latent, [T, VOCABULARY_SIZE], unless the pointer is null.
+  // Run up to MOST_POSITIONS positions of pieces of one depth; those without a latent come first. Gives the logits of the
+  // token after each latent, [T, vocabulary], unless the pointer is null: then no latent leaves early.
   void forward(Threads& threads, const std::vector<Position>& positions, float* logits_TxV);
 
-  // Run all int8 products of one step, and nothing else, on so many rows.
-  void bare_products(Threads& threads, int rows);
+  // Run all int8 products of one step, and nothing else, on so many rows and self blocks.
+  void bare_products(Threads& threads, int rows, int layers);
 
  private:
   struct Block {
@@ -59,6 +60,13 @@ class Model {
     std::vector<int8_t> rows_CxD;
     std::vector<float> scale_D;
   };
+  // A latent on its way through the blocks; row i of `x_` is that of the i-th that has not left.
+  struct Latent {
+    const Position* position;
+    const float* angles;
+    float* logits_V;
+  };
+  using Latents = std::vector<Latent>;
   using Named = std::map<std::string, Tensor>;
   static constexpr int CROSS = -1;  // in place of a layer's number
 
@@ -68,29 +76,35 @@ class Model {
   void embed(const Conditioning& conditioning, float* x_D) const;
   void add_keyboard(const Conditioning& conditioning, float* x_D) const;
   void add_retrieved(const Conditioning& conditioning, float* x_D) const;
+  void add_gap(const Conditioning& conditioning, float* x_D) const;
   void find_angles(const Conditioning& conditioning, float* angles) const;
 
   void read_context(Threads& threads, const std::vector<Position>& positions);
   void quantise(Threads& threads, const float* x, int stride, const float* norm, int inputs, int rows);
-  void multiply(Threads& threads, const Matrix& matrix, int rows, Then then, float* y, int stride);
+  void multiply(Threads& threads, const Matrix& matrix, int rows, Then then, float* y, int stride, int first = 0);
   void rotate_queries(const Block& block, int latent, const float* angles);
   void write(const Block& block, const Position& position, const float* kv, const float* angles, int layer) const;
-  void attend(Threads& threads, const Position* latents, int rows, int layer);
+  void attend(Threads& threads, const Latents& latents, int layer);
   void attend_head(const Position& position, int latent, int g, int layer, float* scores);
   void add_block(Threads& threads, const Block& block, int rows);
+  void run_block(Threads& threads, const Latents& latents, int layer);
+  void predict(Threads& threads, int rows);
+  void leave_early(Threads& threads, Latents& latents, int layer);
+  void fill(Threads& threads, const Latents& left, int layer);
 
   Config config_;
   const Kernels& kernels_;
   int width_, heads_width_, projected_width_, value_stride_, angle_stride_;  // of rows, padded
   std::vector<float> rotary_rates_, embedding_VxD_, taps_LxD_, context_norm_, final_norm_;
-  EmbeddingBag keyboard_, retrieval_;
+  EmbeddingBag keyboard_, retrieval_, gap_;
   Matrix latent_, cross_keys_values_, head_;
   Block cross_;
   std::vector<Block> blocks_;
+  std::vector<bool> exit_before_;  // each block
 
   // Buffers of a pass, with a row for each position or latent.
   Activations rounded_;
-  std::vector<float> angles_, embedded_, x_, projected_, queries_, attended_, hidden_, logits_;
+  std::vector<float> angles_, embedded_, x_, left_, projected_, queries_, attended_, hidden_, logits_;
   std::vector<std::vector<float>> scores_;  // of each thread
 };
 

@@ -93,7 +93,7 @@ static void history_bias(float* logits, const Piece& piece, float strength) {
 }
 
 // Grammar: `grammar.playable_tokens`.
-static void apply_grammar(float* logits, const Piece& piece) {
+static void apply_grammar(float* logits, int V, const Piece& piece) {
   const int previous = piece.pending();
   const int32_t* held = piece.held_128;
   const bool unstarted = previous == -1, ended = previous == END, playing = !unstarted && !ended;
@@ -108,6 +108,31 @@ static void apply_grammar(float* logits, const Piece& piece) {
   if (!ended) logits[PAD] = NEVER;
   if (!unstarted) logits[START] = NEVER;
   if (!is_note_off(previous) || !silent) logits[END] = NEVER;
+  rule_out(logits, VOCABULARY_SIZE, V, [](int) { return true; });
+}
+
+// GapEnd.
+
+static void allow_only(float* logits, int V, int token) {
+  std::fill(logits, logits + V, NEVER);
+  logits[token] = 0;
+}
+
+static void end_gap(float* logits, int V, const Piece& piece) {
+  if (piece.gap_end < 0) return;
+  if (piece.gap_over) {
+    if (std::all_of(piece.held_128, piece.held_128 + PITCHES, [](int32_t count) { return count == 0; }))
+      return allow_only(logits, V, END);
+    return rule_out(logits, 0, V, [](int token) { return !is_shift(token) && !is_note_off(token); });
+  }
+  const int left = piece.gap_end - piece.time;
+  if (left <= 0) return allow_only(logits, V, END_OF_GAP);
+  if (left < MAX_SHIFT_STEPS) {
+    float* to_the_end = logits + TIME_SHIFT + left - 1;
+    *to_the_end = log_sum_exp(to_the_end, MAX_SHIFT_STEPS - left + 1);
+    std::fill(to_the_end + 1, logits + VELOCITY, NEVER);
+  }
+  logits[END] = NEVER;
 }
 
 // SilenceLimit and StuckNotes.
@@ -119,7 +144,7 @@ static int last_event_steps(const Piece& piece, int pitch) {
 }
 
 static void limit_silence(float* logits, const Piece& piece) {
-  int last_event = 0, held = 0;
+  int last_event = piece.gap_begin, held = 0;
   for (int pitch = 0; pitch < PITCHES; ++pitch) {
     last_event = std::max(last_event, last_event_steps(piece, pitch));
     held += piece.held_128[pitch];
@@ -128,7 +153,7 @@ static void limit_silence(float* logits, const Piece& piece) {
     rule_out(logits, TIME_SHIFT, VELOCITY, [](int) { return true; });
 }
 
-static void release_stuck_notes(float* logits, const Piece& piece) {
+static void release_stuck_notes(float* logits, int V, const Piece& piece) {
   bool too_long[PITCHES], others[PITCHES], any_too_long = false, any_other = false;
   for (int pitch = 0; pitch < PITCHES; ++pitch) {
     const int age = piece.held_128[pitch] > 0 ? piece.time - last_event_steps(piece, pitch) : -1;
@@ -144,13 +169,13 @@ static void release_stuck_notes(float* logits, const Piece& piece) {
   };
   bool any_due = false;
   for (int token = NOTE_OFF; token < TIME_SHIFT; ++token) any_due |= is_due(token);
-  if (any_due) rule_out(logits, 0, VOCABULARY_SIZE, [&](int token) { return !is_due(token); });
+  if (any_due) rule_out(logits, 0, V, [&](int token) { return !is_due(token); });
 }
 
 // PitchRange.
-static void limit_pitches(float* logits, int lowest, int highest) {
+static void limit_pitches(float* logits, int V, int lowest, int highest) {
   const auto outside = [&](int token) { return is_note_on(token) && (token < lowest || token > highest); };
-  for (int token = 0; token < VOCABULARY_SIZE; ++token)
+  for (int token = 0; token < V; ++token)
     if (logits[token] > NEVER && !outside(token)) {
       rule_out(logits, 0, NOTE_OFF, outside);
       return;
@@ -191,14 +216,15 @@ static void filter_type(float* logits, int size, const Filters& filters) {
   rule_out(logits, 0, size, [&](int i) { return logits[i] < lowest; });
 }
 
-void process(float* logits, const Piece& piece, const Options& options, int row) {
+void process(float* logits, int V, const Piece& piece, const Options& options, int row) {
   history_bias(logits, piece, options.steadiness[row]);
-  apply_grammar(logits, piece);
+  apply_grammar(logits, V, piece);
+  end_gap(logits, V, piece);
   limit_silence(logits, piece);
-  release_stuck_notes(logits, piece);
-  limit_pitches(logits, options.lowest_pitch[row], options.highest_pitch[row]);
+  release_stuck_notes(logits, V, piece);
+  limit_pitches(logits, V, options.lowest_pitch[row], options.highest_pitch[row]);
   const Filters filters{options.temperature[row], options.top_p[row], options.min_p[row], options.top_k[row]};
-  const int starts[] = {0, NOTE_OFF, TIME_SHIFT, VELOCITY, PAD, VOCABULARY_SIZE};
+  const int starts[] = {0, NOTE_OFF, TIME_SHIFT, VELOCITY, PAD, V};
   for (int type = 0; type < 5; ++type) filter_type(logits + starts[type], starts[type + 1] - starts[type], filters);
 }
 
@@ -236,11 +262,11 @@ static float gumbel(Words key, int index) {
   return -std::log(-std::log(uniform));
 }
 
-int draw(const float* logits, const uint32_t key[2], int position) {
+int draw(const float* logits, int V, const uint32_t key[2], int position) {
   const Words folded = threefry({key[0], key[1]}, {0, uint32_t(position)});
   int best = 0;
   float most = NEVER;
-  for (int token = 0; token < VOCABULARY_SIZE; ++token) {
+  for (int token = 0; token < V; ++token) {
     if (logits[token] == NEVER) continue;
     const float noisy = logits[token] + gumbel(folded, token);
     if (noisy > most) {

@@ -13,10 +13,10 @@ struct Options {
   const int32_t *lowest_pitch, *highest_pitch;
 };
 
-// Apply the chain of processors in place; -inf for tokens that must not be drawn.
-void process(float* logits_V, const Piece& piece, const Options& options, int row);
+// Apply the chain of processors in place; -inf for tokens that must not be drawn. V is the size of the vocabulary.
+void process(float* logits_V, int V, const Piece& piece, const Options& options, int row);
 
 // The token that jax.random.categorical draws with the key fold_in(key, position).
-int draw(const float* logits_V, const uint32_t key[2], int position);
+int draw(const float* logits_V, int V, const uint32_t key[2], int position);
 
 }  // namespace music_ar

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, Shaped, UInt8, UInt32
+from jaxtyping import Bool, Float32, Int32, Shaped, UInt8, UInt32
 
 from music_ar.features import retrieval
 from music_ar.model.config import ModelConfig
@@ -29,15 +29,18 @@ class NativeState(NamedTuple):
         recent_BxL: the last tokens, the pending one last.
         held_Bx128: how many notes of each pitch are held.
         time_B, velocity_B, keys_Bx128: the keyboard.
-        note_count_B, note_BxC, note_time_BxC: the last notes.
+        note_count_B, note_first_B, note_BxC, note_time_BxC: the last notes.
         match_keys_BxWxC, match_level_B, match_number_B: their n-gram match; without retrieval, it has no keys.
+        gap_begin_B, gap_length_B, gap_end_B, gap_over_B: the gap that the piece fills, if there is one.
         pitches_Bx128, velocities_Bx32: histograms of the notes that the piece has had.
         cross_k, cross_v: keys and values of the inputs, by row and key head; time t is in slot t mod S.
-        self_k, self_v: of the latents, by row, layer and key head; time t is in slot t mod R.
+        self_k, self_v: of the latents, by row, layer that is run, and key head; time t is in slot t mod R.
         prompt_end_B: time at which the prompt ends, in steps of 10 ms.
         limit_B: a row is done once it has this much music after its prompt, in steps.
         key_Bx2: each row's random key, as in JAX.
         ended_B: whether the piece has ended on its own, or the row is idle.
+        confidence_B: a token leaves at the first exit that gives its likeliest successor more than this probability.
+        layers_run_B: self blocks run so far, over all tokens of the row after its prompt.
     """
 
     age_B: Int32[np.ndarray, " B"]
@@ -48,11 +51,16 @@ class NativeState(NamedTuple):
     velocity_B: Int32[np.ndarray, " B"]
     keys_Bx128: Int32[np.ndarray, "B 128"]
     note_count_B: Int32[np.ndarray, " B"]
+    note_first_B: Int32[np.ndarray, " B"]
     note_BxC: Int32[np.ndarray, "B C"]
     note_time_BxC: Int32[np.ndarray, "B C"]
     match_keys_BxWxC: UInt32[np.ndarray, "B W C2"]
     match_level_B: Int32[np.ndarray, " B"]
     match_number_B: Int32[np.ndarray, " B"]
+    gap_begin_B: Int32[np.ndarray, " B"]
+    gap_length_B: Int32[np.ndarray, " B"]
+    gap_end_B: Int32[np.ndarray, " B"]
+    gap_over_B: UInt8[np.ndarray, " B"]
     pitches_Bx128: Int32[np.ndarray, "B 128"]
     velocities_Bx32: Int32[np.ndarray, "B 32"]
     cross_k: Shaped[np.ndarray, "B G SK"]
@@ -63,10 +71,20 @@ class NativeState(NamedTuple):
     limit_B: Int32[np.ndarray, " B"]
     key_Bx2: UInt32[np.ndarray, "B 2"]
     ended_B: UInt8[np.ndarray, " B"]
+    confidence_B: Float32[np.ndarray, " B"]
+    layers_run_B: Int32[np.ndarray, " B"]
 
     @classmethod
     def before_the_first_token(
-        cls, config: ModelConfig, rows: int, *, latents: int, limit_steps: int, cached: np.dtype
+        cls,
+        config: ModelConfig,
+        rows: int,
+        *,
+        latents: int,
+        layers: int,
+        confidence: float,
+        limit_steps: int,
+        cached: np.dtype,
     ) -> "NativeState":
         """The state before the first token.
 
@@ -74,6 +92,8 @@ class NativeState(NamedTuple):
             config: sizes of the model.
             rows: B.
             latents: n.
+            layers: number of self blocks to run.
+            confidence: see `confidence_B`.
             limit_steps: see `limit_B`.
             cached: type of cached numbers.
         """
@@ -93,22 +113,34 @@ class NativeState(NamedTuple):
             velocity_B=filled(0),
             keys_Bx128=filled(-1, vocabulary.PITCHES),
             note_count_B=filled(0),
+            note_first_B=filled(0),
             note_BxC=filled(0, C),
             note_time_BxC=filled(0, C),
             match_keys_BxWxC=np.zeros((B, len(retrieval.LEVELS), C if config.retrieval_notes else 0), np.uint32),
             match_level_B=filled(-1),
             match_number_B=filled(-1),
+            gap_begin_B=filled(0),
+            gap_length_B=filled(-1),
+            gap_end_B=filled(-1),
+            gap_over_B=np.zeros(B, np.uint8),
             pitches_Bx128=filled(0, vocabulary.PITCHES),
             velocities_Bx32=filled(0, vocabulary.VELOCITY_BINS),
             cross_k=np.zeros((B, G, S * K), cached),
             cross_v=np.zeros((B, G, S, padded_K), cached),
-            self_k=np.zeros((B, config.layers, G, R * K), cached),
-            self_v=np.zeros((B, config.layers, G, R, padded_K), cached),
+            self_k=np.zeros((B, layers, G, R * K), cached),
+            self_v=np.zeros((B, layers, G, R, padded_K), cached),
             prompt_end_B=filled(0),
             limit_B=filled(limit_steps),
             key_Bx2=np.zeros((B, 2), np.uint32),
             ended_B=np.zeros(B, np.uint8),
+            confidence_B=np.full(B, confidence, np.float32),
+            layers_run_B=filled(0),
         )
+
+    @property
+    def layers(self) -> int:
+        """Number of self blocks that a token runs through, unless it leaves early."""
+        return self.self_v.shape[1]
 
     @property
     def done_B(self) -> Bool[np.ndarray, " B"]:
@@ -142,7 +174,9 @@ class NativeState(NamedTuple):
         """
         for leaf, new in zip(self, newcomer, strict=True):
             if leaf.shape[1:] != new.shape[1:]:
-                raise ValueError("a new piece needs caches of the batch's size: as many latents, or nearly so")
+                raise ValueError(
+                    "a new piece needs caches of the batch's size: as many latents, or nearly so, and layers"
+                )
             leaf[row] = new[0]
         return self
 
