@@ -105,6 +105,7 @@ def test_commands_in_snippets_can_be_typed(words):
             "sky",
             "node",
             "npx",
+            "hf",
         )
 
 

@@ -42,7 +42,7 @@ class Train:
     Example: music-ar train --data data/maestro --output runs/small --minutes 30
 
     Attributes:
-        data: dataset written by `music-ar prepare`.
+        data: dataset written by `music-ar prepare`: a folder, or its address (s3://bucket/data, gs://...).
         output: folder of the run; created if missing.
         preset: size of the model: small (the shipped one), medium, large (for several devices), tiny (for tests), or a
             baseline: small-decoder (a decoder-only Transformer) or small-xl (Transformer-XL).
@@ -82,7 +82,7 @@ class Train:
         augmentation: ranges of the augmentation of training windows.
     """
 
-    data: Path
+    data: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
     output: Path
     preset: str = "small"
     start: Unset[str] = None
