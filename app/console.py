@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -84,12 +85,24 @@ class CommandError(ValueError):
 
 
 def check_options(command: Any) -> None:
-    """Check the options whose range is declared in their fields (`music_ar.ranges`). Call it in `__post_init__`.
+    """Check the options of a command or of a part of it. Call it in `__post_init__`.
 
     Raises:
-        CommandError: an option is out of its range.
+        CommandError: an option is out of the range declared in its field (`music_ar.ranges`), or one for a path on this
+            machine is an address.
     """
-    check_ranges(command, CommandError, name=lambda field: f"--{field.replace('_', '-')}")
+    check_ranges(command, CommandError, name=_option)
+    for field, value in vars(command).items():
+        if isinstance(value, Path) and _ADDRESS.match(str(value)) and not Path(value.parts[0]).exists():
+            raise CommandError(f"{_option(field)} must be on this machine, got an address: {shown(str(value))}")
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""What is left of `s3://` at the start of a `Path`."""
 
 
 class ProgressLine:

@@ -12,6 +12,7 @@ from pathlib import Path
 from data_pipeline.manifest import DatasetError
 from music_ar.files import read_file
 from music_ar.ranges import shown
+from music_ar.storage import is_url
 
 COLUMNS = ("source", "data", "share")
 
@@ -22,17 +23,17 @@ class Source:
 
     Attributes:
         name: what the model is told; None if there is only one source.
-        data: the prepared folder.
+        data: the prepared folder, or its address.
         share: of the training windows; the shares of a table sum to 1.
     """
 
     name: str | None
-    data: Path
+    data: str
     share: float = 1.0
 
 
 def read_sources(table: Path) -> list[Source]:
-    """Read a CSV file with the columns source, data and share. Folders are relative to the file.
+    """Read a CSV file with the columns source, data and share. Folders are relative to the file, addresses are not.
 
     Shares may be any positive numbers; they are divided by their sum.
 
@@ -65,7 +66,7 @@ def _source(table: Path, line: int, row: dict[str, str | None]) -> Source:
         raise DatasetError(f"{table}, line {line}: share must be a number above 0, got {shown(share)}.")
     if not name or not data:
         raise DatasetError(f"{table}, line {line}: expected a name and a folder, got {shown(name)} and {shown(data)}.")
-    return Source(name=name, data=table.parent / data, share=number)
+    return Source(name=name, data=data if is_url(data) else str(table.parent / data), share=number)
 
 
 def _check_names(table: Path, sources: Sequence[Source]) -> None:

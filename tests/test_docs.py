@@ -100,8 +100,12 @@ def test_commands_in_snippets_can_be_typed(words):
             "pytest",
             "ray",
             "sbatch",
+            "docker",
+            "kubectl",
+            "sky",
             "node",
             "npx",
+            "hf",
         )
 
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from music_ar.training.cluster import Alone, Decision, find, source_digest
+from music_ar.training.cluster import Alone, Decision, find
 from music_ar.training.control import ClusterError, Place
 
 TORCHRUN = {"MASTER_ADDR": "node-a", "MASTER_PORT": "1234", "WORLD_SIZE": "8", "RANK": "5"}
@@ -111,11 +111,3 @@ def test_half_a_cluster_is_refused(environment, variables, options, message):
 def test_who_is_alone_decides_alone():
     decision = Decision(progress=0.5, save=True, stop=False)
     assert Alone().agree(decision) == decision
-
-
-def test_the_digest_of_the_code_depends_on_names_and_content(tmp_path):
-    digests = set()
-    for name, text in (("a.py", "1"), ("a.py", "2"), ("b.py", "2"), ("notes.txt", "3")):
-        (tmp_path / name).write_text(text)
-        digests.add(source_digest(tmp_path))
-    assert len(digests) == 3

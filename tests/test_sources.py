@@ -164,10 +164,12 @@ def table_file(folder, text):
 
 
 def test_a_table_of_sources_is_read(tmp_path):
-    found = read_sources(table_file(tmp_path, "source,data,share,note\nmaestro,m,3,x\nrolls,../r,1,\n"))
+    rows = "maestro,m,3,x\nrolls,../r,0.5,\nremote,s3://bucket/data,0.5,\n"
+    found = read_sources(table_file(tmp_path, f"source,data,share,note\n{rows}"))
     assert [(each.name, each.data, each.share) for each in found] == [
-        ("maestro", tmp_path / "m", 0.75),
-        ("rolls", tmp_path / ".." / "r", 0.25),
+        ("maestro", str(tmp_path / "m"), 0.75),
+        ("rolls", str(tmp_path / ".." / "r"), 0.125),
+        ("remote", "s3://bucket/data", 0.125),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import make_performance
@@ -11,6 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from test_cli import refusal, run
 from test_rendering import contents
 
+from app.commands.prepare import Prepare
 from data_pipeline.dataset import Pieces
 from data_pipeline.prepare import prepare_midi
 from music_ar.midi import write_midi
@@ -237,3 +239,36 @@ def test_a_dataset_in_a_bucket_that_refuses(capsys, tmp_path, tiny_checkpoint, p
     assert "refusing://b/.part.music-ar: Access Denied" in refusal(capsys, "evaluate", *scored)
     missing = refusal(capsys, "evaluate", "--data", "memory://b/none")
     assert "memory://b/none/manifest.json: no such file. Prepare the data first" in missing
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate",
+        "inspect FILE",
+        "bench decode --latents 8 --checkpoint TINY",
+        "train --preset tiny --steps 1 --output OUTPUT",
+    ],
+)
+def test_every_command_that_reads_a_dataset_takes_its_address(command, capsys, midi_file, tiny_checkpoint, tmp_path):
+    names = {"FILE": str(midi_file), "TINY": str(tiny_checkpoint), "OUTPUT": str(tmp_path / "run")}
+    words = [names.get(word, word) for word in command.split()]
+    assert "memory://b/data/manifest.json: no such file" in refusal(capsys, *words, "--data", "memory://b/data")
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--output", "train --data d --steps 1 --output s3://b/run"),
+        ("--report", "evaluate --data d --report gs://b/out"),
+        ("--maestro", "prepare --maestro s3://b/m.zip --output d"),
+    ],
+)
+def test_an_address_is_not_taken_for_a_folder_here(option, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = run(capsys, *words.split())
+    assert code == 2
+    assert f"{option} must be on this machine, got an address: " in " ".join(errors.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "s3:").mkdir()  # a folder may be called so
+    Prepare(maestro=Path("s3:/m.zip"), output="d")

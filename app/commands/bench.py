@@ -40,8 +40,8 @@ class Decode:
         context: context lengths to compare, in tokens; default: the model's own. Retrieval still uses all tokens.
         batch: numbers of pieces decoded at once.
         tokens: tokens to time per piece, after the first chunk. Raise it on a noisy machine.
-        data: dataset written by `music-ar prepare`; score its validation split. The timed runs then continue its music,
-            which matters for early exits. Default: no scores.
+        data: dataset written by `music-ar prepare`, a folder or its address (s3://bucket/data, gs://...); score its
+            validation split. The timed runs then continue its music, which matters for early exits. Default: no scores.
         pieces: number of validation pieces to score (with --data).
         piece_tokens: tokens to score of each piece, from its start (with --data).
         output: JSON file to write the result to.
@@ -54,7 +54,7 @@ class Decode:
     context: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")] = whole((), 1, _MOST)
     batch: tuple[int, ...] = whole((1, 4), 1, 2**12)
     tokens: int = whole(256, 1, _MOST)
-    data: Unset[Path] = None
+    data: Annotated[Unset[str], tyro.conf.arg(metavar="FOLDER")] = None
     pieces: int = whole(8, 1, _MOST)
     piece_tokens: int = whole(4096, 1, _MOST)
     output: Unset[Path] = None

@@ -5,10 +5,10 @@ import sys
 import traceback
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.console import HOST_GONE, error_line, is_bad_input
+from music_ar.code import code_digest
 
 if TYPE_CHECKING:
     from music_ar.training.cluster import Hosts
@@ -55,14 +55,8 @@ def run_together(
 
 def code_and_packages() -> dict[str, Any]:
     """Return what tells one version of the code from another, and the versions of the packages that compute."""
-    import app
-    import data_pipeline
-    import music_ar
-    from music_ar.training.cluster import source_digest
-
-    folders = [Path(str(package.__file__)).parent for package in (app, data_pipeline, music_ar)]
     packages = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "grain")}
-    return {"the code": source_digest(*folders), "packages": packages}
+    return {"the code": code_digest()[:12], "packages": packages}
 
 
 def _end(code: int, sentence: str) -> NoReturn:

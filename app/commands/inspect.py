@@ -42,8 +42,9 @@ class Inspect:
             those in folders, have a line each; so has a file that cannot be read, and the exit code is then 3.
         tokens: print the event tokens instead, one per line: time in seconds, id, meaning.
         plot: draw the piano rolls to this PNG, SVG or PDF file; needs the extra `plot`.
-        data: dataset written by `music-ar prepare`. Also print the longest run of notes that each file shares with its
-            training split, in any key and rhythm: a check for memorization.
+        data: dataset written by `music-ar prepare`: a folder, or its address (s3://bucket/data, gs://...). Also print
+            the longest run of notes that each file shares with its training split, in any key and rhythm: a check for
+            memorization.
     """
 
     files: Annotated[
@@ -51,7 +52,7 @@ class Inspect:
     ]
     tokens: bool = False
     plot: Unset[Path] = None
-    data: Unset[Path] = None
+    data: Annotated[Unset[str], tyro.conf.arg(metavar="FOLDER")] = None
 
     def __post_init__(self) -> None:
         if not self.files:
@@ -180,7 +181,7 @@ def common_notes(first: "Performance", second: "Performance") -> str:
     return f"{len(common)} of {len(notes[0])} and {len(notes[1])}, {where}"
 
 
-def shared_runs(performances: "Sequence[Performance]", data: Path) -> Iterator[str]:
+def shared_runs(performances: "Sequence[Performance]", data: str) -> Iterator[str]:
     """Describe each performance's longest run of notes shared with the training split, in any key and rhythm.
 
     Counted over all notes, and again without repeated patterns such as trills and scales, which much music shares.

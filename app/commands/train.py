@@ -45,7 +45,8 @@ class Train:
     Example: music-ar train --data data/maestro --output runs/small --minutes 30
 
     Attributes:
-        data: dataset written by `music-ar prepare`. Give either this or --sources.
+        data: dataset written by `music-ar prepare`: a folder, or its address (s3://bucket/data, gs://...). Give either
+            this or --sources.
         sources: table of several datasets, in place of --data: a CSV file with the columns source, data and share. The
             shares say how much of the training each gets. The run is validated on the first, and its --final-fraction
             trains on the first alone. With --wishes, the model learns the names.
@@ -91,7 +92,7 @@ class Train:
         wish_dropout: how often training windows come without wishes.
     """
 
-    data: Unset[Path] = None
+    data: Annotated[Unset[str], tyro.conf.arg(metavar="FOLDER")] = None
     sources: Unset[Path] = None
     output: Path
     preset: str = "small"

@@ -1,7 +1,6 @@
 """The command `music-ar web`: the page in a browser, and its HTTP API."""
 
 import importlib.util
-import json
 import os
 import signal
 import sys
@@ -133,14 +132,14 @@ class Web:
         from app.web.manager import SessionManager
         from app.web.warmup import Machine
         from music_ar import Generator
-        from music_ar.model.weights import read_companion
+        from music_ar.model.weights import CURVE, MODEL_CARD, read_companion, read_figures
 
         with ProgressLine("loading the model and timing this machine (up to a minute)") as line:
             generator = Generator.from_pretrained(self.checkpoint)
-            machine = Machine(generator, json.loads(read_companion(self.checkpoint, "curve.json") or "{}").get("rows"))
+            machine = Machine(generator, read_figures(self.checkpoint, CURVE).get("rows"))
             machine.warm_up(example_prompts())
             line.report(1.0, "ready")
-        return SessionManager(machine), read_companion(self.checkpoint, "MODEL_CARD.md")
+        return SessionManager(machine), read_companion(self.checkpoint, MODEL_CARD)
 
     def _shown(self, address: str, port: int) -> str:
         own = address_in_network() if self.host in ("0.0.0.0", "::") else None

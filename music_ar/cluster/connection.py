@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, Literal
 
-from music_ar.cluster.code import code_digest, look_for_code
 from music_ar.cluster.workers import ClusterError, Workers
+from music_ar.code import code_digest, look_for_code
 from music_ar.ranges import shown
 
 AUTO = "auto"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from music_ar.cluster.code import code_digest
+from music_ar.code import code_digest
 
 MAX_LOSSES = 3
 """How often an item may lose its worker before it is given up."""

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
-import music_ar
+from music_ar.code import code_digest
 from music_ar.files import write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -71,12 +71,9 @@ class StoredPrograms:
 @functools.cache
 def _environment() -> tuple[str, ...]:
     """What a compiled program depends on besides its arguments: this code, JAX, the device and its settings."""
-    folder, code = Path(music_ar.__file__).parent, hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        code.update(path.read_bytes())
     device = jax.local_devices()[0]
     flags = os.environ.get("XLA_FLAGS", "")
-    return (code.hexdigest(), jax.__version__, device.device_kind, device.client.platform_version, flags)
+    return (code_digest("music_ar"), jax.__version__, device.device_kind, device.client.platform_version, flags)
 
 
 def _loaded(path: Path, arguments: Any, result: Any, sharding: Any) -> Callable[..., Any] | None:

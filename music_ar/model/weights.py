@@ -18,13 +18,16 @@ from jaxtyping import Float32
 from music_ar.features import gap, keyboard, notes, retrieval
 from music_ar.features.wishes import WishTable
 from music_ar.files import parse_json, read_file
+from music_ar.model import hub
+from music_ar.model.card import without_metadata
 from music_ar.model.config import ModelConfig
 from music_ar.model.quantization import dequantize
 from music_ar.tokens import vocabulary
 
 FORMAT = "music-ar 2"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-COMPANIONS = ("MODEL_CARD.md", "curve.json", "metrics.json")
+MODEL_CARD, CURVE, METRICS = "MODEL_CARD.md", "curve.json", "metrics.json"
+COMPANIONS = (MODEL_CARD, hub.CARD, CURVE, METRICS)
 """Files that may accompany a model; they are fetched from the hub with it."""
 DEFAULT_MODEL = "maestro-small"
 _HERE = Path(__file__).resolve().parents[1]
@@ -141,11 +144,55 @@ def identity(source: str | os.PathLike[str] | None = None) -> dict[str, str | No
 def read_companion(source: str | os.PathLike[str] | None, name: str) -> str:
     """Return the text of one of the `COMPANIONS` of a model; empty if the model has none.
 
+    The card of a model from the hub is its README.md without the metadata.
+
     Raises:
         CheckpointError: there is no such model.
     """
-    path = _folder_of(source) / name
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    folder = _folder_of(source)
+    return without_metadata(card_of(folder)) if name == MODEL_CARD else _text_of(folder / name)
+
+
+def card_of(folder: Path) -> str:
+    """Return the model card in a folder, with its metadata if it has some; empty if there is none."""
+    return _text_of(folder / MODEL_CARD) or _text_of(folder / hub.CARD)
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text("utf-8", errors="replace") if path.is_file() else ""
+
+
+def read_figures(source: str | os.PathLike[str] | None, name: str) -> dict[str, Any]:
+    """Return the curve or the metrics of a model (`CURVE`, `METRICS`); empty if the model has none.
+
+    Raises:
+        CheckpointError: there is no such model, or the file is damaged.
+    """
+    text = read_companion(source, name)
+    try:
+        figures = parse_json(text) if text else {}
+    except ValueError as error:
+        raise CheckpointError(f"{name} of the model is not JSON: {error}; write it again, or remove it") from error
+    if not isinstance(figures, dict):
+        raise CheckpointError(f"{name} of the model has no names for its figures; write it again, or remove it")
+    return figures
+
+
+def local_folder(source: str | os.PathLike[str]) -> Path:
+    """Return the folder of a model on this machine.
+
+    Args:
+        source: the name of a model that ships with the project, or a folder.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    folder = _folder_here(os.fspath(source))
+    if folder is None:
+        raise CheckpointError(f"expected a folder, or the name of a model that ships with the project, got {source}")
+    if not (folder / CONFIG).exists() and (folder / "model" / CONFIG).exists():
+        raise CheckpointError(f"{folder} is the folder of a training run; its model is {folder / 'model'}")
+    return folder
 
 
 def _check_size(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -204,12 +251,16 @@ def _check_tensor(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, .
             raise CheckpointError(f"{path}: {part} has numbers that are infinite or not a number; fetch it again")
 
 
+def _folder_here(name: str) -> Path | None:
+    folders = (*(shipped / name for shipped in SHIPPED_FOLDERS), Path(name))
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
 def _folder_of(source: str | os.PathLike[str] | None) -> Path:
     """Return the folder of a model, fetched from the hub if need be."""
     name = DEFAULT_MODEL if source is None else os.fspath(source)
-    for folder in (*(shipped / name for shipped in SHIPPED_FOLDERS), Path(name)):
-        if folder.is_dir():
-            return folder
+    if (folder := _folder_here(name)) is not None:
+        return folder
     if source is None:
         raise CheckpointError(
             f"the model {name}, which ships with the project, is missing: looked in "
@@ -219,12 +270,13 @@ def _folder_of(source: str | os.PathLike[str] | None) -> Path:
         raise CheckpointError(
             f"expected the name of a model that ships with the project, a folder or a hub id (owner/name), got {name}"
         )
-    from huggingface_hub import snapshot_download  # takes long to import
-
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *COMPANIONS]))
-    except Exception as error:  # the hub's client raises network, HTTP and file errors of many classes
+        folder = hub.fetch(name, (CONFIG, WEIGHTS, *COMPANIONS))
+    except hub.HubError as error:
         raise CheckpointError(f"{name} is not a folder, and could not be fetched from the hub: {error}") from error
+    if not (folder / CONFIG).exists():
+        raise CheckpointError(f"{name} on the hub has no {CONFIG}, so it is not a pretrained model")
+    return folder
 
 
 def _read_config(path: Path) -> tuple[ModelConfig, str | None]:

@@ -5,11 +5,9 @@ Process 0 decides about time, checkpoints and the end; the others follow in the 
 """
 
 import contextlib
-import hashlib
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -160,15 +158,6 @@ def join(place: Place, description: dict[str, Any], *, timeout_s: float, on_lost
         shutdown_timeout_seconds=_JAX_SHUTDOWN_S,
     )
     return Cluster(place, channel)
-
-
-def source_digest(*folders: Path) -> str:
-    """Return twelve hexadecimal digits that depend on all Python files below the folders."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
 
 
 _Found = tuple[str | None, int | None, int | None, tuple[int, ...] | None]

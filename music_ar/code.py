@@ -1,4 +1,4 @@
-"""The code of this project as a hash, by which a process and the nodes of a cluster compare what they have."""
+"""Which code this is, as a hash: by it hosts and nodes are compared, and stored programs are told apart."""
 
 import hashlib
 import importlib.util
@@ -8,19 +8,27 @@ from pathlib import Path
 _PACKAGES = ("music_ar", "data_pipeline", "app")
 
 
-def code_digest() -> str:
-    """SHA-256 of the source files of this project, as this process would import them."""
-    digest = look_for_code()()
-    assert digest is not None
+def code_digest(*packages: str) -> str:
+    """SHA-256 of the names and contents of the Python files of some packages, as this process would import them.
+
+    Args:
+        packages: their names; default: all packages of this project.
+
+    Raises:
+        ModuleNotFoundError: there is no such package.
+    """
+    digest = look_for_code(*packages)()
+    if digest is None:
+        raise ModuleNotFoundError(f"expected packages, got {' '.join(packages or _PACKAGES)}")
     return digest
 
 
-def look_for_code() -> Callable[[], str | None]:
+def look_for_code(*packages: str) -> Callable[[], str | None]:
     """A function that returns what `code_digest` does, or None if a package is missing.
 
     It refers to nothing of this project, so that Ray carries it whole to a node that may have another version, or none.
     """
-    packages = _PACKAGES
+    packages = packages or _PACKAGES
 
     def look() -> str | None:
         digest = hashlib.sha256()
