@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from app.console import CommandError, Unset, check_options, print_table
-from music_ar.decoding.budget import Setting
 from music_ar.ranges import MAX_SECONDS, number, whole
 
 if TYPE_CHECKING:
     from app.commands.timing import DecodeRow, RenderRow
+    from music_ar.decoding.budget import Setting
     from music_ar.model.config import ModelConfig
     from music_ar.model.weights import Weights
 
@@ -75,8 +75,10 @@ class Decode:
         contexts = self.context or (weights.config.context,)
         return decode_rows(weights, contexts, self._settings(weights.config), self.batch, self.tokens, scored)
 
-    def _settings(self, config: "ModelConfig") -> list[Setting]:
+    def _settings(self, config: "ModelConfig") -> "list[Setting]":
         """What to compare."""
+        from music_ar.decoding.budget import Setting
+
         if unknown := set(self.layers) - set(config.depths):
             raise CommandError(
                 f"--layers must be among {', '.join(map(str, config.depths))}, after which the model predicts; got "
