@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from music_ar.cluster import AUTO
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.features.wishes import Wishes
+from music_ar.features.wish_options import Wishes
 from music_ar.files import MAX_NAME_BYTES
 from music_ar.ranges import check_ranges, shown
 from music_ar.storage import is_url, open_folder

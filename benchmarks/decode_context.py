@@ -20,6 +20,7 @@ from flax import nnx
 
 from app.commands.timing import decode_rows
 from app.console import print_table
+from music_ar.decoding.budget import Setting
 from music_ar.model.config import PRESETS
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.model.pretrained import save_pretrained
@@ -56,7 +57,9 @@ def timed(arguments: argparse.Namespace, model: str, context: int) -> list[dict[
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(PerceiverAR(config, rngs=nnx.Rngs(0)), Path(folder))
         weights = read_weights(folder)
-    found, _ = decode_rows(weights, [context], [config.most_latents], arguments.batch, arguments.tokens, [])
+    found, _ = decode_rows(
+        weights, [context], [Setting(config.most_latents, config.layers)], arguments.batch, arguments.tokens, []
+    )
     layers = config.layers * config.most_latents + (config.reach if model == "perceiver-ar" else config.most_latents)
     of_token = 2 * config.kv_heads * config.head_size  # numbers of a key and a value
     return [

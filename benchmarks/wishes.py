@@ -28,7 +28,8 @@ from data_pipeline.windows import Windows
 from music_ar import Generator, Performance, Request, decode, encode
 from music_ar.features.composers import canonical
 from music_ar.features.measured import measure
-from music_ar.features.wishes import NUMBERS, WishTable
+from music_ar.features.wish_options import NUMBERS
+from music_ar.features.wishes import WishTable
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.model.pretrained import load_pretrained
 from music_ar.training.losses import token_nll

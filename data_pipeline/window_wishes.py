@@ -12,7 +12,8 @@ from jaxtyping import Float, Int32, Integer
 
 from music_ar.features.composers import canonical, era_of
 from music_ar.features.measured import measure
-from music_ar.features.wishes import WISHES, WishTable
+from music_ar.features.wish_options import WISHES
+from music_ar.features.wishes import WishTable
 from music_ar.ranges import check_ranges, number
 from music_ar.tokens.vocabulary import END, END_OF_GAP, EVENT_CLASSES
 

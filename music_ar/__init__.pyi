@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 from .decoding import Backend, Chunk, GenerationError, Request, SamplingError, SamplingOptions, Session
-from .features.wishes import WishError, Wishes
+from .features.wish_options import WishError, Wishes
 from .generator import Generator, Piece
 from .midi import MidiError, Performance, read_midi, write_midi
 from .model import CheckpointError

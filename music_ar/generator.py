@@ -16,7 +16,8 @@ from music_ar.decoding.loading import load_decoder
 from music_ar.decoding.request import DEFAULT_LATENTS, DEFAULT_SPEED, GenerationError, Prompt, Request
 from music_ar.decoding.session import Chunk, Session
 from music_ar.features.measured import Measured, measure
-from music_ar.features.wishes import WishControl, WishError, Wishes, wish_ids
+from music_ar.features.wish_options import WishError, Wishes
+from music_ar.features.wishes import WishControl, wish_ids
 from music_ar.midi.io import read_prompt
 from music_ar.midi.performance import Performance
 from music_ar.model.config import ModelConfig

@@ -11,7 +11,7 @@ from conftest import noisy_model
 
 from data_pipeline.dataset import Pieces
 from data_pipeline.wish_table import wish_table
-from music_ar.features.wishes import NUMBERS
+from music_ar.features.wish_options import NUMBERS
 from music_ar.model.config import PRESETS
 from music_ar.model.pretrained import save_pretrained
 from music_ar.tokens.vocabulary import INFILL_VOCABULARY_SIZE

@@ -70,6 +70,7 @@ def state_after(*pieces: np.ndarray, gaps: bool = False) -> DecodeState:
         limit_B=numbers,
         rng_B=jax.random.split(jax.random.key(0), len(pieces)),
         ended_B=jnp.zeros(len(pieces), bool),
+        wishes_BxD=jnp.zeros((len(pieces), 1)),
     )
 
 

@@ -242,7 +242,7 @@ def test_a_folder_of_version_0_1_continues(capsys, options, output):
 @pytest.fixture
 def measured(monkeypatch):
     """A machine whose step takes half a second."""
-    monkeypatch.setattr(Autotuner, "seconds_per_token", lambda *_: 0.5)
+    monkeypatch.setattr(Autotuner, "seconds_per_token", lambda *_, **__: 0.5)
 
 
 @pytest.mark.usefixtures("measured")

@@ -32,7 +32,7 @@ class Quick:
         before: called before each request is taken.
     """
 
-    config = SimpleNamespace(latents=32, most_latents=32)
+    config = SimpleNamespace(latents=32, most_latents=32, wishes=None)
 
     def __init__(self):
         self.used, self.before = [], lambda: None

@@ -18,7 +18,8 @@ from data_pipeline.sources import read_sources
 from data_pipeline.window_wishes import WindowWishes, WishDropout
 from data_pipeline.wish_table import wish_table
 from music_ar.features.measured import measure
-from music_ar.features.wishes import NUMBERS, WISHES, WishTable
+from music_ar.features.wish_options import NUMBERS, WISHES
+from music_ar.features.wishes import WishTable
 from music_ar.tokens.vocabulary import MIDDLE
 
 TABLE = WishTable(

@@ -1,6 +1,5 @@
 """Programs that outlast their process: loaded without tracing, compiled anew if that fails."""
 
-import contextlib
 import functools
 
 import jax
@@ -9,22 +8,6 @@ import numpy as np
 import pytest
 
 from music_ar.decoding.stored_programs import StoredPrograms
-
-
-@contextlib.contextmanager
-def cache_folder(folder):
-    before = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009  # added at run time
-    jax.config.update("jax_compilation_cache_dir", folder)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    with cache_folder(str(tmp_path)):
-        yield tmp_path
 
 
 @pytest.fixture
@@ -46,11 +29,10 @@ def call(programs, scale, factor, size=3, name=None):
     return np.asarray(result["a"]).tolist(), float(given)
 
 
-@pytest.mark.usefixtures("folder")
-def test_a_stored_program_is_not_traced_again(traced):
+def test_a_stored_program_is_not_traced_again(tmp_path, traced):
     scale, notes = traced
     for identity, trace in (("model", [2]), ("model", [2]), ("other model", [2, 2])):
-        programs = StoredPrograms(identity)
+        programs = StoredPrograms(identity, tmp_path)
         for _ in range(2):
             assert call(programs, scale, 2) == ([1, 3, 5], 2)
         jax.clear_caches()
@@ -58,30 +40,29 @@ def test_a_stored_program_is_not_traced_again(traced):
 
 
 @pytest.mark.parametrize("other", [{"factor": 3}, {"factor": 2, "size": 4}])
-def test_other_arguments_have_other_programs(folder, traced, other):
+def test_other_arguments_have_other_programs(tmp_path, traced, other):
     scale, notes = traced
-    programs = StoredPrograms("model")
+    programs = StoredPrograms("model", tmp_path)
     call(programs, scale, 2)
     size, factor = other.get("size", 3), other["factor"]
     assert call(programs, scale, **other) == ([factor * x + 1 for x in range(size)], factor)
     assert len(notes) == 2
-    assert len(list(folder.glob("scale-*.program"))) == 2
+    assert len(list(tmp_path.glob("scale-*.program"))) == 2
 
 
-def test_a_damaged_program_is_compiled_again(folder, traced):
+def test_a_damaged_program_is_compiled_again(tmp_path, traced):
     scale, notes = traced
-    call(StoredPrograms("model"), scale, 2)
-    [path] = folder.glob("*.program")
+    call(StoredPrograms("model", tmp_path), scale, 2)
+    [path] = tmp_path.glob("*.program")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     jax.clear_caches()
-    assert call(StoredPrograms("model"), scale, 2) == ([1, 3, 5], 2)
+    assert call(StoredPrograms("model", tmp_path), scale, 2) == ([1, 3, 5], 2)
     assert len(notes) == 2
     assert path.stat().st_size > len(whole) // 2
 
 
-def test_nothing_is_stored_without_a_cache(tmp_path, traced, monkeypatch):
+def test_nothing_is_stored_without_a_folder(tmp_path, traced, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with cache_folder(None):
-        assert call(StoredPrograms("model"), traced[0], 2) == ([1, 3, 5], 2)
+    assert call(StoredPrograms("model", None), traced[0], 2) == ([1, 3, 5], 2)
     assert not list(tmp_path.rglob("*.program"))

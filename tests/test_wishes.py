@@ -24,7 +24,8 @@ from music_ar.decoding.loading import load_decoder
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.features.composers import canonical, era_of
 from music_ar.features.measured import Measured, measure
-from music_ar.features.wishes import NUMBERS, WishError, Wishes, WishTable
+from music_ar.features.wish_options import NUMBERS, WishError, Wishes
+from music_ar.features.wishes import WishTable
 from music_ar.midi.pedalling import unfold
 from music_ar.model.config import PRESETS
 from music_ar.model.expansion import expand
@@ -363,7 +364,7 @@ def test_a_gap_is_filled_with_wishes_and_guidance(fast_whole_decoder):
     generator = Generator(fast_whole_decoder)
     options: dict[str, Any] = {"seconds": 1.5, "seed": 3, "latents": 16}
     plain = generator.infill(before, after, **options)
-    made = [generator.infill(before, after, composer="Liszt", **options, **each) for each in ({}, {"guidance": 2.0})]
+    made = [generator.infill(before, after, composer="Liszt", guidance=guidance, **options) for guidance in (1.0, 2.0)]
     for piece in made:
         last = piece.select(piece.onset_s >= before.duration_s + 1.5 - 1e-6)
         np.testing.assert_array_equal(last.pitch, after.pitch)
@@ -439,3 +440,7 @@ def test_training_moves_the_vectors_of_the_wishes_that_were_given(tmp_path):
     fitted = Trainer(model, tiny_training.EXACT, WishfulBatches(), output=tmp_path).fit()
     moved = np.abs(np.asarray(fitted.model.wishes.kernel[...])).max(axis=1)
     assert np.flatnonzero(moved).tolist() == [0]
+
+
+def test_the_numbers_are_those_that_can_be_measured():
+    assert Measured._fields == NUMBERS

@@ -20,7 +20,7 @@ from app.console import (
 )
 from app.output import import_write_audio, is_audio
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.features.wishes import Wishes
+from music_ar.features.wish_options import Wishes
 
 if TYPE_CHECKING:
     from music_ar.decoding.request import Request

@@ -23,7 +23,7 @@ from app.console import (
 )
 from app.output import import_write_audio
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.features.wishes import Wishes
+from music_ar.features.wish_options import Wishes
 from music_ar.ranges import whole
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from app.rendering.names import Names, file_name, job_name
 from app.rendering.on_ray import AnyGenerator
 from music_ar.decoding.request import DEFAULT_LATENTS, Request
 from music_ar.decoding.sampling import SamplingOptions
-from music_ar.features.wishes import WISH_OPTIONS, Wishes, wish_ids
+from music_ar.features.wish_options import WISH_OPTIONS, Wishes
+from music_ar.features.wishes import wish_ids
 from music_ar.files import parse_json, read_file
 from music_ar.midi.folders import MIDI_EXTENSIONS, find_midi_files, is_midi_name
 from music_ar.midi.io import MAX_BYTES

@@ -23,7 +23,7 @@ from app.web.settings import (
     checked,
     sampling_help,
 )
-from music_ar.features.wishes import NAMES, WISH_OPTIONS, wish_help
+from music_ar.features.wish_options import NAMES, WISH_OPTIONS, wish_help
 
 Result = tuple[dict[str, Any], list[str] | None]
 """Progress and, in the last result, the MIDI files."""

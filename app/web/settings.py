@@ -22,7 +22,7 @@ from pydantic import (
 
 from music_ar import Performance, Request, SamplingOptions
 from music_ar.decoding.request import MAX_SEED
-from music_ar.features.wishes import NAMES, WISH_OPTIONS, Wishes
+from music_ar.features.wish_options import NAMES, WISH_OPTIONS, Wishes
 
 AUTO = 0
 """The latent budget that stands for "auto"."""

@@ -22,7 +22,7 @@ from music_ar.decoding.interface import AnyDecoder, Options, leaves_early, optio
 from music_ar.decoding.request import GenerationError, Request, stuck_error
 from music_ar.decoding.sequence import Sequence
 from music_ar.decoding.windows import cache_size
-from music_ar.features.wishes import Wishes
+from music_ar.features.wish_options import Wishes
 from music_ar.midi.performance import MidiError, Performance
 from music_ar.tokens import vocabulary
 from music_ar.tokens.vocabulary import EventError

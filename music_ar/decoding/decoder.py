@@ -30,9 +30,10 @@ from music_ar.decoding.prefill import Prompts, prefill
 from music_ar.decoding.processors import draw
 from music_ar.decoding.state import BY_ROWS, Caches, DecodeState, EarlyExit, on_each_device
 from music_ar.decoding.step import advance, step
-from music_ar.decoding.stored_programs import StoredPrograms
+from music_ar.decoding.stored_programs import StoredPrograms, cache_folder
 from music_ar.decoding.windows import WINDOWS, WindowMode, cache_size
-from music_ar.features.wishes import Wishes, wish_vectors
+from music_ar.features.wish_options import Wishes
+from music_ar.features.wishes import wish_vectors
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.tokens import vocabulary
 
@@ -65,7 +66,7 @@ class Decoder:
         self.device, self.path = jax.local_devices()[0].device_kind, "jax"
         self.graph, self.params = _prepared(model, self.backend)
         self._wish_kernel_RxD = np.array(model.wishes.kernel[...]) if model.config.wish_rows else None
-        self._programs = StoredPrograms((self.config, self.backend, str(self.dtype)))
+        self._programs = StoredPrograms((self.config, self.backend, str(self.dtype)), cache_folder())
         self._params_on: dict[Mesh | None, nnx.State] = {None: self.params}
 
     def start(

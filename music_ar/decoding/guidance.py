@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int, Integer
 
 from music_ar.decoding.interface import AnyDecoder, AnyState, Options, row_wishes
 from music_ar.decoding.windows import WindowMode
-from music_ar.features.wishes import Wishes
+from music_ar.features.wish_options import Wishes
 
 
 def guided_logits(logits_BxV: Float[Any, "B V"], options: Options) -> Float[Any, "B V"]:

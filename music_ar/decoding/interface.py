@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float32, Int, Integer
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.windows import WindowMode
-from music_ar.features.wishes import Wishes
+from music_ar.features.wish_options import Wishes
 from music_ar.model.config import ModelConfig
 
 Options = dict[str, Any]

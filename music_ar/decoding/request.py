@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from music_ar.decoding.gap_request import LONGEST_S, RELEASE_S, SHORTEST_S, GapRequest
 from music_ar.decoding.sampling import OPTION_NAMES, SamplingOptions
-from music_ar.features.wishes import WISH_OPTIONS, Wishes
+from music_ar.features.wish_options import WISH_OPTIONS, Wishes
 from music_ar.midi.io import read_prompt
 from music_ar.midi.performance import Performance
 from music_ar.ranges import MAX_SECONDS, MAX_SEED, check_ranges, number, shown, whole

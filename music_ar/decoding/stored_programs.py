@@ -1,8 +1,8 @@
 """Compiled programs on disk, so that a second start neither traces nor lowers the model again.
 
-JAX's own cache saves XLA's work only; tracing and lowering the decoding loop takes 2 s on a GPU. Programs are stored in
-the same folder, if JAX is told one (`jax_compilation_cache_dir`). Loading a program runs code from it, as with JAX's
-cache: the folder must be the user's own.
+JAX's own cache saves XLA's work only; tracing and lowering the decoding loop takes 2 s on a GPU. Loading a program runs
+code from it, as with JAX's cache: the folder must be the user's own. Not for CPUs, on which a loaded program may lack
+functions (JAX 0.10).
 """
 
 import functools
@@ -28,10 +28,11 @@ class StoredPrograms:
     Args:
         identity: what the programs depend on besides their names, array arguments and this project's code. Its `repr`
             must not change from process to process.
+        folder: where they are stored; None to store none.
     """
 
-    def __init__(self, identity: Any):
-        self._identity = identity
+    def __init__(self, identity: Any, folder: Path | None):
+        self._identity, self._folder = identity, folder
         self._programs: dict[Any, Callable[..., Any]] = {}
 
     def call(self, name: str, function: Any, static: tuple[Any, ...], arguments: tuple[Any, ...], like: Any) -> Any:
@@ -44,15 +45,14 @@ class StoredPrograms:
             arguments: pytrees of arrays, the first of them on the devices that are to run it.
             like: any pytree with the structure of the result.
         """
-        folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]  # added at run time
-        if folder is None:
+        if self._folder is None:
             return function(*static, *arguments)
         leaves, structure = jax.tree.flatten(arguments)
         key = (name, structure, tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves))
         if key in self._programs:
             return self._programs[key](*arguments)
         digest = hashlib.sha256(repr((_environment(), self._identity, *map(str, key))).encode()).hexdigest()
-        path = Path(folder) / f"{name}-{digest}.program"
+        path = self._folder / f"{name}-{digest}.program"
         structures = jax.tree.structure((arguments, {})), jax.tree.structure(like)
         program = _loaded(path, *structures, leaves[0].sharding)
         if program is not None:
@@ -66,6 +66,12 @@ class StoredPrograms:
     def clear(self) -> None:
         """Forget the programs that are in memory."""
         self._programs.clear()
+
+
+def cache_folder() -> Path | None:
+    """The folder of JAX's cache, if it has one and the device is not a CPU."""
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]  # added at run time
+    return None if folder is None or jax.local_devices()[0].platform == "cpu" else Path(folder)
 
 
 @functools.cache

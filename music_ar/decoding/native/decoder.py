@@ -17,7 +17,8 @@ from music_ar.decoding.interface import depth_of, distinct, row_wishes
 from music_ar.decoding.native.library import CConfig, COptions, CState, CTensor, Library, load
 from music_ar.decoding.native.state import NativeState
 from music_ar.decoding.native.weights import Tensor, engine_tensors
-from music_ar.features.wishes import Wishes, wish_vectors
+from music_ar.features.wish_options import Wishes
+from music_ar.features.wishes import wish_vectors
 from music_ar.model.config import ModelConfig
 from music_ar.model.weights import Weights
 from music_ar.tokens import vocabulary
