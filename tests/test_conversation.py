@@ -121,22 +121,17 @@ def test_an_answer_follows_what_was_played(connect):
 @pytest.mark.slow
 def test_both_decoders_answer_and_are_silenced(decoder):
     conversations = Conversations(SessionManager(Machine(Generator(decoder))))
-    with TestClient(ConversationRoutes(conversations)) as client:
-        with client.websocket_connect("/conversation") as connection:
-            player = Player(connection)
-            name = player.open(session=None)["session"]
-            player.say(type="play", events=PHRASE)
-            player.say(type="answer", id=1, **{"from": 2.0}, seconds=60, seed=1)
-            while player.next("music")["until"] < 4:
-                pass
-            player.say(type="play", events=[[3.0, "on", 50, 90], [3.5, "off", 50]])
-            assert player.next("end")["at"] == 3.0
-            assert player.answer(2, 4.0, seconds=1, seed=2)[1]["why"] == "enough"
-        conversation = conversations.of(name)
-        assert conversation is not None
-        known = Reading(conversation.timeline).tokens
-        same = aligned(conversation.live.tokens, known)
-        assert conversation.live.tokens[: len(same)].tolist() == same.tolist()
+    routes = ConversationRoutes(conversations)
+    with TestClient(routes) as client, client.websocket_connect("/conversation") as connection:
+        player = Player(connection)
+        player.open(session=None)
+        player.say(type="play", events=PHRASE)
+        player.say(type="answer", id=1, **{"from": 2.0}, seconds=60, seed=1)
+        while player.next("music")["until"] < 4:
+            pass
+        player.say(type="play", events=[[3.0, "on", 50, 90], [3.5, "off", 50]])
+        assert player.next("end")["at"] == 3.0
+        assert player.answer(2, 4.0, seconds=1, seed=2)[1]["why"] == "enough"
     conversations.stop()
 
 
