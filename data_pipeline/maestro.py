@@ -7,9 +7,7 @@ The official splits keep each composition in one split, so they are used as they
 
 from __future__ import annotations
 
-import csv
 import errno
-import io
 import lzma
 import os
 import zipfile
@@ -20,6 +18,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from data_pipeline.csv_table import parse_rows
 from data_pipeline.manifest import SPLITS, DatasetError
 from music_ar.files import read_file
 from music_ar.midi.folders import is_hidden, is_midi_name
@@ -170,16 +169,7 @@ def _find_table(files: MidiFiles) -> str:
 
 def _parse_table(table: str, content: bytes) -> list[dict[str, str]]:
     """The columns `_CSV_COLUMNS` of every row."""
-    try:
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
-        columns = reader.fieldnames or ()
-        if missing := [column for column in _CSV_COLUMNS if column not in columns]:
-            raise DatasetError(
-                f"{table}: expected the columns {', '.join(_CSV_COLUMNS)}; found no {', '.join(missing)}."
-            )
-        rows = [{column: row[column] or "" for column in _CSV_COLUMNS} for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{table}: not a readable CSV ({error}).") from error
+    rows = [{column: row[column] for column in _CSV_COLUMNS} for row in parse_rows(table, content, _CSV_COLUMNS)]
     if not rows:
         raise DatasetError(f"{table}: no rows.")
     for row in rows:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.csv_table import read_rows
 from data_pipeline.manifest import DatasetError
-from music_ar.files import read_file
 from music_ar.ranges import shown
 from music_ar.storage import is_url
 
@@ -40,24 +38,14 @@ def read_sources(table: Path) -> list[Source]:
     Raises:
         DatasetError: it is not such a file.
     """
-    try:
-        reader = csv.DictReader(io.StringIO(read_file(table).decode("utf-8-sig"), newline=""), strict=True)
-        columns = reader.fieldnames or ()
-        rows = list(reader)
-    except OSError as error:
-        raise DatasetError(f"{table}: cannot be read ({error.strerror}).") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{table}: not a readable CSV ({error}).") from error
-    if missing := [column for column in COLUMNS if column not in columns]:
-        raise DatasetError(f"{table}: expected the columns {', '.join(COLUMNS)}; found no {', '.join(missing)}.")
-    sources = [_source(table, number, row) for number, row in enumerate(rows, start=2)]
+    sources = [_source(table, number, row) for number, row in enumerate(read_rows(table, COLUMNS), start=2)]
     _check_names(table, sources)
     total = sum(source.share for source in sources)
     return [Source(name=each.name, data=each.data, share=each.share / total) for each in sources]
 
 
-def _source(table: Path, line: int, row: dict[str, str | None]) -> Source:
-    name, data, share = ((row[column] or "").strip() for column in COLUMNS)
+def _source(table: Path, line: int, row: dict[str, str]) -> Source:
+    name, data, share = (row[column].strip() for column in COLUMNS)
     try:
         number = float(share)
     except ValueError:

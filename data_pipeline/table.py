@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from data_pipeline.csv_table import read_rows
 from data_pipeline.manifest import DatasetError
-from music_ar.files import read_file
 
 _NEEDED = ("file", "composer")
 
@@ -47,16 +45,8 @@ def read_compositions(table: Path, names: Sequence[str]) -> dict[str, str]:
 
 def _read_rows(table: Path) -> list[dict[str, str]]:
     """The columns file, composer and title of every row."""
-    try:
-        reader = csv.DictReader(io.StringIO(read_file(table).decode("utf-8-sig"), newline=""), strict=True)
-        columns = reader.fieldnames or ()
-        rows = [{name: (row.get(name) or "").strip() for name in (*_NEEDED, "title")} for row in reader]
-    except OSError as error:
-        raise DatasetError(f"{table}: cannot be read ({error.strerror}).") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{table}: not a readable CSV ({error}).") from error
-    if missing := [column for column in _NEEDED if column not in columns]:
-        raise DatasetError(f"{table}: expected the columns {', '.join(_NEEDED)}; found no {', '.join(missing)}.")
+    names = (*_NEEDED, "title")
+    rows = [{name: row.get(name, "").strip() for name in names} for row in read_rows(table, _NEEDED)]
     return [row | {"file": row["file"].replace("\\", "/")} for row in rows]
 
 

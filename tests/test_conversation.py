@@ -6,6 +6,7 @@ import time
 
 import mido
 import pytest
+from played import PHRASE
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Mount
@@ -21,15 +22,6 @@ from app.web.reading import Reading
 from app.web.warmup import Machine
 from music_ar import Generator, decode
 from music_ar.decoding.live import aligned
-
-PHRASE = [
-    [0.5, "pedal", 127],
-    [0.5123, "on", 60, 80],
-    [0.7, "on", 64, 70],
-    [0.9, "off", 60],
-    [1.2, "off", 64],
-    [1.5, "pedal", 0],
-]
 
 
 @pytest.fixture(scope="module")

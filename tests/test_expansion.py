@@ -8,26 +8,13 @@ import numpy as np
 import pytest
 from conftest import noisy_model
 from flax import nnx
+from reference_model import SMALL
 
-from music_ar.model.config import ModelConfig
 from music_ar.model.expansion import expand
 from music_ar.tokens import vocabulary
 from music_ar.training.losses import token_nll
 
-CONFIG = ModelConfig(
-    context=16,
-    latents=8,
-    width=12,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_size=4,
-    hidden=20,
-    conv_width=3,
-    onsets=2,
-    retrieval_notes=12,
-    time_heads=1,
-)
+CONFIG = dataclasses.replace(SMALL, retrieval_notes=12)
 LARGER = dataclasses.replace(CONFIG, width=20, layers=3, heads=10, kv_heads=5, time_heads=2, hidden=28, label_size=3)
 FEATURES = ("keyboard", "retrieval")  # most of which no window shows
 

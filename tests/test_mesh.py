@@ -1,14 +1,11 @@
 """The mesh of training devices: its text, and runs that give the same losses however the devices share the work."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from four_devices import run_on_four_devices
 from jax.sharding import PartitionSpec
 from test_training import StoppingBatches
 from tiny_training import EXACT, CountingBatches, log_of, noisy, run
@@ -105,27 +102,10 @@ def on_four_devices(folder):
         run(folder / "refused", dataclasses.replace(EXACT, micro_batches=2), mesh=make_mesh({"fsdp": 4}))
 
 
-IN_A_PROCESS = """
-import pathlib, sys
-sys.path.insert(0, {tests!r})
-import test_mesh
-test_mesh.on_four_devices(pathlib.Path({output!r}))
-"""
-
-
 @pytest.mark.slow
 def test_every_mesh_gives_the_losses_of_one_device_and_a_run_may_change_it(tmp_path):
-    here = Path(__file__).parent
-    result = subprocess.run(
-        [sys.executable, "-c", IN_A_PROCESS.format(tests=str(here), output=str(tmp_path))],
-        cwd=here.parent,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "rematerialization" not in result.stderr  # XLA would copy a whole stack of matrices to each device
+    _, errors = run_on_four_devices("test_mesh", "on_four_devices", tmp_path)
+    assert "rematerialization" not in errors  # XLA would copy a whole stack of matrices to each device
     train(tmp_path / "one", "data=1")
     train(tmp_path / "moved", "data=1", resume=True)
     expected = np.array(log_of(tmp_path / "one", "loss", "gradient_norm", "validation"), float)

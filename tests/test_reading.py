@@ -2,20 +2,12 @@
 
 import numpy as np
 import pytest
+from played import PHRASE
 
 from app.web.reading import Reading, rest_tokens
 from app.web.timeline import Refused, Timeline
 from music_ar import Performance, encode
 from music_ar.tokens import vocabulary
-
-PHRASE = [
-    [0.5, "pedal", 127],
-    [0.5123, "on", 60, 80],
-    [0.7, "on", 64, 70],
-    [0.9, "off", 60],
-    [1.2, "off", 64],
-    [1.5, "pedal", 0],
-]
 
 
 def test_a_reading_is_the_encoding_of_the_notes():

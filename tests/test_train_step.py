@@ -3,10 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +11,7 @@ import optax
 import pytest
 from conftest import noisy_model
 from flax import nnx
+from four_devices import run_on_four_devices
 from reference_model import reference
 from tiny_training import CONFIG, EXACT, TRAINING, B, CountingBatches, M, N, log_of, noisy, run
 
@@ -275,30 +272,13 @@ def metrics_on_devices(output):
     return found
 
 
-IN_A_PROCESS = """
-import json, pathlib, sys
-sys.path.insert(0, {tests!r})
-import test_train_step
-print(json.dumps(test_train_step.metrics_on_devices(pathlib.Path({output!r}))))
-"""
-
-
 @pytest.mark.slow
 def test_devices_share_the_batch_and_its_teachers_and_give_the_losses_of_one(take_step, tmp_path):
-    here = Path(__file__).parent
-    result = subprocess.run(
-        [sys.executable, "-c", IN_A_PROCESS.format(tests=str(here), output=str(tmp_path))],
-        cwd=here.parent,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    printed, _ = run_on_four_devices("test_train_step", "metrics_on_devices", tmp_path)
     on_one = [take_step(DISTILLED, teachers=teachers_of(kind))[2] for kind in (CrossFitted, CrossFitted, Ensemble)]
     expected = [[float(metrics["loss"]), float(metrics["gradient_norm"])] for metrics in on_one]
     assert abs(expected[1][1] - expected[2][1]) > 1e-2  # what teaches makes a difference
-    np.testing.assert_allclose(json.loads(result.stdout.splitlines()[-1]), expected, rtol=1e-3)
+    np.testing.assert_allclose(json.loads(printed.splitlines()[-1]), expected, rtol=1e-3)
     run(tmp_path / "on one", dataclasses.replace(EXACT, log_every=1))
     of_one, of_four = (np.array(log_of(tmp_path / name, "loss", "gradient_norm")) for name in ("on one", "on four"))
     assert len(of_one) == 6
