@@ -5,6 +5,7 @@ import json
 import time
 
 import mido
+import numpy as np
 import pytest
 from played import PHRASE
 from starlette.applications import Starlette
@@ -22,6 +23,8 @@ from app.web.reading import Reading
 from app.web.warmup import Machine
 from music_ar import Generator, decode
 from music_ar.decoding.live import aligned
+from music_ar.tokens import vocabulary
+from music_ar.tokens.codec import event_steps
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +119,24 @@ def test_both_decoders_answer_and_are_silenced(decoder):
     routes = ConversationRoutes(conversations)
     with TestClient(routes) as client, client.websocket_connect("/conversation") as connection:
         player = Player(connection)
-        player.open(session=None)
+        name = player.open(session=None)["session"]
         player.say(type="play", events=PHRASE)
         player.say(type="answer", id=1, **{"from": 2.0}, seconds=60, seed=1)
         while player.next("music")["until"] < 4:
             pass
         player.say(type="play", events=[[3.0, "on", 50, 90], [3.5, "off", 50]])
         assert player.next("end")["at"] == 3.0
-        assert player.answer(2, 4.0, seconds=1, seed=2)[1]["why"] == "enough"
+        _, end = player.answer(2, 4.0, seconds=1, seed=2)
+        assert end["why"] == "enough"
+        conversation = conversations.of(name)
+        assert conversation is not None
+        read = conversation.live.tokens
+        known = aligned(read, Reading(conversation.timeline).tokens)
+    # The state has read all but the last time step, in which the end of the answer also ended its notes.
+    differs = [place for place, (one, other) in enumerate(zip(read, known, strict=False)) if one != other]
+    unread = np.arange(len(known)) >= min([*differs, len(read)])
+    unread &= vocabulary.is_note(known)
+    assert set(event_steps(known)[unread].tolist()) <= {round(end["at"] * vocabulary.STEPS_PER_SECOND)}
     conversations.stop()
 
 
