@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
+from web_browser import wait_until
 
 from app.web import conversations as limits
 from app.web.conversation_routes import ConversationRoutes
@@ -130,6 +131,7 @@ def test_both_decoders_answer_and_are_silenced(decoder):
         assert end["why"] == "enough"
         conversation = conversations.of(name)
         assert conversation is not None
+        wait_until(lambda: not conversation.working, "the end of the answer to be read")
         read = conversation.live.tokens
         known = aligned(read, Reading(conversation.timeline).tokens)
     # The state has read all but the last time step, in which the end of the answer also ended its notes.

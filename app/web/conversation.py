@@ -83,8 +83,8 @@ class Conversation:
 
     @property
     def working(self) -> bool:
-        """Whether the model's state is in use."""
-        return self._one_at_a_time.locked()
+        """Whether the model's state is in use, or has something to read."""
+        return self._one_at_a_time.locked() or self._unread
 
     def play(self, events: object) -> None:
         """Take what the person has played. A key that goes down ends the answer under way.
