@@ -1,30 +1,17 @@
 // The interface that library.py calls. Arguments are checked there; nothing here throws except for want of memory.
-#include <sched.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <memory>
-#include <thread>
 
 #include "model.h"
 #include "sampling.h"
 
 namespace music_ar {
 
-static int usable_cores() {
-#if defined(__linux__)
-  cpu_set_t cores;
-  if (sched_getaffinity(0, sizeof cores, &cores) == 0) return CPU_COUNT(&cores);
-#endif
-  return std::max(1, int(std::thread::hardware_concurrency()));
-}
-
-constexpr int MOST_THREADS = 16;  // more gain nothing: the products of a step are too short to share
-
 // The pool of the process. An old one is left alone when the number changes: its threads sleep.
 static Threads*& pool() {
-  static Threads* threads = new Threads(std::min(MOST_THREADS, usable_cores()));
+  static Threads* threads = new Threads(1);
   return threads;
 }
 

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from music_ar.decoding.native.sources import digest
+from music_ar.system import usable_cores
 
 PATH = Path(__file__).with_name("_engine.so")
 """Where the installation puts the library, if it found a compiler."""
+_MOST_THREADS = 16  # more gain nothing: the products of a step are too short to share
 
 
 class CConfig(ctypes.Structure):
@@ -146,4 +148,7 @@ def load() -> Library | None:
         library = Library(PATH)
     except (OSError, AttributeError):
         return None
-    return library if library.sources().decode() == digest(PATH.parent) else None
+    if library.sources().decode() != digest(PATH.parent):
+        return None
+    library.set_threads(min(_MOST_THREADS, usable_cores()))
+    return library
