@@ -36,4 +36,4 @@ def served(*, measure: bool = True, checkpoint: str | None = None) -> Iterator[t
         yield found[0], process.pid
     finally:
         process.terminate()
-        process.wait()
+        process.communicate()

@@ -85,3 +85,17 @@ def test_infill_scores_middles_from_both_sides_and_from_one(prepared, tmp_path, 
     for result in results:
         assert result["gain"] == pytest.approx(result["left"] - result["both"])
         assert result["gain"] != 0
+
+
+@pytest.mark.slow
+def test_an_hour_is_followed_on_both_ways(tiny_checkpoint, monkeypatch, capsys):
+    options = f"--checkpoint {tiny_checkpoint} --seconds 10 --prompt-tokens 8000 --latents 16"
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr("sys.argv", ["an_hour.py", *options.split()])
+    runpy.run_path(str(ROOT / "benchmarks" / "an_hour.py"), run_name="__main__")
+    command_line, page = map(json.loads, capsys.readouterr().out.splitlines())
+    assert command_line["a tenth"]["music_s"] <= 2
+    assert 0 < command_line["a tenth"]["tokens"] < command_line["all"]["tokens"]
+    assert page["parts"][-1]["music_s"] == pytest.approx(command_line["all"]["music_s"], abs=1)
+    assert page["parts"][-1]["notes"] > 0
+    assert page["prompt_s"] > 120
