@@ -62,11 +62,18 @@ def model_of(weights: Weights, *, compute: Compute = Compute()) -> PerceiverAR:
         weights: its sizes and parameters.
         compute: how it computes.
     """
-    graph, params = nnx.split(nnx.eval_shape(lambda: PerceiverAR(weights.config, rngs=nnx.Rngs(0), compute=compute)))
+    graph, params = nnx.split(nnx.eval_shape(lambda: PerceiverAR(weights.config, rngs=_OneKey(0), compute=compute)))
     variables = dict(nnx.to_flat_state(params))
     arrays = jax.device_put({path: weights.float32(_name(path)) for path in variables})  # all at once
     flat = {path: variable.replace(arrays[path]) for path, variable in variables.items()}
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+class _OneKey(nnx.Rngs):
+    """The same key for all initial values, which are not used: tracing a key for each takes longer than the rest."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
 
 
 def weights_of(model: PerceiverAR, *, int8: bool = True) -> Weights:
