@@ -257,14 +257,14 @@ def test_a_damaged_file_is_refused_by_name(folder):
     [
         (
             lambda tensors: tensors.pop("embedding_query"),
-            "expected embedding_query as float16 [24] by config.json, found nothing",
+            "expected embedding_query as float16 [28] by config.json, found nothing",
         ),
         (
             lambda tensors: tensors.update(extra=np.zeros(1, np.float16)),
             "tensors that do not belong to config.json: ['extra']",
         ),
-        (lambda tensors: tensors.update(embedding_query=np.zeros(24, np.float32)), "found float32 [24]"),
-        (lambda tensors: tensors.update(embedding_query=np.full(24, np.inf, np.float16)), "infinite or not a number"),
+        (lambda tensors: tensors.update(embedding_query=np.zeros(28, np.float32)), "found float32 [28]"),
+        (lambda tensors: tensors.update(embedding_query=np.full(28, np.inf, np.float16)), "infinite or not a number"),
     ],
 )
 def test_other_weights_are_refused_by_name(folder, edit, message):

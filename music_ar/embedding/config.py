@@ -29,7 +29,7 @@ class PieceEncoderConfig:
 
     size: int = whole(128, 2, 4096)
     earlier: int = whole(8, 1, 64)
-    time_bands: int = whole(12, 1, 20)
+    time_bands: int = whole(14, 1, 20)
     channels: int = whole(512, 1, 2**16)
     latents: int = whole(128, 1, 2**16)
     width: int = whole(256, 1, 2**16)
