@@ -121,10 +121,10 @@ def test_dropout_needs_a_key():
 def test_training_lowers_both_losses(tmp_path):
     config = dataclasses.replace(TRAINING, steps=80, log_every=10, dropout=0.0, checkpoint_minutes=5.0)
     fitted = run(tmp_path, config)
-    lines = log_of(tmp_path, "contrastive_loss", "hidden_loss", "passage_accuracy", "pitch_accuracy")
+    lines = log_of(tmp_path, "contrastive_loss", "hidden_loss", "passage_accuracy")
     assert lines[-1][0] < 0.7 * lines[0][0]
-    assert lines[-1][1] < 0.9 * lines[0][1]
-    assert lines[-1][2] > lines[0][2] + 0.2
+    assert lines[-1][1] < 0.8 * lines[0][1]
+    assert lines[-1][2] > lines[0][2]
     assert not np.array_equal(fitted.model.embedding_query[...], fresh_encoder().embedding_query[...])
 
 
