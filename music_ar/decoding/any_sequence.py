@@ -39,7 +39,7 @@ def draw_sequences(
     window_BxM = np.pad(prompts_BxP, ((0, 0), (missing, 0)), constant_values=config.pad)[:, -config.window :]
     graph, params = nnx.split(model, nnx.Param)
     # At a temperature of almost 0, everything but the likeliest is infinitely far below it.
-    drawn = _draw(graph, length, params, window_BxM, jax.random.key(seed), max(temperature, 1e-6))
+    drawn = _draw(graph, length, params, window_BxM, jax.random.key(seed), jnp.maximum(temperature, 1e-6))
     return np.asarray(drawn)
 
 
@@ -50,7 +50,7 @@ def _draw(
     params: nnx.State,
     window_BxM: Array,
     key: Array,
-    temperature: float,
+    temperature: Array,
 ) -> Int[Array, "B length"]:
     model = nnx.merge(graph, params)
 
