@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
     """A run of training, with the model that it gave in the folder `model`."""
     folder = tmp_path_factory.mktemp("counting")
     config = TrainingConfig(
-        steps=60, batch_size=B, warmup_steps=5, dropout=0.0, prefix_keep=1.0, ema_decay=0.8, checkpoint_minutes=1e5
+        steps=120, batch_size=B, warmup_steps=5, dropout=0.0, prefix_keep=1.0, ema_decay=0.8, checkpoint_minutes=1e5
     )
     fitted = Trainer(PerceiverAR(CONFIG, rngs=nnx.Rngs(0)), config, CountingBatches(), output=folder).fit()
     save_pretrained(fitted.model, folder / "model", int8=False)
@@ -72,7 +72,7 @@ def test_it_learns_scores_and_continues_sequences(counting):
     sequence = (np.arange(20) % SYMBOLS).astype(np.int32)
     nats = score_tokens(counting, [sequence, sequence[3:6]], ScoringConfig(stride=4))
     assert [of_each.shape for of_each in nats] == [(1, 19), (1, 2)]
-    assert max(of_each.max() for of_each in nats) < 0.5 < np.log(SYMBOLS)
+    assert np.concatenate(nats, axis=1).mean() < np.log(SYMBOLS) / 4
     prompts = np.array([[PADDING, PADDING, 2, 3], [0, 1, 2, 3], [5, 0, 1, 2]], np.int32)
     drawn = draw_sequences(counting, prompts, 15, seed=0, temperature=0.0)
     np.testing.assert_array_equal(drawn, (prompts[:, -1:] + np.arange(1, 16)) % SYMBOLS)
@@ -181,7 +181,7 @@ def test_sizes_that_do_not_fit_together_are_refused(changes, message):
 
 
 COMMANDS = {
-    "generate": "generate --output {new}/piece.mid --checkpoint {model}",
+    "generate": "generate --output {new}.mid --checkpoint {model}",
     "render": "render --count 1 --output {new} --checkpoint {model}",
     "evaluate": "evaluate --data {data} --checkpoint {model}",
     "web": "web --checkpoint {model}",
