@@ -17,6 +17,7 @@ from music_ar.decoding.loading import load_decoder
 from music_ar.evaluation.calibration import calibrate
 from music_ar.evaluation.likelihood import ScoringConfig, score, score_tokens
 from music_ar.model.config import PRESETS, ModelConfig
+from music_ar.model.expansion import expand
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.model.pretrained import load_pretrained, model_of, save_pretrained, weights_of
 from music_ar.model.weights import DEFAULT_MODEL, CheckpointError, Weights, local_folder, read_weights
@@ -197,6 +198,14 @@ def test_commands_for_music_refuse_it_by_name(command, folder, prepared, tmp_pat
     arguments = COMMANDS[command].format(new=tmp_path / "new", model=model, data=prepared).split()
     assert main(arguments) == 2
     assert f"{model} is not a model of music: its 7 tokens are not events" in " ".join(capsys.readouterr().err.split())
+
+
+def test_it_is_expanded_but_for_its_vocabulary(counting):
+    wider = expand(counting, dataclasses.replace(CONFIG, width=24, hidden=48), rngs=nnx.Rngs(0))
+    tokens = np.array([[PADDING, 3, 4, 5, 0]], np.int32)
+    np.testing.assert_allclose(logits_of(wider, tokens)[:, 1:], logits_of(counting, tokens)[:, 1:], atol=1e-3)
+    with pytest.raises(ValueError, match="vocabulary_size 7 -> 8"):
+        expand(counting, dataclasses.replace(CONFIG, vocabulary_size=8), rngs=nnx.Rngs(0))
 
 
 def test_what_is_for_music_refuses_it_in_python_too(folder, counting):
