@@ -126,9 +126,8 @@ def _window_bytes(model: ModelConfig, compute: Compute, training: TrainingConfig
     size, latents = BYTES[compute.dtype], model.latents
     prefix = round((model.attended(model.window) - latents) * training.prefix_keep) // axes["sequence"]
     query_width, kv_width = model.heads * model.head_size, 2 * model.kv_heads * model.head_size
-    # The one-hot rows of tokens and features; products on CPUs take them transposed, which is a copy.
-    hot = (model.vocabulary_size + model.feature_count) * (_PLAIN if plain else 1)
-    of_row = size * (5 * model.width + 3 * kv_width + hot)
+    streams, pairs = (7, 4) if plain else (5, 3)  # of a row's width, and of its keys and values
+    of_row = size * (streams * model.width + pairs * kv_width + model.vocabulary_size + model.feature_count)
     of_block = size * (4 * model.width + 3 * query_width + 3 * kv_width // 2 + 2 * model.hidden)
     of_block *= _PLAIN if plain else 1
     of_latent = (model.layers + 1) * of_block + 3 * 4 * model.vocabulary_size
