@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import noisy_model
 
@@ -85,3 +86,17 @@ def test_infill_scores_middles_from_both_sides_and_from_one(prepared, tmp_path, 
     for result in results:
         assert result["gain"] == pytest.approx(result["left"] - result["both"])
         assert result["gain"] != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "symbol", "count"), [("pixels", "pixel", 2), ("text_bytes", "byte", 3)])
+def test_orders_are_compared_with_references(script, symbol, count, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr("sys.argv", [f"{script}.py", "--output", str(tmp_path), "--steps", "3", "--seeds", "1"])
+    runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"), run_name="__main__")
+    references, *models = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert len({model["order"] for model in models}) == len(models) == count
+    uniform = {"pixel": 17, "byte": 256}[symbol]
+    assert 0 < references["unigram"] < np.log(uniform)
+    for model in models:
+        assert 0 < model[f"nats_per_{symbol}"] < 2 * np.log(uniform)
