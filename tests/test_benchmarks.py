@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import noisy_model
 
@@ -99,3 +100,17 @@ def test_an_hour_is_followed_on_both_ways(tiny_checkpoint, monkeypatch, capsys):
     assert page["parts"][-1]["music_s"] == pytest.approx(command_line["all"]["music_s"], abs=1)
     assert page["parts"][-1]["notes"] > 0
     assert page["prompt_s"] > 120
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "symbol", "count"), [("pixels", "pixel", 2), ("text_bytes", "byte", 3)])
+def test_orders_are_compared_with_references(script, symbol, count, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr("sys.argv", [f"{script}.py", "--output", str(tmp_path), "--steps", "3", "--seeds", "1"])
+    runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"), run_name="__main__")
+    references, *models = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert len({model["order"] for model in models}) == len(models) == count
+    uniform = {"pixel": 17, "byte": 256}[symbol]
+    assert 0 < references["unigram"] < np.log(uniform)
+    for model in models:
+        assert 0 < model[f"nats_per_{symbol}"] < 2 * np.log(uniform)

@@ -40,8 +40,11 @@ def test_the_estimate_is_near_the_peaks_measured_on_a_gpu(context, measured_gb):
 
 
 @pytest.mark.slow
-def test_the_estimate_is_near_what_xla_says_of_a_step():
-    sizes = ModelConfig(context=4096, latents=256, width=128, layers=2, heads=4, kv_heads=2, head_size=32, hidden=384)
+@pytest.mark.parametrize("latents", [256, 1024])
+def test_the_estimate_is_near_what_xla_says_of_a_step(latents):
+    sizes = ModelConfig(
+        context=4096, latents=latents, width=128, layers=2, heads=4, kv_heads=2, head_size=32, hidden=384
+    )
     mesh = make_mesh(devices=jax.devices()[:1])
     graph, params = nnx.split(nnx.eval_shape(lambda: PerceiverAR(sizes, rngs=nnx.Rngs(0))), nnx.Param)
     optimizer = build_optimizer(ONE_WINDOW, mesh)
@@ -55,9 +58,10 @@ def test_the_estimate_is_near_what_xla_says_of_a_step():
     train_step: Any = make_train_step(graph, ONE_WINDOW, optimizer, mesh, objective)  # what jax.jit returns
     lowered = train_step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32), [])
     analysis = lowered.compile().memory_analysis()
-    found = step_memory(sizes, Compute(), ONE_WINDOW, ONE).total
-    # So small a step is estimated less closely than those of real models.
-    assert 1 / 1.4 < found / (analysis.argument_size_in_bytes + analysis.temp_size_in_bytes) < 1.4
+    # The step does not see the initial parameters and the best average, which `Trainer` keeps.
+    beside = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    expected = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + beside
+    assert 1 / 1.15 < step_memory(sizes, Compute(), ONE_WINDOW, ONE).total / expected < 1.15
 
 
 def test_each_axis_splits_its_part():

@@ -51,10 +51,13 @@ class Decoder:
             exact for a pretrained model.
 
     Raises:
-        ValueError: the backend's attention kernel does not support the model's sizes.
+        ValueError: the backend's attention kernel does not support the model's sizes, or the model has a vocabulary of
+            its own, for which there is `music_ar.decoding.any_sequence`.
     """
 
     def __init__(self, model: PerceiverAR, backend: Backend | None = None):
+        if not model.config.is_music:
+            raise ValueError("a decoder writes music; draw sequences of another vocabulary with `draw_sequences`")
         chosen = backends.select() if backend is None else backend
         self.backend = chosen.suited_to(model.config)
         if backend is not None and self.backend != backend:

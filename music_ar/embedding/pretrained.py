@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from flax import nnx
 
 from music_ar.embedding.config import PieceEncoderConfig
 from music_ar.embedding.encoder import PieceEncoder

@@ -56,9 +56,11 @@ def calibrate(
         would amount to a single temperature.
 
     Raises:
-        ValueError: there are no pieces, or one is shorter than a start and an end.
+        ValueError: there are no pieces, one is shorter than a start and an end, or the model is not one of music.
     """
-    check_pieces(pieces)
+    if not model.config.is_music:
+        raise ValueError("calibration scales token types of music; this model has a vocabulary of its own")
+    check_pieces(pieces, model.config)
     targets = sum(len(piece) - 1 for piece in pieces)
     fit_2xK = _newton_minimum(
         lambda fit_2xK: _nll_derivatives(model, pieces, fit_2xK),
@@ -96,7 +98,7 @@ def _nll_derivatives(
     batch_size = min(_BATCH_SIZE, len(windows))
     graph, params = nnx.split(model)
     found: list[tuple[Array, Array, Array]] = []
-    for batch, tokens in batch_windows(pieces, windows, model.config.window, batch_size):
+    for batch, tokens in batch_windows(pieces, windows, model.config.window, batch_size, model.config.pad):
         targets_B = np.array([window.targets for window in batch] + [0] * (batch_size - len(batch)))
         found.append(_window_derivatives(graph, params, tokens, targets_B, fit_2xK.astype(np.float32), latents))
     nll, gradient_2xK, hessian_2xKx2xK = (

@@ -171,7 +171,13 @@ def score(
     *,
     on_progress: Callable[[float], None] | None = None,
 ) -> Score:
-    """Score every token of every piece once; arguments and errors as in `score_tokens`."""
+    """Score every token of every piece once; arguments and errors as in `score_tokens`.
+
+    Raises:
+        ValueError: also if the model is not one of music; `score_tokens` takes all.
+    """
+    if not model.config.is_music:
+        raise ValueError("a score has notes and seconds of music; for another vocabulary, use `score_tokens`")
     nll = score_tokens(model, pieces, config, on_progress=on_progress)
     return Score.of(math.fsum(float(of_piece.sum(dtype=np.float64)) for of_piece in nll), pieces)
 
@@ -205,7 +211,8 @@ def score_tokens(
 
     Args:
         model: the model, here or elsewhere.
-        pieces: token arrays, each from `vocabulary.START` to `vocabulary.END`.
+        pieces: token arrays, each from `vocabulary.START` to `vocabulary.END`; any sequences for a model with a
+            vocabulary of its own.
         config: sizes of the windows; default: `ScoringConfig()`.
         last: for each piece, how many of its last tokens to score; default: all but the first.
         temperatures: C numbers above 0; the logits are divided by each in turn.
@@ -220,7 +227,7 @@ def score_tokens(
     """
     config = config or ScoringConfig()
     context, latents = config.sizes(model.config)
-    check_pieces(pieces)
+    check_pieces(pieces, model.config)
     counts = [len(piece) - 1 for piece in pieces] if last is None else last
     nll = [np.zeros((len(temperatures), count), np.float32) for count in counts]
     windows = cut_windows(pieces, counts, config.stride)
@@ -231,7 +238,7 @@ def score_tokens(
         WindowBatch(
             windows=batch, tokens=tokens, temperatures=tuple(temperatures), latents=latents, stride=config.stride
         )
-        for batch, tokens in batch_windows(pieces, windows, context, batch_size)
+        for batch, tokens in batch_windows(pieces, windows, context, batch_size, model.config.pad)
     )
     scorer, done = WindowScorer(model) if isinstance(model, PerceiverAR) else model, 0
     for batch, nll_CxBxS in scorer.map(batches):

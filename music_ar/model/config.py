@@ -16,6 +16,7 @@ from music_ar.ranges import check_ranges, number, whole
 from music_ar.tokens import vocabulary
 
 _TOKENS_PER_NOTE = 4  # of MAESTRO, on average
+_OF_MUSIC = ("onsets", "retrieval_notes", "time_heads", "wishes")  # sizes of what is read from event tokens
 _MAX_TOKENS = 2**20  # a day of music; far more than fits in the caches of any machine
 
 
@@ -48,6 +49,8 @@ class ModelConfig:
         rotary_wavelength: longest wavelength of the rotary positions, in tokens.
         vocabulary_size: V, including padding and the two piece boundaries; a model that can fill gaps also has the
             tokens of `music_ar.tokens.gaps`.
+        padding: the token that stands where a sequence has none, in a vocabulary of the model's own: a model of other
+            sequences than music, such as bytes or pixels. None means event tokens.
 
     Raises:
         ValueError: a size out of range, or sizes that do not fit together.
@@ -72,6 +75,7 @@ class ModelConfig:
     rotary_fraction: float = number(0.5, least=0, most=1)
     rotary_wavelength: float = number(10_000.0, above=0, most=1e9)
     vocabulary_size: int = whole(vocabulary.VOCABULARY_SIZE, 1, 2**16)
+    padding: int | None = whole(None, 0, 2**16 - 1)
 
     def __post_init__(self) -> None:
         check_ranges(self, ValueError)
@@ -93,6 +97,24 @@ class ModelConfig:
         least = max(retrieval.LEAST_CAPACITY, self.onsets)
         if 0 < self.retrieval_notes < least:
             raise ValueError(f"retrieval_notes must be 0 or at least {least}, got {self.retrieval_notes}")
+        self._check_vocabulary()
+
+    def _check_vocabulary(self) -> None:
+        if self.padding is None:
+            if self.vocabulary_size not in vocabulary.FINGERPRINTS:
+                of_music = " or ".join(map(str, vocabulary.FINGERPRINTS))
+                raise ValueError(
+                    f"vocabulary_size must be {of_music}, those of event tokens, got {self.vocabulary_size}; a "
+                    "vocabulary of other tokens needs padding, the token that stands where a sequence has none"
+                )
+            return
+        if self.padding >= self.vocabulary_size:
+            raise ValueError(f"padding must be below vocabulary_size = {self.vocabulary_size}, got {self.padding}")
+        if of_music := [name for name in _OF_MUSIC if getattr(self, name)]:
+            raise ValueError(
+                f"{', '.join(of_music)} must be off in a model with a vocabulary of its own, since what they read from "
+                "the tokens is music"
+            )
 
     @property
     def rotary_size(self) -> int:
@@ -105,9 +127,26 @@ class ModelConfig:
         return (*self.exits, self.layers)
 
     @property
+    def is_music(self) -> bool:
+        """Whether the tokens are events of music, not a vocabulary of the model's own."""
+        return self.padding is None
+
+    @property
+    def pad(self) -> int:
+        """The token that stands where a sequence has none."""
+        return vocabulary.PAD if self.padding is None else self.padding
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 that says which vocabulary the model has."""
+        if self.padding is None:
+            return vocabulary.FINGERPRINTS[self.vocabulary_size]
+        return vocabulary.own_fingerprint(self.vocabulary_size, self.padding)
+
+    @property
     def fills_gaps(self) -> bool:
         """Whether the model can fill a gap: whether its vocabulary has the tokens for it."""
-        return self.vocabulary_size >= vocabulary.INFILL_VOCABULARY_SIZE
+        return self.is_music and self.vocabulary_size >= vocabulary.INFILL_VOCABULARY_SIZE
 
     @property
     def reach(self) -> int:

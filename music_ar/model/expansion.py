@@ -98,6 +98,8 @@ def _check(old: ModelConfig, new: ModelConfig) -> None:
     ]
     # What the old model lacks may be added: it begins with zeros.
     allowed = {*_SIZES, "exits", *(name for name in ("label_size", "wishes") if not getattr(old, name))}
+    if not old.is_music:
+        allowed.remove("vocabulary_size")  # new tokens begin as copies of START, which it does not have
     larger = all(getattr(new, name) >= getattr(old, name) for name in _SIZES)
     larger = larger and new.kv_heads - new.time_heads >= old.kv_heads - old.time_heads
     if not (larger and allowed.issuperset(differing) and new.heads // new.kv_heads == old.heads // old.kv_heads):

@@ -27,7 +27,6 @@ from music_ar.model.context_attention import attend_context
 from music_ar.model.rows import Rows, lay_out, take, take_slice
 from music_ar.model.transformer_xl import attend_segments
 from music_ar.model.wish_embedding import WishEmbedding
-from music_ar.tokens import vocabulary
 
 _OF_LAYERS = 1  # folded into the key of a call to draw layer dropout; all else is drawn from its split
 
@@ -80,7 +79,7 @@ class FeatureProjection(nnx.Module):
 
 
 class PerceiverAR(nnx.Module):
-    """The model: event tokens in, logits of the next token at the last N positions out.
+    """The model: tokens in, logits of the next token at the last N positions out.
 
     Parameters and logits are float32; matrix products run in `compute.dtype`.
     """
@@ -120,7 +119,7 @@ class PerceiverAR(nnx.Module):
         """Logits of the token that follows each of the last N inputs.
 
         Args:
-            tokens_BxT: inputs, left-padded with `vocabulary.PAD`.
+            tokens_BxT: inputs, left-padded with `config.pad`.
             layers: number of self blocks to run, one of `config.depths`; default: all.
             inputs: further arguments of `at_depths`.
 
@@ -146,7 +145,7 @@ class PerceiverAR(nnx.Module):
         """Logits of the token that follows each of the last N inputs, after several numbers of self blocks.
 
         Args:
-            tokens_BxT: inputs, left-padded with `vocabulary.PAD`; any T up to what memory allows. Attention reads the
+            tokens_BxT: inputs, left-padded with `config.pad`; any T up to what memory allows. Attention reads the
                 last M = `config.attended(T)` of them; retrieval searches all.
             depths: rising numbers of self blocks; those after the last of them are not run.
             latents: N, at most M; default `config.latents`.
@@ -181,7 +180,7 @@ class PerceiverAR(nnx.Module):
         drop = nnx.Dropout(dropout, deterministic=key is None, rngs=None if key is None else nnx.Rngs(dropout_key))
 
         conditioning_BxM, tokens_BxM = self.conditioning(tokens_BxT, M), tokens_BxT[:, -M:]
-        rows = lay_out(tokens_BxM, M if self.config.segment else N, kept_prefix, prefix_key)
+        rows = lay_out(tokens_BxM == self.config.pad, M if self.config.segment else N, kept_prefix, prefix_key)
         if split_over is not None:
             if self.config.segment or rows.positions_BxS.shape[1] == N:
                 raise ValueError(f"there is no prefix to split over devices: all {M} inputs are latents")
@@ -255,7 +254,7 @@ class PerceiverAR(nnx.Module):
 
     def embed(self, tokens_BxT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings with the causal depthwise convolution over them; padding is zero."""
-        x_BxTxD = _look_up(self.embedding[...].at[vocabulary.PAD].set(0.0).astype(self.dtype), tokens_BxT)
+        x_BxTxD = _look_up(self.embedding[...].at[self.config.pad].set(0.0).astype(self.dtype), tokens_BxT)
         if self.config.conv_width == 1:
             return x_BxTxD
         # XLA would otherwise repeat the look-up for each tap.
@@ -271,8 +270,8 @@ class PerceiverAR(nnx.Module):
 
     def _embed_at(self, tokens_BxM: Array, positions_BxR: Array) -> Float[Array, "B R D"]:
         """`embed` at some positions only: as many look-ups as the convolution has taps."""
-        table_VxD = self.embedding[...].at[vocabulary.PAD].set(0.0).astype(self.dtype)
-        padded = jnp.pad(tokens_BxM, ((0, 0), (self.config.conv_width - 1, 0)), constant_values=vocabulary.PAD)
+        table_VxD = self.embedding[...].at[self.config.pad].set(0.0).astype(self.dtype)
+        padded = jnp.pad(tokens_BxM, ((0, 0), (self.config.conv_width - 1, 0)), constant_values=self.config.pad)
 
         def look_up(back: Array | int) -> Array:
             return _look_up(table_VxD, take(padded, positions_BxR + self.config.conv_width - 1 - back))
@@ -290,7 +289,7 @@ class PerceiverAR(nnx.Module):
 
     def embed_last(self, tokens_BxW: Int[Array, "B W"]) -> Float[Array, "B D"]:
         """`embed` of each row's last token, by look-up, given its latest W = conv_width tokens."""
-        rows_BxWxD = self.embedding[...][tokens_BxW].astype(self.dtype) * (tokens_BxW != vocabulary.PAD)[..., None]
+        rows_BxWxD = self.embedding[...][tokens_BxW].astype(self.dtype) * (tokens_BxW != self.config.pad)[..., None]
         if self.config.conv_width == 1:
             return rows_BxWxD[:, -1]
         taps_WxD = self.conv[...].astype(self.dtype)[::-1]

@@ -18,7 +18,6 @@ from music_ar.model.config import Compute
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.model.quantization import quantize
 from music_ar.model.weights import CONFIG, FORMAT, WEIGHTS, Weights, read_weights
-from music_ar.tokens import vocabulary
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -34,7 +33,7 @@ def save_pretrained(model: PerceiverAR, folder: Path, *, int8: bool = True) -> N
     weights = safetensors.numpy.save(weights_of(model, int8=int8).tensors, metadata={"format": FORMAT})
     config = {
         "format": FORMAT,
-        "fingerprint": vocabulary.FINGERPRINTS[model.config.vocabulary_size],
+        "fingerprint": model.config.fingerprint,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "model": dataclasses.asdict(model.config),
     }
@@ -43,19 +42,22 @@ def save_pretrained(model: PerceiverAR, folder: Path, *, int8: bool = True) -> N
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def load_pretrained(source: str | os.PathLike[str] | None = None, *, compute: Compute = Compute()) -> PerceiverAR:
+def load_pretrained(
+    source: str | os.PathLike[str] | None = None, *, compute: Compute = Compute(), any_vocabulary: bool = False
+) -> PerceiverAR:
     """Load a pretrained model.
 
     Args:
         source: name of a model that ships with the project, a folder, or the id of a Hugging Face hub repository
             ("owner/name"); default: the shipped model.
         compute: how the model computes.
+        any_vocabulary: whether the model may be one of other sequences than music, with a vocabulary of its own.
 
     Raises:
         CheckpointError: there is no such model, a file is missing or damaged, or the model has a different format or
             vocabulary.
     """
-    return model_of(read_weights(source), compute=compute)
+    return model_of(read_weights(source, any_vocabulary=any_vocabulary), compute=compute)
 
 
 def model_of(weights: Weights, *, compute: Compute = Compute()) -> PerceiverAR:

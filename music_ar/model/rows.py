@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from music_ar.tokens import vocabulary
-
 
 class Rows(NamedTuple):
     """The order of the kept inputs in the S rows of the cross-attention: real ones in order, then padding.
@@ -47,9 +45,9 @@ class Rows(NamedTuple):
         )
 
 
-def lay_out(tokens_BxM: Array, N: int, kept_prefix: int | None, key: Array | None) -> Rows:
+def lay_out(is_padding_BxM: Array, N: int, kept_prefix: int | None, key: Array | None) -> Rows:
     """The rows of inputs with N latents; `kept_prefix` and `key` as in `PerceiverAR.at_depths`."""
-    B, M = tokens_BxM.shape
+    B, M = is_padding_BxM.shape
     prefix = M - N
     kept = prefix if kept_prefix is None else min(kept_prefix, prefix)
     positions_BxS = jnp.broadcast_to(jnp.arange(M), (B, M))
@@ -59,7 +57,7 @@ def lay_out(tokens_BxM: Array, N: int, kept_prefix: int | None, key: Array | Non
         chance_BxP = jax.random.uniform(key, (B, prefix))
         chosen_BxP = jnp.sort(jnp.argsort(chance_BxP, axis=1)[:, :kept], axis=1)
         positions_BxS = jnp.concatenate([chosen_BxP, positions_BxS[:, prefix:]], axis=1)
-    padding_Bx1 = jnp.sum(tokens_BxM == vocabulary.PAD, axis=1, keepdims=True)  # it leads, so it is the positions below
+    padding_Bx1 = jnp.sum(is_padding_BxM, axis=1, keepdims=True)  # it leads, so it is the positions below
     padded_Bx1 = jnp.sum(positions_BxS < padding_Bx1, axis=1, keepdims=True)
     missing_latents_Bx1 = jnp.maximum(padded_Bx1 - kept, 0)
     rows_1xS, latents_1xN = jnp.arange(kept + N)[None], jnp.arange(N)[None]

@@ -38,7 +38,7 @@ SHIPPED_FOLDERS = (_HERE.parent / "checkpoints", _HERE / "checkpoints")
 
 _MAX_CONFIG_BYTES = 2**20
 _SIZE_SLACK = 2**20  # bytes, for the header and what small models have besides int8 matrices
-_LATER_SIZES = ("segment", "exits", "wishes")  # not in the first configs of the format, and off by default
+_LATER_SIZES = ("segment", "exits", "wishes", "padding")  # not in the first configs of the format, and off by default
 _OLD_FORMAT = "music-ar 1"
 _OLD_NAMES = {  # of sizes and of tensors in the old format
     "recall": "retrieval_notes",
@@ -72,12 +72,13 @@ class Weights(NamedTuple):
         return dequantize(array, self.tensors[f"{name}.scale"]) if array.dtype == np.int8 else array
 
 
-def read_weights(source: str | os.PathLike[str] | None = None) -> Weights:
+def read_weights(source: str | os.PathLike[str] | None = None, *, any_vocabulary: bool = False) -> Weights:
     """Read a pretrained model.
 
     Args:
         source: name of a model that ships with the project, a folder, or the id of a Hugging Face hub repository
             ("owner/name"); default: `DEFAULT_MODEL`.
+        any_vocabulary: whether the model may be one of other sequences than music, with a vocabulary of its own.
 
     Raises:
         CheckpointError: there is no such model, a file is missing or damaged, or the model has a different format or
@@ -85,6 +86,11 @@ def read_weights(source: str | os.PathLike[str] | None = None) -> Weights:
     """
     folder = folder_of(source)
     config, sha256 = _read_config(folder / CONFIG)
+    if not (config.is_music or any_vocabulary):
+        raise CheckpointError(
+            f"{folder} is not a model of music: its {config.vocabulary_size:,} tokens are not events but a vocabulary "
+            f"of its own. Expected a model of music, such as {DEFAULT_MODEL}"
+        )
     path, shapes = folder / WEIGHTS, parameter_shapes(config)
     _check_size(path, shapes)
     tensors = read_tensors(path, sha256)
@@ -291,12 +297,7 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
     try:
         record = parse_json(read_file(path, max_bytes=_MAX_CONFIG_BYTES))
         _check_format(record["format"], path)
-        if record["fingerprint"] not in vocabulary.FINGERPRINTS.values():
-            known = " or ".join(f"{each[:12]}…" for each in vocabulary.FINGERPRINTS.values())
-            raise CheckpointError(
-                f"{path}: the model has a different event vocabulary (fingerprint {record['fingerprint'][:12]}…, "
-                f"expected {known})"
-            )
+        _check_events(record, path)
         sizes = _with_current_names(record["model"])
         if sizes.pop("cross_depths", []):
             raise CheckpointError(f"{path}: models with cross_depths are not supported since version 0.2.0")
@@ -306,9 +307,7 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
         if sizes.get("wishes") is not None:
             sizes["wishes"] = WishTable.of_json(sizes["wishes"])
         config = ModelConfig(**sizes)
-        if vocabulary.FINGERPRINTS.get(config.vocabulary_size) != record["fingerprint"]:
-            fitting = next(size for size, each in vocabulary.FINGERPRINTS.items() if each == record["fingerprint"])
-            raise CheckpointError(f"{path}: expected vocabulary_size {fitting}, got {config.vocabulary_size}")
+        _check_fingerprint(config, record["fingerprint"], path)
         return config, record.get("weights_sha256")
     except OSError as error:
         raise unreadable(path, error) from error
@@ -323,6 +322,27 @@ def _check_format(found: str, path: Path) -> None:
         raise CheckpointError(f"{path}: this is a piece encoder, which compares music; expected a model that makes it")
     if found not in (FORMAT, _OLD_FORMAT):
         raise CheckpointError(f'{path}: expected format "{FORMAT}", got "{found}"')
+
+
+def _check_events(record: dict[str, Any], path: Path) -> None:
+    """Refuse a model of music whose events are not those of this version."""
+    is_music = not isinstance(record.get("model"), dict) or record["model"].get("padding") is None
+    if is_music and record["fingerprint"] not in vocabulary.FINGERPRINTS.values():
+        known = " or ".join(f"{each[:12]}…" for each in vocabulary.FINGERPRINTS.values())
+        raise CheckpointError(
+            f"{path}: the model has a different event vocabulary (fingerprint {record['fingerprint'][:12]}…, "
+            f"expected {known})"
+        )
+
+
+def _check_fingerprint(config: ModelConfig, fingerprint: str, path: Path) -> None:
+    """Refuse a vocabulary that is not the one of the fingerprint."""
+    if config.fingerprint == fingerprint:
+        return
+    fitting = [size for size, each in vocabulary.FINGERPRINTS.items() if each == fingerprint]
+    if config.is_music and fitting:
+        raise CheckpointError(f"{path}: expected vocabulary_size {fitting[0]}, got {config.vocabulary_size}")
+    raise CheckpointError(f"{path}: vocabulary_size and padding are not those of the fingerprint; fetch it again")
 
 
 def _in_words(error: Exception) -> str:

@@ -73,6 +73,11 @@ FINGERPRINTS = {
 """The fingerprint of a model, by the size of its vocabulary. Shards need only that of pieces."""
 
 
+def own_fingerprint(size: int, padding: int) -> str:
+    """The fingerprint of a model whose `size` tokens are no events, the token `padding` being padding."""
+    return hashlib.sha256(json.dumps({"tokens": size, "pad": padding}, sort_keys=True).encode()).hexdigest()
+
+
 def is_note_on(tokens: Any) -> Any:
     """Mask of note-ons."""
     return (tokens >= NOTE_ON) & (tokens < NOTE_OFF)

@@ -140,7 +140,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _with_fingerprint(settings: dict[str, Any]) -> dict[str, Any]:
-    return settings | {"fingerprint": vocabulary.FINGERPRINT}
+    return {"fingerprint": vocabulary.FINGERPRINT} | settings
 
 
 def _differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> set[str]:

@@ -2,7 +2,7 @@
 
 Compilation takes a minute, and running out of memory after it explains nothing. The estimate counts arrays that live at
 the same time; its constants are fitted to the peaks in docs/results/long-context.md and to XLA's analysis of compiled
-steps. It is within a factor of 1.3 of both.
+steps. It is within a factor of 1.3 of the peaks, and of 1.15 of XLA's analysis on CPUs.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from music_ar.training.config import TrainingConfig, TrainingError
 from music_ar.training.mesh import BATCH
 
 TOLERANCE = 1.3  # what may fit is not refused
-_PLAIN = 2  # how much more is kept where attention is plain operations, as on CPUs
+_PLAIN = 2  # how much more is kept of latents where attention is plain operations, as on CPUs
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -123,14 +123,17 @@ def _model_bytes(model: ModelConfig, shards: int) -> int:
 def _window_bytes(model: ModelConfig, compute: Compute, training: TrainingConfig, axes: Mapping[str, int]) -> int:
     """Memory of one window: rows of the cross-attention, latents in each block, logits."""
     plain = compute.attention == "xla"
-    size, latents = BYTES[compute.dtype] * (_PLAIN if plain else 1), model.latents
+    size, latents = BYTES[compute.dtype], model.latents
     prefix = round((model.attended(model.window) - latents) * training.prefix_keep) // axes["sequence"]
     query_width, kv_width = model.heads * model.head_size, 2 * model.kv_heads * model.head_size
-    of_row = size * (5 * model.width + 3 * kv_width + model.vocabulary_size + model.feature_count)
+    streams, pairs = (7, 4) if plain else (5, 3)  # of a row's width, and of its keys and values
+    of_row = size * (streams * model.width + pairs * kv_width + model.vocabulary_size + model.feature_count)
     of_block = size * (4 * model.width + 3 * query_width + 3 * kv_width // 2 + 2 * model.hidden)
+    of_block *= _PLAIN if plain else 1
     of_latent = (model.layers + 1) * of_block + 3 * 4 * model.vocabulary_size
     if plain and not model.segment:
-        of_latent += model.layers * 3 * 4 * model.heads * latents  # scores, in float32
+        # Scores, in float32; half of them in the cross-attention, whose prefix goes in blocks.
+        of_latent += round((model.layers + 0.5) * 3 * 4 * model.heads * latents)
     return (prefix + latents) * of_row + latents * of_latent
 
 

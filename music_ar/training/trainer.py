@@ -150,6 +150,8 @@ class Trainer:
             "data": data or {},
             "final_batches": final_batches is not None,
         }
+        if not model.config.is_music:
+            settings["fingerprint"] = model.config.fingerprint
         with contextlib.ExitStack() as files:
             self._checkpoints = files.enter_context(TrainingCheckpoints(output / "training", settings, resume=resume))
             position = self._restore() if resume else None

@@ -54,9 +54,8 @@ class NativeDecoder:
             raise RuntimeError("the native engine was not built: reinstall the package where a C++ compiler is found")
         if not self.suits(config):
             raise ValueError(
-                f"the native engine needs heads of at most {_MOST_HEAD_SIZE} channels and a vocabulary of "
-                f"{' or '.join(map(str, vocabulary.FINGERPRINTS))} tokens; got {config.head_size} and "
-                f"{config.vocabulary_size}"
+                f"the native engine needs heads of at most {_MOST_HEAD_SIZE} channels and a vocabulary of music; got "
+                f"{config.head_size} and {config.vocabulary_size} tokens"
             )
         weights = engine_tensors(config, tensors)
         self.config, self.backend = config, backend
@@ -73,7 +72,7 @@ class NativeDecoder:
     @staticmethod
     def suits(config: ModelConfig) -> bool:
         """Whether the engine supports these sizes."""
-        return config.head_size <= _MOST_HEAD_SIZE and config.vocabulary_size in vocabulary.FINGERPRINTS
+        return config.head_size <= _MOST_HEAD_SIZE and config.is_music
 
     def start(
         self,
