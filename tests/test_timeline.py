@@ -4,7 +4,17 @@ import itertools
 from pathlib import Path
 
 import pytest
-from web_browser import choose_example, fill, needs_browser, shown, state, status, wait_until, wait_until_done
+from web_browser import (
+    choose_example,
+    fill,
+    needs_browser,
+    shown,
+    state,
+    status,
+    type_over,
+    wait_until,
+    wait_until_done,
+)
 
 from music_ar import read_midi
 
@@ -229,7 +239,7 @@ def test_a_duet_answers_falls_silent_and_is_kept(page, tmp_path):
     connect_keyboard(page)
     button(page, "Duet").click()
     wait_until(lambda: "When you pause" in said(page), "the server listens")
-    page.get_by_label("Answers after").fill("0.5")
+    type_over(page.get_by_label("Answers after"), "0.5")
     play(page, [(0, (0x90, 60, 80)), (200, (0x80, 60, 0))])
     wait_until(lambda: shown(page, "notes") > 3, "it answers")
     silenced_ms = page.evaluate(

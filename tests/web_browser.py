@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,9 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = Path("/usr/bin/chromium")
+BROWSER = os.environ.get("MUSIC_AR_BROWSER", "chromium")
+"""The engine in which the tests run: chromium, firefox or webkit."""
 
 needs_browser = pytest.mark.skipif(
-    not CHROMIUM.exists() and "CI" not in os.environ, reason=f"no browser: apt-get install chromium gives {CHROMIUM}"
+    BROWSER == "chromium" and not CHROMIUM.exists() and "CI" not in os.environ,
+    reason=f"no browser: apt-get install chromium gives {CHROMIUM}",
 )
 
 
@@ -43,9 +47,21 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+        launched = launch(playwright)
+        yield launched
+        launched.close()
+
+
+def launch(playwright):
+    """Start the browser of `MUSIC_AR_BROWSER`: an installed Chromium or Firefox, or else Playwright's own build."""
+    engine = getattr(playwright, BROWSER)
+    if BROWSER == "chromium" and CHROMIUM.exists():
+        return engine.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    if BROWSER == "firefox" and (shutil.which("firefox-esr") or shutil.which("firefox")):
+        python = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        program = Path(__file__).with_name("firefox.py")
+        return engine.launch(channel="moz-firefox", executable_path=program, env=os.environ | python)
+    return engine.launch()
 
 
 @pytest.fixture
@@ -68,7 +84,7 @@ def page(browser, address):
     page.wait_for_selector("#player .player")
     yield page
     context.close()
-    assert errors == []
+    assert errors == [], errors
     hosts = {urlsplit(url).netloc for url in requests if urlsplit(url).scheme in ("http", "https", "ws", "wss")}
     assert hosts == {urlsplit(address).netloc}
 
@@ -92,12 +108,19 @@ def wait_for_notes(page, number):
     page.wait_for_selector(f'#player .player[data-notes="{number}"]')
 
 
+def type_over(box, value):
+    """Replace what a field holds by typing. Playwright's own `fill` only appends to numbers in Firefox."""
+    box.focus()
+    box.press("ControlOrMeta+a")
+    box.press_sequentially(str(value))
+
+
 def fill(page, element, value):
     """Type a value until it stays: a part that has just opened may be drawn again."""
     box = page.locator(f"#{element} input, #{element} textarea").first
 
     def stays():
-        box.fill(str(value))
+        type_over(box, value)
         box.press("Tab")
         time.sleep(0.2)
         return box.input_value() == str(value)
