@@ -47,7 +47,7 @@ export class Player {
   constructor(root, trigger) {
     this.root = root;
     this.trigger = trigger;
-    this.piano = new Piano(root.dataset.samples ?? '');
+    this.piano = new Piano(root.dataset.samples ?? '', (message) => this.tell(message));
     this.playback = new Playback(this.piano);
     this.instrument = new Instrument(this.piano);
     this.face = new Face(this);
