@@ -51,7 +51,7 @@ export class Player {
     this.playback = new Playback(this.piano);
     this.instrument = new Instrument(this.piano);
     this.face = new Face(this);
-    this.keys = new Keys(this.canvas('keys'), this.instrument, () => this.face.touch());
+    this.keys = new Keys(this.canvas('keys'), this.instrument, () => { this.tell(this.keys.place); this.face.touch(); });
     this.recording = new Recording(this.instrument, {
       tell: (message) => this.tell(message), changed: () => this.face.touch(), done: (take) => this.#recorded(take),
     });
@@ -126,6 +126,7 @@ export class Player {
       this.playback.update(music.score, music.until, music.growing);
     }
     if (begins) {
+      this.tell('');
       this.#startWithNotes = this.viewport.follows = true;
       const lead = value.begins === value.join ? PROMPT_LEAD_S : LEAD_S;
       if (!this.playback.playing) this.playback.seek(Math.max(0, value.begins - lead));
@@ -253,12 +254,12 @@ export class Player {
     this.playback.stopAt = region && isPart ? region.to : Infinity;
     if (!region || isPart) this.setLoop(false);
     else if (this.loops) this.playback.loop = region;
-    this.button('loop').disabled = !region || isPart;
     this.face.touch();
   }
 
-  /** @param {boolean} loops */
+  /** Repeat the region; without one, what is to be seen. @param {boolean} loops */
   setLoop(loops) {
+    if (loops && !this.region) this.#setRegion(this.viewport.visible);
     this.loops = loops && this.region !== null;
     this.playback.loop = this.loops ? this.region : null;
     this.button('loop').setAttribute('aria-pressed', String(this.loops));
