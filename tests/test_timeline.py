@@ -274,47 +274,6 @@ def test_a_duet_answers_falls_silent_and_is_kept(page, tmp_path):
     assert page.get_by_role("radio", name="Duet at").count() == 1
 
 
-# Keeps the sounds that have begun and not ended, with the time at which each is told to end.
-VOICES = """(() => {
-  window.voices = new Map();
-  const { start } = AudioBufferSourceNode.prototype, { stop } = AudioScheduledSourceNode.prototype;
-  AudioBufferSourceNode.prototype.start = function (...when) {
-    voices.set(this, Infinity);
-    this.addEventListener('ended', () => voices.delete(this));
-    return start.apply(this, when);
-  };
-  AudioScheduledSourceNode.prototype.stop = function (when) {
-    if (voices.has(this)) voices.set(this, when);
-    return stop.call(this, when);
-  };
-})()"""
-
-
-@pytest.mark.slow
-@needs_browser
-def test_a_key_ends_every_sound_of_an_answer(page):
-    """Also of notes that have ended and fade, which takes seconds for high ones."""
-    page.evaluate(VOICES)
-    connect_keyboard(page)
-    button(page, "Duet").click()
-    wait_until(lambda: "When you pause" in said(page), "the server listens")
-    for turn in range(3):
-        heard = shown(page, "notes")
-        play(page, [(0, (0x90, 60, 80)), (200, (0x80, 60, 0))])
-        wait_until(lambda heard=heard: shown(page, "notes") > heard + 20, "it answers")
-        last_s = page.evaluate(
-            """() => {
-              const answer = [...voices.keys()];
-              testPiano.play([[performance.now(), [0x90, 72, 90]]]);
-              const now = answer[0].context.currentTime;
-              return Math.max(...answer.filter((each) => voices.has(each)).map((each) => voices.get(each) - now));
-            }"""
-        )
-        assert last_s < 0.08, f"turn {turn}"
-        play(page, [(0, (0x80, 72, 0))])
-    button(page, "■ End the duet").click()
-
-
 @pytest.mark.slow
 @needs_browser
 def test_without_sound_the_page_says_why(page):
@@ -352,7 +311,7 @@ def test_a_sample_that_the_network_loses_is_asked_for_again(page):
 
 @pytest.mark.slow
 @needs_browser
-def test_with_fingers_alone_a_part_of_a_piece_is_looped(browser, page, address):
+def test_with_fingers_alone_a_part_of_a_piece_is_looped(browser, address):
     context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True)
     phone = context.new_page()
     phone.goto(address)
