@@ -319,10 +319,10 @@ def test_with_fingers_alone_a_part_of_a_piece_is_looped(browser, address):
     make_a_piece(phone, 20)
     assert "latents" in phone.get_by_role("radio").inner_text(), "a take says its budget"
     for _ in range(3):
-        button(phone, "Zoom in").tap()
+        button(phone, "Zoom in").click()
     wait_until(lambda: shown(phone, "span") < 10, "it shows a part")
     start, span = shown(phone, "from"), shown(phone, "span")
-    button(phone, "Loop").tap()
+    button(phone, "Loop").click()
     edges = [float(edge.get_attribute("aria-valuenow")) for edge in phone.locator("#player .edge").all()]
     assert edges == pytest.approx([start, start + span], abs=0.06)
     assert button(phone, "Loop").get_attribute("aria-pressed") == "true"
