@@ -376,13 +376,28 @@ def test_a_link_carries_a_short_prompt(page, address):
 @needs_browser
 def test_axe_finds_no_serious_fault(page):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+
+    def check(when):
+        for scheme in ("light", "dark"):
+            page.evaluate("dark => document.body.classList.toggle('dark', dark)", scheme == "dark")
+            page.wait_for_timeout(300)
+            found = axe.run(page).response["violations"]
+            serious = [f"{each['id']}: {each['nodes'][0]['html'][:200]}" for each in found if each["impact"] != "minor"]
+            assert serious == [], f"{when}, {scheme}"
+
+    choose_example(page)
+    check("with a prompt")
     make_a_piece(page, 5)
-    for scheme in ("light", "dark"):
-        page.evaluate("dark => document.body.classList.toggle('dark', dark)", scheme == "dark")
-        page.wait_for_timeout(300)
-        found = axe.run(page).response["violations"]
-        serious = [f"{each['id']}: {each['nodes'][0]['html'][:200]}" for each in found if each["impact"] != "minor"]
-        assert serious == [], scheme
+    button(page, "Loop").click()
+    page.get_by_text("More settings").click()
+    check("with a piece in a loop, and all settings")
+    button(page, "Duet").click()
+    wait_until(lambda: "When you pause" in said(page), "the server listens")
+    page.locator("#file input[type=file]").set_input_files(
+        {"name": "letter.mid", "mimeType": "audio/midi", "buffer": b"Dear pianist,"}
+    )
+    page.locator(".toast-body").first.wait_for()
+    check("in a duet, with a message")
 
 
 @needs_browser
