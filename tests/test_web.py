@@ -133,7 +133,6 @@ def test_variations_from_nothing_with_a_seed_and_their_files(page, address, tmp_
     wait_for_notes(other, 139)
     assert [float(other.locator(f"#{limit} input").input_value()) for limit in ("start", "end")] == [2, 9]
     other.close()
-    page.bring_to_front()
 
     fill(page, "seed", 1)
     fill(page, "seconds", 9)

@@ -60,7 +60,10 @@ def launch(playwright):
     if BROWSER == "firefox" and (shutil.which("firefox-esr") or shutil.which("firefox")):
         python = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         program = Path(__file__).with_name("firefox.py")
-        return engine.launch(channel="moz-firefox", executable_path=program, env=os.environ | python)
+        preferences = {"browser.download.alwaysOpenPanel": False}  # it would take the focus
+        return engine.launch(
+            channel="moz-firefox", executable_path=program, env=os.environ | python, firefox_user_prefs=preferences
+        )
     return engine.launch()
 
 

@@ -34,6 +34,8 @@ export class Player {
   prompt = NOTHING;
   /** @type {{name: string, take: Take} | null} what was sent to be the prompt */
   #played = null;
+  /** @type {() => void} what is to be done once a recording is the prompt */
+  whenRecorded = () => {};
   /** @type {Music} what is on the timeline */
   shown = NOTHING;
   /** @type {Region | null} the selected part */
@@ -95,7 +97,11 @@ export class Player {
     if (same && before.start === value.start && before.end === value.end) return; // a field was left as it was
     this.#part = value;
     this.prompt = value.variations.length ? received(value, 0, undefined) : { ...NOTHING, id: 'prompt', kind: 'prompt' };
-    if (value.name && value.name === this.#played?.name) Object.assign(this.prompt, { id: this.#played.take.id, pedals: this.#played.take.pedals });
+    if (value.name && value.name === this.#played?.name) {
+      Object.assign(this.prompt, { id: this.#played.take.id, pedals: this.#played.take.pedals });
+      setTimeout(this.whenRecorded);
+      this.whenRecorded = () => {};
+    }
     if (same && this.shown.kind === 'prompt') this.shown = this.prompt; else this.show(this.prompt);
     this.#setRegion(this.#partOfPrompt());
   }
