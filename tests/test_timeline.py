@@ -134,6 +134,20 @@ def test_too_many_notes_and_stuck_keys_do_no_harm(page, tmp_path):
 
 @pytest.mark.slow
 @needs_browser
+def test_who_presses_generate_while_recording_hears_it_continued(page, tmp_path):
+    connect_keyboard(page)
+    fill(page, "seconds", 5)
+    button(page, "● Record").click()
+    play(page, PHRASE)
+    page.locator("#generate").click()
+    wait_until(lambda: state(page, "kind") == "piece" and shown(page, "notes") > 3, "it is continued")
+    wait_until_done(page)
+    assert state(page, "recording") == "false"
+    assert read_midi(taken_out(page, tmp_path)).velocity[:3].tolist() == pytest.approx([80, 90, 40], abs=2)
+
+
+@pytest.mark.slow
+@needs_browser
 def test_the_computers_keys_and_fingers_play(page, tmp_path):
     keys = page.locator("#player .keys")
     button(page, "● Record").click()
