@@ -242,9 +242,14 @@ def test_keys_focus_and_spoken_status(page, tmp_path):
     names = [button.get_attribute("aria-label") for button in page.locator("button.reset-button").all()]
     assert len(set(names)) == len(names) > 5
     page.keyboard.press("Tab")  # focus is marked for those who use the keyboard
-    for slider in page.get_by_role("slider").all():
-        slider.focus()
-        assert slider.evaluate("element => getComputedStyle(element).outlineStyle") == "solid"
+    unmarked = page.evaluate(
+        """() => [...document.querySelectorAll('input:not([type=file]), textarea, button, a, summary, [tabindex="0"]')]
+          .filter((each) => {
+            each.focus();
+            return document.activeElement === each && getComputedStyle(each).outlineStyle !== 'solid';
+          }).map((each) => each.outerHTML)"""
+    )
+    assert unmarked == []
 
     ask_for_hours(page)
     spoken, player = page.locator("#spoken-status"), page.locator("#player .player")
