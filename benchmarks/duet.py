@@ -1,9 +1,13 @@
-"""Measure a duet: `python benchmarks/duet.py [--turns N] [--before FILE] [--others N]`.
+"""Measure a duet: `python benchmarks/duet.py [--turns N] [--before FILE] [--others N] [--page]`.
 
 Serves the shipped model. In each turn, a client plays a phrase in time, pauses, and asks for an answer; after some
 seconds it plays again. Measured at the client: from the end of the pause until the answer's first note can be heard
 (when it arrives, or when it is due, whichever is later), when it arrived, and from the next key until the last message
 of the answer that is silenced. The pause itself is not counted: the client's own clock ends it.
+
+With `--page` it is then played through the page in Chromium too. There, what is heard is measured, sample by sample:
+from the end of the pause to the first sound of the answer, and from a key to its last sound above -50 dB. Both have
+what the output of the browser takes, which stands in a row of its own.
 """
 
 import argparse
@@ -97,11 +101,28 @@ class Player:
                 return
 
 
+def through_the_page(address: str, turns: int) -> dict[str, list[float]]:
+    """Play in Chromium; what was heard, in seconds."""
+    import browser_sound
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(address)
+        page.evaluate(browser_sound.WATCH)
+        browser_sound.connect_keyboard(page)
+        found = browser_sound.duet(page, turns)
+        browser.close()
+    return {name: [turn[name] / 1000 for turn in found] for name in ("began", "silent", "output")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--others", type=int, default=0, help="clients that generate two variations meanwhile")
     parser.add_argument("--before", type=Path, help="a MIDI file with which the duet begins")
+    parser.add_argument("--page", action="store_true", help="play through the page in Chromium, too")
     arguments = parser.parse_args()
     arrivals_s, first_s, silent_s = [], [], []
     rng = np.random.default_rng(0)
@@ -128,6 +149,7 @@ def main() -> None:
             first_s.append(heard)
             silent_s.append(player.silence())
             time.sleep(0.3)
+        heard = through_the_page(address, arguments.turns) if arguments.page else {}
         for job in jobs:
             job.cancel()
     rows = [
@@ -136,14 +158,18 @@ def main() -> None:
             ("from the pause to the first note: it arrives", arrivals_s),
             ("… it can be heard", first_s),
             ("from a key to the answer's last message", silent_s),
+            ("in the page, from the pause to the first sound", heard.get("began")),
+            ("in the page, from a key to silence", heard.get("silent")),
+            ("… of both, the output of the browser", heard.get("output")),
         )
+        if times
     ]
     print(
         f"{cpu_name()}, {latents} latents, {len(notes)} notes before, "
         f"others: {arguments.others}, turns: {arguments.turns}"
     )
     print_table(("", "median, ms", "longest, ms"), rows)
-    result = {"arrivals_s": arrivals_s, "first_s": first_s, "silent_s": silent_s}
+    result = {"arrivals_s": arrivals_s, "first_s": first_s, "silent_s": silent_s, "page": heard}
     print(json.dumps({"cpu": cpu_name(), "latents": latents} | result))
 
 

@@ -1,13 +1,14 @@
-"""Measure the page as an instrument: key to sound, pause to answer, chunk to roll, and an hour of music that scrolls.
+"""Measure the page as an instrument: key to sound, pause to answer, key to silence, and an hour of music that scrolls.
 
 `python benchmarks/web_timeline.py [--checkpoint FOLDER]` serves a model, plays in Chromium and prints medians and worst
-values. Sound counts from the event to the moment at which the browser has been told to begin it; what its output then
-takes, as it states itself, stands in a row of its own.
+values. Sound counts from the event to the first sample, as the browser's output plays it; the part of it that this
+output takes, as it states itself, stands in a row of its own. Silence counts to the last sample above -50 dB.
 """
 
 import argparse
 import statistics
 
+from browser_sound import WATCH, connect_keyboard, duet, key_to_sound
 from playwright.sync_api import Page, sync_playwright
 from served import served
 
@@ -15,42 +16,6 @@ from app.console import print_table
 
 _MINUTES = 60
 _NOTES_PER_S = 8
-KEYBOARD = """(() => {
-  const input = { type: 'input', state: 'connected', name: 'A piano', onmidimessage: null };
-  navigator.requestMIDIAccess = async () => ({ inputs: new Map([['1', input]]), onstatechange: null });
-  window.send = (...data) => input.onmidimessage({ data: Uint8Array.from(data), timeStamp: performance.now() });
-  window.begun = [];
-  const start = AudioBufferSourceNode.prototype.start;
-  AudioBufferSourceNode.prototype.start = function (when) {
-    const late = Math.max(0, when - this.context.currentTime);
-    window.begun.push({ at: performance.now() + 1000 * late, output: this.context.outputLatency || 0 });
-    return start.call(this, when);
-  };
-})()"""
-KEYS = """async (times) => {
-  const found = [];
-  for (let n = 0; n < times; n++) {
-    const pressed = performance.now();
-    window.begun = [];
-    send(0x90, 60 + (n % 12), 80);
-    found.push([window.begun[0].at - pressed, 1000 * window.begun[0].output]);
-    await new Promise((resolve) => setTimeout(resolve, 80));
-    send(0x80, 60 + (n % 12), 0);
-  }
-  return found;
-}"""
-PHRASE = """async () => {
-  for (const pitch of [60, 64, 67, 72]) {
-    send(0x90, pitch, 80);
-    await new Promise((resolve) => setTimeout(resolve, 200));
-    send(0x80, pitch, 0);
-  }
-  const released = performance.now();
-  window.begun = [];
-  while (!window.begun.length) await new Promise((resolve) => setTimeout(resolve, 2));
-  await new Promise((resolve) => setTimeout(resolve, 1500));
-  return window.begun[0].at - released;
-}"""
 FRAMES = """async (act) => {
   const roll = document.querySelector('#player .roll'), box = roll.getBoundingClientRect(), spent = [];
   let last = 0;
@@ -64,22 +29,6 @@ FRAMES = """async (act) => {
   }
   return spent;
 }"""
-
-
-def key_to_sound(page: Page) -> tuple[list[float], list[float]]:
-    """Milliseconds from a MIDI message to its sound in the browser, and those of the browser's output after that."""
-    begun, output = zip(*page.evaluate(KEYS, 40), strict=True)
-    return list(begun), list(output)
-
-
-def pause_to_answer(page: Page, turns: int) -> list[float]:
-    """Milliseconds from the last key up to the first note of the answer, without the pause itself."""
-    page.get_by_role("button", name="Duet", exact=True).click()
-    page.locator("#player .say", has_text="When you pause").wait_for(timeout=60_000)
-    pause_ms = 1000 * float(page.get_by_label("Answers after").input_value())
-    found = [page.evaluate(PHRASE) - pause_ms for _ in range(turns)]
-    page.get_by_role("button", name="End the duet").click()
-    return found
 
 
 def hour(page: Page) -> None:
@@ -108,16 +57,20 @@ def hour(page: Page) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint")
+    parser.add_argument("--turns", type=int, default=8, help="of the duet")
     given = parser.parse_args()
     with served(measure=False, checkpoint=given.checkpoint) as (address, _), sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         page = browser.new_context(viewport={"width": 1360, "height": 900}).new_page()
         page.goto(address)
-        page.evaluate(KEYBOARD)
-        page.get_by_role("button", name="MIDI keyboard").click()
-        page.wait_for_timeout(3000)
-        begun, output = key_to_sound(page)
-        rows = {"key to sound": begun, "output of the browser": output, "pause to answer": pause_to_answer(page, 8)}
+        page.evaluate(WATCH)
+        connect_keyboard(page)
+        rows = {}
+        for way, name in (("midi", "MIDI message"), ("key", "key of the computer")):
+            rows[f"{name} to sound"], rows["… of which the browser's output takes"] = key_to_sound(page, way, 20)
+        turns = duet(page, given.turns)
+        rows["pause to the answer's first sound"] = [turn["began"] for turn in turns]
+        rows["key to the answer's silence"] = [turn["silent"] for turn in turns]
         hour(page)
         rows["frame while an hour scrolls"] = page.evaluate(FRAMES, "scroll")
         rows["frame while it zooms"] = page.evaluate(FRAMES, "zoom")

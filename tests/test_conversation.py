@@ -344,6 +344,18 @@ def test_a_keyboard_that_sends_without_end_is_stopped_and_others_are_answered(co
     assert other.answer(seconds=1)[1]["why"] == "enough"
 
 
+def test_a_flood_is_refused_in_few_words_and_the_conversation_goes_on(connect):
+    player = connect()
+    player.open(session=None)
+    for n in range(6000):
+        player.say(type="play", events=[[n / 170, "on", 21 + n % 88, 60]])
+    player.socket.send_text("not JSON")  # is refused by another reason, after all of it
+    refused = []
+    while (message := player.next("error"))["code"] == "rate":
+        refused.append(message)
+    assert 1 <= len(refused) < 200
+
+
 def test_an_address_cannot_make_the_model_read_without_end(connect):
     player, other = connect(), connect()
     player.open(session=None)

@@ -4,7 +4,17 @@ import itertools
 from pathlib import Path
 
 import pytest
-from web_browser import choose_example, fill, needs_browser, shown, state, status, wait_until, wait_until_done
+from web_browser import (
+    choose_example,
+    fill,
+    needs_browser,
+    shown,
+    state,
+    status,
+    type_over,
+    wait_until,
+    wait_until_done,
+)
 
 from music_ar import read_midi
 
@@ -124,6 +134,20 @@ def test_too_many_notes_and_stuck_keys_do_no_harm(page, tmp_path):
 
 @pytest.mark.slow
 @needs_browser
+def test_who_presses_generate_while_recording_hears_it_continued(page, tmp_path):
+    connect_keyboard(page)
+    fill(page, "seconds", 5)
+    button(page, "● Record").click()
+    play(page, PHRASE)
+    page.locator("#generate").click()
+    wait_until(lambda: state(page, "kind") == "piece" and shown(page, "notes") > 3, "it is continued")
+    wait_until_done(page)
+    assert state(page, "recording") == "false"
+    assert read_midi(taken_out(page, tmp_path)).velocity[:3].tolist() == pytest.approx([80, 90, 40], abs=2)
+
+
+@pytest.mark.slow
+@needs_browser
 def test_the_computers_keys_and_fingers_play(page, tmp_path):
     keys = page.locator("#player .keys")
     button(page, "● Record").click()
@@ -229,7 +253,7 @@ def test_a_duet_answers_falls_silent_and_is_kept(page, tmp_path):
     connect_keyboard(page)
     button(page, "Duet").click()
     wait_until(lambda: "When you pause" in said(page), "the server listens")
-    page.get_by_label("Answers after").fill("0.5")
+    type_over(page.get_by_label("Answers after"), "0.5")
     play(page, [(0, (0x90, 60, 80)), (200, (0x80, 60, 0))])
     wait_until(lambda: shown(page, "notes") > 3, "it answers")
     silenced_ms = page.evaluate(
@@ -262,6 +286,61 @@ def test_a_duet_answers_falls_silent_and_is_kept(page, tmp_path):
     page.reload()
     wait_until(lambda: state(page, "take") == take, "all is there after a reload")
     assert page.get_by_role("radio", name="Duet at").count() == 1
+
+
+@pytest.mark.slow
+@needs_browser
+def test_without_sound_the_page_says_why(page):
+    cases = {
+        "OfflineAudioContext.prototype.decodeAudioData = async () => { throw new DOMException('', 'EncodingError'); }":
+            "cannot read the sound of the piano",
+        "Object.defineProperty(BaseAudioContext.prototype, 'state', { get: () => 'suspended' })":
+            "There is no sound",
+    }  # fmt: skip
+    for broken, message in cases.items():
+        other = page.context.new_page()
+        other.add_init_script(broken)
+        other.goto(page.url)
+        other.locator("#player .keys").click()
+        wait_until(lambda other=other, message=message: message in said(other), "it says so")
+        other.close()
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_sample_that_the_network_loses_is_asked_for_again(page):
+    page.add_init_script(
+        """{
+          const { fetch } = window;
+          window.asked = [];
+          window.fetch = async (...values) => {
+            if (String(values[0]).endsWith('/21.ogg') && window.asked.push('21') === 1) throw new TypeError('lost');
+            return fetch(...values);
+          };
+        }"""
+    )
+    page.reload()
+    wait_until(lambda: page.evaluate("asked.length") == 2, "it is there in the end")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_with_fingers_alone_a_part_of_a_piece_is_looped(browser, address):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True)
+    phone = context.new_page()
+    phone.goto(address)
+    phone.wait_for_selector("#player .player")
+    make_a_piece(phone, 20)
+    assert "latents" in phone.get_by_role("radio").inner_text(), "a take says its budget"
+    for _ in range(3):
+        button(phone, "Zoom in").click()
+    wait_until(lambda: shown(phone, "span") < 10, "it shows a part")
+    start, span = shown(phone, "from"), shown(phone, "span")
+    button(phone, "Loop").click()
+    edges = [float(edge.get_attribute("aria-valuenow")) for edge in phone.locator("#player .edge").all()]
+    assert edges == pytest.approx([start, start + span], abs=0.06)
+    assert button(phone, "Loop").get_attribute("aria-pressed") == "true"
+    context.close()
 
 
 @pytest.mark.slow
@@ -311,13 +390,28 @@ def test_a_link_carries_a_short_prompt(page, address):
 @needs_browser
 def test_axe_finds_no_serious_fault(page):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+
+    def check(when):
+        for scheme in ("light", "dark"):
+            page.evaluate("dark => document.body.classList.toggle('dark', dark)", scheme == "dark")
+            page.wait_for_timeout(300)
+            found = axe.run(page).response["violations"]
+            serious = [f"{each['id']}: {each['nodes'][0]['html'][:200]}" for each in found if each["impact"] != "minor"]
+            assert serious == [], f"{when}, {scheme}"
+
+    choose_example(page)
+    check("with a prompt")
     make_a_piece(page, 5)
-    for scheme in ("light", "dark"):
-        page.evaluate("dark => document.body.classList.toggle('dark', dark)", scheme == "dark")
-        page.wait_for_timeout(300)
-        found = axe.run(page).response["violations"]
-        serious = [f"{each['id']}: {each['nodes'][0]['html'][:200]}" for each in found if each["impact"] != "minor"]
-        assert serious == [], scheme
+    button(page, "Loop").click()
+    page.get_by_text("More settings").click()
+    check("with a piece in a loop, and all settings")
+    button(page, "Duet").click()
+    wait_until(lambda: "When you pause" in said(page), "the server listens")
+    page.locator("#file input[type=file]").set_input_files(
+        {"name": "letter.mid", "mimeType": "audio/midi", "buffer": b"Dear pianist,"}
+    )
+    page.locator(".toast-body").first.wait_for()
+    check("in a duet, with a message")
 
 
 @needs_browser

@@ -23,6 +23,7 @@ from web_browser import (
     shown,
     state,
     status,
+    type_over,
     upload,
     wait_for_notes,
     wait_until,
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # from Gradio's client and Pl
 def ask_for_hours(page):
     """Ask for so much music that Stop can be pressed before it is made."""
     fill(page, "seconds", 3600)
-    page.get_by_label("number input for Variations").fill("4")
+    type_over(page.get_by_label("number input for Variations"), 4)
     page.get_by_label("number input for Variations").press("Tab")
 
 
@@ -92,7 +93,7 @@ def test_variations_from_nothing_with_a_seed_and_their_files(page, address, tmp_
     page.get_by_text("More settings").click()
     fill(page, "seed", 7)
     fill(page, "seconds", 4)
-    page.get_by_label("number input for Variations").fill("3")
+    type_over(page.get_by_label("number input for Variations"), 3)
     page.get_by_label("number input for Variations").press("Tab")
     page.locator("#generate").click()
     strips = page.get_by_role("radiogroup", name="Takes").get_by_role("radio")
@@ -131,6 +132,7 @@ def test_variations_from_nothing_with_a_seed_and_their_files(page, address, tmp_
     assert float(other.locator("#seconds input").input_value()) == 4
     wait_for_notes(other, 139)
     assert [float(other.locator(f"#{limit} input").input_value()) for limit in ("start", "end")] == [2, 9]
+    other.close()
 
     fill(page, "seed", 1)
     fill(page, "seconds", 9)
@@ -240,9 +242,14 @@ def test_keys_focus_and_spoken_status(page, tmp_path):
     names = [button.get_attribute("aria-label") for button in page.locator("button.reset-button").all()]
     assert len(set(names)) == len(names) > 5
     page.keyboard.press("Tab")  # focus is marked for those who use the keyboard
-    for slider in page.get_by_role("slider").all():
-        slider.focus()
-        assert slider.evaluate("element => getComputedStyle(element).outlineStyle") == "solid"
+    unmarked = page.evaluate(
+        """() => [...document.querySelectorAll('input:not([type=file]), textarea, button, a, summary, [tabindex="0"]')]
+          .filter((each) => {
+            each.focus();
+            return document.activeElement === each && getComputedStyle(each).outlineStyle !== 'solid';
+          }).map((each) => each.outerHTML)"""
+    )
+    assert unmarked == []
 
     ask_for_hours(page)
     spoken, player = page.locator("#spoken-status"), page.locator("#player .player")

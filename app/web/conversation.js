@@ -46,6 +46,7 @@ const TAKEN_OVER = 4001; // another tab has the conversation
 const REFUSED = [1008, 4000, TAKEN_OVER]; // trying again would not help
 const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 15000;
+const SENT_AGAIN_MS = 3000; // after events that came too fast for the server
 const KEY = 'music-ar-conversation';
 
 /** @param {Partial<Timeline>} [timeline] @returns {Timeline} */
@@ -154,6 +155,7 @@ export class Conversation extends EventTarget {
     this.attempts = 0;
     /** @type {WebSocket | null} */ this.socket = null;
     /** @type {any} */ this.retry = null;
+    /** @type {any} */ this.missing = null; // timer while the server lacks events
     this.retryNow = () => { if (this.connection === 'lost') this.connect(); };
     globalThis.addEventListener?.('online', this.retryNow);
   }
@@ -172,6 +174,7 @@ export class Conversation extends EventTarget {
   /** End the connection. The timeline stays, and the server keeps the session for a while. */
   close() {
     clearTimeout(this.retry);
+    clearTimeout(this.missing);
     globalThis.removeEventListener?.('online', this.retryNow);
     this.#leave();
     this.#stop('lost');
@@ -294,8 +297,18 @@ export class Conversation extends EventTarget {
     } else if (type === 'answering') {
       if (this.#expects(detail.id)) this.#tell('answering', detail);
     } else if (type === 'error') {
+      if (detail.code === 'rate') this.#sendAllLater();
       this.#tell('problem', detail);
     }
+  }
+
+  /** Tell the server everything, once no more is played than it takes: it has left some events out. */
+  #sendAllLater() {
+    clearTimeout(this.missing);
+    this.missing = setTimeout(() => {
+      if (this.answering) this.#sendAllLater();
+      else this.replace(this.timeline);
+    }, SENT_AGAIN_MS);
   }
 
   /** @param {number} code @param {string} reason */

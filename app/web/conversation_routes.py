@@ -24,6 +24,7 @@ from music_ar import MidiError
 _MAX_SMALL_BYTES = 64 * 2**10  # of messages that hold no timeline
 _EVENTS, _EVENTS_PER_S = 3000, 100.0
 _COST = {"answer": 20, "silence": 5, "replace": 50}  # as many events; each makes the model work
+_REFUSED_AGAIN_S = 1.0  # a flood of events is refused in few words
 _OPEN_WITHIN_S = 30.0
 _MOST_UNSENT = 2000  # messages to a client that does not read them
 NOT_OPENED, TAKEN_OVER, POLICY, TRY_LATER = 4000, 4001, 1008, 1013
@@ -90,6 +91,7 @@ class _Connection:
         self._unsent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._allowance = Bucket(_EVENTS, _EVENTS_PER_S)
         self._closing: asyncio.Task[None] | None = None
+        self._refused_s = -_REFUSED_AGAIN_S  # when events were last refused, by the monotonic clock
 
     async def serve(self) -> None:
         """Take messages until the client leaves, or another takes its place."""
@@ -160,7 +162,10 @@ class _Connection:
                 )
             self._do(conversation, kind, values)
         except Refused as error:
-            self._post({"type": "error", "code": error.code, "message": str(error)})
+            now_s = time.monotonic()
+            if error.code != "rate" or now_s >= self._refused_s + _REFUSED_AGAIN_S:
+                self._post({"type": "error", "code": error.code, "message": str(error)})
+                self._refused_s = now_s
         except WebError as error:
             self._post({"type": "error", "code": "message", "message": str(error)})
         except Exception:

@@ -64,6 +64,15 @@
   rename();
   new MutationObserver(rename).observe(find('#settings'), { childList: true, subtree: true }); // some are drawn when opened
 
+  // Gradio's messages are buttons that hold a button, which screen readers cannot tell apart: only the inner one stays.
+  const flatten = () => {
+    for (const head of document.querySelectorAll('.toast-header[role]')) {
+      head.removeAttribute('role');
+      head.removeAttribute('tabindex');
+    }
+  };
+  new MutationObserver(flatten).observe(document.body, { childList: true, subtree: true });
+
   // Music is kept in the browser. Where that is not allowed it lives as long as its tab: ask before it is lost.
   window.addEventListener('beforeunload', (event) => {
     const { notes, take, stored } = find('#player .player').dataset;

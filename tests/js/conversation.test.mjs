@@ -171,6 +171,20 @@ test('what sounds at a cut ends there', () => {
   assert.deepEqual(cut([[1, 'on', 60, 80]], 0.5), []);
 });
 
+test('what came too fast for the server is sent again, once it is over', () => {
+  mock.timers.enable({ apis: ['setTimeout'] });
+  const made = ready();
+  made.play([[0.5, 'on', 60, 80]]);
+  for (let n = 0; n < 3; n++) {
+    last().receive({ type: 'error', code: 'rate', message: 'too fast' });
+    mock.timers.tick(2000);
+  }
+  assert.ok(last().sent.every(({ type }) => type !== 'replace'), 'it may still go on');
+  mock.timers.tick(2000);
+  assert.deepEqual(last().sent.at(-1), { type: 'replace', timeline: made.timeline });
+  made.close();
+});
+
 test('a pause begins when the last key comes up', () => {
   mock.timers.enable({ apis: ['setTimeout'] });
   let pauses = 0;

@@ -2,7 +2,7 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 
 import { Instrument } from '../../app/web/player/instrument.js';
-import { obey } from '../../app/web/player/midi_input.js';
+import { connectMidi, obey } from '../../app/web/player/midi_input.js';
 
 /** A piano that only says what it does. */
 function silent() {
@@ -44,6 +44,23 @@ test('MIDI messages are obeyed, odd ones included', () => {
   obey(instrument, Uint8Array.from([0x90, 70, 64]), 20);
   obey(instrument, Uint8Array.from([0xb0, 123, 0]), 21);
   assert.deepEqual(pitches(), [], 'all notes off');
+});
+
+test('a keyboard that is connected twice is heard once', async () => {
+  const { instrument } = silent(), struck = [], told = [], ports = [];
+  instrument.listeners.push({ down: (pitch) => struck.push(pitch), up() {}, pedal() {} });
+  globalThis.window = { isSecureContext: true };
+  // Each access has ports of its own, and all of them hear the device.
+  const requestMIDIAccess = async () => {
+    const port = { type: 'input', state: 'connected', name: 'Piano', onmidimessage: null };
+    ports.push(port);
+    return { inputs: new Map([['1', port]]), onstatechange: null };
+  };
+  Object.defineProperty(globalThis, 'navigator', { value: { requestMIDIAccess }, configurable: true });
+  for (let n = 0; n < 2; n++) await connectMidi(instrument, (message) => told.push(message));
+  for (const port of ports) port.onmidimessage?.({ data: Uint8Array.from([0x90, 60, 80]), timeStamp: 1 });
+  assert.deepEqual(struck, [60]);
+  assert.equal(told.at(-1), 'Listening to Piano.');
 });
 
 test('a key that hangs is released after a minute', () => {

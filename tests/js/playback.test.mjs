@@ -38,6 +38,27 @@ test('tempo and transposition change what is heard', () => {
   assert.deepEqual(rounded(piano.released)[0], [0.25, 57]);
 });
 
+test('a tempo that changes moves the ends of the notes that sound', () => {
+  const { piano, playback, run } = stage([{ on: 0, off: 4, pitch: 60, velocity: 64 }]);
+  playback.play();
+  run(1); // its first 0.94 s are over
+  playback.tempo = 0.5;
+  assert.deepEqual(rounded(piano.released), [[4, 60], [7.06, 60]]);
+  run(1);
+  assert.ok(Math.abs(playback.position - 1.44) < 0.001);
+});
+
+test('a tempo that changes near the end of a loop strikes no note twice', () => {
+  const { piano, playback, run } = stage(notes, (each) => { each.loop = { from: 0, to: 1 }; });
+  playback.play();
+  run(0.96); // the beginning of the next round is scheduled already
+  assert.deepEqual(rounded(piano.struck), [[0, 60], [1, 60]]);
+  playback.tempo = 1.01;
+  run(0.6);
+  assert.equal(piano.struck.length, 2);
+  assert.ok(playback.position > 0.4 && playback.position < 0.6);
+});
+
 test('a loop goes round without a gap, and cuts what reaches over its end', () => {
   const { piano, playback, run } = stage(notes, (each) => { each.loop = { from: 1, to: 2.25 }; });
   playback.seek(1);

@@ -44,6 +44,17 @@ test('with a count-in the music begins when it ends', () => {
   assert.deepEqual(recorder.stop(5000).keys.map(({ on, off }) => [on, off]), [[0.5, 1]]);
 });
 
+test('what is played to the count-in is not recorded, and a note that comes a little early is its first', () => {
+  const recorder = new Recorder();
+  recorder.start(4000);
+  recorder.down(60, 80, 2000);
+  recorder.up(60, 2400);
+  recorder.down(62, 80, 3900);
+  recorder.up(62, 4250);
+  const { keys } = recorder.stop(5000);
+  assert.deepEqual(keys, [{ on: 0, off: 0.25, pitch: 62, velocity: 80 }]);
+});
+
 test('10,000 notes in a minute are kept, and what is too much is left out', () => {
   const recorder = new Recorder();
   recorder.start();

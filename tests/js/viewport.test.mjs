@@ -60,3 +60,12 @@ test('pixels and seconds are inverse, and clipped to the piece', () => {
   assert.equal(view.seconds(-1e6, 640), 0);
   assert.equal(view.seconds(1e6, 640), 100);
 });
+
+test('what is to be seen ends with the piece', () => {
+  const view = new Viewport();
+  view.resize(4.26);
+  assert.deepEqual(view.visible, { from: 0, to: 4.3 });
+  view.resize(100);
+  view.place(20.04, 5);
+  assert.deepEqual(view.visible, { from: 20, to: 25 });
+});

@@ -21,6 +21,7 @@ export function connect(player) {
     player.duet.wishes = Object.fromEntries(names.map((name, number) => [name, values[number]]));
   });
   player.root.addEventListener('extend', () => { player.extend(); });
+  document.addEventListener('click', (event) => generateFromRecording(player, event), true);
   document.addEventListener('keydown', (event) => keyDown(player, event));
   for (const edge of player.edges()) {
     edge.addEventListener('keydown', (event) => moveEdge(player, edge, event));
@@ -32,6 +33,18 @@ export function connect(player) {
   dragOut(/** @type {HTMLAnchorElement} */ (player.find('midi')), () => ({
     name: `music-ar-${player.shown.seed ?? 'played'}.mid`, content: player.shelf.file(player.shown),
   }));
+}
+
+/** Who presses Generate while recording wants what was played continued: the server must have it first. @param {Player} player @param {MouseEvent} event */
+function generateFromRecording(player, event) {
+  const button = event.target instanceof Element ? event.target.closest('button') : null;
+  if (button?.id !== 'generate' || !player.recording.active) return;
+  if (player.recording.recorder.keys.length) {
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    player.whenRecorded = () => button.click();
+  }
+  player.recording.stop(performance.now());
 }
 
 /** @param {Player} player */

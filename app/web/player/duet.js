@@ -6,6 +6,7 @@ import { pack, Score, sustained } from './notes.js';
 /** @typedef {import('../conversation.js').Answered} Answered */
 /** @typedef {import('./notes.js').Note} Note */
 /** @typedef {import('./music.js').Music} Music */
+/** @typedef {import('./piano.js').Voice} Voice */
 /** @typedef {import('./player.js').Player} Player */
 /** @typedef {import('./takes.js').Take} Take */
 
@@ -13,6 +14,7 @@ const LEAD_S = 0.15; // from the request to the first note of an answer
 const LONGEST_ANSWER_S = 60;
 const AHEAD_S = 0.12; // how early a note of an answer is scheduled, so that playing silences it at once
 const KEEP_EVERY_MS = 2000;
+const SILENCED_S = 0.008; // time constant: all is below -60 dB within 60 ms, before the output of the browser
 
 /**
  * What was played or answered as notes; those that still sound end now. @param {Iterable<(string | number)[]>} events
@@ -67,8 +69,10 @@ export class Duet {
   #began = 0; // when the conversation was at 0 s, in ms by the clock of events
   /** @type {Answered[]} events of the answer that are still to be heard */
   #coming = [];
-  /** @type {Map<number, import('./piano.js').Voice | null>} by pitch */
+  /** @type {Map<number, Voice | null>} by pitch */
   sounding = new Map();
+  /** @type {Set<Voice>} what may be heard of the answer, also of notes that have ended and fade */
+  #ringing = new Set();
   /** @type {Record<string, number>} settings of the page; without any, the server's defaults count */
   wishes = {};
   #id = '';
@@ -158,7 +162,7 @@ export class Duet {
       if (kind === 'release') continue;
       if (before) piano.release(before, when);
       this.sounding.delete(pitch);
-      if (kind === 'on') this.sounding.set(pitch, piano.strike(pitch, velocity, when));
+      if (kind === 'on') this.sounding.set(pitch, this.#strike(pitch, velocity, when));
     }
     if (performance.now() - this.#kept > KEEP_EVERY_MS) this.#keep();
   }
@@ -170,10 +174,20 @@ export class Duet {
     else if (why !== 'silenced' && why !== 'lost') this.#coming.push(...[...this.sounding.keys()].map((pitch) => /** @type {Answered} */ ([at, 'off', pitch])));
   }
 
+  /** @param {number} pitch @param {number} velocity @param {number} when by the clock of the sound */
+  #strike(pitch, velocity, when) {
+    const voice = this.player.piano.strike(pitch, velocity, when);
+    if (!voice) return null;
+    this.#ringing.add(voice);
+    voice.source.addEventListener('ended', () => this.#ringing.delete(voice));
+    return voice;
+  }
+
   #silence() {
     const { piano } = this.player;
     this.#coming = [];
-    for (const voice of this.sounding.values()) if (voice) piano.release(voice, piano.now, 0.02);
+    for (const voice of this.#ringing) piano.release(voice, piano.now, SILENCED_S);
+    this.#ringing.clear();
     this.sounding.clear();
   }
 

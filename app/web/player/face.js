@@ -110,12 +110,13 @@ export class Face {
     play.setAttribute('aria-label', playback.playing ? 'Pause' : 'Play');
     play.disabled = !count;
     player.button('continue').disabled = !count || generating || at < 0.2 || recording.active || player.duet.active;
+    player.button('loop').disabled = !count || shown.kind === 'prompt' || recording.active || player.duet.active;
     player.button('fill').hidden = player.root.dataset.fills !== 'true';
     player.button('fill').disabled = !player.region || shown.kind !== 'piece' || generating || player.duet.active;
     player.find('time').textContent = `${clock(at)} / ${clock(until)}`;
     player.find('count').textContent = count ? `${count.toLocaleString('en')} notes` : '';
     player.find('waiting').hidden = !playback.waiting;
-    player.find('midi').hidden = !count;
+    player.find('midi').hidden = !count || recording.active || player.duet.active;
     player.button('record').setAttribute('aria-pressed', String(recording.active));
     player.button('record').textContent = recording.active ? '■ Stop recording' : '● Record';
     player.button('duet').setAttribute('aria-pressed', String(player.duet.active));

@@ -68,6 +68,18 @@ export function listen(canvas, viewport, on) {
     on.moved();
   }, { passive: false });
 
+  // Safari tells of a pinch on a trackpad by events of its own, not by a wheel with Ctrl.
+  let scale = 1;
+  canvas.addEventListener('gesturestart', (event) => { scale = 1; event.preventDefault(); });
+  canvas.addEventListener('gesturechange', (event) => {
+    event.preventDefault();
+    const { scale: now, clientX } = /** @type {Event & {scale: number, clientX: number}} */ (event);
+    if (pointers.size) return; // on a phone, the fingers are told of as pointers too
+    viewport.zoom(seconds(clientX), now / scale);
+    scale = now;
+    on.moved();
+  });
+
   /** @param {{x: number}} finger @param {number} x @param {number} other */
   function pinch(finger, x, other) {
     const [before, after] = [Math.abs(finger.x - other), Math.abs(x - other)];

@@ -77,6 +77,9 @@ export class Keys {
     this.changed();
   }
 
+  /** Where the two rows of the computer's keys begin, in words. */
+  get place() { return `The lower row of keys begins at C${3 + this.octave}, the upper one at C${4 + this.octave}.`; }
+
   releaseAll() {
     const now = performance.now();
     for (const pitch of [...this.#codes.values(), ...this.#fingers.values()]) this.instrument.up(pitch, now);
@@ -135,6 +138,7 @@ export class Keys {
       this.#slide(event);
     });
     this.canvas.addEventListener('pointermove', (event) => { if (this.#fingers.has(event.pointerId)) this.#slide(event); });
+    this.canvas.addEventListener('contextmenu', (event) => { if (this.#fingers.size) event.preventDefault(); }); // a finger that rests
     for (const end of ['pointerup', 'pointercancel'])
       this.canvas.addEventListener(end, (event) => this.#lift(/** @type {PointerEvent} */ (event)));
   }

@@ -16,6 +16,9 @@ export function obey(instrument, message, at) {
   else if (kind === 0xb0 && (first === 120 || first === 123)) instrument.release(at);
 }
 
+/** @type {MIDIAccess | null} the only one: each further one would hear every key once more */
+let access = null;
+
 /**
  * Listen to all MIDI devices, also those that are plugged in later.
  * @param {Instrument} instrument
@@ -28,24 +31,31 @@ export async function connectMidi(instrument, tell) {
   if (!('requestMIDIAccess' in navigator)) {
     return tell('This browser cannot use MIDI keyboards; Chrome, Edge and Firefox can. Play with the computer’s keys or the keys above.');
   }
-  /** @type {MIDIAccess} */
-  let access;
-  try {
-    access = await navigator.requestMIDIAccess();
-  } catch {
-    return tell('The browser did not allow MIDI. Allow it for this page in the address bar, then press “MIDI keyboard” again.');
+  if (!access) {
+    tell('If the browser asks, allow this page to use MIDI devices.');
+    try {
+      const found = await navigator.requestMIDIAccess();
+      access ??= found;
+    } catch {
+      return tell('The browser did not allow MIDI. Allow it for this page in the address bar, then press “MIDI keyboard” again.');
+    }
   }
+  listen(access, instrument, tell);
+}
+
+/** @param {MIDIAccess} access @param {Instrument} instrument @param {(message: string) => void} tell */
+function listen(access, instrument, tell) {
   const names = () => [...access.inputs.values()].filter((input) => input.state !== 'disconnected').map((input) => input.name ?? 'a MIDI device');
-  const listen = () => {
+  const hear = () => {
     for (const input of access.inputs.values()) {
       input.onmidimessage = (event) => { if (event.data) obey(instrument, event.data, event.timeStamp); };
     }
   };
-  listen();
+  hear();
   access.onstatechange = (event) => {
     const { port } = event;
     if (!port || port.type !== 'input') return;
-    listen();
+    hear();
     if (port.state === 'disconnected') {
       instrument.release(performance.now());
       tell(`${port.name ?? 'The MIDI device'} is gone. What you played is kept; plug it in again to go on.`);

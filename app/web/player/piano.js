@@ -3,6 +3,9 @@
 /** @typedef {{source: AudioBufferSourceNode, gain: GainNode, fade: number}} Voice */
 
 const MOST_VOICES = 96; // more cost the sound its steadiness on a phone
+const FADED = 8; // time constants until a voice is below -69 dB, and ends
+const STARTS_WITHIN_MS = 4000; // sound, after the first gesture; some devices take more than a second
+const LOADED_AGAIN_MS = 3000;
 
 export class Piano {
   /** @type {Map<number, AudioBuffer>} */
@@ -15,12 +18,13 @@ export class Piano {
   #output = null;
   #volume = 0.8;
 
-  /** @param {string} samples address of the folder of samples */
-  constructor(samples) {
+  /** @param {string} samples address of the folder of samples @param {(message: string) => void} tell says in words why there is no sound */
+  constructor(samples, tell) {
     this.samples = samples;
+    this.tell = tell;
     const pitches = Array.from({ length: 30 }, (_, n) => 21 + 3 * n);
     pitches.sort((a, b) => Math.abs(a - 62) - Math.abs(b - 62)); // the middle of the keyboard first
-    this.loading = (async () => { for (const pitch of pitches) await this.#load(pitch); })();
+    this.#loadAll(pitches);
   }
 
   /** Whether there is enough to play with. */
@@ -34,8 +38,19 @@ export class Piano {
       this.#output = new GainNode(this.#context, { gain: this.#volume });
       this.#output.connect(limiter).connect(this.#context.destination);
     }
-    if (this.#context.state === 'suspended') this.#context.resume();
+    if (this.#context.state !== 'running') this.#start(this.#context); // suspended; or interrupted, by a call on a phone
     return this.#context;
+  }
+
+  #starting = 0;
+
+  /** @param {AudioContext} context */
+  #start(context) {
+    context.resume().catch(() => {}); // told below, since some browsers never answer
+    clearTimeout(this.#starting);
+    this.#starting = window.setTimeout(() => {
+      if (context.state !== 'running') this.tell('There is no sound: the browser found no loudspeaker or headphones, or is not allowed to use them.');
+    }, STARTS_WITHIN_MS);
   }
 
   /** Seconds by the clock of the sound. */
@@ -47,9 +62,24 @@ export class Piano {
     if (this.#context && this.#output) this.#output.gain.setTargetAtTime(volume, this.#context.currentTime, 0.02);
   }
 
-  /** @param {number} pitch */
+  /** Load samples, one after the other. What the network loses is asked for again. @param {number[]} pitches */
+  async #loadAll(pitches) {
+    /** @type {number[]} */
+    const lost = [];
+    for (const pitch of pitches) {
+      try { await this.#load(pitch); } catch (error) {
+        if (!(error instanceof TypeError)) return this.tell('This browser cannot read the sound of the piano (Ogg Vorbis): update it, or use another. Safari can since version 18.4.');
+        lost.push(pitch);
+      }
+    }
+    if (lost.length) window.setTimeout(() => this.#loadAll(lost), LOADED_AGAIN_MS);
+  }
+
+  /** @param {number} pitch @throws {TypeError} the network lost it */
   async #load(pitch) {
-    const data = await (await fetch(`${this.samples}${pitch}.ogg`)).arrayBuffer();
+    const response = await fetch(`${this.samples}${pitch}.ogg`);
+    if (!response.ok) throw new TypeError(`HTTP ${response.status}`);
+    const data = await response.arrayBuffer();
     const whole = await new OfflineAudioContext(2, 1, 48000).decodeAudioData(data); // works before a user gesture
     const left = whole.getChannelData(0);
     let peak = 0;
@@ -101,13 +131,14 @@ export class Piano {
   }
 
   /**
-   * Let a voice fade, and end.
+   * Let a voice fade, and end; in place of an end that has not come yet.
    * @param {Voice} voice
    * @param {number} when by the clock of the sound
    * @param {number} [fade] time constant in seconds
    */
   release(voice, when, fade = voice.fade) {
+    voice.gain.gain.cancelScheduledValues(this.now);
     voice.gain.gain.setTargetAtTime(0, when, fade);
-    voice.source.stop(when + 8 * fade);
+    voice.source.stop(when + FADED * fade);
   }
 }

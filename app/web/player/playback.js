@@ -50,7 +50,10 @@ export class Playback {
 
   get tempo() { return this.#tempo; }
   set tempo(factor) {
-    if (this.#anchors.length) this.#anchors = [{ at: this.piano.now, from: this.position }];
+    const { now } = this.piano, later = (/** @type {number} */ at) => now + (at - now) * (this.#tempo / factor);
+    const ahead = this.#anchors.filter(({ at }) => at > now).map(({ at, from }) => ({ at: later(at), from }));
+    if (this.#anchors.length) this.#anchors = [{ at: now, from: this.position }, ...ahead];
+    for (const each of this.#ringing) if (each.until > now) this.piano.release(each.voice, each.until = later(each.until));
     this.#tempo = factor;
   }
 

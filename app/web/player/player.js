@@ -34,6 +34,8 @@ export class Player {
   prompt = NOTHING;
   /** @type {{name: string, take: Take} | null} what was sent to be the prompt */
   #played = null;
+  /** @type {() => void} what is to be done once a recording is the prompt */
+  whenRecorded = () => {};
   /** @type {Music} what is on the timeline */
   shown = NOTHING;
   /** @type {Region | null} the selected part */
@@ -47,11 +49,11 @@ export class Player {
   constructor(root, trigger) {
     this.root = root;
     this.trigger = trigger;
-    this.piano = new Piano(root.dataset.samples ?? '');
+    this.piano = new Piano(root.dataset.samples ?? '', (message) => this.tell(message));
     this.playback = new Playback(this.piano);
     this.instrument = new Instrument(this.piano);
     this.face = new Face(this);
-    this.keys = new Keys(this.canvas('keys'), this.instrument, () => this.face.touch());
+    this.keys = new Keys(this.canvas('keys'), this.instrument, () => { this.tell(this.keys.place); this.face.touch(); });
     this.recording = new Recording(this.instrument, {
       tell: (message) => this.tell(message), changed: () => this.face.touch(), done: (take) => this.#recorded(take),
     });
@@ -95,7 +97,11 @@ export class Player {
     if (same && before.start === value.start && before.end === value.end) return; // a field was left as it was
     this.#part = value;
     this.prompt = value.variations.length ? received(value, 0, undefined) : { ...NOTHING, id: 'prompt', kind: 'prompt' };
-    if (value.name && value.name === this.#played?.name) Object.assign(this.prompt, { id: this.#played.take.id, pedals: this.#played.take.pedals });
+    if (value.name && value.name === this.#played?.name) {
+      Object.assign(this.prompt, { id: this.#played.take.id, pedals: this.#played.take.pedals });
+      setTimeout(this.whenRecorded);
+      this.whenRecorded = () => {};
+    }
     if (same && this.shown.kind === 'prompt') this.shown = this.prompt; else this.show(this.prompt);
     this.#setRegion(this.#partOfPrompt());
   }
@@ -126,6 +132,7 @@ export class Player {
       this.playback.update(music.score, music.until, music.growing);
     }
     if (begins) {
+      this.tell('');
       this.#startWithNotes = this.viewport.follows = true;
       const lead = value.begins === value.join ? PROMPT_LEAD_S : LEAD_S;
       if (!this.playback.playing) this.playback.seek(Math.max(0, value.begins - lead));
@@ -253,12 +260,12 @@ export class Player {
     this.playback.stopAt = region && isPart ? region.to : Infinity;
     if (!region || isPart) this.setLoop(false);
     else if (this.loops) this.playback.loop = region;
-    this.button('loop').disabled = !region || isPart;
     this.face.touch();
   }
 
-  /** @param {boolean} loops */
+  /** Repeat the region; without one, what is to be seen. @param {boolean} loops */
   setLoop(loops) {
+    if (loops && !this.region) this.#setRegion(this.viewport.visible);
     this.loops = loops && this.region !== null;
     this.playback.loop = this.loops ? this.region : null;
     this.button('loop').setAttribute('aria-pressed', String(this.loops));

@@ -5,6 +5,7 @@ import { sustained } from './notes.js';
 /** @typedef {import('./notes.js').Note} Note */
 
 export const MOST_NOTES = 20_000; // as many as one message to the server can hold
+const EARLY_MS = 300; // a first note that comes a little before the end of a count-in
 
 export class Recorder {
   /** @type {Note[]} with the lengths of the keys, without the pedal */
@@ -37,6 +38,8 @@ export class Recorder {
   down(pitch, velocity, at) {
     if (!this.recording || this.full) return;
     this.#began ??= at;
+    if (at < this.#began - EARLY_MS) return; // played to the count-in
+    at = Math.max(at, this.#began);
     this.up(pitch, at); // some devices strike twice without a release between
     const on = this.#seconds(at), note = { on, off: on + 0.001, pitch, velocity, held: true };
     this.#down.set(pitch, note);

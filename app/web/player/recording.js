@@ -13,6 +13,8 @@ export class Recording {
   #told = false;
   /** @type {number[]} timers of the count-in */
   #counting = [];
+  /** @type {OscillatorNode[]} its clicks */
+  #clicks = [];
 
   /**
    * @param {Instrument} instrument
@@ -59,6 +61,7 @@ export class Recording {
       click.connect(gain).connect(context.destination);
       click.start(at);
       click.stop(at + 0.03);
+      this.#clicks.push(click);
       this.#counting.push(window.setTimeout(() => this.on.tell(`${beat + 1} …`), from - performance.now() + beat * BEAT_MS));
     }
     this.#counting.push(window.setTimeout(() => this.on.tell('Play.'), from - performance.now() + BEATS * BEAT_MS));
@@ -66,7 +69,9 @@ export class Recording {
 
   #stopCounting() {
     for (const timer of this.#counting) clearTimeout(timer);
+    for (const click of this.#clicks) click.stop();
     this.#counting = [];
+    this.#clicks = [];
   }
 
   /** End the recording and hand over what was played. @param {number} at in ms */

@@ -109,7 +109,7 @@ export class Shelf {
 }
 
 /** @param {Music} music @param {string} title @param {string} detail @returns {Row} */
-const rowOfMusic = ({ id, score, until, join }, title, detail) => ({ id, title, detail, score, until, join, starred: false, kept: false, made: false });
+const rowOfMusic = ({ id, score, until, join }, title, detail) => ({ id, title, detail, hint: '', score, until, join, starred: false, kept: false, made: false });
 
 /** A take as a MIDI file, with the pedal as it was played. @param {Take} take */
 export const fileOf = ({ keys, notes, pedals }) => (keys === undefined ? midiFile(unpack(notes)) : midiFile(unpack(keys), pedals));

@@ -65,8 +65,9 @@ export class Takes {
   #change(change) {
     if (!this.#database) return;
     try {
-      const doing = change(this.#database.transaction('takes', 'readwrite').objectStore('takes'));
-      doing.onerror = () => { this.stored = false; };
+      const changing = this.#database.transaction('takes', 'readwrite');
+      change(changing.objectStore('takes'));
+      changing.onabort = () => { this.stored = false; }; // for one thing, when the disk is full
     } catch {
       this.stored = false;
     }

@@ -4,7 +4,7 @@ import { clock, Score, unpack } from './notes.js';
 import { drawNotes, prepare } from './roll.js';
 
 /** @typedef {import('./roll.js').Colours} Colours */
-/** @typedef {{id: string, title: string, detail: string, score: Score, until: number, join: number, starred: boolean, kept: boolean, made: boolean}} Row */
+/** @typedef {{id: string, title: string, detail: string, hint: string, score: Score, until: number, join: number, starred: boolean, kept: boolean, made: boolean}} Row */
 /** `kept`: whether it can be starred and deleted. `made`: whether it can be made again. */
 
 /** @param {import('./takes.js').Take} take @returns {Row} */
@@ -14,7 +14,8 @@ export function rowOf(take) {
   return {
     id: take.id, score: new Score(unpack(take.notes)), until: take.until, join: take.join, starred: take.starred, kept: true, made,
     title: made ? `Seed ${take.seed}` : take.kind === 'duet' ? `Duet at ${time}` : `Played at ${time}`,
-    detail: made ? `${clock(take.until)} · ${time}` : clock(take.until),
+    detail: made && take.latents ? `${clock(take.until)} · ${take.latents.toLocaleString('en')} latents` : clock(take.until),
+    hint: made ? `Generated at ${time}` : '',
   };
 }
 
@@ -76,6 +77,7 @@ export class TakesList {
     choose.tabIndex = chosen ? 0 : -1; // arrow keys reach the others, as in any radio group
     choose.children[0].textContent = row.title;
     choose.children[1].textContent = row.detail;
+    choose.title = row.hint;
     const label = /** @type {const} */ ([['star', row.starred ? 'Remove the star from' : 'Star'], ['again', 'Make again with another seed:'], ['remove', 'Delete']]);
     for (const [name, verb] of label) {
       button(element, name).hidden = name === 'again' ? !(row.kept && row.made) : !row.kept;

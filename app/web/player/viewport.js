@@ -24,6 +24,12 @@ export class Viewport {
   /** Whether the whole piece is to be seen as it grows; false once the user has zoomed. */
   fits = true;
 
+  /** The part of the piece that is to be seen, to a tenth of a second. */
+  get visible() {
+    const tenth = (/** @type {number} */ seconds) => Math.round(10 * seconds) / 10;
+    return { from: tenth(this.from), to: tenth(Math.min(this.from + this.span, this.length)) };
+  }
+
   /** Show the whole piece. */
   showAll() { this.fits = true; this.place(0, this.whole); }
 
