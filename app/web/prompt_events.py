@@ -16,6 +16,7 @@ from app.web.settings import Settings, WebError
 from app.web.takes import unpacked
 from app.web.toasts import errors_in_toasts, warn
 from app.web.warmup import Machine
+from app.web.wish_controls import WishControls
 from music_ar import Performance
 
 NO_PROMPT = "Nothing (a new piece)"
@@ -31,12 +32,13 @@ class PromptEvents:
 
     Args:
         manager: has the sessions.
+        wishes: the controls for wishes.
         controls: names of the settings, in the order of the components that they are restored to; the part of the
             prompt comes last.
     """
 
-    def __init__(self, manager: SessionManager, controls: list[str]):
-        self._manager = manager
+    def __init__(self, manager: SessionManager, wishes: WishControls, controls: list[str]):
+        self._manager, self._wishes = manager, wishes
         self._restored_controls = [name for name in controls if name not in PROMPT_CONTROLS]
 
     # ---------------------------------------------------------------- prompt
@@ -126,7 +128,8 @@ class PromptEvents:
         """Values of the settings and the prompt, if it is an example or one that the session has already."""
         settings = self._manager.settings(values)
         flat = settings.flat() | {"seed": "" if settings.seed is None else str(settings.seed)}
-        chosen = [flat[name] for name in self._restored_controls]
+        wishes = dict(zip(self._wishes.components, self._wishes.restored(settings.wishes), strict=True))
+        chosen = [(flat | wishes)[name] for name in self._restored_controls]
         name = settings.prompt
         if name in EXAMPLES:
             session.set_prompt(EXAMPLES[name].read_bytes(), name)

@@ -70,7 +70,7 @@ export class Duet {
   /** @type {Map<number, import('./piano.js').Voice | null>} by pitch */
   sounding = new Map();
   /** @type {Record<string, number>} settings of the page; without any, the server's defaults count */
-  wishes = {};
+  settings = {};
   #id = '';
   #kept = 0;
 
@@ -106,7 +106,7 @@ export class Duet {
     this.#began = performance.now() - 1000 * music.until;
     this.#id = `duet-${crypto.getRandomValues(new Uint32Array(2)).join('-')}`;
     const notes = music.score.notes.map(({ on, off, pitch, velocity }) => /** @type {[number, number, number, number]} */ ([on, off, pitch, velocity]));
-    const conversation = (this.#conversation = new Conversation(document.baseURI, { timeline: { notes }, latents: this.wishes.latents ?? 0 }));
+    const conversation = (this.#conversation = new Conversation(document.baseURI, { timeline: { notes }, latents: this.settings.latents ?? 0 }));
     this.#pause = new Pause(() => this.#ask(), pauseS);
     const listen = (/** @type {string} */ name, /** @type {(detail: any) => void} */ act) =>
       conversation.addEventListener(name, (event) => { if (conversation === this.#conversation) act(/** @type {CustomEvent} */ (event).detail); });
@@ -143,7 +143,7 @@ export class Duet {
   }
 
   #ask() {
-    const { latents: _, ...sampling } = this.wishes;
+    const { latents: _, ...sampling } = this.settings;
     this.#conversation?.answer(this.#seconds(performance.now()), { ...sampling, lead: LEAD_S, seconds: LONGEST_ANSWER_S });
   }
 
