@@ -178,6 +178,9 @@ export class Conversation extends EventTarget {
     this.#say('closed');
   }
 
+  /** Begin another session at the next `connect`. */
+  forget() { this.#keep(null); }
+
   /**
    * Add what a person has played. A key that goes down ends an answer that still sounds, at that moment. Times never go
    * back: an event earlier than the last one counts as at the same time.

@@ -123,7 +123,8 @@ def _part(session: Session, start_s: float, end_s: float | None) -> Any:
 
 def _limits(wish: WishControl) -> tuple[float, float, float]:
     """Least and most on the grid of the slider's steps, within what the model takes, and the step."""
-    assert wish.least is not None and wish.most is not None
+    assert wish.least is not None
+    assert wish.most is not None
     assert wish.step is not None
     least, most = math.ceil(wish.least / wish.step) * wish.step, math.floor(wish.most / wish.step) * wish.step
     return (least, most, wish.step) if least < most else (wish.least, wish.most, (wish.most - wish.least) / 100)

@@ -207,6 +207,15 @@ export class Player {
     this.canvas('keys').focus();
   }
 
+  /** Go on with a duet that a reload has interrupted, unless something else is on the timeline already. @returns {boolean} */
+  resumeDuet() {
+    if (this.shown.id !== '' || !this.duet.resume()) return false;
+    this.input('pause-s').value = String(this.duet.pauseS);
+    this.viewport.follows = true;
+    this.face.touch();
+    return true;
+  }
+
   /** @param {Take} take */
   #recorded(take) {
     this.shelf.takes.keep(take);
