@@ -1,15 +1,13 @@
 """The page's controls for wishes, of a model that takes them and of one that does not."""
 
-import asyncio
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
-import gradio as gr
 import pytest
 from conftest import make_performance, noisy_model
 from web_browser import choose_example, fill, needs_browser, wait_until, wait_until_done
-from web_client import running_page
+from web_client import laid_out, running_page
 
 from app.web.manager import SessionManager
 from app.web.settings import Settings
@@ -42,12 +40,7 @@ def wishful(tmp_path_factory):
 
 def controls_of(manager):
     controls = WishControls(manager)
-
-    async def lay_out():
-        with gr.Blocks():
-            controls.layout()
-
-    asyncio.run(lay_out())  # without a loop, Gradio makes one and never closes it
+    laid_out(controls.layout)
     return controls
 
 
@@ -84,7 +77,7 @@ def test_sliders_begin_at_what_the_prompt_is_like(manager, controls):
     for end_s in (None, 20.0):
         part = played if end_s is None else played.crop(0, end_s)
         expected = measure(encode(part))
-        loudness, density = controls.on_prompt(REQUEST, ["density"], 0.0, end_s)[1::-1]
+        loudness, density = controls.on_prompt(REQUEST, ["Notes a second"], 0.0, end_s)[1::-1]
         assert loudness["value"] == pytest.approx(expected.loudness, abs=0.51)
         assert "value" not in density, "what is wished for stays"
         density = controls.on_prompt(REQUEST, [], 0.0, end_s)[0]
@@ -92,7 +85,7 @@ def test_sliders_begin_at_what_the_prompt_is_like(manager, controls):
 
 
 def test_only_numbers_that_are_wished_for_count():
-    values = {"seconds": 9, "wished": ["density"], "density": 5, "loudness": 60, "composer": "", "guidance": 2}
+    values = {"seconds": 9, "wished": ["Notes a second"], "density": 5, "loudness": 60, "composer": "", "guidance": 2}
     settings = Settings.read(only_wished(values))
     assert settings.wishes == Wishes(density=5.0, guidance=2.0)
     assert Settings.read(only_wished({"seconds": 9})) == Settings(seconds=9)
@@ -101,7 +94,7 @@ def test_only_numbers_that_are_wished_for_count():
 def test_links_and_files_bring_wishes_back(controls):
     wishes = Wishes(loudness=70.0, composer="bach", guidance=1.5)
     restored = dict(zip(controls.components, controls.restored(wishes), strict=True))
-    assert restored["wished"] == ["loudness"]
+    assert restored["wished"] == ["Loudness"]
     assert restored["composer"] == "Johann Sebastian Bach"
     assert restored["era"] == ""
     known = {name: value for name, value in restored.items() if not isinstance(value, dict)}

@@ -19,6 +19,8 @@ from app.web.settings import AUTO, MAX_VARIATIONS, SAMPLING, Settings, sampling_
 from app.web.wish_controls import WISHED, WishControls
 from music_ar import SamplingOptions
 
+_HERE = Path(__file__).parent
+LANGUAGES = _HERE / "languages"
 SAMPLES = Path(str(resources.files("music_ar"))) / "audio" / "samples"
 _DOWNLOADS: dict[FileKind, str] = {"mid": "MIDI", "wav": "WAV", "mp3": "MP3", "zip": "ZIP (all)"}
 _PROMPT_TYPES = [".mid", ".midi", ".kar", ".rmi"]
@@ -44,14 +46,14 @@ class Page:
 
     def layout(self) -> None:
         """Create all components."""
-        gr.Markdown("# Music AR\nPlay a few bars of piano, and hear them continued.", elem_id="title")
+        gr.HTML((_HERE / "title.html").read_text(encoding="utf-8"), elem_id="title")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=300, elem_id="settings"):
                 self._layout_prompt()
                 self._layout_settings()
             with gr.Column(scale=3, min_width=320, elem_id="result"):
                 self._layout_actions()
-                self.player = player(SAMPLES, fills_gaps=self.manager.machine.generator.config.fills_gaps)
+                self.player = player(SAMPLES, LANGUAGES, fills_gaps=self.manager.machine.generator.config.fills_gaps)
                 self._layout_downloads()
         with gr.Accordion("About the model: data, limits, licence", open=False, elem_id="about"):
             gr.Markdown(f"{LICENCE}\n\n{self.about}")
@@ -132,7 +134,7 @@ class Page:
         """Connect the components to the handlers."""
         self.music = MusicEvents(self.manager, app, list(self.controls))
         self.prompt = PromptEvents(self.manager, self.wishes, list(self.controls))
-        app.load(None, None, None, js=(Path(__file__).parent / "page.js").read_text(encoding="utf-8"))
+        app.load(None, None, None, js=(_HERE / "page.js").read_text(encoding="utf-8"))
         self._bind_runs()
         self._bind_takes()
         self._bind_prompt()

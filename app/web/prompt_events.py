@@ -151,7 +151,7 @@ class PromptEvents:
 def cost_in_words(machine: Machine, settings: Settings, prompt: Performance | None = None) -> str:
     """What the latent budget means here, as Markdown; its numbers are one click away."""
     given = settings.latents, settings.variations, prompt
-    short, numbers = machine.in_short(*given), machine.cost(*given)
+    short, numbers = machine.in_short(*given).replace("**", ""), machine.cost(*given).replace("**", "")
     return short if short == numbers else f"{short}\n<details><summary>In numbers</summary>\n\n{numbers}\n\n</details>"
 
 
@@ -160,8 +160,8 @@ def _missing_prompt(settings: Settings) -> str:
     name = settings.prompt.encode(errors="replace").decode()[:100]  # JSON may hold half characters
     whole = settings.start_s == 0 and settings.end_s is None
     end = "the end" if settings.end_s is None else f"{settings.end_s:g} s"
-    part = "" if whole else f", and select the part from {settings.start_s:g} s to {end}"
-    return f"These settings belong to your own file “{name}”, which they do not contain. Upload it{part}."
+    what_to_do = "Upload it." if whole else f"Upload it, and select the part from {settings.start_s:g} s to {end}."
+    return f"These settings belong to your own file “{name}”, which they do not contain. {what_to_do}"
 
 
 def _prompt_update(session: Session) -> tuple[Any, ...]:

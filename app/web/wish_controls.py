@@ -15,7 +15,8 @@ from music_ar.features.wish_options import NAMES, NUMBERS, WISHES, Wishes, wish_
 from music_ar.features.wishes import WishControl
 
 WISHED = "wished"
-"""Name of the control that says which of the numbers count."""
+"""Name of the control that has the labels of the numbers that count."""
+_LABELS = {field.name: field.metadata["label"] for field in dataclasses.fields(Wishes) if field.name in NUMBERS}
 _ANY = "Any"
 _MOST_GUIDANCE = 4.0  # of the slider; more than that is seldom music
 _GUIDANCE = {field.name: field.metadata for field in dataclasses.fields(Wishes)}["guidance"]
@@ -43,7 +44,7 @@ class WishControls:
         numbers = [wish for wish in wishes if wish.name in NUMBERS]
         with gr.Accordion("Wishes: how the music should be", open=False, elem_id="wishes"):
             self.components[WISHED] = gr.CheckboxGroup(
-                [(wish.label, wish.name) for wish in numbers],
+                [wish.label for wish in numbers],
                 label="Wish for",
                 info="Each begins at what the prompt is like.",
                 elem_id="wished",
@@ -73,7 +74,7 @@ class WishControls:
 
     def on_wished(self, wished: list[str]) -> list[Any]:
         """Show the sliders of the wishes that count."""
-        return [gr.update(visible=name in wished) for name in NUMBERS]
+        return [gr.update(visible=_LABELS[name] in wished) for name in NUMBERS]
 
     def on_prompt(self, request: gr.Request, wished: list[str], start_s: float, end_s: float | None) -> list[Any]:
         """Set the sliders of the other wishes to what the prompt is like."""
@@ -81,7 +82,7 @@ class WishControls:
         controls = {
             wish.name: wish for wish in self._manager.machine.generator.wish_controls(_part(session, start_s, end_s))
         }
-        return [gr.skip() if name in wished else gr.update(value=_start(controls[name])) for name in NUMBERS]
+        return [gr.skip() if _LABELS[name] in wished else gr.update(value=_start(controls[name])) for name in NUMBERS]
 
     def restored(self, wishes: Wishes) -> list[Any]:
         """Values of the components that stand for wishes.
@@ -96,7 +97,7 @@ class WishControls:
             return []
         ids = dict(zip(WISHES, table.ids(wishes).tolist(), strict=True))
         choices = {wish.name: wish.choices for wish in table.controls()}
-        values: dict[str, Any] = {WISHED: [name for name in NUMBERS if name in wishes.given]}
+        values: dict[str, Any] = {WISHED: [_LABELS[name] for name in NUMBERS if name in wishes.given]}
         values |= {name: wishes.given.get(name, gr.skip()) for name in NUMBERS}
         values |= {name: choices[name][ids[name] - 1] if ids[name] else "" for name in NAMES if name in choices}
         values["guidance"] = wishes.guidance
@@ -107,7 +108,7 @@ def only_wished(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the page's controls without the numbers that are not wished for."""
     wished = values.get(WISHED) or ()
     return {
-        name: None if name in NUMBERS and name not in wished else value
+        name: None if name in NUMBERS and _LABELS[name] not in wished else value
         for name, value in values.items()
         if name != WISHED
     }

@@ -43,10 +43,11 @@ export class Player {
   #startWithNotes = false; // playback starts as soon as there are notes
   #telling = 0;
 
-  /** @param {HTMLElement} root @param {(name: string, data: object) => void} trigger an event that Python hears of */
-  constructor(root, trigger) {
+  /** @param {HTMLElement} root @param {(name: string, data: object) => void} trigger an event that Python hears of @param {import('./language.js').Language} language */
+  constructor(root, trigger, language) {
     this.root = root;
     this.trigger = trigger;
+    this.language = language;
     this.piano = new Piano(root.dataset.samples ?? '');
     this.playback = new Playback(this.piano);
     this.instrument = new Instrument(this.piano);
@@ -57,6 +58,7 @@ export class Player {
     });
     this.shelf = new Shelf(this);
     this.duet = new Duet(this);
+    language.listeners.push(() => this.face.touch());
     connect(this);
     setInterval(() => this.playback.tick(), 40);
     setInterval(() => this.#releaseStuck(), 5000);
