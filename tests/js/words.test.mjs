@@ -39,6 +39,7 @@ test('sentences are put together from the table, and numbers and names stay', ()
 
 test('Japanese sentences follow each other without a space', () => {
   assert.equal(japanese.translate('Plays at once. Best coherence.'), 'すぐに鳴ります。まとまりは最良です。');
+  assert.equal(japanese.translate('0:54 of music, 961 latents, seed 7.'), '音楽0:54、潜在変数961個、シード 7。');
   assert.equal(japanese.translate('There is nothing to undo.'), '元に戻すものがありません。');
 });
 

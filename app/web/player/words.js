@@ -1,6 +1,6 @@
 // Sentences of the page and the server in another language. Nothing here touches the page, so that Node can test it.
 
-const [NUMBER, NAME, TEXT] = ['([^\\p{L}]+?)', '([^”]+)', '((?:(?!\\. ).)+?)']; // a text is one sentence at most
+const [NUMBER, NAME, TEXT] = ['([^\\p{L}]*?[^\\p{L}.])', '([^”]+)', '((?:(?!\\. ).)+?)']; // a text is one sentence at most
 
 /**
  * A table of sentences, keyed by the English ones. `{1}` to `{9}` stand for numbers and other texts without letters, `{a}` to
