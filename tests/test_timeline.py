@@ -329,7 +329,7 @@ def test_a_duet_goes_on_after_the_server_was_restarted(browser, tiny_checkpoint,
     wait_until(lambda: "connection to the server is lost" in said(page), "the loss is said")
     play(page, [(0, (0x90, 62, 80)), (100, (0x80, 62, 0))])
     with running_page(tiny_checkpoint, tmp_path, "--port", port):
-        wait_until(lambda: "The server was restarted" in said(page), "so is what happened")
+        wait_until(lambda: "The server no longer had the duet" in said(page), "so is what happened")
         answered(page)
         page.reload()
         wait_until(lambda: "The duet goes on" in said(page), "the new server has it")

@@ -138,7 +138,7 @@ export class Duet {
   #greet(resumed) {
     if (!this.#conversation?.timeline.played.length) this.player.tell('Play. When you pause, the model answers.');
     else if (resumed) this.player.tell('The duet goes on. Play; when you pause, the model answers.');
-    else this.player.tell('The server was restarted. It reads the duet again, and the duet goes on: play.');
+    else this.player.tell('The server no longer had the duet. It reads it again, and the duet goes on: play.');
   }
 
   /** Seconds after the last key until the model answers. */
