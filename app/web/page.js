@@ -66,6 +66,10 @@
   rename();
   new MutationObserver(rename).observe(find('#settings'), { childList: true, subtree: true, characterData: true }); // some are drawn when opened, and all translated
 
+  // The model card is English in all languages; it is drawn when opened.
+  const mark = () => { for (const card of document.querySelectorAll('#about .prose')) card.lang = 'en'; };
+  new MutationObserver(mark).observe(find('#about'), { childList: true, subtree: true });
+
   // Music is kept in the browser. Where that is not allowed it lives as long as its tab: ask before it is lost.
   window.addEventListener('beforeunload', (event) => {
     const { notes, take, stored } = find('#player .player').dataset;
