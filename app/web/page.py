@@ -40,7 +40,6 @@ class Page:
 
     def __init__(self, manager: SessionManager, about: str):
         self.manager, self.about = manager, about
-        self.wishes = WishControls(manager)
 
     # ---------------------------------------------------------------- layout
 
@@ -112,6 +111,7 @@ class Page:
         )
         self.cost = gr.Markdown(cost_in_words(self.manager.machine, default), elem_id="cost")
         self.cost_timer = gr.Timer(2, active=False)  # asks again until the chosen number of variations has been timed
+        self.wishes = WishControls(self.manager)
         self.wishes.layout()
         with gr.Accordion("More settings", open=False, elem_id="more"):
             self.seed = gr.Textbox("", label="Seed (empty: random)", elem_id="seed", max_lines=1)

@@ -47,7 +47,6 @@ export class Player {
   constructor(root, trigger, language) {
     this.root = root;
     this.trigger = trigger;
-    this.language = language;
     this.piano = new Piano(root.dataset.samples ?? '');
     this.playback = new Playback(this.piano);
     this.instrument = new Instrument(this.piano);
@@ -58,6 +57,7 @@ export class Player {
     });
     this.shelf = new Shelf(this);
     this.duet = new Duet(this);
+    this.language = language;
     language.listeners.push(() => this.face.touch());
     connect(this);
     setInterval(() => this.playback.tick(), 40);
