@@ -1,0 +1,1 @@
+"""Embeddings of pieces and passages, and the search for music that is alike."""
