@@ -121,17 +121,24 @@ def prepared(midi_folder, tmp_path_factory):
 
 def noisy_model(config, seed=0):
     """A model with random weights everywhere: a fresh one is the identity with uniform logits, which hides mistakes."""
-    import jax
     from flax import nnx
 
     from music_ar.model.perceiver_ar import PerceiverAR
+
+    return with_noise(PerceiverAR(config, rngs=nnx.Rngs(seed)), seed)
+
+
+def with_noise(model, seed=0):
+    """A model with noise added to all weights."""
+    import jax
+    from flax import nnx
 
     rng = np.random.default_rng(seed + 1)  # JAX would compile a draw for each shape, which takes longer than the rest
 
     def noisy(leaf):
         return jax.numpy.asarray(np.asarray(leaf) + 0.3 * rng.standard_normal(leaf.shape, np.float32))
 
-    graph, params = nnx.split(PerceiverAR(config, rngs=nnx.Rngs(seed)))
+    graph, params = nnx.split(model)
     return nnx.merge(graph, jax.tree.map(noisy, params))
 
 
@@ -181,4 +188,16 @@ def tiny_checkpoint(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     save_pretrained(noisy_model(PRESETS["tiny"]), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory):
+    """A folder with a pretrained piece encoder of the tiny preset, with random weights everywhere."""
+    from flax import nnx
+
+    from music_ar.embedding import PRESETS, PieceEncoder, save_encoder
+
+    folder = tmp_path_factory.mktemp("encoder") / "tiny"
+    save_encoder(with_noise(PieceEncoder(PRESETS["tiny"], rngs=nnx.Rngs(0))), folder)
     return folder

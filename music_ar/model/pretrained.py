@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +19,8 @@ from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.model.quantization import quantize
 from music_ar.model.weights import CONFIG, FORMAT, WEIGHTS, Weights, read_weights
 from music_ar.tokens import vocabulary
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 def save_pretrained(model: PerceiverAR, folder: Path, *, int8: bool = True) -> None:
@@ -62,11 +65,27 @@ def model_of(weights: Weights, *, compute: Compute = Compute()) -> PerceiverAR:
         weights: its sizes and parameters.
         compute: how it computes.
     """
-    graph, params = nnx.split(nnx.eval_shape(lambda: PerceiverAR(weights.config, rngs=nnx.Rngs(0), compute=compute)))
+
+    def make() -> PerceiverAR:
+        return PerceiverAR(weights.config, rngs=nnx.Rngs(0), compute=compute)
+
+    return build(make, lambda name, _: weights.float32(name))
+
+
+def build(make: Callable[[], M], tensor: Callable[[str, tuple[int, ...]], np.ndarray]) -> M:
+    """Return the module that `make` would make, with float32 parameters that `tensor` gives by name and shape."""
+    graph, params = nnx.split(nnx.eval_shape(make))
     variables = dict(nnx.to_flat_state(params))
-    arrays = jax.device_put({path: weights.float32(_name(path)) for path in variables})  # all at once
+    found = {path: tensor(_name(path), variable.shape) for path, variable in variables.items()}
+    arrays = jax.device_put(found)  # all at once
     flat = {path: variable.replace(arrays[path]) for path, variable in variables.items()}
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def parameters(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Return the parameters of a module by name, in float32."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {_name(path): np.asarray(variable[...], np.float32) for path, variable in state}
 
 
 def weights_of(model: PerceiverAR, *, int8: bool = True) -> Weights:
@@ -77,8 +96,7 @@ def weights_of(model: PerceiverAR, *, int8: bool = True) -> Weights:
         int8: whether matrices are rounded to int8.
     """
     tensors: dict[str, np.ndarray] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        name, array = _name(path), np.asarray(variable[...], np.float32)
+    for name, array in parameters(model).items():
         if int8 and array.ndim == 2:
             tensors[name], tensors[f"{name}.scale"] = quantize(array)
         else:

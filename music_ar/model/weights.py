@@ -25,6 +25,8 @@ from music_ar.model.quantization import dequantize
 from music_ar.tokens import vocabulary
 
 FORMAT = "music-ar 2"
+ENCODER_FORMAT = "music-ar encoder 1"
+"""Format of the checkpoints of `music_ar.embedding`."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_CARD, CURVE, METRICS = "MODEL_CARD.md", "curve.json", "metrics.json"
 COMPANIONS = (MODEL_CARD, hub.CARD, CURVE, METRICS)
@@ -81,11 +83,11 @@ def read_weights(source: str | os.PathLike[str] | None = None) -> Weights:
         CheckpointError: there is no such model, a file is missing or damaged, or the model has a different format or
             vocabulary.
     """
-    folder = _folder_of(source)
+    folder = folder_of(source)
     config, sha256 = _read_config(folder / CONFIG)
     path, shapes = folder / WEIGHTS, parameter_shapes(config)
     _check_size(path, shapes)
-    tensors = _read_tensors(path, sha256)
+    tensors = read_tensors(path, sha256)
     for name, shape in shapes.items():
         _check_tensor(tensors, name, shape, path)
     scales = {f"{name}.scale" for name in shapes if tensors[name].dtype == np.int8}
@@ -137,7 +139,7 @@ def identity(source: str | os.PathLike[str] | None = None) -> dict[str, str | No
     Raises:
         CheckpointError: as `read_weights`, for the config alone.
     """
-    _, sha256 = _read_config(_folder_of(source) / CONFIG)
+    _, sha256 = _read_config(folder_of(source) / CONFIG)
     return {"name": DEFAULT_MODEL if source is None else Path(source).name, "weights_sha256": sha256}
 
 
@@ -149,7 +151,7 @@ def read_companion(source: str | os.PathLike[str] | None, name: str) -> str:
     Raises:
         CheckpointError: there is no such model.
     """
-    folder = _folder_of(source)
+    folder = folder_of(source)
     return without_metadata(card_of(folder)) if name == MODEL_CARD else _text_of(folder / name)
 
 
@@ -200,7 +202,7 @@ def _check_size(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     parameters = sum(math.prod(shape) for shape in shapes.values())
     if not parameters - _SIZE_SLACK <= size <= 8 * parameters + _SIZE_SLACK:
         raise CheckpointError(
@@ -209,21 +211,26 @@ def _check_size(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         )
 
 
-def _unreadable(path: Path, error: OSError) -> CheckpointError:
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Return the error of a file of a checkpoint that cannot be read."""
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{path.parent} has no {path.name}, so it is not a pretrained model")
     return CheckpointError(f"{path} cannot be read: {error.strerror}")
 
 
-def _read_tensors(path: Path, sha256: str | None) -> dict[str, np.ndarray]:
-    """Return the tensors of a file by their current names."""
+def read_tensors(path: Path, sha256: str | None) -> dict[str, np.ndarray]:
+    """Return the tensors of a file by their current names.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or has another SHA-256.
+    """
     import safetensors
     import safetensors.numpy
 
     try:
         data = read_file(path)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise CheckpointError(f"{path} does not match its SHA-256 in {CONFIG}: fetch both files again")
     try:
@@ -256,7 +263,7 @@ def _folder_here(name: str) -> Path | None:
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def _folder_of(source: str | os.PathLike[str] | None) -> Path:
+def folder_of(source: str | os.PathLike[str] | None) -> Path:
     """Return the folder of a model, fetched from the hub if need be."""
     name = DEFAULT_MODEL if source is None else os.fspath(source)
     if (folder := _folder_here(name)) is not None:
@@ -283,8 +290,7 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
     """Return the sizes of a model and, if present, the SHA-256 of its weights."""
     try:
         record = parse_json(read_file(path, max_bytes=_MAX_CONFIG_BYTES))
-        if record["format"] not in (FORMAT, _OLD_FORMAT):
-            raise CheckpointError(f'{path}: expected format "{FORMAT}", got "{record["format"]}"')
+        _check_format(record["format"], path)
         if record["fingerprint"] not in vocabulary.FINGERPRINTS.values():
             known = " or ".join(f"{each[:12]}…" for each in vocabulary.FINGERPRINTS.values())
             raise CheckpointError(
@@ -305,11 +311,18 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
             raise CheckpointError(f"{path}: expected vocabulary_size {fitting}, got {config.vocabulary_size}")
         return config, record.get("weights_sha256")
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except CheckpointError:
         raise
     except (AttributeError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is not a model configuration: {_in_words(error)}") from error
+
+
+def _check_format(found: str, path: Path) -> None:
+    if found == ENCODER_FORMAT:
+        raise CheckpointError(f"{path}: this is a piece encoder, which compares music; expected a model that makes it")
+    if found not in (FORMAT, _OLD_FORMAT):
+        raise CheckpointError(f'{path}: expected format "{FORMAT}", got "{found}"')
 
 
 def _in_words(error: Exception) -> str:
