@@ -1,4 +1,4 @@
-"""The command `music-ar`: prepare | train | evaluate | generate | render | inspect | push | web | bench.
+"""The command `music-ar`: prepare | train | evaluate | generate | render | inspect | similar | push | web | bench.
 
 A command is a frozen dataclass: its fields are the options, its `run` does the work. Only the requested command is
 imported, and it imports JAX only in `run`, so `--help` is quick.
@@ -32,6 +32,7 @@ COMMANDS = {
     "generate": ("generate a piece, or continue one, as MIDI", "app.commands.generate:Generate"),
     "render": ("generate many pieces unattended; resumable", "app.commands.render:Render"),
     "inspect": ("summarize MIDI files", "app.commands.inspect:Inspect"),
+    "similar": ("find the music of a dataset that is most like a MIDI file", "app.commands.similar:Similar"),
     "push": ("publish a model on the Hugging Face Hub", "app.commands.push:Push"),
     "web": ("open the web page", "app.commands.web:Web"),
     "bench": ("measure decoding speed on this machine", "app.commands.bench:Bench"),

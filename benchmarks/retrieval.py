@@ -156,7 +156,7 @@ def by_n_grams(music: Sequence[Performance], queries: Sequence[Performance], cut
     """Cosine of the counts of interval n-grams, each weighted by how few passages have it."""
     counts = n_gram_counts([passage for piece in music for passage in cut.cut(piece)])
     holders = np.maximum(np.bincount(counts.indices, minlength=_BUCKETS), 1)
-    weights = np.log(counts.shape[0] / holders).astype(np.float32)
+    weights = np.log((counts.indptr.size - 1) / holders).astype(np.float32)
     passages, owner = weighted(counts, weights), owners_of(music, cut)
     columns = passages.T.tocsr()
     for query in queries:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float64
 
-FEWEST_PIECES = 4
-"""Fewest pieces of either side, so that real music can be halved."""
+FEWEST_GENERATED, FEWEST_REAL = 2, 4
+"""Fewest pieces to compare: real ones are halved."""
 
 
 class Gaussian(NamedTuple):
@@ -103,12 +103,12 @@ def compare_embeddings(
     Raises:
         ValueError: there are too few pieces.
     """
-    count = min(len(generated), len(real) // 2)
-    if count < FEWEST_PIECES // 2:
+    if len(generated) < FEWEST_GENERATED or len(real) < FEWEST_REAL:
         raise ValueError(
-            f"expected at least {FEWEST_PIECES // 2} generated and {FEWEST_PIECES} real pieces, got {len(generated)} "
-            f"and {len(real)}"
+            f"expected at least {FEWEST_GENERATED} generated and {FEWEST_REAL} real pieces, got {len(generated)} and "
+            f"{len(real)}"
         )
+    count = min(len(generated), len(real) // 2)
     random = np.random.default_rng(seed)
     pairs = []
     for _ in range(draws):
