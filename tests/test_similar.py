@@ -1,44 +1,22 @@
 """Passages, the index of them, and the search, with an encoder of a few lines in place of a trained one."""
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from histogram import CUT, Histogram, index_of
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_maestro import PIECES, archive_files, random_performance, write_zip
 
 from data_pipeline.passage_index import index_split
 from data_pipeline.prepare import prepare_maestro
-from music_ar.embedding.index import IndexedPiece, PassageIndex, PassageIndexError, directions, rounded
+from music_ar.embedding.index import PassageIndex, PassageIndexError, directions, rounded
 from music_ar.embedding.passages import Passages
 from music_ar.embedding.search import MAX_QUERY_S, SearchError, nearest, overlap_with
 from music_ar.midi.performance import Performance
-
-CUT = Passages(length_s=4.0, hop_s=2.0)
-
-
-class Histogram:
-    """Embeds the counts of pitches."""
-
-    size = 128
-
-    def __init__(self, name="histogram"):
-        self.digest = hashlib.sha256(name.encode()).hexdigest()
-
-    def embed(self, pieces):
-        counts = np.stack([np.bincount(piece.pitch, minlength=128) for piece in pieces]).astype(np.float32)
-        return counts / np.linalg.norm(counts, axis=1, keepdims=True)
-
-
-def build(pieces, **options):
-    named = [
-        (IndexedPiece(name=f"{number}.mid", title=f"Study {number}"), piece) for number, piece in enumerate(pieces)
-    ]
-    return PassageIndex.build(Histogram(), named, **{"data": "d" * 64, "split": "train", "passages": CUT} | options)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +26,7 @@ def pieces():
 
 @pytest.fixture(scope="module")
 def index(pieces):
-    return build(pieces)
+    return index_of(pieces)
 
 
 # --- passages ---------------------------------------------------------------------------------------------------------
@@ -123,15 +101,15 @@ def test_saved_and_loaded_it_is_the_same(index, tmp_path):
 
 
 def test_usual_similarity_is_that_of_other_pieces(pieces):
-    alike = build([pieces[0], pieces[0], pieces[1]]).usual
+    alike = index_of([pieces[0], pieces[0], pieces[1]]).usual
     assert alike[1] == pytest.approx(1, abs=1e-3)  # most passages occur in the other copy
-    assert (build(pieces).usual[:2] < 0.95).all()
-    assert build(pieces[:1]).usual.tolist() == [0, 0, 0]
+    assert (index_of(pieces).usual[:2] < 0.95).all()
+    assert index_of(pieces[:1]).usual.tolist() == [0, 0, 0]
 
 
 def test_nothing_to_index():
     with pytest.raises(PassageIndexError, match="the train split has no passage with enough notes"):
-        build([steady(0.3)])
+        index_of([steady(0.3)])
 
 
 def broken(index, tmp_path, change):

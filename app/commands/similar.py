@@ -28,7 +28,7 @@ from music_ar.ranges import whole
 if TYPE_CHECKING:
     from data_pipeline.dataset import Pieces
     from music_ar.embedding.library import Library
-    from music_ar.embedding.search import Match, Overlap
+    from music_ar.embedding.search import Overlap
     from music_ar.midi.performance import Performance
 
 
@@ -134,7 +134,7 @@ class Similar:
         found: dict[str, Any] = {
             "file": str(file),
             "usual_similarity": [round(float(each), 4) for each in library.index.usual],
-            "matches": [_match(match) for match in matches],
+            "matches": [match.values() for match in matches],
         }
         if corpus is not None:
             for match, line in zip(matches, found["matches"], strict=True):
@@ -182,13 +182,6 @@ class _Corpus:
 def _about(file: Path, error: Exception) -> str:
     text = error_line(error)
     return text if isinstance(error, CommandError) else f"{file}: {text}"  # the others do not know the file
-
-
-def _match(match: "Match") -> dict[str, Any]:
-    values = dataclasses.asdict(match)
-    del values["number"]
-    piece = values.pop("piece")
-    return piece | {name: round(value, 2) if name.endswith("_s") else value for name, value in values.items()}
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """Search: the passages of an index that are most like a piece, and what the piece shares with them note by note."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -40,6 +42,15 @@ class Match:
     end_s: float
     query_start_s: float
     query_end_s: float
+
+    def values(self) -> dict[str, Any]:
+        """The match as JSON has it."""
+        passages = ("start_s", "end_s", "query_start_s", "query_end_s")
+        return {
+            **dataclasses.asdict(self.piece),
+            "similarity": self.similarity,
+            **{name: round(getattr(self, name), 2) for name in passages},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
