@@ -1,4 +1,4 @@
-"""The command `music-ar`: prepare | train | evaluate | generate | render | inspect | similar | push | web | bench.
+"""The command `music-ar`, which has the commands of `COMMANDS`.
 
 A command is a frozen dataclass: its fields are the options, its `run` does the work. Only the requested command is
 imported, and it imports JAX only in `run`, so `--help` is quick.
@@ -28,6 +28,7 @@ from music_ar.system import keep_compiled_programs
 COMMANDS = {
     "prepare": ("turn MIDI files into a dataset of tokens", "app.commands.prepare:Prepare"),
     "train": ("train a model on a prepared dataset", "app.commands.train:Train"),
+    "train-encoder": ("train a piece encoder, which compares music", "app.commands.train_encoder:TrainEncoder"),
     "evaluate": ("score a model and report on the music it generates", "app.commands.evaluate:Evaluate"),
     "generate": ("generate a piece, or continue one, as MIDI", "app.commands.generate:Generate"),
     "render": ("generate many pieces unattended; resumable", "app.commands.render:Render"),

@@ -34,6 +34,7 @@ from music_ar.model.pretrained import load_pretrained, save_pretrained
 from music_ar.training.config import TrainingConfig
 from music_ar.training.distillation import Ensemble
 from music_ar.training.log import Progress
+from music_ar.training.next_tokens import NextTokens
 from music_ar.training.trainer import Fitted, Trainer
 
 
@@ -103,6 +104,7 @@ def train(run: dict[str, Any], data: Path, output: Path, validation: Any) -> Fit
         workers=run.get("workers", 0),
     )
     iterator: Any = batches(Pieces.open(data, "train"), config=loader)
+    model = PerceiverAR(model_config, rngs=nnx.Rngs(config.seed), compute=compute)
     teachers = [load_pretrained(teacher, compute=compute) for teacher in run.get("teachers", [])]
     quick = ScoringConfig(stride=model_config.latents)
 
@@ -115,11 +117,11 @@ def train(run: dict[str, Any], data: Path, output: Path, validation: Any) -> Fit
             )
 
     return Trainer(
-        PerceiverAR(model_config, rngs=nnx.Rngs(config.seed), compute=compute),
+        model,
         config,
         iterator,
         output=output,
-        teachers=Ensemble(teachers) if teachers else None,
+        objective=NextTokens(model_config, compute, config, Ensemble(teachers) if teachers else None),
         resume=(output / "training" / "settings.json").exists() and any((output / "training").glob("[0-9]*")),
         validate=lambda averaged: score(averaged, validation, quick).nats_per_token,
         on_progress=show,

@@ -27,7 +27,7 @@ from data_pipeline.dataset import Pieces
 from music_ar import Performance, decode
 from music_ar.embedding import PieceEmbedder
 from music_ar.embedding.index import embed_all
-from music_ar.embedding.passages import Passages
+from music_ar.embedding.passages import PassageGrid
 from music_ar.features.composers import canonical, era_of
 
 SPLITS = ("train", "validation", "test")
@@ -39,7 +39,7 @@ Represent = Callable[[Sequence[Performance]], np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class Set:
-    """Passages of a split: the music, and for each the number of its piece and its composer."""
+    """PassageGrid of a split: the music, and for each the number of its piece and its composer."""
 
     passages: list[Performance]
     piece: np.ndarray
@@ -70,7 +70,7 @@ def main() -> None:
 
 def passages(pieces: Pieces, per_piece: int) -> Set:
     """Evenly spaced passages of the pieces by composers who are known."""
-    cut, found, owners, composers = Passages(hop_s=30.0), [], [], []
+    cut, found, owners, composers = PassageGrid(hop_s=30.0), [], [], []
     for number, (tokens, record) in enumerate(zip(pieces.tokens, pieces.records, strict=True)):
         composer = canonical(record.composer)
         if composer is None:

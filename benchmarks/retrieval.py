@@ -23,7 +23,7 @@ from scipy import sparse
 from data_pipeline.dataset import Pieces
 from music_ar import Performance, decode
 from music_ar.embedding.index import directions, embed_all, rounded
-from music_ar.embedding.passages import Passages
+from music_ar.embedding.passages import PassageGrid
 from music_ar.metrics.memorization import melody
 
 N_GRAM = 3
@@ -49,7 +49,7 @@ def main() -> None:
     )
     owners, queries = excerpts(music[: len(splits["validation"].tokens[parts["validation"]])], arguments)
     for hop_s in arguments.hop:
-        cut = Passages(length_s=arguments.length, hop_s=hop_s)
+        cut = PassageGrid(length_s=arguments.length, hop_s=hop_s)
         for name, search in searches(arguments.encoder):
             began_s = time.monotonic()
             found = list(zip(search(music, queries, cut), owners, strict=True))
@@ -78,7 +78,7 @@ def main() -> None:
             )
 
 
-Search = Callable[[Sequence[Performance], Sequence[Performance], Passages], Iterator[np.ndarray]]
+Search = Callable[[Sequence[Performance], Sequence[Performance], PassageGrid], Iterator[np.ndarray]]
 """For each query, the similarity of each piece."""
 
 
@@ -95,7 +95,7 @@ def searches(encoder: str | None) -> Iterator[tuple[str, Search]]:
 def excerpts(pieces: Sequence[Performance], arguments: argparse.Namespace) -> tuple[list[int], list[Performance]]:
     """Excerpts with the number of their piece, each transposed and re-timed at random."""
     random = np.random.default_rng(arguments.seed)
-    cut, owners, queries = Passages(length_s=arguments.length), [], []
+    cut, owners, queries = PassageGrid(length_s=arguments.length), [], []
     while len(queries) < arguments.excerpts:
         owner = int(random.integers(len(pieces)))
         piece = pieces[owner]
@@ -132,12 +132,12 @@ def best_of_pieces(similarity: np.ndarray, owner: np.ndarray) -> np.ndarray:
     return best
 
 
-def owners_of(music: Sequence[Performance], cut: Passages) -> np.ndarray:
+def owners_of(music: Sequence[Performance], cut: PassageGrid) -> np.ndarray:
     return np.repeat(np.arange(len(music)), [len(cut.spans(piece)) for piece in music])
 
 
 def by_pitch_classes(
-    music: Sequence[Performance], queries: Sequence[Performance], cut: Passages
+    music: Sequence[Performance], queries: Sequence[Performance], cut: PassageGrid
 ) -> Iterator[np.ndarray]:
     """Cosine of the counts of pitch classes, at the best of twelve rotations."""
 
@@ -152,7 +152,7 @@ def by_pitch_classes(
         yield best_of_pieces(rotated @ passages.T, owner)
 
 
-def by_n_grams(music: Sequence[Performance], queries: Sequence[Performance], cut: Passages) -> Iterator[np.ndarray]:
+def by_n_grams(music: Sequence[Performance], queries: Sequence[Performance], cut: PassageGrid) -> Iterator[np.ndarray]:
     """Cosine of the counts of interval n-grams, each weighted by how few passages have it."""
     counts = n_gram_counts([passage for piece in music for passage in cut.cut(piece)])
     holders = np.maximum(np.bincount(counts.indices, minlength=_BUCKETS), 1)
@@ -189,7 +189,7 @@ def weighted(counts: sparse.csr_array, weights: np.ndarray) -> sparse.csr_array:
 def by_embedding(encoder: Any) -> Search:
     """Cosine of embeddings, rounded as in an index."""
 
-    def search(music: Sequence[Performance], queries: Sequence[Performance], cut: Passages) -> Iterator[np.ndarray]:
+    def search(music: Sequence[Performance], queries: Sequence[Performance], cut: PassageGrid) -> Iterator[np.ndarray]:
         vectors = [rounded(embed_all(encoder, list(cut.cut(piece)))) for piece in music]
         passages, owner = directions(np.concatenate(vectors)), owners_of(music, cut)
         for query in queries:

@@ -29,6 +29,7 @@ from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.training.config import TrainingConfig
 from music_ar.training.log import flops_utilization
 from music_ar.training.mesh import make_mesh, parse_axes, shard_batch
+from music_ar.training.next_tokens import NextTokens
 from music_ar.training.optimizer import build_optimizer
 from music_ar.training.step import initial_state, make_train_step
 
@@ -112,7 +113,7 @@ def step_runner(model: PerceiverAR, config: TrainingConfig, mesh: Mesh) -> Calla
     """Return a function that runs training steps, by default one, and waits for the last."""
     graph, params = nnx.split(model, nnx.Param)
     optimizer = build_optimizer(config, mesh)
-    train_step = make_train_step(graph, config, optimizer, mesh)
+    train_step = make_train_step(graph, config, optimizer, mesh, NextTokens(model.config, model.compute, config))
     state = initial_state(params, optimizer, mesh)
     size = (config.batch_size, model.config.window + 1)
     batch = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Generic, NotRequired, TypedDict, TypeVar
 
 import grain
 import numpy as np
@@ -22,6 +22,8 @@ from data_pipeline.dataset import Pieces
 from data_pipeline.gaps import Gaps
 from data_pipeline.window_wishes import WindowWishes
 from data_pipeline.windows import Window, Windows
+
+B = TypeVar("B")
 
 
 class Batch(TypedDict):
@@ -85,7 +87,7 @@ class LoaderConfig:
             raise ValueError(f"expected a seed in [0, 2**32), got {self.seed}")
 
 
-def batches(*parts: Pieces, config: LoaderConfig) -> Batches:
+def batches(*parts: Pieces, config: LoaderConfig) -> Batches[Batch]:
     """An endless iterator of batches, epoch after epoch.
 
     Deterministic in `config.seed`: batch i is the same for any number of threads and workers, and a row of it for any
@@ -108,24 +110,29 @@ def batches(*parts: Pieces, config: LoaderConfig) -> Batches:
         raise ValueError(
             f"expected a batch_size that divides into {len(windows)} equal shares, got {config.batch_size}"
         )
-    return Batches(lambda first: _read(_Rows(parts=windows, config=config, first=first), config), config.batch_size)
+
+    def read(first: int) -> grain.DatasetIterator[Batch]:
+        rows = _Rows(parts=windows, config=config, first=first)
+        return read_rows(rows, len(rows.of_batch), threads=config.threads, workers=config.workers)
+
+    return Batches(read, config.batch_size)
 
 
-class Batches:
+class Batches(Generic[B]):
     """An endless iterator of batches whose position can be saved.
 
     The position counts examples of all processes together, so a run may continue with other rows in each process, and
     with any number of threads and workers.
     """
 
-    def __init__(self, read: Callable[[int], grain.DatasetIterator[Batch]], batch_size: int):
+    def __init__(self, read: Callable[[int], grain.DatasetIterator[B]], batch_size: int):
         self._read, self._batch_size, self._next = read, batch_size, 0
-        self._reader: grain.DatasetIterator[Batch] | None = None
+        self._reader: grain.DatasetIterator[B] | None = None
 
-    def __iter__(self) -> Batches:
+    def __iter__(self) -> Batches[B]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> B:
         if self._reader is None:
             self._reader = self._read(self._next)
         batch = next(self._reader)
@@ -143,15 +150,22 @@ class Batches:
         self._reader = None
 
 
-def _read(rows: _Rows, config: LoaderConfig) -> grain.DatasetIterator[Batch]:
-    """Batch the rows, with the threads and workers of `config`."""
-    dataset = grain.MapDataset.source(rows).batch(len(rows.of_batch), drop_remainder=True)
-    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=4 * config.threads)
+def read_rows(rows: Any, size: int, *, threads: int, workers: int) -> grain.DatasetIterator[Any]:
+    """Batch rows, `size` at a time.
+
+    Args:
+        rows: a random-access source of dicts of arrays, one after another.
+        size: rows in a batch.
+        threads: see `LoaderConfig`.
+        workers: see `LoaderConfig`.
+    """
+    dataset = grain.MapDataset.source(rows).batch(size, drop_remainder=True)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
     batched = dataset.to_iter_dataset(options)
-    if config.workers == 0:
+    if workers == 0:
         return iter(batched)
     flags.FLAGS.mark_as_parsed()  # grain reads absl flags, and this is not an absl program
-    return iter(batched.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers)))
+    return iter(batched.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
 
 
 def _shuffled_windows(pieces: Pieces, number: int, config: LoaderConfig) -> grain.MapDataset[Window]:

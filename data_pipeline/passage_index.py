@@ -10,7 +10,7 @@ import numpy as np
 from data_pipeline.dataset import Pieces
 from data_pipeline.manifest import Manifest
 from music_ar.embedding.index import Embeds, IndexedPiece, PassageIndex
-from music_ar.embedding.passages import Passages
+from music_ar.embedding.passages import PassageGrid
 from music_ar.midi.performance import Performance
 from music_ar.tokens.codec import decode
 
@@ -20,7 +20,7 @@ def index_split(
     split: str,
     encoder: Embeds,
     *,
-    passages: Passages | None = None,
+    passages: PassageGrid | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> PassageIndex:
     """Embed all passages of a prepared split.

@@ -5,9 +5,9 @@ import hashlib
 import numpy as np
 
 from music_ar.embedding.index import IndexedPiece, PassageIndex
-from music_ar.embedding.passages import Passages
+from music_ar.embedding.passages import PassageGrid
 
-CUT = Passages(length_s=4.0, hop_s=2.0)
+CUT = PassageGrid(length_s=4.0, hop_s=2.0)
 
 
 class Histogram:

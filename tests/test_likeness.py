@@ -15,7 +15,7 @@ from app.web.session import Session
 from app.web.settings import WebError
 from music_ar import Performance, read_midi
 from music_ar.embedding import PieceEmbedder
-from music_ar.embedding.passages import Passages
+from music_ar.embedding.passages import PassageGrid
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # from Gradio's client and Playwright
 PIECES = [random_performance(seed, 100) for seed in range(4)]
@@ -133,7 +133,7 @@ def test_the_piece_on_the_timeline_is_the_chosen_one():
 def server(tiny_checkpoint, tiny_encoder, tmp_path_factory):
     """A page with an encoder and an index."""
     folder = tmp_path_factory.mktemp("similar")
-    index_of(PIECES, PieceEmbedder.from_pretrained(tiny_encoder), passages=Passages()).save(folder / "index")
+    index_of(PIECES, PieceEmbedder.from_pretrained(tiny_encoder), passages=PassageGrid()).save(folder / "index")
     options = ("--encoder", str(tiny_encoder), "--index", str(folder / "index"))
     with running_page(tiny_checkpoint, folder, *options) as page:
         yield page

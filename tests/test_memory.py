@@ -20,6 +20,7 @@ from music_ar.training import memory
 from music_ar.training.config import TrainingConfig, TrainingError
 from music_ar.training.memory import check_memory, step_memory
 from music_ar.training.mesh import make_mesh
+from music_ar.training.next_tokens import NextTokens
 from music_ar.training.optimizer import build_optimizer
 from music_ar.training.step import TrainState, make_train_step
 
@@ -50,7 +51,8 @@ def test_the_estimate_is_near_what_xla_says_of_a_step():
         "tokens": jax.ShapeDtypeStruct((1, sizes.window + 1), jnp.int32),
         "weights": jax.ShapeDtypeStruct((1, sizes.latents), jnp.float32),
     }
-    train_step: Any = make_train_step(graph, ONE_WINDOW, optimizer, mesh)  # what jax.jit returns
+    objective = NextTokens(sizes, Compute(), ONE_WINDOW)
+    train_step: Any = make_train_step(graph, ONE_WINDOW, optimizer, mesh, objective)  # what jax.jit returns
     lowered = train_step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32), [])
     analysis = lowered.compile().memory_analysis()
     found = step_memory(sizes, Compute(), ONE_WINDOW, ONE).total

@@ -14,7 +14,7 @@ from tiny_maestro import PIECES, archive_files, random_performance, write_zip
 from data_pipeline.passage_index import index_split
 from data_pipeline.prepare import prepare_maestro
 from music_ar.embedding.index import PassageIndex, PassageIndexError, directions, rounded
-from music_ar.embedding.passages import Passages
+from music_ar.embedding.passages import PassageGrid
 from music_ar.embedding.search import MAX_QUERY_S, SearchError, nearest, overlap_with
 from music_ar.midi.performance import Performance
 
@@ -73,7 +73,7 @@ def test_no_notes_no_passages():
 @given(st.integers(0, 1000), st.integers(8, 300))
 def test_passages_cover_every_note(seed, notes):
     piece = random_performance(seed, notes)
-    dense = Passages(length_s=8.0, hop_s=4.0)
+    dense = PassageGrid(length_s=8.0, hop_s=4.0)
     covered = np.zeros(len(piece), bool)
     for begin_s, end_s in dense.spans(piece):
         assert end_s - begin_s <= dense.length_s + 1e-9

@@ -18,6 +18,7 @@ from music_ar.model.config import Compute
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.tokens import vocabulary
 from music_ar.training.mesh import make_mesh
+from music_ar.training.next_tokens import NextTokens
 from music_ar.training.optimizer import build_optimizer
 from music_ar.training.step import initial_state, make_train_step
 
@@ -37,7 +38,8 @@ def test_the_training_step_lowers(model):
     config = dataclasses.replace(TRAINING, micro_batches=2)
     graph, params = nnx.split(model, nnx.Param)
     optimizer, mesh = build_optimizer(config), make_mesh(devices=jax.devices()[:1])
-    step: Any = make_train_step(graph, config, optimizer, mesh)  # what jax.jit returns
+    objective = NextTokens(model.config, COMPUTE, config)
+    step: Any = make_train_step(graph, config, optimizer, mesh, objective)  # what jax.jit returns
     exported = jax.export.export(step, platforms=["tpu"])(
         shapes(initial_state(params, optimizer, mesh)),
         shapes(next(CountingBatches())),

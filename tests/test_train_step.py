@@ -15,11 +15,13 @@ from four_devices import run_on_four_devices
 from reference_model import reference
 from tiny_training import CONFIG, EXACT, TRAINING, B, CountingBatches, M, N, log_of, noisy, run
 
+from music_ar.model.config import Compute
 from music_ar.tokens import vocabulary
 from music_ar.training.config import TrainingError
 from music_ar.training.distillation import CrossFitted, Ensemble
 from music_ar.training.losses import token_loss
 from music_ar.training.mesh import make_mesh, shard_batch
+from music_ar.training.next_tokens import NextTokens
 from music_ar.training.step import TrainState, initial_state, make_train_step, student_loss
 
 
@@ -39,6 +41,10 @@ def teachers_of(kind):
     return kind([noisy(), fainter()])
 
 
+def objective_of(config, teachers):
+    return NextTokens(CONFIG, Compute(), config, teachers)
+
+
 @pytest.fixture(scope="module")
 def take_step():
     """Takes a step of a config from the noisy model: the state before it, after it, and its metrics.
@@ -50,7 +56,7 @@ def take_step():
 
     @functools.cache
     def compiled(config, teachers):
-        return make_train_step(graph, config, optimizer, mesh, teachers)
+        return make_train_step(graph, config, optimizer, mesh, objective_of(config, teachers))
 
     def take(config, *, rate=1.0, done=0, teachers=None, weighed=slice(None)):
         before = TrainState(jnp.int32(done), params, jax.tree.map(jnp.zeros_like, params), optimizer.init(params))
@@ -93,7 +99,8 @@ def losses_of(model, config, teachers=None):
     batch = jax.tree.map(jnp.asarray, next(CountingBatches()))
     graph, params = nnx.split(model, nnx.Param)
     placed = [] if teachers is None else teachers.place(mesh_of(1))
-    return [float(found) for found in student_loss(graph, config, teachers, params, placed, batch, jax.random.key(0))]
+    loss, metrics = student_loss(graph, config, teachers, params, placed, batch, jax.random.key(0))
+    return float(loss), float(metrics["loss"])
 
 
 def entropies_at_depths(teacher=None):
@@ -175,8 +182,8 @@ def cross_entropy_and_norm(student, teachers, config, batch):
     graph, params = nnx.split(student, nnx.Param)
     gradient = jax.jit(jax.grad(functools.partial(student_loss, graph, config, teachers), has_aux=True))
     arrays = jax.tree.map(jnp.asarray, batch)
-    grads, cross_entropy = gradient(params, teachers.place(mesh_of(1)), arrays, jax.random.key(0))
-    return float(cross_entropy), float(optax.tree.norm(grads))
+    grads, metrics = gradient(params, teachers.place(mesh_of(1)), arrays, jax.random.key(0))
+    return float(metrics["loss"]), float(optax.tree.norm(grads))
 
 
 def test_a_student_that_predicts_as_its_teachers_has_nothing_to_learn():
@@ -263,7 +270,7 @@ def metrics_on_devices(output):
         shards = shard_batch(batch, mesh)
         assert [part.data.shape for part in shards["tokens"].addressable_shards] == [(rows, M + 1)] * devices
         assert [part.data.shape for part in shards["weights"].addressable_shards] == [(rows, N)] * devices
-        step = make_train_step(graph, DISTILLED, optimizer, mesh, teachers)
+        step = make_train_step(graph, DISTILLED, optimizer, mesh, objective_of(DISTILLED, teachers))
         _, metrics = step(initial_state(params, optimizer, mesh), shards, jnp.float32(1.0), teachers.place(mesh))
         found.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
     with pytest.raises(TrainingError, match=r"batch_size must be a multiple of 8, .* for 4 shards.*; got 4"):

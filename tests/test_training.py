@@ -15,11 +15,13 @@ from conftest import noisy_model
 from flax import nnx
 from tiny_training import CONFIG, EXACT, TRAINING, B, CountingBatches, fresh_model, log_of, noisy, run
 
+from music_ar.model.config import Compute
 from music_ar.model.weights import CheckpointError
 from music_ar.training import log
 from music_ar.training.config import TrainingConfig, TrainingError
 from music_ar.training.distillation import CrossFitted, Ensemble
 from music_ar.training.log import flops_utilization
+from music_ar.training.next_tokens import NextTokens
 from music_ar.training.trainer import Trainer
 
 
@@ -299,7 +301,7 @@ def test_a_run_of_minutes_counts_the_time_before_resuming(tmp_path, monkeypatch)
 
 def test_cross_fitted_teachers_that_cannot_share_the_batch_are_refused(tmp_path):
     with pytest.raises(TrainingError, match=f"a multiple of 3, .* 1 times 3 equal parts .*; got {B}"):
-        run(tmp_path, teachers=CrossFitted([noisy()] * 3))
+        run(tmp_path, objective=NextTokens(CONFIG, Compute(), TRAINING, CrossFitted([noisy()] * 3)))
     assert not any(tmp_path.iterdir())
 
 

@@ -321,6 +321,7 @@ class Train:
         from music_ar.evaluation.likelihood import quick_nll
         from music_ar.model.perceiver_ar import parameter_count
         from music_ar.training.mesh import make_mesh, parse_axes, process_rows
+        from music_ar.training.next_tokens import NextTokens
         from music_ar.training.trainer import Trainer
 
         mesh = make_mesh(None if self.mesh is None else parse_axes(self.mesh))
@@ -341,7 +342,7 @@ class Train:
                 final_batches=None if plain else self._batches(config, final, None, seed + 1, rows, None),
                 data=self._description(model, sources, manifests, parts),
                 output=self.output,
-                teachers=teachers,
+                objective=NextTokens(model.config, model.compute, self.training, teachers),
                 validate=(lambda averaged: quick_nll(averaged, held_out)) if held_out else None,
                 resume=self.resume,
                 mesh=mesh,

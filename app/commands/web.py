@@ -136,6 +136,7 @@ class Web:
     def _library(self) -> "Library | None":
         """The encoder and its index, if they are named or ship."""
         from app.web.examples import example_prompts
+        from music_ar import read_midi
         from music_ar.embedding.library import Library, shipped_library
 
         if self.encoder is None and self.index is None and not shipped_library():
@@ -143,7 +144,7 @@ class Web:
         with ProgressLine("loading the encoder"):
             library = Library.open(self.encoder, self.index)
             for prompt in example_prompts():  # compiles, so that nobody waits for that later
-                library.nearest(prompt)
+                library.nearest(read_midi(prompt))
             return library
 
     def _manager(self) -> "tuple[SessionManager, str]":

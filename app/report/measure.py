@@ -9,7 +9,7 @@ import numpy as np
 from app.report.config import ReportConfig
 from data_pipeline.dataset import Pieces
 from music_ar.embedding.index import Embeds, embed_all
-from music_ar.embedding.passages import Passages
+from music_ar.embedding.passages import PassageGrid
 from music_ar.evaluation.calibration import best_temperature
 from music_ar.evaluation.likelihood import Score, ScoringConfig, score_by_type, score_tokens
 from music_ar.evaluation.retrieval_probes import natural_copying, planted_copying
@@ -199,7 +199,7 @@ def frechet_music_distance(
     encoder: Embeds, generated: Sequence[Performance], real: Sequence[Performance], seed: int
 ) -> dict[str, Any] | None:
     """The Fréchet distance between the embeddings of passages; None if there are too few pieces for it."""
-    cut = Passages()
+    cut = PassageGrid()
     sides = [
         [vectors for piece in side if len(vectors := embed_all(encoder, list(cut.cut(piece))))]
         for side in (generated, real)

@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Float32, Int8, UInt
 
-from music_ar.embedding.passages import Passages
+from music_ar.embedding.passages import PassageGrid
 from music_ar.files import parse_json, read_file, write_atomically
 from music_ar.midi.performance import Performance
 
@@ -93,7 +93,7 @@ class PassageIndex:
     piece: UInt[np.ndarray, " p"]
     span_s: Float32[np.ndarray, "p 2"]
     pieces: tuple[IndexedPiece, ...]
-    passages: Passages
+    passages: PassageGrid
     usual: Float32[np.ndarray, " 3"]
     encoder: str
     data: str
@@ -107,7 +107,7 @@ class PassageIndex:
         *,
         data: str,
         split: str,
-        passages: Passages | None = None,
+        passages: PassageGrid | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> "PassageIndex":
         """Embed the passages of pieces.
@@ -123,7 +123,7 @@ class PassageIndex:
         Raises:
             PassageIndexError: no piece has a passage with enough notes.
         """
-        cut = passages or Passages()
+        cut = passages or PassageGrid()
         known: list[IndexedPiece] = []
         spans: list[np.ndarray] = []
         waiting: list[Performance] = []  # passages of many pieces fill a batch
@@ -287,7 +287,7 @@ def _index_of(tensors: dict[str, np.ndarray], metadata: dict[str, Any]) -> Passa
         piece=piece,
         span_s=span_s,
         pieces=pieces,
-        passages=Passages(**parse_json(metadata["passages"])),
+        passages=PassageGrid(**parse_json(metadata["passages"])),
         usual=usual,
         encoder=metadata["encoder"],
         data=metadata["data"],

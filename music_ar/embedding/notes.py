@@ -1,5 +1,7 @@
 """Notes as an encoder reads them: one row of four whole numbers for each note, from a `Performance` or from tokens."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Int32, Shaped
 
@@ -44,6 +46,11 @@ def notes_of(performance: Performance) -> Int32[np.ndarray, "n 4"]:
     duration = np.maximum(quantize(performance.offset_s) - onset, 1)
     velocity = (performance.velocity - 1) // VELOCITY_BIN_SIZE + 1
     table = np.stack([onset, performance.pitch, velocity, duration], axis=1).astype(np.int32)
+    return sorted_notes(table)
+
+
+def sorted_notes(table: Int32[np.ndarray, "n 4"]) -> Int32[np.ndarray, "n 4"]:
+    """The notes sorted by (onset, pitch)."""
     return table[np.lexsort((table[:, PITCH], table[:, ONSET]))]
 
 
@@ -52,7 +59,12 @@ def notes_of_tokens(tokens: Shaped[np.ndarray, " T"]) -> Int32[np.ndarray, "n 4"
     return notes_of(decode(tokens))
 
 
-def duration_classes(steps: Int32[np.ndarray, "*B"]) -> Int32[np.ndarray, "*B"]:
-    """Class of each duration in steps, from 0: three classes for each doubling, the last from 13 s on."""
-    octaves = np.log2(np.maximum(steps, 1).astype(np.float32))
-    return np.minimum(_CLASSES_PER_OCTAVE * octaves, DURATION_CLASSES - 1).astype(np.int32)
+def duration_classes(steps: Any) -> Any:
+    """Class of each duration in steps, from 0: three classes for each doubling, the last from 13 s on.
+
+    Args:
+        steps: an array of NumPy or of JAX; so is the result.
+    """
+    xp = steps.__array_namespace__()
+    octaves = xp.log2(xp.maximum(steps, 1).astype(xp.float32))
+    return xp.minimum(_CLASSES_PER_OCTAVE * octaves, DURATION_CLASSES - 1).astype(xp.int32)

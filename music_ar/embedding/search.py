@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from music_ar.embedding.index import Embeds, IndexedPiece, PassageIndex, directions, embed_all
-from music_ar.embedding.passages import FEWEST_NOTES, Passages
+from music_ar.embedding.passages import FEWEST_NOTES, PassageGrid
 from music_ar.metrics.memorization import SharedRun, longest_shared_runs, melody_order
 from music_ar.midi.performance import Performance
 from music_ar.ranges import shown
@@ -72,7 +72,7 @@ class Overlap:
     source: int = 0
 
 
-def check_query(piece: Performance, cut: Passages) -> None:
+def check_query(piece: Performance, cut: PassageGrid) -> None:
     """Check that a piece can be searched for.
 
     Raises:

@@ -351,6 +351,6 @@ def _look_up_backward(residuals: tuple[Array, Array], gradient_BxTxD: Array) -> 
 _look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
-def parameter_count(model: PerceiverAR) -> int:
+def parameter_count(model: nnx.Module) -> int:
     """Number of parameters of a model."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

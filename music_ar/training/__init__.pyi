@@ -1,9 +1,14 @@
 __all__ = [
     "Batches",
     "CrossFitted",
+    "EncoderTrainingConfig",
     "Ensemble",
     "Fitted",
+    "NextTokens",
+    "Objective",
+    "PieceEncoding",
     "Progress",
+    "RunConfig",
     "Trainer",
     "TrainingCheckpoints",
     "TrainingConfig",
@@ -12,8 +17,11 @@ __all__ = [
 ]
 
 from .checkpointing import TrainingCheckpoints
-from .config import TrainingConfig, TrainingError
+from .config import EncoderTrainingConfig, RunConfig, TrainingConfig, TrainingError
 from .distillation import CrossFitted, Ensemble
 from .log import Progress
+from .next_tokens import NextTokens
+from .objective import Objective
 from .optimizer import build_optimizer
+from .piece_encoding import PieceEncoding
 from .trainer import Batches, Fitted, Trainer

@@ -13,8 +13,8 @@ class TrainingError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Training options. Saved beside the training checkpoints and compared when a run is resumed.
+class RunConfig:
+    """Options of a training run, whatever is trained. Saved beside its checkpoints and compared when it is resumed.
 
     Attributes:
         steps: length of the run in optimizer steps; give either this or minutes.
@@ -28,23 +28,9 @@ class TrainingConfig:
             overfitting.
         warmup_steps: steps over which the learning rate rises linearly from zero.
         decay_fraction: fraction of the run, at its end, over which the learning rate falls linearly to zero.
-        final_fraction: fraction of the run, at its end, that trains on data without augmentation.
         clip_norm: largest global norm of the gradient; larger gradients are scaled down to it.
         ema_decay: decay per step of the moving average of the weights. The average is what is validated and saved.
-        z_loss: weight of the squared log-partition function in the loss, which keeps logits from drifting (PaLM, arXiv
-            2204.02311).
         dropout: dropout rate of each block's output. Raise it against overfitting.
-        layer_dropout: rate at which an example skips the last block; it rises linearly from 0 at the first. It makes
-            shallow exits better (LayerSkip, arXiv 2404.16710), and costs as much time.
-        exit_weight: weight of an exit's loss, beside 1 for all blocks, if it were as deep; for a model with exits.
-        exit_weight_power: the weight of an exit after d of L blocks is exit_weight * (d / L) ** exit_weight_power; 0
-            weighs all exits alike.
-        exit_distillation: fraction of an exit's loss that is the cross-entropy with the prediction of all blocks, in
-            place of the data or of teachers.
-        distillation_weight: with teachers, weight of their predictions in the loss; the data gets the rest (Hinton et
-            al., arXiv 1503.02531).
-        prefix_keep: fraction of the prefix (the context before the latents) that each example keeps, drawn at random
-            (the cross-attend dropout of Perceiver AR). Less is faster and regularizes more.
         seed: random seed of initialization, dropout and the order of the data.
         log_every: steps between log lines; each reports means over these steps.
         checkpoint_minutes: minutes between training checkpoints.
@@ -60,17 +46,9 @@ class TrainingConfig:
     weight_decay: float = number(0.1, least=0, most=100)
     warmup_steps: int = whole(100, 0, _MAX_STEPS)
     decay_fraction: float = number(0.9, least=0, most=1)
-    final_fraction: float = number(0.0, least=0, most=1)
     clip_norm: float = number(1.0, above=0, most=1e9)
     ema_decay: float = number(0.9995, least=0, most=1)
-    z_loss: float = number(1e-4, least=0, most=100)
     dropout: float = number(0.1, least=0, most=1)
-    layer_dropout: float = number(0.0, least=0, most=1)
-    exit_weight: float = number(0.5, above=0, most=100)
-    exit_weight_power: float = number(1.0, least=0, most=10)
-    exit_distillation: float = number(0.0, least=0, most=1)
-    distillation_weight: float = number(0.5, least=0, most=1)
-    prefix_keep: float = number(0.5, least=0, most=1)
     seed: int = whole(0, 0, 2**31 - 1)
     log_every: int = whole(20, 1, _MAX_STEPS)
     checkpoint_minutes: float = number(5.0, least=0, most=_MAX_MINUTES)
@@ -85,10 +63,10 @@ class TrainingConfig:
                 f"batch_size must be a multiple of micro_batches, got {self.batch_size} and {self.micro_batches}"
             )
 
-    def exit_weights(self, depths: tuple[int, ...]) -> list[float]:
-        """Return the share of the loss of each depth, the last of which is all blocks; they add up to 1."""
-        rising = [self.exit_weight * (depth / depths[-1]) ** self.exit_weight_power for depth in depths[:-1]]
-        return [weight / (sum(rising) + 1) for weight in (*rising, 1.0)]
+    @property
+    def final_start(self) -> float:
+        """Fraction of the run after which it trains on other data."""
+        return 1.0
 
     def learning_rate_factor(self, step: int, progress: float) -> float:
         """Return the learning rate as a fraction of its peak: warm-up, constant, linear decay to zero.
@@ -99,3 +77,65 @@ class TrainingConfig:
         """
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
         return warmup * min(1.0, max(0.0, 1 - progress) / max(self.decay_fraction, 1e-9))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig(RunConfig):
+    """Options of a training run of a model that makes music.
+
+    Attributes:
+        final_fraction: fraction of the run, at its end, that trains on data without augmentation.
+        z_loss: weight of the squared log-partition function in the loss, which keeps logits from drifting (PaLM, arXiv
+            2204.02311).
+        layer_dropout: rate at which an example skips the last block; it rises linearly from 0 at the first. It makes
+            shallow exits better (LayerSkip, arXiv 2404.16710), and costs as much time.
+        exit_weight: weight of an exit's loss, beside 1 for all blocks, if it were as deep; for a model with exits.
+        exit_weight_power: the weight of an exit after d of L blocks is exit_weight * (d / L) ** exit_weight_power; 0
+            weighs all exits alike.
+        exit_distillation: fraction of an exit's loss that is the cross-entropy with the prediction of all blocks, in
+            place of the data or of teachers.
+        distillation_weight: with teachers, weight of their predictions in the loss; the data gets the rest (Hinton et
+            al., arXiv 1503.02531).
+        prefix_keep: fraction of the prefix (the context before the latents) that each example keeps, drawn at random
+            (the cross-attend dropout of Perceiver AR). Less is faster and regularizes more.
+    """
+
+    final_fraction: float = number(0.0, least=0, most=1)
+    z_loss: float = number(1e-4, least=0, most=100)
+    layer_dropout: float = number(0.0, least=0, most=1)
+    exit_weight: float = number(0.5, above=0, most=100)
+    exit_weight_power: float = number(1.0, least=0, most=10)
+    exit_distillation: float = number(0.0, least=0, most=1)
+    distillation_weight: float = number(0.5, least=0, most=1)
+    prefix_keep: float = number(0.5, least=0, most=1)
+
+    @property
+    def final_start(self) -> float:
+        """Fraction of the run after which it trains on data without augmentation."""
+        return 1 - self.final_fraction
+
+    def exit_weights(self, depths: tuple[int, ...]) -> list[float]:
+        """Return the share of the loss of each depth, the last of which is all blocks; they add up to 1."""
+        rising = [self.exit_weight * (depth / depths[-1]) ** self.exit_weight_power for depth in depths[:-1]]
+        return [weight / (sum(rising) + 1) for weight in (*rising, 1.0)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderTrainingConfig(RunConfig):
+    """Options of a training run of a piece encoder. An example is a piece; each has several passages, each twice.
+
+    Attributes:
+        batch_size: pieces per step, over all devices and processes. The more, the more passages each must be told from.
+        micro_batches: number of parts in which each batch is processed, one after another; passages are told from those
+            of their part only.
+        hidden_weight: weight of the loss of hidden notes, beside 1 for that of passages.
+        temperature: by which similarities are divided before the softmax over passages. The lower, the more the most
+            similar ones count.
+    """
+
+    batch_size: int = whole(64, 1, 2**16)
+    micro_batches: int = whole(1, 1, 2**16)
+    muon_learning_rate: float = number(0.02, least=0, most=10)
+    validate_every: int = whole(500, 0, _MAX_STEPS)
+    hidden_weight: float = number(0.2, least=0, most=100)
+    temperature: float = number(0.05, above=0, most=10)

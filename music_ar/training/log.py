@@ -14,9 +14,9 @@ from jaxtyping import Array
 from tensorboardX import SummaryWriter
 
 from music_ar.files import parse_json, read_file, write_atomically
-from music_ar.model.config import ModelConfig
 from music_ar.training.checkpointing import TrainingCheckpoints
-from music_ar.training.config import TrainingConfig, TrainingError
+from music_ar.training.config import RunConfig, TrainingError
+from music_ar.training.objective import Objective, Work
 
 # Dense bfloat16 operations per second, from the manufacturers' data sheets.
 PEAK_FLOPS = {
@@ -36,13 +36,14 @@ class Progress:
 
     Attributes:
         step: steps done.
-        loss: mean cross-entropy since the last line, in nats per token.
+        loss: mean loss since the last line: for tokens, the cross-entropy in nats per token.
         gradient_norm: mean norm of the gradient since the last line.
         tokens_per_s: targets trained on per second since the last line.
         mfu: model FLOPs utilization, in 0..1; None if the peak of the device is unknown.
         rate: learning rate as a fraction of its peak.
         elapsed_s: seconds trained.
         eta_s: seconds left.
+        others: means of the objective's other metrics since the last line, by name.
     """
 
     step: int
@@ -53,6 +54,7 @@ class Progress:
     rate: float
     elapsed_s: float
     eta_s: float
+    others: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class _StepMetrics(NamedTuple):
@@ -61,6 +63,7 @@ class _StepMetrics(NamedTuple):
     step: int
     loss: float
     gradient_norm: float
+    others: dict[str, float] = {}  # noqa: RUF012 -- never changed
 
 
 class TrainingLog:
@@ -68,7 +71,7 @@ class TrainingLog:
 
     Args:
         output: folder of the run; None writes nothing, and only checks the metrics.
-        model_config: the model, to count operations.
+        objective: counts targets and operations.
         config: the training options.
         mesh: the training devices, to compute their utilization.
         checkpoints: to name the last one in an error.
@@ -80,8 +83,8 @@ class TrainingLog:
     def __init__(
         self,
         output: Path | None,
-        model_config: ModelConfig,
-        config: TrainingConfig,
+        objective: Objective,
+        config: RunConfig,
         mesh: Mesh,
         checkpoints: TrainingCheckpoints,
         *,
@@ -90,13 +93,13 @@ class TrainingLog:
         on_progress: Callable[[Progress], None] | None = None,
     ):
         position = position or {"elapsed_s": 0.0, "unlogged": []}
-        self._model_config, self._config, self._mesh = model_config, config, mesh
+        self._objective, self._config, self._mesh = objective, config, mesh
         self._checkpoints, self._on_progress = checkpoints, on_progress
         self._elapsed_before_s = position["elapsed_s"]
         self._start_s = self._flushed_s = time.monotonic()
         self._pending: list[tuple[int, dict[str, Array]]] = []  # metrics on the device
         self._unlogged = [_StepMetrics(*values) for values in position["unlogged"]]
-        self._steps_since_flush, self._rate, self._window = 0, 0.0, (1, 1)
+        self._steps_since_flush, self._rate, self._work = 0, 0.0, Work(1, None)
         self._files = None if output is None else _LogFiles(output, step)
 
     def __enter__(self) -> "TrainingLog":
@@ -125,13 +128,14 @@ class TrainingLog:
             TrainingError: as `flush`.
         """
         self._fetch()
-        return {"elapsed_s": self.elapsed_s, "unlogged": [list(step) for step in self._unlogged]}
+        unlogged = [list(step if step.others else step[:3]) for step in self._unlogged]
+        return {"elapsed_s": self.elapsed_s, "unlogged": unlogged}
 
     def add(self, step: int, metrics: dict[str, Array], rate: float, batch: dict[str, np.ndarray]) -> None:
         """Add the metrics of a step, still on the device; write a line if one is due."""
         self._pending.append((step, metrics))
         self._steps_since_flush += 1
-        self._rate, self._window = rate, (batch["tokens"].shape[1] - 1, batch["weights"].shape[1])
+        self._rate, self._work = rate, self._objective.work(batch)
         if step % self._config.log_every == 0:
             self.flush()
 
@@ -144,7 +148,7 @@ class TrainingLog:
         self._fetch()
         if not self._unlogged:
             return
-        steps, losses, norms = zip(*self._unlogged, strict=True)
+        steps, losses, norms, others = zip(*self._unlogged, strict=True)
         self._unlogged.clear()
         tokens_per_s = self._tokens_per_s()
         done, device = max(self.progress(steps[-1]), 1e-9), self._mesh.devices.flat[0]
@@ -153,12 +157,14 @@ class TrainingLog:
             loss=float(np.mean(losses)),
             gradient_norm=float(np.mean(norms)),
             tokens_per_s=tokens_per_s,
-            mfu=flops_utilization(self._flops_per_token() * tokens_per_s, device.device_kind, self._mesh.size),
+            mfu=self._utilization(tokens_per_s, device.device_kind),
             rate=self._rate,
             elapsed_s=self.elapsed_s,
             eta_s=self.elapsed_s * max(0.0, 1 - done) / done,
+            others={name: float(np.mean([each[name] for each in others])) for name in others[0]},
         )
-        self.write(dataclasses.asdict(progress))
+        line = dataclasses.asdict(progress)
+        self.write(line | line.pop("others"))
         if self._on_progress is not None:
             self._on_progress(progress)
 
@@ -177,21 +183,21 @@ class TrainingLog:
                     f"{self._checkpoints.newest or 'none yet'}. Resuming it would diverge again; start a new run with "
                     "lower learning rates"
                 )
-            self._unlogged.append(_StepMetrics(step, loss, norm))
+            others = {name: float(value) for name, value in metrics.items() if name not in ("loss", "gradient_norm")}
+            self._unlogged.append(_StepMetrics(step, loss, norm, others))
         self._pending.clear()
 
     def _tokens_per_s(self) -> float:
         """Return the targets per second since the last call."""
         now_s = time.monotonic()
-        targets = self._config.batch_size * self._window[1] * self._steps_since_flush
+        targets = self._config.batch_size * self._work.targets * self._steps_since_flush
         tokens_per_s = targets / max(now_s - self._flushed_s, 1e-9)
         self._flushed_s, self._steps_since_flush = now_s, 0
         return tokens_per_s
 
-    def _flops_per_token(self) -> float:
-        inputs, latents = self._window
-        prefix = self._model_config.attended(inputs) - latents
-        return self._model_config.flops_per_target(round(prefix * self._config.prefix_keep))
+    def _utilization(self, targets_per_s: float, device_kind: str) -> float | None:
+        flops = self._work.flops_per_target
+        return None if flops is None else flops_utilization(flops * targets_per_s, device_kind, self._mesh.size)
 
 
 class _LogFiles:

@@ -11,11 +11,11 @@ from jaxtyping import Array
 from optax import contrib
 
 from music_ar.model.attention import Matrix
-from music_ar.training.config import TrainingConfig
+from music_ar.training.config import RunConfig
 from music_ar.training.mesh import parameter_spec
 
 
-def build_optimizer(config: TrainingConfig, mesh: Mesh | None = None) -> optax.GradientTransformation:
+def build_optimizer(config: RunConfig, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """Return gradient clipping, then Muon for each `Matrix` and AdamW for the rest, at peak learning rates.
 
     The optimizer takes states of `nnx.Variable`s, and chooses by their type. Optax's Muon gives its AdamW part Nesterov

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -17,15 +17,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from music_ar.model.config import ModelConfig
+from music_ar.embedding.encoder import PieceEncoder
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.training.checkpointing import TrainingCheckpoints
 from music_ar.training.cluster import Alone, Decision, Hosts
-from music_ar.training.config import TrainingConfig, TrainingError
-from music_ar.training.distillation import Teachers
+from music_ar.training.config import RunConfig, TrainingConfig, TrainingError
 from music_ar.training.log import Progress, TrainingLog
-from music_ar.training.memory import check_memory
-from music_ar.training.mesh import batch_shards, make_mesh, replicated, shard_batch, split_axis
+from music_ar.training.mesh import batch_shards, make_mesh, replicated, shard_batch
+from music_ar.training.next_tokens import NextTokens
+from music_ar.training.objective import Objective
 from music_ar.training.optimizer import build_optimizer
 from music_ar.training.step import initial_state, make_train_step
 
@@ -55,15 +55,15 @@ class Fitted(NamedTuple):
     """The result of `Trainer.fit`.
 
     Attributes:
-        model: the averaged weights of the step that validated best, or of the last step without validation; on this
-            process's devices.
+        model: what was trained: the averaged weights of the step that validated best, or of the last step without
+            validation; on this process's devices.
         model_step: that step.
         step: steps done.
         elapsed_s: seconds trained.
         finished: whether the run reached its end.
     """
 
-    model: PerceiverAR
+    model: Any
     model_step: int
     step: int
     elapsed_s: float
@@ -93,13 +93,14 @@ class Trainer:
         config: how to train.
         batches: the training data.
         output: folder of the run; created if it is missing.
-        teachers: models to distill into this one; see `distillation` and `config.distillation_weight`.
+        objective: what to minimize; default: `NextTokens` without teachers, for a PerceiverAR and a TrainingConfig.
         final_batches: data for the last `config.final_fraction` of the run; default: `batches` to the end.
         data: description of the training data, JSON-like; saved, and compared when resuming.
         resume: continue from the newest checkpoint under `output`. A run whose length is in steps continues bit for
             bit.
         validate: called with the averaged model every `config.validate_every` steps and at the end. Its value is
-            logged, and the model with the lowest value is the result. The model is valid only during the call.
+            logged, and the model with the lowest value is the result. Of several values, that is "validation". The
+            model is valid only during the call.
         on_progress: called with each log line.
         mesh: devices to train on; default: `make_mesh()`, all of them on the axis "data".
         hosts: the processes that train together; default: this one alone.
@@ -112,16 +113,16 @@ class Trainer:
 
     def __init__(
         self,
-        model: PerceiverAR,
-        config: TrainingConfig,
+        model: PerceiverAR | PieceEncoder,
+        config: RunConfig,
         batches: Batches,
         *,
         output: Path,
-        teachers: Teachers | None = None,
+        objective: Objective | None = None,
         final_batches: Batches | None = None,
         data: dict[str, Any] | None = None,
         resume: bool = False,
-        validate: Callable[[PerceiverAR], float] | None = None,
+        validate: Callable[[Any], float | Mapping[str, float]] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         mesh: Mesh | None = None,
         hosts: Hosts | None = None,
@@ -129,15 +130,15 @@ class Trainer:
         mesh = mesh or make_mesh()
         self._hosts: Hosts = hosts or Alone()
         writes = self._hosts.process == 0
-        _check_batch_size(config, batch_shards(mesh), teachers)
-        _check_prefix(model.config, config, mesh)
-        check_memory(model.config, model.compute, config, mesh)
+        objective = objective or _next_tokens(model, config)
+        _check_batch_size(config, objective.batch_parts(batch_shards(mesh)), batch_shards(mesh))
+        objective.check(mesh)
         self._config, self._mesh, self._validate = config, mesh, validate
         self._sources = [batches] if final_batches is None else [batches, final_batches]
         self._graph, params = nnx.split(model, nnx.Param)
         optimizer = build_optimizer(config, mesh)
-        self._train_step = make_train_step(self._graph, config, optimizer, mesh, teachers)
-        self._teacher_params = [] if teachers is None else teachers.place(mesh)
+        self._train_step = make_train_step(self._graph, config, optimizer, mesh, objective)
+        self._constants = objective.place(mesh)
         self._state = initial_state(params, optimizer, mesh)
         self._best = jax.tree.map(jnp.copy, self._state.ema)
         self._best_validation: Validation | None = None
@@ -155,7 +156,7 @@ class Trainer:
             self._log = files.enter_context(
                 TrainingLog(
                     output if writes else None,
-                    model.config,
+                    objective,
                     config,
                     mesh,
                     self._checkpoints,
@@ -196,10 +197,10 @@ class Trainer:
 
     def step(self, progress: float) -> None:
         """Train on one batch, `progress` (0..1) into the run."""
-        batch = next(self._sources[-1 if progress >= 1 - self._config.final_fraction else 0])
+        batch = next(self._sources[-1 if progress >= self._config.final_start else 0])
         rate = self._config.learning_rate_factor(self._step, progress)
         self._state, metrics = self._train_step(
-            self._state, shard_batch(batch, self._mesh), jnp.float32(rate), self._teacher_params
+            self._state, shard_batch(batch, self._mesh), jnp.float32(rate), self._constants
         )
         self._step += 1
         self._log.add(self._step, metrics, rate, batch)
@@ -209,8 +210,10 @@ class Trainer:
         if self._validate is None:
             return
         averaged = nnx.merge(self._graph, self._on_this_process(self._state.ema))
-        found, self._validated = Validation(self._step, self._validate(averaged)), self._step
-        self._log.write({"step": found.step, "validation": found.value})
+        values = self._validate(averaged)
+        values = values if isinstance(values, Mapping) else {"validation": values}
+        found, self._validated = Validation(self._step, values["validation"]), self._step
+        self._log.write({"step": found.step, **values})
         if self._best_validation is None or found.value < self._best_validation.value:
             self._best, self._best_validation = jax.tree.map(jnp.copy, self._state.ema), found
 
@@ -243,7 +246,7 @@ class Trainer:
 class _Clock:
     """What process 0 decides by: the run's time and when a checkpoint is due. The run begins at step `first`."""
 
-    def __init__(self, log: TrainingLog, config: TrainingConfig, first: int):
+    def __init__(self, log: TrainingLog, config: RunConfig, first: int):
         self._log, self._first, self._between_s = log, first, 60 * config.checkpoint_minutes
         self._next_save_s = log.elapsed_s + self._between_s
 
@@ -255,25 +258,20 @@ class _Clock:
         return Decision(self._log.progress(step), save, stop)
 
 
-def _check_batch_size(config: TrainingConfig, shards: int, teachers: Teachers | None) -> None:
-    """Raise TrainingError unless each micro-batch can be split among devices and teachers."""
-    parts = shards if teachers is None else teachers.batch_parts(shards)
+def _next_tokens(model: Any, config: RunConfig) -> Objective:
+    """Return the objective of a model that makes music."""
+    if not isinstance(model, PerceiverAR) or not isinstance(config, TrainingConfig):
+        raise TypeError("give an objective for a model that is no PerceiverAR")
+    return NextTokens(model.config, model.compute, config)
+
+
+def _check_batch_size(config: RunConfig, parts: int, shards: int) -> None:
+    """Raise TrainingError unless each micro-batch can be split into these parts."""
     if config.batch_size % (config.micro_batches * parts):
         raise TrainingError(
             f"batch_size must be a multiple of {config.micro_batches * parts}, which is micro_batches = "
             f"{config.micro_batches} times {parts} equal parts for {shards} shards (the mesh's data x fsdp) and their "
             f"teachers; got {config.batch_size}"
-        )
-
-
-def _check_prefix(model: ModelConfig, config: TrainingConfig, mesh: Mesh) -> None:
-    """Raise TrainingError if the prefix is to be split over devices, and there is none."""
-    kept = round((model.attended(model.window) - model.latents) * config.prefix_keep)
-    if split_axis(mesh) and (model.segment or kept == 0):
-        raise TrainingError(
-            "the mesh axis sequence splits the part of the context before the latents, and nothing is kept of it with "
-            f"a context of {model.context:,}, {model.latents:,} latents and prefix_keep = {config.prefix_keep}: leave "
-            "the axis out"
         )
 
 
