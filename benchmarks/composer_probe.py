@@ -39,7 +39,7 @@ Represent = Callable[[Sequence[Performance]], np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class Set:
-    """PassageGrid of a split: the music, and for each the number of its piece and its composer."""
+    """Passages of a split: the music, and for each the number of its piece and its composer."""
 
     passages: list[Performance]
     piece: np.ndarray

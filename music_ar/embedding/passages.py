@@ -14,7 +14,7 @@ FEWEST_NOTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Passages:
+class PassageGrid:
     """How a piece is cut into passages.
 
     Attributes:
