@@ -24,7 +24,7 @@ from data_pipeline.loader import Batches, read_rows
 from data_pipeline.manifest import DatasetError
 from music_ar.embedding.notes import DURATION, ONSET, notes_of_tokens
 from music_ar.ranges import check_ranges, number, whole
-from music_ar.tokens.vocabulary import STEPS_PER_SECOND
+from music_ar.tokens.vocabulary import STEPS_PER_SECOND, is_note_on
 
 _LEAST_NOTES = 8  # of a view, hidden ones included
 _SECONDS_PER_DRAW = 120.0  # of a piece: each gives as many examples in an epoch as it has of these
@@ -95,7 +95,8 @@ class Passages:
         Raises:
             DatasetError: there are no others.
         """
-        kept = [index for index, record in enumerate(pieces.records) if record.notes >= 2 * _LEAST_NOTES]
+        counts = [np.count_nonzero(is_note_on(tokens)) for tokens in pieces.tokens]
+        kept = [index for index, count in enumerate(counts) if count >= 2 * _LEAST_NOTES]
         if not kept:
             raise DatasetError(f"expected pieces of at least {2 * _LEAST_NOTES} notes to take passages from, got none.")
         # A piece whose composition is unknown is one of its own.

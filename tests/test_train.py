@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import make_performance, noisy_model
+from jax.sharding import PartitionSpec
 from test_cli import refusal, run
 from tiny_maestro import forget_compositions
 
@@ -66,7 +67,7 @@ def test_a_fold_is_left_out_and_stays_so(capsys, tmp_path, prepared, fits):
     [(batches, options)] = fits
     windows = [window for batch in batches for window in batch["tokens"]]
     assert [any(holds(fold, window) for window in windows) for fold in folds] == [True, False, True]
-    assert options["teachers"] is None
+    assert options["data"]["teachers"] == []
     kept = sum(fold.targets for fold in folds) - folds[1].targets
     assert f"{kept:,} tokens" in errors
 
@@ -85,7 +86,7 @@ def test_out_of_fold_part_k_is_the_fold_that_teacher_k_has_not_seen(capsys, tmp_
     for batch in batches:
         assert [holds(first, window) for window in batch["tokens"]] == [True, True, False, False]
         assert [holds(second, window) for window in batch["tokens"]] == [False, False, True, True]
-    assert isinstance(options["teachers"], CrossFitted)
+    assert options["objective"].sharding == CrossFitted.sharding != PartitionSpec()
     assert options["data"]["teachers"] == [identity(teacher)["weights_sha256"] for teacher in teachers]
     assert "data.folds was" in refusal(capsys, *command, "--resume")
 

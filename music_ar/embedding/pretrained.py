@@ -92,8 +92,9 @@ def _read_config(path: Path) -> tuple[PieceEncoderConfig, str]:
                 f"{path}: the encoder was trained on notes in other steps (fingerprint {record['fingerprint'][:12]}…, "
                 f"expected {FINGERPRINT[:12]}…); train it again with this version"
             )
-        sizes = _all_sizes(record["encoder"], path)
-        return PieceEncoderConfig(**sizes), record["weights_sha256"]
+        if not isinstance(record["weights_sha256"], str):
+            raise CheckpointError(f"{path} lacks the SHA-256 of the weights, so it is not a piece encoder")
+        return PieceEncoderConfig(**_all_sizes(record["encoder"], path)), record["weights_sha256"]
     except OSError as error:
         raise weights.unreadable(path, error) from error
     except CheckpointError:

@@ -1,6 +1,6 @@
 """`Objective`: what a training run minimizes."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
@@ -25,6 +25,7 @@ class Work(NamedTuple):
     flops_per_target: float | None
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a run minimizes."""
 
