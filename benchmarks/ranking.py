@@ -7,8 +7,8 @@ are scored by `plausibility` (which `--keep-best` ranks by today) and by embeddi
 - near: the similarity of the nearest passage of the training split;
 - like the prompt: the similarity to the prompt.
 
-Prints the AUC of each: how often a real continuation scores above a generated one, of any prompt and of the same one; 0.5
-is chance. And one line of JSON.
+Prints the AUC of each: how often a real continuation scores above a generated one, of any prompt and of the same one;
+0.5 is chance. And one line of JSON.
 
     python benchmarks/ranking.py data/maestro [--encoder runs/encoder/model] [--prompts 50]
 """
