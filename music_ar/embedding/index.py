@@ -1,8 +1,8 @@
 """`PassageIndex`: the embeddings of all passages of many pieces, in one file.
 
 The file is safetensors: `vectors` int8 [passages, size], `piece` uint16 or uint32 [passages], `span_s` float32
-[passages, 2], `usual` float32 [3]; the metadata names the encoder, the data and the pieces. MAESTRO's training split
-has 38 thousand passages, so it takes 2.7 MB with embeddings of 64 numbers, and 5.2 MB with 128.
+[passages, 2], `usual` float32 [3]; JSON in the metadata names the encoder, the data and the pieces. MAESTRO's training
+split has 38 thousand passages, so it takes 2.8 MB with embeddings of 64 numbers, and 5.2 MB with 128.
 """
 
 import dataclasses
@@ -21,10 +21,12 @@ from jaxtyping import Float32, Int8, UInt
 from music_ar.embedding.passages import PassageGrid
 from music_ar.files import parse_json, read_file, write_atomically
 from music_ar.midi.performance import Performance
+from music_ar.ranges import shown
 
 FORMAT = "music-ar passages 1"
 INDEX = "passages.safetensors"
 """Name of the index that lies beside an encoder in its folder."""
+_ABOUT = "index"
 _BATCH = 512
 _MAX_BYTES = 2**30
 _SAMPLED = 500
@@ -188,16 +190,17 @@ class PassageIndex:
         Raises:
             OSError: it cannot be written.
         """
-        metadata = {
+        about = {
             "format": FORMAT,
             "encoder": self.encoder,
             "data": self.data,
             "split": self.split,
-            "passages": json.dumps(dataclasses.asdict(self.passages)),
-            "pieces": json.dumps([[piece.name, piece.title, piece.composer] for piece in self.pieces]),
+            "passages": dataclasses.asdict(self.passages),
+            "pieces": [[piece.name, piece.title, piece.composer] for piece in self.pieces],
         }
         tensors = {"vectors": self.vectors, "piece": self.piece, "span_s": self.span_s, "usual": self.usual}
-        write_atomically(Path(path), safetensors.numpy.save(tensors, metadata))
+        # One text, because safetensors writes several in any order, and the same index is to be the same file.
+        write_atomically(Path(path), safetensors.numpy.save(tensors, {_ABOUT: json.dumps(about)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PassageIndex":
@@ -215,17 +218,17 @@ class PassageIndex:
         except OSError as error:
             raise PassageIndexError(f"{path}: cannot be read ({error.strerror})") from error
         try:
-            tensors, metadata = safetensors.numpy.load(data), _metadata(data)
+            tensors, about = safetensors.numpy.load(data), _about(data)
         # KeyError: a type that NumPy does not have; the others: no safetensors, or shapes that cannot be.
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
             raise PassageIndexError(f"{path}: expected an index of passages, found something else ({error})") from error
-        if metadata.get("format") != FORMAT:
+        if about.get("format") != FORMAT:
             raise PassageIndexError(
-                f'{path}: expected an index of the format "{FORMAT}", found {metadata.get("format")!r}. '
+                f'{path}: expected an index of the format "{FORMAT}", found {shown(about.get("format"))}. '
                 "Make it again with this version: `music-ar similar --build`"
             )
         try:
-            return _index_of(tensors, metadata)
+            return _index_of(tensors, about)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise PassageIndexError(f"{path}: damaged or edited ({error}). Make the index again") from error
 
@@ -259,16 +262,22 @@ def _usual_similarity(vectors: Int8[np.ndarray, "p e"], piece: UInt[np.ndarray, 
     return np.percentile(similarity.max(axis=1), _RANKS).astype(np.float32)
 
 
-def _metadata(data: bytes) -> dict[str, Any]:
-    """The metadata of a safetensors file: its header is JSON, after eight bytes with its length."""
+def _about(data: bytes) -> dict[str, Any]:
+    """What an index says about itself: JSON in the header of the safetensors file, after eight bytes with its length.
+
+    Raises:
+        ValueError: it is another safetensors file.
+    """
     header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return header.get("__metadata__", {})
+    about = parse_json(header.get("__metadata__", {}).get(_ABOUT, "null"))
+    if not isinstance(about, dict):
+        raise ValueError("a safetensors file of another kind")
+    return about
 
 
-def _index_of(tensors: dict[str, np.ndarray], metadata: dict[str, Any]) -> PassageIndex:
+def _index_of(tensors: dict[str, np.ndarray], about: dict[str, Any]) -> PassageIndex:
     pieces = tuple(
-        IndexedPiece(name=str(name), title=str(title), composer=composer)
-        for name, title, composer in parse_json(metadata["pieces"])
+        IndexedPiece(name=str(name), title=str(title), composer=composer) for name, title, composer in about["pieces"]
     )
     vectors, piece, span_s, usual = (tensors[name] for name in ("vectors", "piece", "span_s", "usual"))
     count = len(vectors)
@@ -287,9 +296,9 @@ def _index_of(tensors: dict[str, np.ndarray], metadata: dict[str, Any]) -> Passa
         piece=piece,
         span_s=span_s,
         pieces=pieces,
-        passages=PassageGrid(**parse_json(metadata["passages"])),
+        passages=PassageGrid(**about["passages"]),
         usual=usual,
-        encoder=metadata["encoder"],
-        data=metadata["data"],
-        split=metadata["split"],
+        encoder=str(about["encoder"]),
+        data=str(about["data"]),
+        split=str(about["split"]),
     )
