@@ -6,6 +6,7 @@ import os
 import pkgutil
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -126,11 +127,12 @@ def test_options_in_the_text_exist(words, capsys):
 
 
 @pytest.fixture(scope="module")
-def workplace(tiny_checkpoint, tmp_path_factory):
+def workplace(tiny_checkpoint, tiny_encoder, tmp_path_factory):
     """A folder with the files that the snippets read."""
     folder = tmp_path_factory.mktemp("snippets")
     for name in ("piece.mid", "mine.mid"):
         write_midi(make_performance(len(name), notes=120), folder / name)
+    shutil.copytree(tiny_encoder, folder / "runs" / "encoder" / "model")
     render = ["render", "--count", "1", "--seconds", "1", "--checkpoint", str(tiny_checkpoint)]
     assert cli.main([*render, "--output", str(folder / "out")]) == 0
     return folder

@@ -12,7 +12,8 @@ from tiny_maestro import pieces_of, random_performance, random_pieces
 from data_pipeline.augmentation.note_tables import transform_notes
 from data_pipeline.augmentation.transforms import Augmentation, shift_velocity, stretch, transpose
 from data_pipeline.manifest import DatasetError
-from data_pipeline.passages import AUGMENTATION, PassageConfig, Passages, passage_batches
+from data_pipeline.passage_loader import passage_batches
+from data_pipeline.passages import AUGMENTATION, PassageConfig, Passages
 from music_ar.embedding.notes import DURATION, ONSET, PITCH, VELOCITY, notes_of_tokens
 from music_ar.tokens.codec import encode
 

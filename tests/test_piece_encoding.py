@@ -17,7 +17,7 @@ from test_training import saved_state
 from tiny_encoding import TRAINING, B, fresh_encoder, passages, run
 from tiny_training import log_of
 
-from data_pipeline.passages import passage_batches
+from data_pipeline.passage_loader import passage_batches
 from music_ar.embedding import PieceEmbedder
 from music_ar.training.config import EncoderTrainingConfig, TrainingError
 from music_ar.training.mesh import make_mesh, shard_batch

@@ -5,7 +5,8 @@ import functools
 from flax import nnx
 from tiny_maestro import pieces_of, random_performance
 
-from data_pipeline.passages import AUGMENTATION, PassageConfig, Passages, passage_batches
+from data_pipeline.passage_loader import passage_batches
+from data_pipeline.passages import AUGMENTATION, PassageConfig, Passages
 from music_ar.embedding.config import PieceEncoderConfig
 from music_ar.embedding.encoder import PieceEncoder
 from music_ar.tokens.codec import encode

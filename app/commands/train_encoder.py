@@ -1,6 +1,6 @@
 """The command `music-ar train-encoder`: train a piece encoder on prepared data.
 
-It connects `data_pipeline.passages` and an encoder to `training.Trainer`. Anything that needs JAX is imported in `run`.
+It connects `data_pipeline.passage_loader` and an encoder to `training.Trainer`. Anything that needs JAX is imported in `run`.
 """
 
 import importlib.util
@@ -86,7 +86,7 @@ class TrainEncoder:
         import jax
         from flax import nnx
 
-        from data_pipeline.passages import passage_batches
+        from data_pipeline.passage_loader import passage_batches
         from music_ar.decoding import backend
         from music_ar.embedding.config import PRESETS
         from music_ar.embedding.encoder import PieceEncoder
@@ -122,7 +122,7 @@ class TrainEncoder:
 
     def _validation(self, seed: int) -> "PieceValidation | None":
         """Return what validates the encoder on passages of the validation split, always the same; None without one."""
-        from data_pipeline.passages import passage_batches
+        from data_pipeline.passage_loader import passage_batches
         from music_ar.training.piece_encoding import PieceValidation
 
         if not (self.training.validate_every and Manifest.load(self.data).splits["validation"].pieces):

@@ -50,7 +50,7 @@ class Whence(NamedTuple):
 
 
 class PieceEncoding:
-    """See the module. A batch is what `data_pipeline.passages` makes.
+    """See the module. A batch is what `data_pipeline.passage_loader` makes.
 
     Args:
         config: the training options.
