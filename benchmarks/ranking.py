@@ -36,20 +36,31 @@ from music_ar.model.pretrained import load_pretrained
 from music_ar.tokens.codec import event_steps
 from music_ar.tokens.vocabulary import END, START, STEPS_PER_SECOND
 
-PROMPT_S = 20.0
+_FEWEST_NOTES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
     """A prompt and its continuation, real or generated."""
 
-    prompt: int
-    whole: Performance
+    number: int
+    prompt: Performance
+    continuation: Performance
+
+    @classmethod
+    def of(cls, number: int, whole: Performance, arguments: argparse.Namespace) -> "Piece":
+        """Divide a piece into its prompt and what follows."""
+        prompt_s = arguments.prompt_seconds
+        return cls(
+            number=number,
+            prompt=whole.crop(0, prompt_s),
+            continuation=whole.crop(prompt_s, prompt_s + arguments.seconds),
+        )
 
     @property
-    def continuation(self) -> Performance:
-        """What follows the prompt."""
-        return self.whole.crop(PROMPT_S)
+    def is_usable(self) -> bool:
+        """Whether there are enough notes to compare."""
+        return min(len(self.prompt), len(self.continuation)) >= _FEWEST_NOTES
 
 
 def main() -> None:
@@ -58,6 +69,7 @@ def main() -> None:
     parser.add_argument("--encoder", help="folder of an encoder; without it, only plausibility is measured")
     parser.add_argument("--index", help="file of its index of the training split; default: that in its folder")
     parser.add_argument("--checkpoint", default=None, help="model that generates and scores; default: the shipped one")
+    parser.add_argument("--prompt-seconds", type=float, default=20.0)
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--variations", type=int, default=2, help="generated continuations of each prompt")
     parser.add_argument("--seconds", type=float, default=40.0, help="length of the continuations")
@@ -73,7 +85,7 @@ def main() -> None:
     found: dict[str, Any] = {"benchmark": "ranking", **settings, "latents": arguments.latents, "scores": {}}
     for name, values in scores.items():
         ours, theirs = np.array(values[: len(real)]), np.array(values[len(real) :])
-        same = np.array([[one.prompt == other.prompt for other in made] for one in real])
+        same = np.array([[one.number == other.number for other in made] for one in real])
         found["scores"][name] = {"any_prompt": auc(ours, theirs), "same_prompt": auc(ours, theirs, same)}
     rows = [(name, *(f"{value:.3f}" for value in each.values())) for name, each in found["scores"].items()]
     print_table(("AUC, real above generated", "any prompt", "same prompt"), rows)
@@ -88,16 +100,16 @@ def auc(real: np.ndarray, generated: np.ndarray, counted: np.ndarray | None = No
 
 def real_pieces(arguments: argparse.Namespace) -> list[Piece]:
     """The beginnings of validation pieces that are long enough, evenly spaced over the split."""
-    end_s, found = PROMPT_S + arguments.seconds, []
+    end_s, found = arguments.prompt_seconds + arguments.seconds, []
     for tokens in Pieces.open(arguments.data, "validation").tokens:
         piece = decode(tokens)
         piece = piece.shift(-float(piece.onset_s[0]))
-        if piece.duration_s > end_s and min(len(piece.crop(0, PROMPT_S)), len(piece.crop(PROMPT_S, end_s))) >= 20:
-            found.append(piece.crop(0, end_s))
+        if piece.duration_s > end_s and Piece.of(0, piece, arguments).is_usable:
+            found.append(piece)
     if not found:
         raise SystemExit(f"expected pieces of more than {end_s:g} s in the validation split, found none")
     chosen = np.unique(np.linspace(0, len(found) - 1, arguments.prompts).round().astype(int))
-    return [Piece(prompt=number, whole=found[place]) for number, place in enumerate(chosen)]
+    return [Piece.of(number, found[place], arguments) for number, place in enumerate(chosen)]
 
 
 def generated_pieces(real: Sequence[Piece], arguments: argparse.Namespace) -> list[Piece]:
@@ -105,30 +117,40 @@ def generated_pieces(real: Sequence[Piece], arguments: argparse.Namespace) -> li
     generator = Generator.from_pretrained(arguments.checkpoint)
     requests = [
         Request(
-            prompt=piece.whole.crop(0, PROMPT_S),
+            prompt=piece.prompt,
             seconds=arguments.seconds,
             latents=min(arguments.latents, generator.config.most_latents),
-            seed=1000 * variation + piece.prompt,
-            tag=piece.prompt,
+            seed=1000 * variation + piece.number,
+            tag=piece.number,
         )
         for variation in range(arguments.variations)
         for piece in real
     ]
     made = sorted(generator.generate_many(requests), key=lambda piece: piece.request.tag)
-    end_s = PROMPT_S + arguments.seconds
-    found = [Piece(prompt=each.request.tag, whole=each.performance.crop(0, end_s)) for each in made if not each.error]
-    return [piece for piece in found if len(piece.continuation) >= 20]
+    pieces = [Piece.of(each.request.tag, each.performance, arguments) for each in made if not each.error]
+    return [piece for piece in pieces if piece.is_usable]
 
 
 def plausibilities(pieces: Sequence[Piece], arguments: argparse.Namespace) -> list[float]:
     """The score of `--keep-best`, with the NLL of each continuation under the model."""
     model = load_pretrained(arguments.checkpoint, compute=backend.select().compute)
-    tokens = [np.array([START, *encode(piece.whole), END], np.int32) for piece in pieces]
-    last = [int((event_steps(each) >= PROMPT_S * STEPS_PER_SECOND).sum()) for each in tokens]
+    prompt_steps = round(arguments.prompt_seconds * STEPS_PER_SECOND)
+    tokens = [np.array([START, *encode(joined(piece, arguments)), END], np.int32) for piece in pieces]
+    last = [int((event_steps(each) >= prompt_steps).sum()) for each in tokens]
     latents = min(arguments.latents, model.config.latents)
-    scoring = ScoringConfig(latents=latents, stride=min(512, latents // 2), batch_size=4)
+    scoring = ScoringConfig(latents=latents, stride=max(1, min(512, latents // 2)), batch_size=4)
     nll = score_tokens(model, tokens, scoring, last=last)
     return [plausibility(piece.continuation, float(of.mean())) for piece, of in zip(pieces, nll, strict=True)]
+
+
+def joined(piece: Piece, arguments: argparse.Namespace) -> Performance:
+    """The prompt and its continuation, as one piece; all prompts end in the same way."""
+    parts = piece.prompt, piece.continuation.shift(arguments.prompt_seconds)
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in ("onset_s", "offset_s", "pitch", "velocity")
+    }
+    return Performance(**columns)
 
 
 def embedding_scores(library: Library) -> dict[str, Callable[[Piece], float]]:
@@ -148,7 +170,7 @@ def embedding_scores(library: Library) -> dict[str, Callable[[Piece], float]]:
         return float((embedded(piece.continuation) @ known.T).max(axis=1).mean())
 
     def like_the_prompt(piece: Piece) -> float:
-        return float((embedded(piece.whole.crop(0, PROMPT_S)) @ embedded(piece.continuation).T).mean())
+        return float((embedded(piece.prompt) @ embedded(piece.continuation).T).mean())
 
     return {"typical": typical, "near": near, "like the prompt": like_the_prompt}
 

@@ -1,6 +1,7 @@
 """ "What is this like?" on the page and in the API: answers, refusals, and nothing of it without an index."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import gradio as gr
 import pytest
@@ -74,7 +75,7 @@ def test_bad_input_is_explained(likeness, uploaded, data, count, message):
         likeness.similar(None if data is None else uploaded(data), count)
 
 
-def in_session(manager, prompt):
+def in_session(manager, prompt) -> Any:
     manager.session("someone").prompt = prompt
     return SimpleNamespace(session_hash="someone", headers={})
 

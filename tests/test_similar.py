@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,13 @@ def pieces():
 @pytest.fixture(scope="module")
 def index(pieces):
     return index_of(pieces)
+
+
+def joined(*parts):
+    """The notes of all parts, as they are timed."""
+    names = ("onset_s", "offset_s", "pitch", "velocity")
+    columns: Any = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return Performance(**columns)
 
 
 # --- passages ---------------------------------------------------------------------------------------------------------
@@ -60,9 +68,7 @@ def test_passages_begin_with_the_first_note_and_skip_silence():
     piece = steady(4, first_s=10)
     assert CUT.spans(piece)[0].tolist() == [10, 14]
     later = steady(4, first_s=40)
-    both = Performance(**{name: np.concatenate([getattr(piece, name), getattr(later, name)])
-                          for name in ("onset_s", "offset_s", "pitch", "velocity")})  # fmt: skip
-    inside = [len(each) for each in CUT.cut(both)]
+    inside = [len(each) for each in CUT.cut(joined(piece, later))]
     assert inside == [40, 20, 20, 40]
 
 
@@ -182,9 +188,7 @@ def test_an_identical_passage_comes_first(index, pieces):
 def test_it_says_which_passage_of_the_query_is_alike(index, pieces):
     """A query of two halves from two pieces finds both, each at its place."""
     first, second = pieces[1].crop(0, 4), pieces[4].crop(4, 8).shift(4)
-    query = Performance(**{name: np.concatenate([getattr(first, name), getattr(second, name)])
-                           for name in ("onset_s", "offset_s", "pitch", "velocity")})  # fmt: skip
-    found = {match.number: match for match in nearest(index, Histogram(), query, count=2)}
+    found = {match.number: match for match in nearest(index, Histogram(), joined(first, second), count=2)}
     assert set(found) == {1, 4}
     assert found[1].query_start_s < 1 < 3 < found[4].query_start_s
     assert found[4].start_s == pytest.approx(4, abs=1)
