@@ -137,8 +137,9 @@ def plausibilities(pieces: Sequence[Piece], arguments: argparse.Namespace) -> li
     prompt_steps = round(arguments.prompt_seconds * STEPS_PER_SECOND)
     tokens = [np.array([START, *encode(joined(piece, arguments)), END], np.int32) for piece in pieces]
     last = [int((event_steps(each) >= prompt_steps).sum()) for each in tokens]
-    latents = min(arguments.latents, model.config.latents)
-    scoring = ScoringConfig(latents=latents, stride=max(1, min(512, latents // 2)), batch_size=4)
+    context = min(model.config.window, 1 << (max(map(len, tokens)) - 1).bit_length())  # all of a piece, not all zeros
+    latents = min(arguments.latents, model.config.latents, context)
+    scoring = ScoringConfig(context=context, latents=latents, stride=max(1, latents // 2), batch_size=4)
     nll = score_tokens(model, tokens, scoring, last=last)
     return [plausibility(piece.continuation, float(of.mean())) for piece, of in zip(pieces, nll, strict=True)]
 

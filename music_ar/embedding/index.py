@@ -24,8 +24,6 @@ from music_ar.midi.performance import Performance
 from music_ar.ranges import shown
 
 FORMAT = "music-ar passages 1"
-INDEX = "passages.safetensors"
-"""Name of the index that lies beside an encoder in its folder."""
 _ABOUT = "index"
 _BATCH = 512
 _MAX_BYTES = 2**30

@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 
 from music_ar.embedding.embedder import PieceEmbedder
-from music_ar.embedding.index import INDEX, PassageIndex
+from music_ar.embedding.index import PassageIndex
 from music_ar.embedding.search import Match, nearest
 from music_ar.midi.performance import Performance
-from music_ar.model.weights import SHIPPED_FOLDERS, CheckpointError, folder_of
+from music_ar.model.weights import PASSAGES, SHIPPED_FOLDERS, CheckpointError, folder_of
 
 DEFAULT_ENCODER = "maestro-encoder"
 """The encoder that ships with the project, if one does."""
@@ -59,7 +59,7 @@ def shipped_encoder() -> str | None:
 
 def shipped_library() -> bool:
     """Whether an encoder ships with the project, and an index with it."""
-    return any((folder / DEFAULT_ENCODER / INDEX).is_file() for folder in SHIPPED_FOLDERS)
+    return any((folder / DEFAULT_ENCODER / PASSAGES).is_file() for folder in SHIPPED_FOLDERS)
 
 
 def load_encoder_or_shipped(encoder: str | os.PathLike[str] | None) -> PieceEmbedder:
@@ -77,7 +77,7 @@ def index_beside(encoder: str | os.PathLike[str] | None) -> Path:
     Raises:
         CheckpointError: there is no such encoder.
     """
-    return folder_of(_named(encoder)) / INDEX
+    return folder_of(_named(encoder)) / PASSAGES
 
 
 def _named(encoder: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
