@@ -97,7 +97,7 @@ def test_titles_are_shown_as_they_are(manager):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (None, "There is no piece yet"),
+        (None, "There is no piece here yet"),
         (PIECES[0].crop(0, 0.5), "at least 8"),
         (random_performance(0).shift(MAX_LIKENESS_S), "1:00:0. long, and at most 1:00:00 can be compared"),
     ],
@@ -117,7 +117,7 @@ def test_a_long_piece_leaves_turns_to_others(likeness, manager, monkeypatch):
 
 def test_the_piece_on_the_timeline_is_the_chosen_one():
     session = Session()
-    with pytest.raises(WebError, match="there is no piece yet"):
+    with pytest.raises(WebError, match="there is no piece here yet"):
         shown_piece(session)
     session.prompt = Performance.empty()
     assert shown_piece(session) is session.prompt

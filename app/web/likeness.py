@@ -68,12 +68,14 @@ class Likeness:
         self.answer = gr.Markdown("", elem_id="likeness-answer")
 
     def bind(self, page: "Page") -> None:
-        """Answer the button, and take an answer back when other music is asked for."""
+        """Answer the button, and take an answer back when other music is asked for or chosen."""
         player = page.player
         options: dict[str, Any] = {**DEVICE, "api_visibility": "private", "show_progress_on": self.answer}
         self.ask.click(self.on_ask, None, self.answer, **options)
-        for start in (page.generate.click, page.extend.click, player.begin, player.go_on, player.fill, player.redo):
-            start(lambda: "", None, self.answer, queue=False, api_visibility="private", show_progress="hidden")
+        asked = (page.generate.click, page.extend.click, player.begin, player.go_on, player.fill, player.redo)
+        chosen = (player.choose, player.adopt, player.played, page.example.input, page.file.upload, page.undo.click)
+        for other in (*asked, *chosen):
+            other(lambda: "", None, self.answer, queue=False, api_visibility="private", show_progress="hidden")
 
     def on_ask(self, request: gr.Request) -> str:
         """Say what the piece on the timeline is like, in Markdown."""
@@ -163,7 +165,7 @@ def shown_piece(session: Session) -> Performance:
         revision = session.revision
         return revision.shown(min(session.chosen, len(revision.pieces) - 1))
     if session.prompt is None:
-        raise WebError("there is no piece yet: generate one, or choose what to begin with")
+        raise WebError("there is no piece here yet: generate one, choose a take, or choose what to begin with")
     return session.prompt
 
 
