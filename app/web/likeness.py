@@ -170,14 +170,14 @@ def shown_piece(session: Session) -> Performance:
 
 
 def _in_words(matches: "Sequence[Match]", usual: np.ndarray) -> str:
-    lines = ["| most like it | similarity | here | there |", "|---|---|---|---|"]
+    lines = ["| Most like it | Similarity | Here | There |", "|---|---|---|---|"]
     for match in matches:
         here, there = _span(match.query_start_s, match.query_end_s), _span(match.start_s, match.end_s)
         lines.append(f"| {_plain(str(match.piece))} | {match.similarity:.2f} | {here} | {there} |")
     low, middle, high = usual
     note = (
-        f"Similarity of passages in texture, harmony and rhythm, not of single notes; 1 is the same. Between pieces of "
-        f"the training set that are most alike it is usually {middle:.2f} ({low:.2f} to {high:.2f})."
+        "Passages are compared as a whole, not note by note; 1 is the same. "
+        f"Usual for the most similar real pieces: {middle:.2f} ({low:.2f} to {high:.2f})."
     )
     return "\n".join([*lines, "", note])
 
