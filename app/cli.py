@@ -33,6 +33,7 @@ COMMANDS = {
     "generate": ("generate a piece, or continue one, as MIDI", "app.commands.generate:Generate"),
     "render": ("generate many pieces unattended; resumable", "app.commands.render:Render"),
     "inspect": ("summarize MIDI files", "app.commands.inspect:Inspect"),
+    "similar": ("find the music of a dataset that is most like a MIDI file", "app.commands.similar:Similar"),
     "push": ("publish a model on the Hugging Face Hub", "app.commands.push:Push"),
     "web": ("open the web page", "app.commands.web:Web"),
     "bench": ("measure decoding speed on this machine", "app.commands.bench:Bench"),

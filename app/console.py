@@ -219,6 +219,22 @@ def read_performance(path: Path) -> "Performance":
         raise CommandError(f"{'standard input' if is_stdin else path}: {error}") from error
 
 
+def midi_files_at(path: Path) -> list[Path]:
+    """The file, or the MIDI files in the folder.
+
+    Raises:
+        CommandError: the folder has none.
+    """
+    from music_ar.midi.folders import MIDI_EXTENSIONS, find_midi_files
+
+    if not path.is_dir():
+        return [path]
+    found = [file for file in find_midi_files(path) if not file.is_fifo()]  # a pipe would wait for a writer
+    if not found:
+        raise CommandError(f"{path}: expected MIDI files ({', '.join(MIDI_EXTENSIONS)}) in it, found none")
+    return found
+
+
 def is_bad_input(error: Exception) -> bool:
     """Whether the user can fix it: an operating system error, or an error class of this project.
 

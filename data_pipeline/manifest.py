@@ -85,6 +85,12 @@ class PieceRecord:
         composer, colon, _ = (self.composition or "").partition(": ")
         return composer if colon else None
 
+    @property
+    def title(self) -> str:
+        """The title, as the table of the data set spells it; the name of the file if it is not known."""
+        named = self.composition or self.name
+        return named.partition(": ")[2] if self.composer is not None else named
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
@@ -185,6 +191,13 @@ class Manifest:
             return _manifest_from_json(content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DatasetError(f"{path}: damaged or edited ({error}). Prepare the data again.") from error
+
+    def split_digest(self, split: str) -> str:
+        """SHA-256 of the pieces of a split and of their names, in hexadecimal."""
+        shards = [
+            [shard.sha256, [piece.name for piece in shard.pieces]] for shard in self.shards if shard.split == split
+        ]
+        return text_digest(json.dumps([self.fingerprint, shards]))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the manifest atomically."""

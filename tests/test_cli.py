@@ -74,7 +74,7 @@ def show_help(*commands):
             cli.main([*command, "--help"])
         assert "--help" in output.getvalue()
 
-show_help([], ["prepare"], ["evaluate"], ["generate"], ["render"], ["inspect"], ["web"], ["bench"])
+show_help([], ["prepare"], ["evaluate"], ["generate"], ["render"], ["inspect"], ["similar"], ["web"], ["bench"])
 print("numpy" in sys.modules)
 show_help(["train"], ["bench", "decode"], ["bench", "render"])
 print("jax" in sys.modules)

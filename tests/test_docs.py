@@ -16,9 +16,12 @@ from typing import NamedTuple
 
 import pytest
 from conftest import make_performance
+from histogram import index_of
 
 from app import cli
 from music_ar import write_midi
+from music_ar.embedding import PieceEmbedder
+from music_ar.model.weights import PASSAGES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -132,7 +135,9 @@ def workplace(tiny_checkpoint, tiny_encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("snippets")
     for name in ("piece.mid", "mine.mid"):
         write_midi(make_performance(len(name), notes=120), folder / name)
-    shutil.copytree(tiny_encoder, folder / "runs" / "encoder" / "model")
+    shutil.copytree(tiny_encoder, encoder := folder / "runs" / "encoder" / "model")
+    pieces = [make_performance(seed) for seed in range(3)]
+    index_of(pieces, PieceEmbedder.from_pretrained(encoder)).save(encoder / PASSAGES)
     render = ["render", "--count", "1", "--seconds", "1", "--checkpoint", str(tiny_checkpoint)]
     assert cli.main([*render, "--output", str(folder / "out")]) == 0
     return folder

@@ -37,7 +37,7 @@ def test_a_planted_run_is_found_in_any_key(semitones):
     copied = [*random_pitches(1, 30), *(source[60:77] + semitones), *random_pitches(2, 30)]
     corpus = [play(random_pitches(3, 100)), play(source)]
     (run,) = longest_shared_runs([play(copied, spacing_s=0.31)], corpus)
-    assert run == SharedRun(notes=17, start=30, source=1, source_start=60)
+    assert run == SharedRun(notes=17, start=30, source=1, source_start=60, end=46, source_end=76)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -95,8 +95,8 @@ def test_without_repeated_patterns_the_length_of_a_trill_makes_no_difference():
     copied = [*random_pitches(2, 10), *theme, *[70, 72] * 5, *random_pitches(3, 10)]
     corpus = [play([60, 62] * 50), play(source)]
     (whole,) = longest_shared_runs([play(copied)], corpus)
-    assert whole == SharedRun(notes=30, start=10, source=1, source_start=0)
+    assert whole == SharedRun(notes=30, start=10, source=1, source_start=0, end=39, source_end=29)
     (without,) = longest_shared_runs([play(copied)], corpus, repeated_patterns=False)
-    assert without == SharedRun(notes=26, start=10, source=1, source_start=0)
+    assert without == SharedRun(notes=26, start=10, source=1, source_start=0, end=35, source_end=25)
     (trill,) = longest_shared_runs([play([50, 52] * 30)], corpus, repeated_patterns=False)
     assert trill.notes == 6

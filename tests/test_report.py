@@ -13,6 +13,7 @@ from app.report import text
 from app.report.write import draw
 from data_pipeline.dataset import Pieces
 from music_ar.decoding.sampling import SamplingOptions
+from music_ar.embedding import PieceEmbedder
 from music_ar.evaluation.likelihood import ScoringConfig, score
 from music_ar.metrics.distributions import FEATURES, features
 from music_ar.midi.io import read_midi
@@ -103,12 +104,12 @@ def test_the_text_has_the_metrics_and_names_the_charts(folder, metrics):
 
 
 def test_existing_pieces_are_compared_as_when_they_were_generated(
-    folder, metrics, capsys, tmp_path, prepared, tiny_checkpoint
+    folder, metrics, capsys, tmp_path, prepared, tiny_checkpoint, tiny_encoder
 ):
     assert all(len(read_midi(path)) for path in (folder / "pieces").iterdir())
     code, _, errors = run(
         capsys, "evaluate", "--data", prepared, "--checkpoint", tiny_checkpoint, "--report", tmp_path,
-        "--split", "train", "--generated", folder / "pieces", *SIZES,
+        "--split", "train", "--generated", folder / "pieces", "--encoder", tiny_encoder, *SIZES,
     )  # fmt: skip
     assert code == 0, errors
     again = json.loads((tmp_path / "report.json").read_text())
@@ -117,6 +118,12 @@ def test_existing_pieces_are_compared_as_when_they_were_generated(
     for name, each in again["distances"].items():
         assert each["distance"] == pytest.approx(metrics["distances"][name]["distance"], abs=0.02)
     assert not (tmp_path / "pieces").exists()
+    # The Fréchet music distance needs an encoder, and none ships.
+    assert metrics.get("frechet_music_distance") is None
+    frechet = again["frechet_music_distance"]
+    assert frechet["encoder"] == PieceEmbedder.from_pretrained(tiny_encoder).digest
+    assert 0 < frechet["yardstick"] <= frechet["yardstick_most"]
+    assert f"{frechet['distance']:.4g} generated to real" in (tmp_path / "report.md").read_text()
 
 
 def test_prompts_are_continued_and_left_out(capsys, tmp_path, prepared, tiny_checkpoint):

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from app.console import SOME_FAILED, STDIN, CommandError, Unset, check_writable, clock, print_table, read_performance
+from app.console import (
+    SOME_FAILED,
+    STDIN,
+    CommandError,
+    Unset,
+    check_writable,
+    clock,
+    midi_files_at,
+    print_table,
+    read_performance,
+)
 
 if TYPE_CHECKING:
     from music_ar.midi.performance import Performance
@@ -86,7 +96,7 @@ class Inspect:
 
     def _print_list(self) -> "tuple[list[tuple[Path, Performance]], int]":
         """Print a line a file; return the pieces if they are needed, and how many files cannot be read."""
-        files = [found for file in self.files for found in _files_at(file)]
+        files = [found for file in self.files for found in midi_files_at(file)]
         are_needed = self.data is not None or self.plot is not None
         pieces, failed = [], 0
         print(_LIST_HEADER)
@@ -113,18 +123,6 @@ class Inspect:
         print_table(header, [[name, *(column[name] for column in columns), maestro_range(name)] for name in columns[0]])
         if len(pieces) == 2:
             print(f"notes in common  {common_notes(pieces[0][1], pieces[1][1])}")
-
-
-def _files_at(path: Path) -> list[Path]:
-    """The file, or the MIDI files in the folder."""
-    from music_ar.midi.folders import MIDI_EXTENSIONS, find_midi_files
-
-    if not path.is_dir():
-        return [path]
-    found = [file for file in find_midi_files(path) if not file.is_fifo()]  # a pipe would wait for a writer
-    if not found:
-        raise CommandError(f"{path}: expected MIDI files ({', '.join(MIDI_EXTENSIONS)}) in it, found none")
-    return found
 
 
 def list_line(file: Path, performance: "Performance") -> str:

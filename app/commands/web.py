@@ -19,6 +19,7 @@ from app.web.memory import share_arenas
 if TYPE_CHECKING:
     from app.web.manager import SessionManager
     from app.web.server import Server
+    from music_ar.embedding.library import Library
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,9 @@ class Web:
 
     Attributes:
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name); default: the shipped model.
+        encoder: piece encoder for "What is this like?": name of a shipped one, a folder, or a hub id (owner/name);
+            default: the shipped encoder. Without one that has an index, the page does not ask.
+        index: file of its index; default: passages.safetensors in the folder of the encoder.
         host: address to listen on. The default can only be reached from this machine; 0.0.0.0 opens it to your network.
         port: port to listen on; default: the first free one from 7860.
         root_path: where a reverse proxy serves the page: a path such as /music, or better the whole address, such as
@@ -48,6 +52,8 @@ class Web:
     many_rows: ClassVar[bool] = False  # see app.cli.Command
 
     checkpoint: Unset[str] = None
+    encoder: Unset[str] = None
+    index: Unset[Path] = None
     host: str = "127.0.0.1"
     port: Unset[int] = None
     root_path: Unset[str] = None
@@ -93,6 +99,7 @@ class Web:
         if not passwords and (self.share or not is_loopback(self.host)):
             print("music-ar: everyone who can reach this server may use it; --auth-file asks for a password",
                   file=sys.stderr, flush=True)  # fmt: skip
+        library = self._library()
         manager, about = self._manager()
         lines, port = start_log(), free_port(self.host, self.port)
         with tempfile.TemporaryDirectory(prefix="music-ar-", ignore_cleanup_errors=True) as folder:
@@ -110,7 +117,7 @@ class Web:
                 model=Path(self.checkpoint or "maestro-small").name,
             )
             try:
-                server = Server(build_app(manager, about=about), manager, options)
+                server = Server(build_app(manager, about=about, library=library), manager, options)
             except OSError as error:  # taken while the model was being loaded
                 raise CommandError(f"cannot listen on port {port}: choose another with --port") from error
             print(f"Music AR is running at {self._shown(server.address, port)} (Ctrl-C stops it)", flush=True)
@@ -125,6 +132,20 @@ class Web:
                 raise CommandError(f"the page needs {package}: pip install '.[web]'")
         if self.mcp and importlib.util.find_spec("mcp") is None:
             raise CommandError("--mcp needs the package mcp: pip install '.[mcp]'")
+
+    def _library(self) -> "Library | None":
+        """The encoder and its index, if they are named or ship."""
+        from app.web.examples import example_prompts
+        from music_ar import read_midi
+        from music_ar.embedding.library import Library, shipped_library
+
+        if self.encoder is None and self.index is None and not shipped_library():
+            return None
+        with ProgressLine("loading the encoder"):
+            library = Library.open(self.encoder, self.index)
+            for prompt in example_prompts():  # compiles, so that nobody waits for that later
+                library.nearest(read_midi(prompt))
+            return library
 
     def _manager(self) -> "tuple[SessionManager, str]":
         """Load the model; a manager for it, and its model card."""

@@ -23,6 +23,8 @@ class ReportConfig:
         seed: random seed of the first piece; piece i uses seed + i. Also seeds the motifs and the real-vs-real
             baseline.
         motifs: number of planted motifs per distance. More make the retrieval probe more reliable, and slower.
+        encoder: piece encoder for the Fréchet music distance: name of a shipped one, a folder, or a hub id
+            (owner/name); default: the shipped encoder. Without any, that distance is left out.
     """
 
     pieces: int = whole(64, 1, 1_000_000)
@@ -32,6 +34,7 @@ class ReportConfig:
     generated: Unset[Path] = None
     seed: int = whole(0, 0, MAX_SEED)
     motifs: int = whole(32, 1, 1_000_000)
+    encoder: Unset[str] = None
 
     def __post_init__(self) -> None:
         check_options(self)

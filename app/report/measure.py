@@ -8,10 +8,13 @@ import numpy as np
 
 from app.report.config import ReportConfig
 from data_pipeline.dataset import Pieces
+from music_ar.embedding.index import Embeds, embed_all
+from music_ar.embedding.passages import PassageGrid
 from music_ar.evaluation.calibration import best_temperature
 from music_ar.evaluation.likelihood import Score, ScoringConfig, score_by_type, score_tokens
 from music_ar.evaluation.retrieval_probes import natural_copying, planted_copying
 from music_ar.metrics.distributions import compare
+from music_ar.metrics.frechet import FEWEST_GENERATED, FEWEST_REAL, compare_embeddings
 from music_ar.metrics.memorization import SharedRun, longest_shared_runs
 from music_ar.midi.performance import Performance
 from music_ar.model.perceiver_ar import PerceiverAR
@@ -189,6 +192,28 @@ def compare_music(
             **_shared_runs(generated, real, corpus, train, repeated_patterns=True),
             "apart_from_figures": _shared_runs(generated, real, corpus, train, repeated_patterns=False),
         },
+    }
+
+
+def frechet_music_distance(
+    encoder: Embeds, generated: Sequence[Performance], real: Sequence[Performance], seed: int
+) -> dict[str, Any] | None:
+    """The Fréchet distance between the embeddings of passages; None if there are too few pieces for it."""
+    cut = PassageGrid()
+    sides = [
+        [vectors for piece in side if len(vectors := embed_all(encoder, list(cut.cut(piece))))]
+        for side in (generated, real)
+    ]
+    if len(sides[0]) < FEWEST_GENERATED or len(sides[1]) < FEWEST_REAL:
+        return None
+    found = compare_embeddings(*sides, seed=seed)
+    return {
+        "distance": found.distance,
+        "yardstick": found.baseline,
+        "yardstick_most": found.baseline_max,
+        "ratio": found.distance / found.baseline if found.baseline else None,
+        "pieces": found.pieces,
+        "encoder": encoder.digest,
     }
 
 

@@ -92,6 +92,7 @@ def _music(metrics: Metrics) -> list[str]:
         how = ", ".join(f"{name.replace('_', '-')} {generation[name]:g}" for name in names)
     prompts = f", continuing {generation['prompt_seconds']:g} s of real pieces" if generation["prompt_seconds"] else ""
     columns = ("distance", "yardstick", "yardstick_most", "ratio")
+    frechet = metrics.get("frechet_music_distance")
     rows = [[name, each["unit"], *(f"{each[key]:.4g}" for key in columns)] for name, each in distances.items()]
     return [
         "## Generated and real music",
@@ -101,8 +102,18 @@ def _music(metrics: Metrics) -> list[str]:
         f"largest value over random splits. Largest ratio: {farthest}, {distances[farthest]['ratio']:.2f}.",
         "![Distributions of features](distributions.png)",
         table(["feature", "unit", "generated to real", "real to real", "largest real to real", "ratio"], rows),
+        *([] if frechet is None else [_frechet(frechet)]),
         "![Piano rolls](rolls.png)",
     ]
+
+
+def _frechet(found: Metrics) -> str:
+    ratio = "" if found["ratio"] is None else f", a ratio of {found['ratio']:.2f}"
+    return (
+        f"Fréchet music distance, on embeddings of passages of 30 s (encoder {found['encoder'][:12]}): "
+        f"{found['distance']:.4g} generated to real, {found['yardstick']:.4g} real to real (at most "
+        f"{found['yardstick_most']:.4g}){ratio}. {found['pieces']} pieces a side, means over random splits."
+    )
 
 
 def _memorization(metrics: Metrics) -> list[str]:

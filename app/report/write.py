@@ -17,6 +17,8 @@ from app.report.pieces import excerpts, generated_pieces
 from app.report.text import markdown
 from data_pipeline.dataset import Pieces
 from music_ar.decoding.sampling import SamplingOptions
+from music_ar.embedding.embedder import PieceEmbedder
+from music_ar.embedding.library import shipped_encoder
 from music_ar.evaluation.likelihood import ScoringConfig
 from music_ar.files import write_atomically
 from music_ar.metrics.distributions import FEATURES, features
@@ -58,7 +60,7 @@ def write_report(
     if min(map(len, splits.values())) < 2:
         raise CommandError("a report compares real pieces with each other: every split needs at least two pieces")
     folder.mkdir(parents=True, exist_ok=True)
-    first = next(iter(splits))
+    first, encoder = next(iter(splits)), _encoder(config)
     scored = {split: pieces.tokens[:max_pieces] for split, pieces in splits.items()}
     with ProgressLine("measuring") as line:
         predicted = {
@@ -71,6 +73,9 @@ def write_report(
         generated = generated_pieces(model, splits[first].tokens, config, sampling, folder / "pieces", line.timed)
         line.report(0.0, "comparing with real music and with the training split")
         music = measure.compare_music(generated, real, train, config.seed)
+        if encoder is not None:
+            line.report(0.5, "embedding generated and real music")
+            music["frechet_music_distance"] = measure.frechet_music_distance(encoder, generated, real, config.seed)
     metrics = {
         **_subject(checkpoint, model, scoring),
         "pieces": {split: len(tokens) for split, tokens in scored.items()},
@@ -86,6 +91,12 @@ def write_report(
     write_atomically(folder / "report.json", json.dumps(metrics, indent=1).encode() + b"\n")
     write_atomically(folder / "report.md", markdown(metrics).encode())
     return {split: found["score"] for split, found in predicted.items()}
+
+
+def _encoder(config: ReportConfig) -> PieceEmbedder | None:
+    """The encoder for the Fréchet music distance; None if none is named, and none ships."""
+    named = config.encoder or shipped_encoder()
+    return None if named is None else PieceEmbedder.from_pretrained(named)
 
 
 def _subject(checkpoint: str | None, model: PerceiverAR, scoring: ScoringConfig) -> dict[str, Any]:

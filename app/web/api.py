@@ -3,12 +3,11 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from app.web.calls import DEVICE, download_folder, errors_in_words, session_name
+from app.web.calls import DEVICE, download_folder, errors_in_words, session_name, uploaded_file
 from app.web.export import write_file
 from app.web.manager import SessionManager
 from app.web.session import Revision, Session
@@ -19,7 +18,6 @@ from app.web.settings import (
     SAMPLING,
     Extension,
     Settings,
-    WebError,
     checked,
     sampling_help,
 )
@@ -58,10 +56,11 @@ class Api:
 
     Args:
         manager: generates the music.
+        finds_similar: whether the server also has the endpoint `/similar` (`likeness`).
     """
 
-    def __init__(self, manager: SessionManager):
-        self.manager = manager
+    def __init__(self, manager: SessionManager, *, finds_similar: bool = False):
+        self.manager, self.finds_similar = manager, finds_similar
 
     def layout(self) -> None:
         """Add the endpoints to a page. Their components are never visible."""
@@ -92,7 +91,7 @@ class Api:
         session = self.manager.session(session_name(request))
         with errors_in_words():
             settings = self.manager.settings(values | {"prompt": ""}, text=False)
-            session.set_prompt(*_file(values["prompt"]))
+            session.set_prompt(*uploaded_file(values["prompt"]))
             yield from _results(session, self.manager.generate(session, settings))
 
     def extend(self, request: gr.Request, values: dict[str, Any]) -> Iterator[Result]:
@@ -117,25 +116,11 @@ class Api:
             "most_variations": MAX_VARIATIONS,
             "most_seconds": MAX_SECONDS,
             "fills_gaps": self.manager.machine.generator.config.fills_gaps,
+            "finds_similar": self.finds_similar,
             "warm": self.manager.machine.warm,
             "wishes": [dataclasses.asdict(control) for control in self.manager.machine.generator.wish_controls()],
             "licence": LICENCE,
         }
-
-
-def _file(value: Any) -> tuple[bytes | None, str]:
-    """Content and name of an uploaded file.
-
-    Raises:
-        WebError: it is something else.
-    """
-    if value is None:
-        return None, ""
-    path = Path(value["path"])
-    try:
-        return path.read_bytes(), str(value.get("orig_name") or path.name)
-    except OSError as error:
-        raise WebError("the prompt is gone: upload it again") from error
 
 
 def _value(name: str, default: Any) -> gr.Number | gr.Checkbox | gr.Textbox:

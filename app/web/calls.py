@@ -39,3 +39,18 @@ def errors_in_words() -> Iterator[None]:
         yield
     except (WebError, GenerationError, SamplingError) as error:
         raise gr.Error(str(error), print_exception=False) from error
+
+
+def uploaded_file(value: Any) -> tuple[bytes | None, str]:
+    """Content and name of an uploaded file.
+
+    Raises:
+        WebError: it is something else.
+    """
+    if value is None:
+        return None, ""
+    path = Path(value["path"])
+    try:
+        return path.read_bytes(), str(value.get("orig_name") or path.name)
+    except OSError as error:
+        raise WebError("the prompt is gone: upload it again") from error

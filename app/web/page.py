@@ -11,6 +11,7 @@ from app.web.api import LICENCE
 from app.web.calls import DEVICE
 from app.web.examples import EXAMPLES
 from app.web.export import FileKind
+from app.web.likeness import Likeness
 from app.web.manager import SessionManager
 from app.web.music_events import MusicEvents
 from app.web.player import player
@@ -36,10 +37,11 @@ class Page:
     Args:
         manager: generates the music.
         about: the model card, as Markdown.
+        likeness: says what a piece is like; None if the server cannot.
     """
 
-    def __init__(self, manager: SessionManager, about: str):
-        self.manager, self.about = manager, about
+    def __init__(self, manager: SessionManager, about: str, likeness: Likeness | None = None):
+        self.manager, self.about, self.likeness = manager, about, likeness
 
     # ---------------------------------------------------------------- layout
 
@@ -54,6 +56,8 @@ class Page:
                 self._layout_actions()
                 self.player = player(SAMPLES, LANGUAGES, fills_gaps=self.manager.machine.generator.config.fills_gaps)
                 self._layout_downloads()
+                if self.likeness is not None:
+                    self.likeness.layout()
         with gr.Accordion("About the model: data, limits, licence", open=False, elem_id="about"):
             gr.Markdown(f"{LICENCE}\n\n{self.about}")
         self.controls = {
@@ -143,6 +147,8 @@ class Page:
         for changed in (self.latents.change, self.variations.change, self.cost_timer.tick):
             self._then_cost(changed)
         self._bind_downloads()
+        if self.likeness is not None:
+            self.likeness.bind(self)
         settings = self.load.upload(self.prompt.on_settings_file, self.load, self.settable, **_MAY_FAIL)
         self._then_prompt(settings.then)
         self._then_prompt(app.load(self.prompt.on_open, None, self.settable, **_MAY_FAIL).then)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from gradio.themes import Base
@@ -23,12 +23,16 @@ from app.web.guard import Guard
 from app.web.health import Health
 from app.web.jobs import Jobs
 from app.web.joins import Joins
+from app.web.likeness import Likeness
 from app.web.limits import MAX_TIMELINE_BYTES
 from app.web.log import LOG
 from app.web.manager import MAX_SESSIONS, STOPPING, SessionManager
 from app.web.page import LANGUAGES, SAMPLES, Page
 from app.web.passwords import Passwords
 from app.web.session import MAX_PROMPT_BYTES
+
+if TYPE_CHECKING:
+    from music_ar.embedding.library import Library
 
 FILES_LIVE_S = 3600
 _MAX_QUEUES = 5  # full ones of an address each; so one address cannot take all places
@@ -65,19 +69,23 @@ class Options:
     model: str = ""
 
 
-def build_app(manager: SessionManager, *, about: str = "") -> gr.Blocks:
+def build_app(manager: SessionManager, *, about: str = "", library: "Library | None" = None) -> gr.Blocks:
     """Build the page and the API of a session manager; see `Server`.
 
     Args:
         manager: generates the music.
         about: the model card, as Markdown.
+        library: finds music that is alike; without it, neither the page nor the API can.
     """
+    likeness = None if library is None else Likeness(manager, library)
     gr.set_static_paths([SAMPLES, LANGUAGES])
     with Blocks(title="Music AR", analytics_enabled=False, delete_cache=(FILES_LIVE_S, FILES_LIVE_S)) as app:
-        page = Page(manager, about)
+        page = Page(manager, about, likeness)
         page.layout()
         page.bind(app)
-        Api(manager).layout()
+        Api(manager, finds_similar=likeness is not None).layout()
+        if likeness is not None:
+            likeness.layout_api()
     return app
 
 

@@ -25,18 +25,27 @@ class SharedRun:
         start: index of the first note in the piece, in the order of `melody`.
         source: index of the corpus piece.
         source_start: index of the first note in the corpus piece.
+        end: index of the last note in the piece.
+        source_end: index of the last note in the corpus piece.
     """
 
     notes: int = 0
     start: int = 0
     source: int = 0
     source_start: int = 0
+    end: int = 0
+    source_end: int = 0
 
 
 def melody(performance: Performance) -> Int[np.ndarray, " n"]:
     """List the pitches in order of onset, the notes of a chord from low to high."""
+    return performance.pitch[melody_order(performance)]
+
+
+def melody_order(performance: Performance) -> Int64[np.ndarray, " n"]:
+    """List the indices of the notes in the order of `melody`."""
     chord = np.cumsum(np.diff(performance.onset_s, prepend=0.0) > CHORD_S + 1e-6)
-    return performance.pitch[np.lexsort((performance.pitch, chord))]
+    return np.lexsort((performance.pitch, chord))
 
 
 def repeats_pattern(intervals: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
@@ -100,6 +109,8 @@ def longest_shared_runs(
                 start=int(ours.notes[place]),
                 source=source,
                 source_start=int(theirs.notes[source_place]),
+                end=int(ours.notes[place + length - 1]) + 1,  # an interval ends with the note after it
+                source_end=int(theirs.notes[source_place + length - 1]) + 1,
             )
     return best
 

@@ -29,7 +29,9 @@ ENCODER_FORMAT = "music-ar encoder 1"
 """Format of the checkpoints of `music_ar.embedding`."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_CARD, CURVE, METRICS = "MODEL_CARD.md", "curve.json", "metrics.json"
-COMPANIONS = (MODEL_CARD, hub.CARD, CURVE, METRICS)
+PASSAGES = "passages.safetensors"
+"""The index that a piece encoder has made (`music_ar.embedding.index`)."""
+COMPANIONS = (MODEL_CARD, hub.CARD, CURVE, METRICS, PASSAGES)
 """Files that may accompany a model; they are fetched from the hub with it."""
 DEFAULT_MODEL = "maestro-small"
 _HERE = Path(__file__).resolve().parents[1]
@@ -317,7 +319,7 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
         raise CheckpointError(f"{path} is not a model configuration: {_in_words(error)}") from error
 
 
-def _check_format(found: str, path: Path) -> None:
+def _check_format(found: Any, path: Path) -> None:
     if found == ENCODER_FORMAT:
         raise CheckpointError(f"{path}: this is a piece encoder, which compares music; expected a model that makes it")
     if found not in (FORMAT, _OLD_FORMAT):
