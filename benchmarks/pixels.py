@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--orders", nargs="+", choices=["raster", "shuffled"], default=["raster", "shuffled"])
     arguments = parser.parse_args()
-    images = load_digits().data.astype(np.int32)[np.random.default_rng(0).permutation(1797)]
+    images = np.asarray(load_digits(return_X_y=True)[0], np.int32)[np.random.default_rng(0).permutation(1797)]
     report(benchmark="pixels", **references(images[HELD_OUT:], images[:HELD_OUT]))
     is_level = np.arange(CONFIG.vocabulary_size) < LEVELS
     for seed in arguments.seeds:

@@ -81,7 +81,9 @@ def test_it_learns_scores_and_continues_sequences(counting):
 
 def test_draws_follow_the_seed_and_are_never_padding():
     model = noisy_model(CONFIG)
-    model.head.bias[...] = model.head.bias[...].at[PADDING].set(9.0)  # if it could, it would draw nothing else
+    bias = model.head.bias
+    assert bias is not None
+    bias[...] = bias[...].at[PADDING].set(9.0)  # if it could, it would draw nothing else
     first, again, other = (draw_sequences(model, np.zeros((3, 2), np.int32), 30, seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
