@@ -66,11 +66,12 @@ def main() -> None:
         page.evaluate(WATCH)
         connect_keyboard(page)
         rows = {}
-        for way, name in (("midi", "MIDI message"), ("key", "key of the computer")):
-            rows[f"{name} to sound"], rows["… of which the browser's output takes"] = key_to_sound(page, way, 20)
+        rows["MIDI message to sound"], _ = key_to_sound(page, "midi", 20)
+        rows["key of the computer to sound"], output = key_to_sound(page, "key", 20)
         turns = duet(page, given.turns)
         rows["pause to the answer's first sound"] = [turn["began"] for turn in turns]
         rows["key to the answer's silence"] = [turn["silent"] for turn in turns]
+        rows["of all these, the browser's output"] = output
         hour(page)
         rows["frame while an hour scrolls"] = page.evaluate(FRAMES, "scroll")
         rows["frame while it zooms"] = page.evaluate(FRAMES, "zoom")

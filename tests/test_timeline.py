@@ -294,7 +294,7 @@ def test_a_duet_answers_falls_silent_and_is_kept(page, tmp_path):
 def answered(page, pause_s=0.3):
     """Play a key in a duet, and wait until some notes of an answer are heard."""
     before = shown(page, "notes")
-    page.get_by_label("Answers after").fill(str(pause_s))
+    type_over(page.get_by_label("Answers after"), pause_s)
     page.get_by_label("Answers after").dispatch_event("change")
     play(page, [(0, (0x90, 60, 80)), (100, (0x80, 60, 0))])
     wait_until(lambda: shown(page, "notes") > before + 3, "it answers")

@@ -77,8 +77,9 @@ def page(browser, address):
     def note_error(text, place=""):
         # One test uploads a file that is refused: the browser reports it, and Gradio prints the response.
         refused = "/upload" in place or text.startswith("Response")
-        # In Firefox, Gradio's requests fail when the page is left, and Gradio says so.
-        left = BROWSER == "firefox" and (text == "Error" or "Connection errored" in text or "NetworkError" in text)
+        # Gradio's requests fail when the page is left, and Gradio says so.
+        left = text.startswith("AbortError") or "Connection errored out" in text
+        left |= BROWSER == "firefox" and (text == "Error" or "NetworkError" in text)
         if not refused and not left:
             errors.append(f"{text} {place}")
 

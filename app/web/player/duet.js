@@ -15,7 +15,7 @@ const LEAD_S = 0.15; // from the request to the first note of an answer
 const LONGEST_ANSWER_S = 60;
 const AHEAD_S = 0.12; // how early a note of an answer is scheduled, so that playing silences it at once
 const KEEP_EVERY_MS = 2000;
-const SILENCED_S = 0.008; // time constant: all is below -60 dB within 60 ms, before the output of the browser
+const SILENCED_S = 0.005; // time constant: all is below -60 dB within 35 ms, before the output of the browser
 
 /**
  * What was played or answered as notes; those that still sound end now. @param {Iterable<(string | number)[]>} events

@@ -68,7 +68,7 @@ export class Piano {
     const lost = [];
     for (const pitch of pitches) {
       try { await this.#load(pitch); } catch (error) {
-        if (!(error instanceof TypeError)) return this.tell('This browser cannot read the sound of the piano (Ogg Vorbis): update it, or use another. Safari can since version 18.4.');
+        if (!(error instanceof TypeError)) return this.tell('This browser cannot read the sound of the piano (Ogg Vorbis). Update it, or use another.');
         lost.push(pitch);
       }
     }
