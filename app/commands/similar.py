@@ -51,7 +51,7 @@ class Similar:
             are like it, and with any piece, in any key and rhythm.
         count: number of pieces to name for each file.
         json: print a line of JSON for each file instead.
-        build: make the index from --data first. MAESTRO takes about ten minutes on two cores.
+        build: make the index from --data first. MAESTRO takes about nine minutes of a CPU core.
         split: which pieces of the dataset to index.
     """
 
