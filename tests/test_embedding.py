@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -179,7 +180,8 @@ def test_padding_changes_no_embedding(tiny_encoder):
     encoder, _ = load_encoder(tiny_encoder)
     notes, count = jnp.asarray(notes_of(make_performance(0, 50))), jnp.array([50])
     longer = jnp.pad(notes, ((0, 30), (0, 0)), constant_values=3)
-    found = [encoder.embed(encoder.read(table[None], count)) for table in (notes, longer)]
+    embed = jax.jit(lambda table: encoder.embed(encoder.read(table[None], count)))
+    found = [embed(table) for table in (notes, longer)]
     np.testing.assert_allclose(*found, atol=1e-5)
 
 
@@ -187,15 +189,15 @@ def test_hidden_notes_are_predicted_by_their_times(tiny_encoder):
     """The logits of one time do not depend on the other times, and are those of the classes of each attribute."""
     encoder, _ = load_encoder(tiny_encoder)
     notes, count = jnp.asarray(notes_of(make_performance(0, 50)))[None], jnp.array([50])
-    latents = encoder.read(notes, count)
-    both, alone = (encoder.predict(latents, jnp.array([times]), notes, count) for times in ([100, 300], [300]))
+    predict = jax.jit(lambda times: encoder.predict(encoder.read(notes, count), times, notes, count))
+    both, alone = predict(jnp.array([[100, 300]])), predict(jnp.array([[300]]))
     assert {name: logits.shape for name, logits in both.items()} == {
         "pitch": (1, 2, 128),
         "velocity": (1, 2, 32),
         "duration": (1, 2, 32),
     }
     for name, logits in both.items():
-        np.testing.assert_allclose(logits[:, 1:], alone[name], atol=1e-4)
+        np.testing.assert_allclose(logits[:, 1:], alone[name], atol=5e-3)
         assert np.abs(logits[:, 0] - logits[:, 1]).max() > 1e-2
 
 

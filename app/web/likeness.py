@@ -31,6 +31,7 @@ MAX_LIKENESS_S = 3600.0
 """Longest piece to compare, in seconds."""
 MAX_MATCHES = 50
 _SHOWN = 5
+_COLUMNS = ("Most like it", "Similarity", "Here", "There")
 _PASSAGES_A_TURN = 16
 
 
@@ -170,16 +171,20 @@ def shown_piece(session: Session) -> Performance:
 
 
 def _in_words(matches: "Sequence[Match]", usual: np.ndarray) -> str:
-    lines = ["| Most like it | Similarity | Here | There |", "|---|---|---|---|"]
+    lines = [_row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
     for match in matches:
         here, there = _span(match.query_start_s, match.query_end_s), _span(match.start_s, match.end_s)
-        lines.append(f"| {_plain(str(match.piece))} | {match.similarity:.2f} | {here} | {there} |")
+        lines.append(_row([_plain(str(match.piece)), f"{match.similarity:.2f}", here, there]))
     low, middle, high = usual
     note = (
         "Passages are compared as a whole, not note by note; 1 is the same. "
         f"Usual for the most similar real pieces: {middle:.2f} ({low:.2f} to {high:.2f})."
     )
     return "\n".join([*lines, "", note])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _span(start_s: float, end_s: float) -> str:
