@@ -318,7 +318,7 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
         raise CheckpointError(f"{path} is not a model configuration: {_in_words(error)}") from error
 
 
-def _check_format(found: str, path: Path) -> None:
+def _check_format(found: Any, path: Path) -> None:
     if found == ENCODER_FORMAT:
         raise CheckpointError(f"{path}: this is a piece encoder, which compares music; expected a model that makes it")
     if found not in (FORMAT, _OLD_FORMAT):
