@@ -150,7 +150,7 @@ class Trainer:
             "data": data or {},
             "final_batches": final_batches is not None,
         }
-        if not model.config.is_music:
+        if isinstance(model, PerceiverAR) and not model.config.is_music:
             settings["fingerprint"] = model.config.fingerprint
         with contextlib.ExitStack() as files:
             self._checkpoints = files.enter_context(TrainingCheckpoints(output / "training", settings, resume=resume))
