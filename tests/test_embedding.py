@@ -24,7 +24,7 @@ from music_ar.embedding import (
     notes_of,
     save_encoder,
 )
-from music_ar.embedding.note_features import channels, note_features
+from music_ar.embedding.note_features import channels, note_features, places
 from music_ar.embedding.notes import MAX_NOTES, duration_classes, notes_of_tokens
 from music_ar.midi.performance import Performance
 from music_ar.model.pretrained import load_pretrained, parameters
@@ -89,7 +89,7 @@ def many_notes(count):
     [
         (Performance.empty(), "the piece has no notes, so nothing can be said about it"),
         (many_notes(MAX_NOTES + 1), "the piece has 65,537 notes, and at most 65,536 can be read at once"),
-        (many_notes(1).shift(2e7), "the piece lasts 5,556 hours, and at most 2,983 can be read"),
+        (many_notes(1).shift(2e7), "the piece lasts 5,556 hours, and at most 746 can be read"),
     ],
     ids=["empty", "too many notes", "too long"],
 )
@@ -144,6 +144,24 @@ def test_slower_notes_differ_in_tempo_and_length_only(table):
     features, slower = features_of(table), features_of(table * [2, 1, 1, 2])
     changed = np.abs(slower - features).max(axis=0) > 1e-2
     assert np.flatnonzero(changed).tolist() == [WHOLE.start, WHOLE.start + 1]
+
+
+def test_places_by_hand():
+    """A little over a third of a piece, in waves of two pieces, one piece and half of one; and as far before it."""
+    onset, start, span = jnp.array([[1037, 963]]), jnp.array([1000]), jnp.array([98])
+    angles = 2 * np.pi * np.array([37 / 196, 37 / 98, 37 / 49])
+    expected = np.concatenate([np.sin(angles), np.cos(angles)])
+    found = np.asarray(places(onset, start, span, 3))[0]
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    np.testing.assert_allclose(found[1], expected * [-1, -1, -1, 1, 1, 1], atol=1e-5)
+
+
+def test_short_waves_do_not_show_the_rounding_of_times():
+    """The place of a note in a piece of three hours, in the shortest wave of 20, against whole numbers of Python."""
+    onset, span = 987_653, 1_080_001
+    angle = 2 * np.pi * (onset * 2**19 % (2 * span)) / (2 * span)
+    found = np.asarray(places(jnp.array([[onset]]), jnp.array([0]), jnp.array([span]), 20))[0, 0]
+    np.testing.assert_allclose(found[[19, 39]], [np.sin(angle), np.cos(angle)], atol=1e-5)
 
 
 def test_padding_changes_no_feature(table):

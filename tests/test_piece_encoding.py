@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -203,7 +204,7 @@ def test_devices_tell_the_passages_of_the_whole_batch_apart(tmp_path):
 
 @pytest.mark.usefixtures("any_types")
 def test_what_an_encoder_cannot_share_is_refused():
-    mesh = jax.sharding.AbstractMesh((1, 1, 2), ("data", "fsdp", "sequence"))
+    mesh: Any = jax.sharding.AbstractMesh((1, 1, 2), ("data", "fsdp", "sequence"))
     with pytest.raises(TrainingError, match="no context to split over the mesh axis sequence"):
         PieceEncoding(TRAINING).check(mesh)
 
