@@ -68,7 +68,6 @@ def parse(arguments: Sequence[str]) -> Command:
     """
     parser = argparse.ArgumentParser(
         prog="music-ar",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),  # a line a command
         description="Generate long piano music: Perceiver AR, MIDI in and MIDI out.",
         epilog="`music-ar COMMAND --help` shows the options of a command.",
     )
