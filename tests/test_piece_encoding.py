@@ -174,7 +174,8 @@ def test_validation_is_the_mean_over_its_batches(tmp_path):
     lines = log_of(tmp_path, "step", "validation", "validation_pitch_accuracy")
     logged = [line for line in lines if line[1] is not None]
     assert [step for step, *_ in logged] == [3, 6]
-    found = [encoding_loss(fitted.model, config, jax.tree.map(jnp.asarray, batch))[1] for batch in batches]
+    metrics_of = jax.jit(lambda batch: encoding_loss(fitted.model, config, batch)[1])
+    found = [metrics_of(batch) for batch in batches]
     best = min(logged, key=lambda line: line[1])
     assert best[1] == pytest.approx(np.mean([metrics["loss"] for metrics in found]), rel=1e-4)
     assert best[2] == pytest.approx(np.mean([metrics["pitch_accuracy"] for metrics in found]), rel=1e-4)
