@@ -1,10 +1,13 @@
 """The timeline and the piano of the page, in a real browser: what is played, continued, looped, kept and taken out."""
 
 import itertools
+import json
+import socket
 from pathlib import Path
 
 import pytest
 from web_browser import choose_example, fill, needs_browser, shown, state, status, wait_until, wait_until_done
+from web_client import running_page
 
 from music_ar import read_midi
 
@@ -262,6 +265,79 @@ def test_a_duet_answers_falls_silent_and_is_kept(page, tmp_path):
     page.reload()
     wait_until(lambda: state(page, "take") == take, "all is there after a reload")
     assert page.get_by_role("radio", name="Duet at").count() == 1
+
+
+def answered(page, pause_s=0.3):
+    """Play a key in a duet, and wait until some notes of an answer are heard."""
+    before = shown(page, "notes")
+    page.get_by_label("Answers after").fill(str(pause_s))
+    page.get_by_label("Answers after").dispatch_event("change")
+    play(page, [(0, (0x90, 60, 80)), (100, (0x80, 60, 0))])
+    wait_until(lambda: shown(page, "notes") > before + 3, "it answers")
+
+
+def opened(page):
+    """What the page says first to the server in the conversations that it opens from now on."""
+    said = []
+
+    def on_socket(socket):
+        if socket.url.endswith("/conversation"):
+            socket.on("framesent", lambda text: said.append(json.loads(text)))
+
+    page.on("websocket", on_socket)
+    return said
+
+
+@needs_browser
+def test_a_duet_goes_on_after_a_reload(page):
+    connect_keyboard(page)
+    button(page, "Duet").click()
+    wait_until(lambda: "When you pause" in said(page), "the server listens")
+    answered(page)
+    sent = opened(page)
+    page.reload()
+    wait_until(lambda: "The duet goes on" in said(page), "the server still has it")
+    assert state(page, "duet") == "true"
+    notes = shown(page, "notes")
+    assert notes > 3, "all is still there"
+    timeline = sent[0]["timeline"]
+    assert (len(timeline["played"]), sent[0]["session"] is None) == (2, False)
+    connect_keyboard(page)
+    answered(page)
+    button(page, "■ End the duet").click()
+    wait_until(lambda: state(page, "take").startswith("duet-"), "the duet is a take")
+    assert shown(page, "notes") > notes
+    assert page.get_by_role("radio", name="Duet at").count() == 1, "one, not two"
+    page.reload()
+    wait_until(lambda: state(page, "take").startswith("duet-"), "an ended duet is a take")
+    assert state(page, "duet") == "false"
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_duet_goes_on_after_the_server_was_restarted(browser, tiny_checkpoint, tmp_path):
+    page = browser.new_context().new_page()
+    with socket.socket() as probe:  # not one that another server takes meanwhile
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    with running_page(tiny_checkpoint, tmp_path, "--port", port) as served:
+        page.goto(served.address)
+        connect_keyboard(page)
+        button(page, "Duet").click()
+        wait_until(lambda: "When you pause" in said(page), "the server listens")
+        answered(page)
+    wait_until(lambda: "connection to the server is lost" in said(page), "the loss is said")
+    play(page, [(0, (0x90, 62, 80)), (100, (0x80, 62, 0))])
+    with running_page(tiny_checkpoint, tmp_path, "--port", port):
+        wait_until(lambda: "The server no longer had the duet" in said(page), "so is what happened")
+        answered(page)
+        page.reload()
+        wait_until(lambda: "The duet goes on" in said(page), "the new server has it")
+        connect_keyboard(page)
+        answered(page)
+        button(page, "■ End the duet").click()
+        wait_until(lambda: state(page, "take").startswith("duet-"), "the duet is a take")
+    page.context.close()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What tests of a running page share: a server in a process of its own, and requests to it without a client library."""
 
+import asyncio
 import contextlib
 import json
 import re
@@ -7,9 +8,12 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import gradio as gr
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +47,21 @@ class Page:
         """The default values of `/generate`."""
         parameters = self.request("/gradio_api/info")[1]["named_endpoints"]["/generate"]["parameters"]
         return {each["parameter_name"]: each["parameter_default"] for each in parameters}
+
+
+def laid_out(lay_out):
+    """A Gradio app with the components that a function lays out.
+
+    In a thread with a loop of its own: otherwise Gradio makes a loop and never closes it.
+    """
+
+    async def build():
+        with gr.Blocks() as app:
+            lay_out()
+        return app
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, build()).result()
 
 
 def _decoded(answer):

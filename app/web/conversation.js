@@ -25,7 +25,7 @@
 
 /**
  * What `answer` may choose. Left out, each has the server's default.
- * @typedef {object} Wishes
+ * @typedef {object} AnswerOptions
  * @property {number} [seconds] length of the answer at most
  * @property {number} [lead] seconds from the request to the first note
  * @property {number} [seed]
@@ -178,6 +178,9 @@ export class Conversation extends EventTarget {
     this.#say('closed');
   }
 
+  /** Begin another session at the next `connect`. */
+  forget() { this.#keep(null); }
+
   /**
    * Add what a person has played. A key that goes down ends an answer that still sounds, at that moment. Times never go
    * back: an event earlier than the last one counts as at the same time.
@@ -200,9 +203,9 @@ export class Conversation extends EventTarget {
 
   /**
    * Ask for an answer that begins at a time, plus a lead; an earlier one ends there.
-   * @param {number} from @param {Wishes} [wishes] @returns {number | null} its number; null without a connection
+   * @param {number} from @param {AnswerOptions} [options] @returns {number | null} its number; null without a connection
    */
-  answer(from, wishes = {}) {
+  answer(from, options = {}) {
     if (this.connection !== 'ready') {
       this.#tell('problem', { code: 'offline', message: 'There is no connection to the server; what you play is kept.' });
       return null;
@@ -210,7 +213,7 @@ export class Conversation extends EventTarget {
     this.silence(from);
     const id = ++this.answers;
     this.latest = { id, since: rounded(from), end: Infinity };
-    this.#send({ type: 'answer', id, from: rounded(from), ...wishes });
+    this.#send({ type: 'answer', id, from: rounded(from), ...options });
     return id;
   }
 

@@ -223,7 +223,9 @@ class SessionManager:
     def _sharing(self) -> str:
         """What makes a run slower than usual, in words."""
         others = len(self.in_progress()) - 1
-        return f" · sharing the machine with {others} other{'s' * (others > 1)}" if others > 0 else ""
+        if others == 1:
+            return " · sharing the machine with 1 other"
+        return f" · sharing the machine with {others} others" if others > 1 else ""
 
     @contextmanager
     def _run(self, session: Session, status: str, asked: str) -> Iterator[int]:

@@ -17,6 +17,7 @@ from app.web.settings import MAX_SECONDS, Settings, WebError
 from app.web.takes import notes_for_link, read_take
 from app.web.toasts import errors_in_toasts
 from app.web.waiting import waiting_in_words
+from app.web.wish_controls import only_wished
 from music_ar import Performance
 
 
@@ -38,7 +39,7 @@ class MusicEvents:
         """Generate; `values` are those of the controls."""
         session = self._session(request)
         with errors_in_toasts():
-            given = dict(zip(self._controls, values, strict=True))
+            given = only_wished(dict(zip(self._controls, values, strict=True)))
             find_prompt(session, given.pop("prompt") or "")
             yield from self._growing(session, self._manager.generate(session, self._manager.settings(given)))
 

@@ -55,14 +55,20 @@
 
   // Gradio gives all these buttons one name, and the place for files one that is not what it shows.
   const rename = () => {
-    for (const button of document.querySelectorAll('.reset-button[aria-label="Reset to default value"]')) {
-      const slider = button.closest('.block').querySelector('[data-testid="block-info"]');
-      button.setAttribute('aria-label', `Reset ${slider.textContent.trim()}`);
+    for (const button of document.querySelectorAll('.reset-button')) {
+      const slider = button.closest('.block').querySelector('[data-testid="block-info"]').textContent.trim();
+      if (button.dataset.resets === slider) continue;
+      button.dataset.resets = slider;
+      button.setAttribute('aria-label', `Reset ${slider}`);
     }
     find('#file .upload-container')?.removeAttribute('aria-label');
   };
   rename();
-  new MutationObserver(rename).observe(find('#settings'), { childList: true, subtree: true }); // some are drawn when opened
+  new MutationObserver(rename).observe(find('#settings'), { childList: true, subtree: true, characterData: true }); // some are drawn when opened, and all translated
+
+  // The model card is English in all languages; it is drawn when opened.
+  const mark = () => { for (const card of document.querySelectorAll('#about .prose')) card.lang = 'en'; };
+  new MutationObserver(mark).observe(find('#about'), { childList: true, subtree: true });
 
   // Music is kept in the browser. Where that is not allowed it lives as long as its tab: ask before it is lost.
   window.addEventListener('beforeunload', (event) => {

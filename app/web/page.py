@@ -17,8 +17,11 @@ from app.web.music_events import MusicEvents
 from app.web.player import player
 from app.web.prompt_events import NO_PROMPT, PROMPT_CONTROLS, PromptEvents, cost_in_words
 from app.web.settings import AUTO, MAX_VARIATIONS, SAMPLING, Settings, sampling_help
+from app.web.wish_controls import WISHED, WishControls
 from music_ar import SamplingOptions
 
+_HERE = Path(__file__).parent
+LANGUAGES = _HERE / "languages"
 SAMPLES = Path(str(resources.files("music_ar"))) / "audio" / "samples"
 _DOWNLOADS: dict[FileKind, str] = {"mid": "MIDI", "wav": "WAV", "mp3": "MP3", "zip": "ZIP (all)"}
 _PROMPT_TYPES = [".mid", ".midi", ".kar", ".rmi"]
@@ -44,14 +47,14 @@ class Page:
 
     def layout(self) -> None:
         """Create all components."""
-        gr.Markdown("# Music AR\nPlay a few bars of piano, and hear them continued.", elem_id="title")
+        gr.HTML((_HERE / "title.html").read_text(encoding="utf-8"), elem_id="title")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=300, elem_id="settings"):
                 self._layout_prompt()
                 self._layout_settings()
             with gr.Column(scale=3, min_width=320, elem_id="result"):
                 self._layout_actions()
-                self.player = player(SAMPLES, fills_gaps=self.manager.machine.generator.config.fills_gaps)
+                self.player = player(SAMPLES, LANGUAGES, fills_gaps=self.manager.machine.generator.config.fills_gaps)
                 self._layout_downloads()
                 if self.likeness is not None:
                     self.likeness.layout()
@@ -62,6 +65,7 @@ class Page:
             "latents": self.latents,
             "variations": self.variations,
             **self.sampling,
+            **self.wishes.components,
             "seed": self.seed,
             "continuation_only": self.continuation_only,
             "start_s": self.start_s,
@@ -111,6 +115,8 @@ class Page:
         )
         self.cost = gr.Markdown(cost_in_words(self.manager.machine, default), elem_id="cost")
         self.cost_timer = gr.Timer(2, active=False)  # asks again until the chosen number of variations has been timed
+        self.wishes = WishControls(self.manager)
+        self.wishes.layout()
         with gr.Accordion("More settings", open=False, elem_id="more"):
             self.seed = gr.Textbox("", label="Seed (empty: random)", elem_id="seed", max_lines=1)
             self.more_s = gr.Number(30, label="Seconds that Extend and Continue add", elem_id="more-seconds")
@@ -131,29 +137,30 @@ class Page:
     def bind(self, app: gr.Blocks) -> None:
         """Connect the components to the handlers."""
         self.music = MusicEvents(self.manager, app, list(self.controls))
-        self.prompt = PromptEvents(self.manager, list(self.controls))
-        app.load(None, None, None, js=(Path(__file__).parent / "page.js").read_text(encoding="utf-8"))
+        self.prompt = PromptEvents(self.manager, self.wishes, list(self.controls))
+        app.load(None, None, None, js=(_HERE / "page.js").read_text(encoding="utf-8"))
         self._bind_runs()
         self._bind_takes()
         self._bind_prompt()
-        self._bind_wishes()
+        self._bind_answers()
+        self.wishes.bind()
         for changed in (self.latents.change, self.variations.change, self.cost_timer.tick):
             self._then_cost(changed)
         self._bind_downloads()
         if self.likeness is not None:
             self.likeness.bind(self)
         settings = self.load.upload(self.prompt.on_settings_file, self.load, self.settable, **_MAY_FAIL)
-        self._then_cost(settings.then)
-        self._then_cost(app.load(self.prompt.on_open, None, self.settable, **_MAY_FAIL).then)
+        self._then_prompt(settings.then)
+        self._then_prompt(app.load(self.prompt.on_open, None, self.settable, **_MAY_FAIL).then)
         app.unload(self.music.on_leave)
 
-    def _bind_wishes(self) -> None:
+    def _bind_answers(self) -> None:
         """Tell the player the settings that answers of a duet are made with."""
-        wishes = {"latents": self.latents, **self.sampling}
-        detail = f"{{detail: [{list(wishes)}, values]}}"
-        js = f"(...values) => {{ window.dispatchEvent(new CustomEvent('music-ar-wishes', {detail})); }}"
-        for control in wishes.values():
-            control.change(None, list(wishes.values()), None, js=js, api_visibility="private")
+        settings = {"latents": self.latents, **self.sampling}
+        detail = f"{{detail: [{list(settings)}, values]}}"
+        js = f"(...values) => {{ window.dispatchEvent(new CustomEvent('music-ar-settings', {detail})); }}"
+        for control in settings.values():
+            control.change(None, list(settings.values()), None, js=js, api_visibility="private")
 
     def _bind_runs(self) -> None:
         options: dict[str, Any] = {
@@ -196,15 +203,22 @@ class Page:
 
     def _bind_prompt(self) -> None:
         for changed in (self.file.upload, self.file.clear):
-            self._then_cost(changed(self.prompt.on_file, self.file, self.prompt_parts, **_MAY_FAIL).then)
-        self._then_cost(self.example.input(self.prompt.on_example, self.example, self.prompt_parts, **_QUICK).then)
-        self._then_cost(self.player.played(self.prompt.on_played, None, self.prompt_parts, **_MAY_FAIL).then)
+            self._then_prompt(changed(self.prompt.on_file, self.file, self.prompt_parts, **_MAY_FAIL).then)
+        self._then_prompt(self.example.input(self.prompt.on_example, self.example, self.prompt_parts, **_QUICK).then)
+        self._then_prompt(self.player.played(self.prompt.on_played, None, self.prompt_parts, **_MAY_FAIL).then)
         part = [self.start_s, self.end_s]
         self.player.crop(self.prompt.on_crop, None, part, trigger_mode="multiple", **_QUICK)
         for limit in part:
             limit.input(self.prompt.on_typing, part, self.player, trigger_mode="always_last", **_QUICK)
             for typed in (limit.blur, limit.submit):
                 typed(self.prompt.on_limits, part, self.player, **_MAY_FAIL)
+
+    def _then_prompt(self, event: Callable[..., Any]) -> None:
+        """What depends on the prompt."""
+        self._then_cost(event)
+        if self.wishes.components:
+            given = [self.wishes.components[WISHED], self.start_s, self.end_s]
+            event(self.wishes.on_prompt, given, self.wishes.numbers, **_QUICK)
 
     def _then_cost(self, event: Callable[..., Any]) -> None:
         event(self.prompt.on_cost, [self.latents, self.variations], [self.cost, self.cost_timer], **_QUICK)

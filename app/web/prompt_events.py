@@ -16,6 +16,7 @@ from app.web.settings import Settings, WebError
 from app.web.takes import unpacked
 from app.web.toasts import errors_in_toasts, warn
 from app.web.warmup import Machine
+from app.web.wish_controls import WishControls
 from music_ar import Performance
 
 NO_PROMPT = "Nothing (a new piece)"
@@ -31,12 +32,13 @@ class PromptEvents:
 
     Args:
         manager: has the sessions.
+        wishes: the controls for wishes.
         controls: names of the settings, in the order of the components that they are restored to; the part of the
             prompt comes last.
     """
 
-    def __init__(self, manager: SessionManager, controls: list[str]):
-        self._manager = manager
+    def __init__(self, manager: SessionManager, wishes: WishControls, controls: list[str]):
+        self._manager, self._wishes = manager, wishes
         self._restored_controls = [name for name in controls if name not in PROMPT_CONTROLS]
 
     # ---------------------------------------------------------------- prompt
@@ -126,7 +128,8 @@ class PromptEvents:
         """Values of the settings and the prompt, if it is an example or one that the session has already."""
         settings = self._manager.settings(values)
         flat = settings.flat() | {"seed": "" if settings.seed is None else str(settings.seed)}
-        chosen = [flat[name] for name in self._restored_controls]
+        wishes = dict(zip(self._wishes.components, self._wishes.restored(settings.wishes), strict=True))
+        chosen = [(flat | wishes)[name] for name in self._restored_controls]
         name = settings.prompt
         if name in EXAMPLES:
             session.set_prompt(EXAMPLES[name].read_bytes(), name)
@@ -148,7 +151,7 @@ class PromptEvents:
 def cost_in_words(machine: Machine, settings: Settings, prompt: Performance | None = None) -> str:
     """What the latent budget means here, as Markdown; its numbers are one click away."""
     given = settings.latents, settings.variations, prompt
-    short, numbers = machine.in_short(*given), machine.cost(*given)
+    short, numbers = machine.in_short(*given).replace("**", ""), machine.cost(*given).replace("**", "")
     return short if short == numbers else f"{short}\n<details><summary>In numbers</summary>\n\n{numbers}\n\n</details>"
 
 
@@ -157,8 +160,8 @@ def _missing_prompt(settings: Settings) -> str:
     name = settings.prompt.encode(errors="replace").decode()[:100]  # JSON may hold half characters
     whole = settings.start_s == 0 and settings.end_s is None
     end = "the end" if settings.end_s is None else f"{settings.end_s:g} s"
-    part = "" if whole else f", and select the part from {settings.start_s:g} s to {end}"
-    return f"These settings belong to your own file “{name}”, which they do not contain. Upload it{part}."
+    what_to_do = "Upload it." if whole else f"Upload it, and select the part from {settings.start_s:g} s to {end}."
+    return f"These settings belong to your own file “{name}”, which they do not contain. {what_to_do}"
 
 
 def _prompt_update(session: Session) -> tuple[Any, ...]:

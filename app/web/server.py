@@ -27,7 +27,7 @@ from app.web.likeness import Likeness
 from app.web.limits import MAX_TIMELINE_BYTES
 from app.web.log import LOG
 from app.web.manager import MAX_SESSIONS, STOPPING, SessionManager
-from app.web.page import SAMPLES, Page
+from app.web.page import LANGUAGES, SAMPLES, Page
 from app.web.passwords import Passwords
 from app.web.session import MAX_PROMPT_BYTES
 
@@ -78,7 +78,7 @@ def build_app(manager: SessionManager, *, about: str = "", library: "Library | N
         library: finds music that is alike; without it, neither the page nor the API can.
     """
     likeness = None if library is None else Likeness(manager, library)
-    gr.set_static_paths([SAMPLES])
+    gr.set_static_paths([SAMPLES, LANGUAGES])
     with Blocks(title="Music AR", analytics_enabled=False, delete_cache=(FILES_LIVE_S, FILES_LIVE_S)) as app:
         page = Page(manager, about, likeness)
         page.layout()

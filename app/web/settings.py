@@ -76,7 +76,7 @@ def _sampling_model() -> type[BaseModel]:
     for name, option in SAMPLING.items():
         least, most, whole = option.metadata["minimum"], option.metadata["maximum"], isinstance(option.default, int)
         title = option.metadata["label"].partition(" (")[0].lower()
-        description = f"a {'whole ' * whole}number from {least:g} to {most:g}"
+        description = f"a whole number from {least:g} to {most:g}" if whole else f"a number from {least:g} to {most:g}"
         kind = Annotated[Whole if whole else Number, Field(ge=least, le=most, title=title, description=description)]
         fields[name] = kind, option.default
     return create_model("Sampling", __config__=ConfigDict(allow_inf_nan=False), **fields)

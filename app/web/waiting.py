@@ -22,8 +22,9 @@ def waiting_in_words(queue: Queue, manager: SessionManager, name: str) -> str | 
     rank = names.index(name)
     wait_s = _wait_s(manager, rank)
     place = "next" if rank == 0 else f"number {rank + 1}"
-    when = "" if wait_s is None else f", in about {clock(wait_s)}"
-    return f"Other pieces come first: you are {place}{when}."
+    if wait_s is None:
+        return f"Other pieces come first: you are {place}."
+    return f"Other pieces come first: you are {place}, in about {clock(wait_s)}."
 
 
 def _wait_s(manager: SessionManager, rank: int) -> float | None:

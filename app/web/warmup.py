@@ -194,8 +194,10 @@ class Machine:
         loss = self._loss(budget)
         if loss is None:
             return fits + plays
-        coherence = "Best" if loss < _AS_GOOD else "Almost the best" if loss < _NEARLY_AS_GOOD else "Less than the best"
-        return f"{fits}{plays} {coherence} coherence."
+        if loss < _AS_GOOD:
+            return f"{fits}{plays} Best coherence."
+        coherence = "Almost the best coherence." if loss < _NEARLY_AS_GOOD else "Less than the best coherence."
+        return f"{fits}{plays} {coherence}"
 
     def cost(self, latents: int, variations: int = 1, prompt: Performance | None = None) -> str:
         """One line on the speed and quality of a latent budget here; what "auto" chooses depends on the prompt."""
@@ -205,10 +207,12 @@ class Machine:
         each = self.tokens_per_s(budget, variations)
         bought = self._bought(budget).setting.in_words(self.generator.config)
         chosen = f"**Auto** chooses {bought}" if latents == AUTO else bought
-        text = f"{chosen}: music comes about {each / MAESTRO_TOKENS_PER_S:.1f}× as fast as it plays"
+        times = each / MAESTRO_TOKENS_PER_S
         if variations > 1:
-            text += f", in each of {variations} variations"
-        text += "." + self._quality(budget)
+            text = f"{chosen}: music comes about {times:.1f}× as fast as it plays, in each of {variations} variations."
+        else:
+            text = f"{chosen}: music comes about {times:.1f}× as fast as it plays."
+        text += self._quality(budget)
         if each < MAESTRO_TOKENS_PER_S:
             text += " Playback will pause now and then to wait for more music."
         return text
@@ -219,8 +223,9 @@ class Machine:
             return ""
         if loss < _AS_GOOD:
             return " Best quality."
-        quality = "Almost the best quality" if loss < _NEARLY_AS_GOOD else "Less coherent than with more"
-        return f" {quality} ({loss:.2f} nats per token worse)."
+        if loss < _NEARLY_AS_GOOD:
+            return f" Almost the best quality ({loss:.2f} nats per token worse)."
+        return f" Less coherent than with more ({loss:.2f} nats per token worse)."
 
     def _loss(self, latents: int) -> float | None:
         """How much worse the music is predicted than with the best budget, in nats per token; None if not known."""

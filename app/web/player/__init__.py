@@ -41,22 +41,30 @@ _HERE = Path(__file__).parent
 _TICKS_PER_S = 1000.0
 
 
-def player(samples: Path, *, fills_gaps: bool) -> gr.HTML:
+def player(samples: Path, languages: Path, *, fills_gaps: bool) -> gr.HTML:
     """The timeline and the piano as a component.
 
     Args:
         samples: folder of the piano samples, which the page must serve.
+        languages: folder of the tables of sentences, which it must serve too.
         fills_gaps: whether the model can make a part of a piece anew.
     """
     # As properties, these would be missing when the player first appears together with new music.
-    html = Template((_HERE / "player.html").read_text(encoding="utf-8"))
+    html = Template((_HERE / "player.html").read_text(encoding="utf-8")).substitute(
+        samples=_served(samples), languages=_served(languages), fills=str(fills_gaps).lower()
+    )
     return gr.HTML(
         piece_value(Session()),
-        html_template=html.substitute(samples=f"gradio_api/file={samples.as_posix()}/", fills=str(fills_gaps).lower()),
+        html_template=html,
         css_template=(_HERE / "player.css").read_text(encoding="utf-8"),
         js_on_load="const gradio = { element, props, trigger, watch };\n" + script(_HERE, "start"),
         elem_id="player",
     )
+
+
+def _served(folder: Path) -> str:
+    """The address of a folder that the page serves."""
+    return f"gradio_api/file={folder.as_posix()}/"
 
 
 def prompt_value(session: Session, settings: Settings) -> dict[str, Any]:

@@ -16,9 +16,9 @@ export function connect(player) {
   for (const gesture of ['pointerdown', 'keydown']) document.addEventListener(gesture, () => player.piano.ready());
   connectButtons(player);
   connectSliders(player);
-  window.addEventListener('music-ar-wishes', (event) => {
+  window.addEventListener('music-ar-settings', (event) => {
     const [names, values] = /** @type {CustomEvent<[string[], number[]]>} */ (event).detail;
-    player.duet.wishes = Object.fromEntries(names.map((name, number) => [name, values[number]]));
+    player.duet.settings = Object.fromEntries(names.map((name, number) => [name, values[number]]));
   });
   player.root.addEventListener('extend', () => { player.extend(); });
   document.addEventListener('keydown', (event) => keyDown(player, event));

@@ -1,6 +1,7 @@
 // A duet: someone plays, pauses, and the model answers from there, until someone plays again.
 
 import { Conversation, Pause } from '../conversation.js';
+import { keepDuet, keptDuet, upTo } from './kept_duet.js';
 import { pack, Score, sustained } from './notes.js';
 
 /** @typedef {import('../conversation.js').Answered} Answered */
@@ -70,7 +71,7 @@ export class Duet {
   /** @type {Map<number, import('./piano.js').Voice | null>} by pitch */
   sounding = new Map();
   /** @type {Record<string, number>} settings of the page; without any, the server's defaults count */
-  wishes = {};
+  settings = {};
   #id = '';
   #kept = 0;
 
@@ -83,7 +84,7 @@ export class Duet {
       pedal: (down, at) => this.#play([this.#seconds(at), 'pedal', down ? 127 : 0]),
     });
     setInterval(() => this.#tick(), 20);
-    window.addEventListener('pagehide', () => this.#keep());
+    window.addEventListener('pagehide', () => { this.#silence(); this.#conversation?.silence(this.#seconds(performance.now())); this.#keep(); });
   }
 
   get active() { return this.#conversation !== null; }
@@ -103,14 +104,27 @@ export class Duet {
 
   /** Begin at the end of what is on the timeline. @param {Music} music @param {number} pauseS */
   start(music, pauseS) {
-    this.#began = performance.now() - 1000 * music.until;
-    this.#id = `duet-${crypto.getRandomValues(new Uint32Array(2)).join('-')}`;
     const notes = music.score.notes.map(({ on, off, pitch, velocity }) => /** @type {[number, number, number, number]} */ ([on, off, pitch, velocity]));
-    const conversation = (this.#conversation = new Conversation(document.baseURI, { timeline: { notes }, latents: this.wishes.latents ?? 0 }));
+    const id = `duet-${crypto.getRandomValues(new Uint32Array(2)).join('-')}`;
+    this.#open({ id, pauseS, until: music.until, latents: this.settings.latents ?? 0, timeline: { notes, played: [], answered: [] } });
+  }
+
+  /** Go on with a duet that a reload has interrupted. @returns {boolean} whether there was one */
+  resume() {
+    const kept = keptDuet();
+    if (kept) this.#open(kept);
+    return kept !== null;
+  }
+
+  /** @param {import('./kept_duet.js').KeptDuet} duet */
+  #open({ id, pauseS, until, latents, timeline }) {
+    this.#began = performance.now() - 1000 * until;
+    this.#id = id;
+    const conversation = (this.#conversation = new Conversation(document.baseURI, { timeline, latents }));
     this.#pause = new Pause(() => this.#ask(), pauseS);
     const listen = (/** @type {string} */ name, /** @type {(detail: any) => void} */ act) =>
       conversation.addEventListener(name, (event) => { if (conversation === this.#conversation) act(/** @type {CustomEvent} */ (event).detail); });
-    listen('ready', () => this.player.tell('Play. When you pause, the model answers.'));
+    listen('ready', ({ resumed }) => this.#greet(resumed));
     listen('connection', ({ message }) => { if (message) this.player.tell(message); });
     listen('problem', ({ message }) => this.player.tell(message));
     listen('answering', ({ others }) => this.player.tell(others ? `It answers, and shares the machine with ${others} others.` : 'It answers. Play, and it falls silent.'));
@@ -119,6 +133,16 @@ export class Duet {
     this.player.tell('Connecting …');
     conversation.connect();
   }
+
+  /** @param {boolean} resumed whether the server still had the duet */
+  #greet(resumed) {
+    if (!this.#conversation?.timeline.played.length) this.player.tell('Play. When you pause, the model answers.');
+    else if (resumed) this.player.tell('The duet goes on. Play; when you pause, the model answers.');
+    else this.player.tell('The server no longer had the duet. It reads it again, and the duet goes on: play.');
+  }
+
+  /** Seconds after the last key until the model answers. */
+  get pauseS() { return this.#pause?.seconds ?? 0.8; }
 
   /** @param {number} seconds after the last key, until the model answers */
   setPause(seconds) { if (this.#pause) this.#pause.seconds = Math.max(0.2, Math.min(seconds, 10)); }
@@ -129,6 +153,7 @@ export class Duet {
     this.#pause?.stop();
     this.#silence();
     this.#conversation?.close();
+    if (this.#conversation) { this.#conversation.forget(); keepDuet(null); }
     this.#conversation = this.#pause = null;
     return take;
   }
@@ -143,7 +168,7 @@ export class Duet {
   }
 
   #ask() {
-    const { latents: _, ...sampling } = this.wishes;
+    const { latents: _, ...sampling } = this.settings;
     this.#conversation?.answer(this.#seconds(performance.now()), { ...sampling, lead: LEAD_S, seconds: LONGEST_ANSWER_S });
   }
 
@@ -177,12 +202,18 @@ export class Duet {
     this.sounding.clear();
   }
 
-  /** Keep the duet so far in the browser. @returns {Take | null} */
+  /** @param {Conversation} conversation @param {number} until */
+  #keepOpen({ timeline, latents }, until) {
+    keepDuet({ id: this.#id, until, pauseS: this.pauseS, latents, timeline: upTo(timeline, until) });
+  }
+
+  /** Keep the duet so far in the browser, as a take and to go on with. @returns {Take | null} */
   #keep() {
     this.#kept = performance.now();
     if (!this.#conversation) return null;
     const { score, pedals } = this.picture, { takes } = this.player.shelf, known = takes.all.get(this.#id);
     if (!score.notes.some((note) => note.human)) return null;
+    this.#keepOpen(this.#conversation, this.#seconds(this.#kept));
     const first = score.notes[0].on; // a duet begins with its first note
     for (const note of score.notes) { note.on -= first; note.off -= first; }
     const take = {

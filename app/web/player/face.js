@@ -15,6 +15,7 @@ export class Face {
   /** @type {Colours | null} */
   #ink = null;
   message = '';
+  #summary = '';
   #wasLive = 0; // onset of the first note that still sounded at the last frame
 
   /** @param {Player} player */
@@ -61,14 +62,14 @@ export class Face {
   }
 
   #draw() {
-    const { playback, viewport, shown, region, duet } = this.player, live = this.#live();
+    const { player } = this, { playback, viewport, shown, region, duet } = player, live = this.#live();
     const { score, until, pedals } = live ?? shown, at = live ? live.until : playback.position;
     if (live) { viewport.resize(Math.max(until, duet.active ? LEAST_LIVE_S : 0)); this.roll.forget(this.#settled(live.score)); }
     if (playback.playing || live) viewport.follow(at, calm.matches);
     const isPrompt = live ? !duet.active : shown.kind === 'prompt';
     this.roll.draw({
       score, until, growing: !live && shown.growing, at, sounding: playback.sounding, region: live ? null : region, pedals,
-      message: live ? 'Play …' : this.message, outside: isPrompt,
+      message: player.language.translate(live ? 'Play …' : this.message), outside: isPrompt,
       turns: isPrompt ? [{ from: 0, to: Infinity }] : live ? [] : shown.turns,
     }, viewport, this.colours());
     if (this.roll.stretched) this.touch();
@@ -132,9 +133,9 @@ export class Face {
     roll.setAttribute('aria-valuemax', until.toFixed(1));
     roll.setAttribute('aria-valuenow', at.toFixed(1));
     roll.setAttribute('aria-valuetext', `${clock(at)} of ${clock(until)}`);
-    const join = shown.kind === 'piece' && shown.join > 0 ? `, of which the prompt is ${clock(shown.join)}` : '';
-    const summary = count ? `${count} notes in ${clock(until)}${join}.` : 'Nothing yet.';
-    if (player.find('spoken').textContent !== summary) player.find('spoken').textContent = summary;
+    const continues = shown.kind === 'piece' && shown.join > 0;
+    const summary = !count ? 'Nothing yet.' : continues ? `${count} notes in ${clock(until)}, of which the prompt is ${clock(shown.join)}.` : `${count} notes in ${clock(until)}.`;
+    if (summary !== this.#summary) player.find('spoken').textContent = this.#summary = summary;
   }
 
   #placeEdges() {

@@ -43,8 +43,8 @@ export class Player {
   #startWithNotes = false; // playback starts as soon as there are notes
   #telling = 0;
 
-  /** @param {HTMLElement} root @param {(name: string, data: object) => void} trigger an event that Python hears of */
-  constructor(root, trigger) {
+  /** @param {HTMLElement} root @param {(name: string, data: object) => void} trigger an event that Python hears of @param {import('./language.js').Language} language */
+  constructor(root, trigger, language) {
     this.root = root;
     this.trigger = trigger;
     this.piano = new Piano(root.dataset.samples ?? '');
@@ -57,6 +57,8 @@ export class Player {
     });
     this.shelf = new Shelf(this);
     this.duet = new Duet(this);
+    this.language = language;
+    language.listeners.push(() => this.face.touch());
     connect(this);
     setInterval(() => this.playback.tick(), 40);
     setInterval(() => this.#releaseStuck(), 5000);
@@ -205,6 +207,15 @@ export class Player {
     this.viewport.follows = true;
     this.duet.start(this.shown, Number(this.input('pause-s').value) || 0.8);
     this.canvas('keys').focus();
+  }
+
+  /** Go on with a duet that a reload has interrupted, unless something else is on the timeline already. @returns {boolean} */
+  resumeDuet() {
+    if (this.shown.id !== '' || !this.duet.resume()) return false;
+    this.input('pause-s').value = String(this.duet.pauseS);
+    this.viewport.follows = true;
+    this.face.touch();
+    return true;
   }
 
   /** @param {Take} take */

@@ -221,9 +221,9 @@ function dashed(pen, x, bottom, colour) {
 /** @param {string} text @param {CanvasRenderingContext2D} pen @param {number} width @returns {string[]} */
 function lines(text, pen, width) {
   const rows = [''];
-  for (const word of text.split(' ')) {
-    const longer = `${rows[rows.length - 1]} ${word}`.trim();
-    if (pen.measureText(longer).width <= width) rows[rows.length - 1] = longer; else rows.push(word);
+  for (const word of text.split(/(?<= )|(?<=[\u3040-\u9fff、。])(?![、。」）])/)) { // Japanese has no spaces
+    const longer = rows[rows.length - 1] + word;
+    if (pen.measureText(longer.trimEnd()).width <= width) rows[rows.length - 1] = longer; else rows.push(word);
   }
-  return rows;
+  return rows.map((row) => row.trimEnd());
 }

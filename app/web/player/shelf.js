@@ -30,6 +30,7 @@ export class Shelf {
 
   #opened() {
     this.show();
+    if (this.player.resumeDuet()) return;
     const [latest] = this.takes.list();
     if (latest && this.player.shown.id === '') this.player.choose(latest.id);
   }

@@ -76,11 +76,15 @@ export class TakesList {
     choose.tabIndex = chosen ? 0 : -1; // arrow keys reach the others, as in any radio group
     choose.children[0].textContent = row.title;
     choose.children[1].textContent = row.detail;
-    const label = /** @type {const} */ ([['star', row.starred ? 'Remove the star from' : 'Star'], ['again', 'Make again with another seed:'], ['remove', 'Delete']]);
-    for (const [name, verb] of label) {
+    const take = `${row.title}, ${row.detail}`;
+    const labels = /** @type {const} */ ([
+      ['star', ...(row.starred ? ['Remove the star', `Remove the star from ${take}`] : ['Star', `Star ${take}`])],
+      ['again', 'Make again with another seed', `Make again with another seed: ${take}`], ['remove', 'Delete', `Delete ${take}`],
+    ]);
+    for (const [name, short, whole] of labels) {
       button(element, name).hidden = name === 'again' ? !(row.kept && row.made) : !row.kept;
-      button(element, name).title = verb.replace(/ from$|:$/, '');
-      button(element, name).setAttribute('aria-label', `${verb} ${row.title}, ${row.detail}`);
+      button(element, name).title = short;
+      button(element, name).setAttribute('aria-label', whole);
     }
     const star = button(element, 'star');
     star.textContent = row.starred ? '★' : '☆';
