@@ -83,7 +83,7 @@ def in_session(manager, prompt) -> Any:
 def test_the_page_answers_in_a_table(likeness, manager):
     answer = likeness.on_ask(in_session(manager, PIECES[1]))
     assert "| A. Composer: Study 1 | 1.00 |" in answer
-    assert answer.count("\n| ") == 4
+    assert answer.count("A. Composer: Study") == 4
 
 
 def test_titles_are_shown_as_they_are(manager):
