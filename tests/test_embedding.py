@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from music_ar.embedding import (
     notes_of,
     save_encoder,
 )
-from music_ar.embedding.note_features import channels, note_features
+from music_ar.embedding.note_features import channels, note_features, places
 from music_ar.embedding.notes import MAX_NOTES, duration_classes, notes_of_tokens
 from music_ar.midi.performance import Performance
 from music_ar.model.pretrained import load_pretrained, parameters
@@ -88,7 +89,7 @@ def many_notes(count):
     [
         (Performance.empty(), "the piece has no notes, so nothing can be said about it"),
         (many_notes(MAX_NOTES + 1), "the piece has 65,537 notes, and at most 65,536 can be read at once"),
-        (many_notes(1).shift(2e7), "the piece lasts 5,556 hours, and at most 2,983 can be read"),
+        (many_notes(1).shift(2e7), "the piece lasts 5,556 hours, and at most 746 can be read"),
     ],
     ids=["empty", "too many notes", "too long"],
 )
@@ -145,6 +146,24 @@ def test_slower_notes_differ_in_tempo_and_length_only(table):
     assert np.flatnonzero(changed).tolist() == [WHOLE.start, WHOLE.start + 1]
 
 
+def test_places_by_hand():
+    """A little over a third of a piece, in waves of two pieces, one piece and half of one; and as far before it."""
+    onset, start, span = jnp.array([[1037, 963]]), jnp.array([1000]), jnp.array([98])
+    angles = 2 * np.pi * np.array([37 / 196, 37 / 98, 37 / 49])
+    expected = np.concatenate([np.sin(angles), np.cos(angles)])
+    found = np.asarray(places(onset, start, span, 3))[0]
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    np.testing.assert_allclose(found[1], expected * [-1, -1, -1, 1, 1, 1], atol=1e-5)
+
+
+def test_short_waves_do_not_show_the_rounding_of_times():
+    """The place of a note in a piece of three hours, in the shortest wave of 20, against whole numbers of Python."""
+    onset, span = 987_653, 1_080_001
+    angle = 2 * np.pi * (onset * 2**19 % (2 * span)) / (2 * span)
+    found = np.asarray(places(jnp.array([[onset]]), jnp.array([0]), jnp.array([span]), 20))[0, 0]
+    np.testing.assert_allclose(found[[19, 39]], [np.sin(angle), np.cos(angle)], atol=1e-5)
+
+
 def test_padding_changes_no_feature(table):
     np.testing.assert_allclose(features_of(table, room=9)[:30], features_of(table), rtol=1e-5, atol=1e-6)
     assert np.isfinite(features_of(table, room=9)).all()
@@ -179,7 +198,8 @@ def test_padding_changes_no_embedding(tiny_encoder):
     encoder, _ = load_encoder(tiny_encoder)
     notes, count = jnp.asarray(notes_of(make_performance(0, 50))), jnp.array([50])
     longer = jnp.pad(notes, ((0, 30), (0, 0)), constant_values=3)
-    found = [encoder.embed(encoder.read(table[None], count)) for table in (notes, longer)]
+    embed = jax.jit(lambda table: encoder.embed(encoder.read(table[None], count)))
+    found = [embed(table) for table in (notes, longer)]
     np.testing.assert_allclose(*found, atol=1e-5)
 
 
@@ -187,15 +207,15 @@ def test_hidden_notes_are_predicted_by_their_times(tiny_encoder):
     """The logits of one time do not depend on the other times, and are those of the classes of each attribute."""
     encoder, _ = load_encoder(tiny_encoder)
     notes, count = jnp.asarray(notes_of(make_performance(0, 50)))[None], jnp.array([50])
-    latents = encoder.read(notes, count)
-    both, alone = (encoder.predict(latents, jnp.array([times]), notes, count) for times in ([100, 300], [300]))
+    predict = jax.jit(lambda times: encoder.predict(encoder.read(notes, count), times, notes, count))
+    both, alone = predict(jnp.array([[100, 300]])), predict(jnp.array([[300]]))
     assert {name: logits.shape for name, logits in both.items()} == {
         "pitch": (1, 2, 128),
         "velocity": (1, 2, 32),
         "duration": (1, 2, 32),
     }
     for name, logits in both.items():
-        np.testing.assert_allclose(logits[:, 1:], alone[name], atol=1e-4)
+        np.testing.assert_allclose(logits[:, 1:], alone[name], atol=5e-3)
         assert np.abs(logits[:, 0] - logits[:, 1]).max() > 1e-2
 
 
@@ -257,14 +277,14 @@ def test_a_damaged_file_is_refused_by_name(folder):
     [
         (
             lambda tensors: tensors.pop("embedding_query"),
-            "expected embedding_query as float16 [24] by config.json, found nothing",
+            "expected embedding_query as float16 [28] by config.json, found nothing",
         ),
         (
             lambda tensors: tensors.update(extra=np.zeros(1, np.float16)),
             "tensors that do not belong to config.json: ['extra']",
         ),
-        (lambda tensors: tensors.update(embedding_query=np.zeros(24, np.float32)), "found float32 [24]"),
-        (lambda tensors: tensors.update(embedding_query=np.full(24, np.inf, np.float16)), "infinite or not a number"),
+        (lambda tensors: tensors.update(embedding_query=np.zeros(28, np.float32)), "found float32 [28]"),
+        (lambda tensors: tensors.update(embedding_query=np.full(28, np.inf, np.float16)), "infinite or not a number"),
     ],
 )
 def test_other_weights_are_refused_by_name(folder, edit, message):

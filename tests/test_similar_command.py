@@ -84,6 +84,12 @@ def test_a_known_piece_comes_first_with_all_its_notes(capsys, options, prepared,
     assert int(notes[0]) > 0.8 * len(read_midi(known))
     assert f"in {known.name} at 0:0" in output
     assert "without repeated patterns" in output
+    code, output, _ = run(capsys, "similar", known, *options, "--data", prepared, "--json")
+    found = json.loads(output)
+    for shared in (found["shared"], found["matches"][0]["shared"]):
+        assert shared["source"] == {"name": known.name, "title": known.name, "composer": None}
+        assert shared["notes"] == int(notes[0])
+        assert shared["start_s"] == pytest.approx(shared["source_start_s"], abs=0.02)
 
 
 def test_json_has_a_line_for_each_file_also_for_one_that_fails(capsys, options, known, tmp_path):

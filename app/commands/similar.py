@@ -51,7 +51,7 @@ class Similar:
             are like it, and with any piece, in any key and rhythm.
         count: number of pieces to name for each file.
         json: print a line of JSON for each file instead.
-        build: make the index from --data first. MAESTRO takes about ten minutes on two cores.
+        build: make the index from --data first. MAESTRO takes about nine minutes of a CPU core.
         split: which pieces of the dataset to index.
     """
 
@@ -174,9 +174,10 @@ class _Corpus:
 
     def _in_json(self, overlap: "Overlap", numbers: Sequence[int]) -> dict[str, Any]:
         values = dataclasses.asdict(overlap)
-        source = numbers[values.pop("source")]
-        name = self._pieces.records[source].name if overlap.notes else None
-        return {key: round(value, 2) for key, value in values.items()} | {"source": name}
+        found = numbers[values.pop("source")]
+        record = self._pieces.records[found] if overlap.notes else None
+        source = None if record is None else {"name": record.name, "title": record.title, "composer": record.composer}
+        return {key: round(value, 2) for key, value in values.items()} | {"source": source}
 
 
 def _about(file: Path, error: Exception) -> str:
@@ -208,8 +209,8 @@ def _show(found: dict[str, Any]) -> None:
     print(flush=True)
 
 
-def _title(match: dict[str, Any]) -> str:
-    return f"{match['composer']}: {match['title']}" if match["composer"] else match["title"]
+def _title(piece: dict[str, Any]) -> str:
+    return f"{piece['composer']}: {piece['title']}" if piece["composer"] else piece["title"]
 
 
 def _span(values: dict[str, Any], prefix: str = "") -> str:
@@ -219,4 +220,4 @@ def _span(values: dict[str, Any], prefix: str = "") -> str:
 def _run(run: dict[str, Any]) -> str:
     if not run["notes"]:
         return "0"
-    return f"{run['notes']}, at {_span(run)}; in {run['source']} at {_span(run, 'source_')}"
+    return f"{run['notes']}, at {_span(run)}; in {_title(run['source'])} at {_span(run, 'source_')}"

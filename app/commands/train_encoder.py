@@ -1,6 +1,7 @@
 """The command `music-ar train-encoder`: train a piece encoder on prepared data.
 
-It connects `data_pipeline.passage_loader` and an encoder to `training.Trainer`. Anything that needs JAX is imported in `run`.
+It connects `data_pipeline.passage_loader` and an encoder to `training.Trainer`. Anything that needs JAX is imported in
+`run`.
 """
 
 import importlib.util

@@ -53,7 +53,7 @@ def note_features(
     wait_BxMxE = jnp.where(exists_BxMxE, wait_BxMxE - tempo_B[:, None, None], 0.0)
     duration_BxM = _logarithm(notes_BxMx4[..., DURATION]) - tempo_B[:, None]
     velocity_BxM = notes_BxMx4[..., VELOCITY] / VELOCITY_BINS
-    length_B = jnp.log(span(notes_BxMx4, mask_BxM)[1] + _LEAST_STEPS)
+    length_B = _logarithm(span(notes_BxMx4, mask_BxM)[1])
     numbers = [
         _ratio_bands(jnp.concatenate([wait_BxMxE, duration_BxM[..., None]], axis=-1)),
         jnp.broadcast_to(tempo_B[:, None] / 4, mask_BxM.shape)[..., None],
@@ -66,18 +66,27 @@ def note_features(
 
 
 def span(notes_BxMx4: Int[Array, "B M 4"], mask_BxM: Bool[Array, "B M"]) -> tuple[Array, Array]:
-    """Onset of the first note, int32 [B], and steps from there to the last one's, float32 [B], at least 1."""
+    """Onset of the first note, int32 [B], and steps from there to the last one's, int32 [B], at least 1."""
     onset = notes_BxMx4[..., ONSET]
     last_B = jnp.where(mask_BxM, onset, 0).max(axis=1)
-    return onset[:, 0], jnp.maximum(last_B - onset[:, 0], 1).astype(jnp.float32)
+    return onset[:, 0], jnp.maximum(last_B - onset[:, 0], 1)
 
 
 def places(
-    onset_BxT: Int[Array, "B T"], start_B: Int[Array, " B"], span_B: Float[Array, " B"], bands: int
+    onset_BxT: Int[Array, "B T"], start_B: Int[Array, " B"], span_B: Int[Array, " B"], bands: int
 ) -> Float[Array, "B T W"]:
-    """Sines and cosines of times as fractions of a piece; see `span`. The longest wavelength is two pieces."""
-    place_BxT = (onset_BxT - start_B[:, None]).astype(jnp.float32) / span_B[:, None]
-    return _waves(place_BxT[..., None] * math.pi * 2.0 ** jnp.arange(bands, dtype=jnp.float32)[None, None])
+    """Sines and cosines of times as fractions of a piece; see `span`. The longest wavelength is two pieces.
+
+    Each wavelength is half of the one before. Remainders are taken of whole numbers: of a fraction, the shortest waves
+    would show the rounding.
+    """
+    place_BxT, wave_Bx1 = onset_BxT - start_B[:, None], 2 * span_B[:, None]
+    remainders = []
+    for _ in range(bands):
+        place_BxT = jnp.mod(place_BxT, wave_Bx1)
+        remainders.append(place_BxT)
+        place_BxT = 2 * place_BxT
+    return _waves(2 * math.pi * (jnp.stack(remainders, axis=-1) / wave_Bx1[..., None]))
 
 
 def _before(values_BxM: Array, count: int) -> Int[Array, "B M E"]:

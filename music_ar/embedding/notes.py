@@ -16,7 +16,7 @@ MAX_NOTES = 2**16
 DURATION_CLASSES = 32
 """Classes of durations; see `duration_classes`."""
 _CLASSES_PER_OCTAVE = 3
-_MAX_STEPS = 2**30
+_MAX_STEPS = 2**28
 
 
 class EmbeddingError(ValueError):
@@ -29,7 +29,7 @@ def notes_of(performance: Performance) -> Int32[np.ndarray, "n 4"]:
     Tokens and the performance that they were encoded from have the same notes, unless a pitch sounds twice at once.
 
     Raises:
-        EmbeddingError: the performance has no notes, more than `MAX_NOTES`, or lasts longer than 2**30 steps.
+        EmbeddingError: the performance has no notes, more than `MAX_NOTES`, or lasts longer than 2**28 steps.
     """
     if len(performance) == 0:
         raise EmbeddingError("the piece has no notes, so nothing can be said about it; give one with notes")

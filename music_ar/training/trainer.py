@@ -34,10 +34,11 @@ from music_ar.training.step import initial_state, make_train_step
 class Batches(Protocol):
     """An iterator of batches whose position can be saved, such as grain's.
 
-    A batch is {"tokens": int32 [B, M + 1], "weights": float32 [B, N], "labels": float32 [B, C]}. Inputs are all tokens
-    but the last, left-padded; targets are the last N, weighted. Labels say how each example was augmented, for models
-    with `ModelConfig.label_size`; "wishes" (int32 [B, W]), if there are any, are the ids of each example's wishes, for
-    models with `ModelConfig.wishes`. B is this process's share of the batch: its `process_rows`.
+    What a batch holds depends on the objective. For `NextTokens` it is {"tokens": int32 [B, M + 1], "weights": float32
+    [B, N], "labels": float32 [B, C]}. Inputs are all tokens but the last, left-padded; targets are the last N,
+    weighted. Labels say how each example was augmented, for models with `ModelConfig.label_size`; "wishes" (int32
+    [B, W]), if there are any, are the ids of each example's wishes, for models with `ModelConfig.wishes`. B is this
+    process's share of the batch: its `process_rows`.
     """
 
     def __next__(self) -> dict[str, np.ndarray]: ...
