@@ -283,6 +283,7 @@ def test_germans_and_japanese_see_nothing_english_and_nothing_clipped(page, fore
     assert set(page.evaluate(VISIBLE)) == english, "nothing of the other language is left"
 
 
+@pytest.mark.slow
 @needs_browser
 def test_what_the_page_and_the_server_say_is_german_too(foreign, address):
     foreign.wait_for_selector("html[lang=de]")
