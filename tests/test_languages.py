@@ -36,8 +36,8 @@ WISHES = dataclasses.replace(TABLE, sources=("maestro",))
 HOLE = re.compile(r"\{\w?\}|\b\d+\b")
 # What people see is written in these modules.
 SHOWN_BY = (
-    "examples", "export", "likeness", "manager", "music_events", "prompt_events", "saved_settings", "session", "settings", "takes",
-    "waiting", "warmup", "wish_controls", "player/__init__",
+    "examples", "export", "likeness", "manager", "music_events", "prompt_events", "saved_settings", "session",
+    "settings", "takes", "waiting", "warmup", "wish_controls", "player/__init__",
 )  # fmt: skip
 # They take sentences from these too; the rest there is for programs, or why a file is so odd, which stays English.
 ALSO_FROM = (
