@@ -51,7 +51,7 @@ def refusal(capsys, *arguments):
 def test_help_names_every_command(capsys):
     code, output, _ = run(capsys, "--help")
     assert code == 0
-    assert all(f"    {command} " in output for command in cli.COMMANDS)
+    assert {line.split()[0] for line in output.splitlines() if line.startswith("    ")} >= set(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
