@@ -36,14 +36,15 @@ WISHES = dataclasses.replace(TABLE, sources=("maestro",))
 HOLE = re.compile(r"\{\w?\}|\b\d+\b")
 # What people see is written in these modules.
 SHOWN_BY = (
-    "examples", "export", "manager", "music_events", "prompt_events", "saved_settings", "session", "settings", "takes",
-    "waiting", "warmup", "wish_controls", "player/__init__",
+    "examples", "export", "likeness", "manager", "music_events", "prompt_events", "saved_settings", "session",
+    "settings", "takes", "waiting", "warmup", "wish_controls", "player/__init__",
 )  # fmt: skip
 # They take sentences from these too; the rest there is for programs, or why a file is so odd, which stays English.
 ALSO_FROM = (
     *(WEB / f"{name}.py" for name in ("blocks", "conversation", "conversations", "conversation_routes", "limits")),
     WEB / "timeline.py",
     MUSIC_AR / "decoding/budget.py",
+    MUSIC_AR / "embedding/search.py",
     MUSIC_AR / "features/wishes.py",
     *(MUSIC_AR / f"midi/{name}.py" for name in ("io", "smf", "recording", "raw_events")),
 )
@@ -63,7 +64,9 @@ NOT_SENTENCES = {
     "Music AR, seed {}", "seed {}, {} latents", "ended by an error", "left by its client", "{} s, variations: {}",
     "{} s more", "Stopped",
     # names of keys, browsers' features and the like
-    "Escape", "button, a", "Activity", "Model", "None", "Revision", "Sampling", "DownloadURL", "MThd", "MTrk", "POST",
+    "there is no piece: send a MIDI file as piece",
+    "Escape", "button, a", "Activity", "Model", "None", "Revision", "Sampling", "Embeds", "Library", "Page",
+    "SequenceMatch]", "DownloadURL", "MThd", "MTrk", "POST",
     "Comma", "Period", "Semicolon", "Slash", "Equal", "ArrowLeft",
     # the same in all languages
     "MIDI", "WAV", "MP3", "MIDI ⤓", "Music AR",
