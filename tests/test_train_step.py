@@ -93,7 +93,8 @@ def losses_of(model, config, teachers=None):
     batch = jax.tree.map(jnp.asarray, next(CountingBatches()))
     graph, params = nnx.split(model, nnx.Param)
     placed = [] if teachers is None else teachers.place(mesh_of(1))
-    return [float(found) for found in student_loss(graph, config, teachers, params, placed, batch, jax.random.key(0))]
+    loss, metrics = student_loss(graph, config, teachers, params, placed, batch, jax.random.key(0))
+    return float(loss), float(metrics["loss"])
 
 
 def entropies_at_depths(teacher=None):
@@ -175,8 +176,8 @@ def cross_entropy_and_norm(student, teachers, config, batch):
     graph, params = nnx.split(student, nnx.Param)
     gradient = jax.jit(jax.grad(functools.partial(student_loss, graph, config, teachers), has_aux=True))
     arrays = jax.tree.map(jnp.asarray, batch)
-    grads, cross_entropy = gradient(params, teachers.place(mesh_of(1)), arrays, jax.random.key(0))
-    return float(cross_entropy), float(optax.tree.norm(grads))
+    grads, metrics = gradient(params, teachers.place(mesh_of(1)), arrays, jax.random.key(0))
+    return float(metrics["loss"]), float(optax.tree.norm(grads))
 
 
 def test_a_student_that_predicts_as_its_teachers_has_nothing_to_learn():

@@ -43,6 +43,7 @@ class Progress:
         rate: learning rate as a fraction of its peak.
         elapsed_s: seconds trained.
         eta_s: seconds left.
+        tape_tokens: mean number of tape tokens read since the last line; None, and not logged, without a tape.
     """
 
     step: int
@@ -53,6 +54,7 @@ class Progress:
     rate: float
     elapsed_s: float
     eta_s: float
+    tape_tokens: float | None = None
 
 
 class _StepMetrics(NamedTuple):
@@ -61,6 +63,7 @@ class _StepMetrics(NamedTuple):
     step: int
     loss: float
     gradient_norm: float
+    tape_tokens: float | None = None
 
 
 class TrainingLog:
@@ -144,7 +147,7 @@ class TrainingLog:
         self._fetch()
         if not self._unlogged:
             return
-        steps, losses, norms = zip(*self._unlogged, strict=True)
+        steps, losses, norms, tapes = zip(*self._unlogged, strict=True)
         self._unlogged.clear()
         tokens_per_s = self._tokens_per_s()
         done, device = max(self.progress(steps[-1]), 1e-9), self._mesh.devices.flat[0]
@@ -157,8 +160,10 @@ class TrainingLog:
             rate=self._rate,
             elapsed_s=self.elapsed_s,
             eta_s=self.elapsed_s * max(0.0, 1 - done) / done,
+            tape_tokens=None if None in tapes else float(np.mean(tapes)),
         )
-        self.write(dataclasses.asdict(progress))
+        record = dataclasses.asdict(progress)
+        self.write({name: value for name, value in record.items() if name != "tape_tokens" or value is not None})
         if self._on_progress is not None:
             self._on_progress(progress)
 
@@ -177,7 +182,8 @@ class TrainingLog:
                     f"{self._checkpoints.newest or 'none yet'}. Resuming it would diverge again; start a new run with "
                     "lower learning rates"
                 )
-            self._unlogged.append(_StepMetrics(step, loss, norm))
+            tape = float(metrics["tape_tokens"]) if "tape_tokens" in metrics else None
+            self._unlogged.append(_StepMetrics(step, loss, norm, tape))
         self._pending.clear()
 
     def _tokens_per_s(self) -> float:

@@ -51,7 +51,10 @@ def make_train_step(
     mesh: Mesh,
     teachers: Teachers | None = None,
 ) -> Callable[[TrainState, Batch, Array, Params], tuple[TrainState, Metrics]]:
-    """Compile the training step: (state, batch, rate, teacher parameters) -> (state, {"loss", "gradient_norm"}).
+    """Compile the training step: (state, batch, rate, teacher parameters) -> (state, metrics).
+
+    Metrics are "loss" (the cross-entropy), "gradient_norm" and, for a model with a tape, "tape_tokens", how many an
+    example reads.
 
     The state is split as `initial_state` does, and its buffers are reused. The batch is split over the axes "data" and
     "fsdp" of `mesh`: each device gathers the parameters, computes the gradient of its own examples, with its own
@@ -63,7 +66,7 @@ def make_train_step(
     of_teachers = everywhere if teachers is None else teachers.sharding
     loss = functools.partial(student_loss, graph, config, teachers, split_over=meshes.split_axis(mesh))
 
-    def gradients(params: nnx.State, *others: Any) -> tuple[Array, nnx.State]:
+    def gradients(params: nnx.State, *others: Any) -> tuple[Metrics, nnx.State]:
         specs = jax.tree.map(lambda leaf: meshes.parameter_spec(leaf.shape, mesh.shape["fsdp"]), params)
         return jax.shard_map(
             functools.partial(batch_gradients, loss, config.micro_batches, specs),
@@ -90,8 +93,8 @@ def student_loss(
     batch: Batch,
     key: Array,
     split_over: str | None = None,
-) -> tuple[Array, Array]:
-    """Return the loss of a batch, over all exits, and the cross-entropy of all blocks; see `token_loss`.
+) -> tuple[Array, Metrics]:
+    """Return the loss of a batch, over all exits, and the metrics of all blocks; see `token_loss`.
 
     The teachers see the same latents and the same part of the prefix as the student, without dropout. `split_over` is
     the mesh axis that prefixes are split over; see `PerceiverAR.at_depths`.
@@ -105,7 +108,7 @@ def student_loss(
     teacher_BxNxV = None
     if teachers is not None:
         teacher_BxNxV = jax.lax.stop_gradient(teachers.predict(teacher_params, batch, **window))
-    depths_BxNxV = model.at_depths(
+    depths_BxNxV, tape = model.predict(
         tokens[:, :-1],
         depths=model.config.depths,
         dropout=config.dropout,
@@ -116,26 +119,30 @@ def student_loss(
     loss_of = functools.partial(token_loss, targets_BxN=tokens[:, -latents:], weights_BxN=weights, z_loss=config.z_loss)
     taught = {"teacher_BxNxV": teacher_BxNxV, "distillation_weight": config.distillation_weight}
     loss, cross_entropy = loss_of(depths_BxNxV[-1], **taught)
+    metrics, ponder = {"loss": cross_entropy}, jnp.zeros(())
+    if tape is not None:
+        metrics["tape_tokens"] = tape.reads_B.astype(jnp.float32).mean()
+        ponder = config.ponder_weight * tape.shares_BxT.sum(axis=1).mean()
     if not model.config.exits:
-        return loss, cross_entropy
+        return loss + ponder, metrics
     if config.exit_distillation:
         own_BxNxV = jax.lax.stop_gradient(jax.nn.softmax(depths_BxNxV[-1]))
         taught = {"teacher_BxNxV": own_BxNxV, "distillation_weight": config.exit_distillation}
     losses = [loss_of(logits_BxNxV, **taught)[0] for logits_BxNxV in depths_BxNxV[:-1]] + [loss]
     shares = config.exit_weights(model.config.depths)
-    return sum((share * each for share, each in zip(shares, losses, strict=True)), jnp.zeros(())), cross_entropy
+    return sum((share * each for share, each in zip(shares, losses, strict=True)), ponder), metrics
 
 
 def batch_gradients(
-    loss: Callable[[nnx.State, Params, Batch, Array], tuple[Array, Array]],
+    loss: Callable[[nnx.State, Params, Batch, Array], tuple[Array, Metrics]],
     count: int,
     specs: Any,
     params: nnx.State,
     teacher_params: Params,
     batch: Batch,
     key: Array,
-) -> tuple[Array, nnx.State]:
-    """Return the cross-entropy of the whole batch and a device's share of its gradient, given its share of the batch.
+) -> tuple[Metrics, nnx.State]:
+    """Return the metrics of the whole batch and a device's share of its gradient, given its share of the batch.
 
     `count` micro-batches are processed one after another and weighted by the weights of their targets. `specs` say how
     the parameters, and so their gradients, are split.
@@ -145,27 +152,28 @@ def batch_gradients(
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def weighted(number: Array | int, part: Batch) -> Any:
-        """Return the weight of a micro-batch, and its cross-entropy and gradient multiplied by it."""
-        (_, cross_entropy), grads = gradient(params, teacher_params, part, jax.random.fold_in(key, number))
-        return jax.tree.map(lambda x: x * part["weights"].sum(), (jnp.ones(()), cross_entropy, grads))
+        """Return the weight of a micro-batch, and its metrics and gradient multiplied by it."""
+        (_, metrics), grads = gradient(params, teacher_params, part, jax.random.fold_in(key, number))
+        return jax.tree.map(lambda x: x * part["weights"].sum(), (jnp.ones(()), metrics, grads))
 
     if count == 1:
         sums = weighted(0, batch)
     else:
         # Micro-batch i takes every count-th example from the i-th on, so that it has equal parts for all teachers.
         parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
-        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        like = jax.eval_shape(weighted, 0, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
         sums, _ = jax.lax.scan(
             lambda sums, part: (jax.tree.map(jnp.add, sums, weighted(*part)), None), zeros, (jnp.arange(count), parts)
         )
     *sums, grads = sums
-    total, cross_entropy = jax.lax.psum(sums, meshes.AXES)
+    total, metrics = jax.lax.psum(sums, meshes.AXES)
     grads = jax.tree.map(meshes.sum_and_scatter, grads, specs)
-    return jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), (cross_entropy, grads))
+    return jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), (metrics, grads))
 
 
 def train_step(
-    gradients: Callable[[nnx.State, Params, Batch, Array], tuple[Array, nnx.State]],
+    gradients: Callable[[nnx.State, Params, Batch, Array], tuple[Metrics, nnx.State]],
     optimizer: optax.GradientTransformation,
     config: TrainingConfig,
     state: TrainState,
@@ -176,11 +184,10 @@ def train_step(
     """Return the state after one step, and its metrics; see `make_train_step`."""
     # Counter-based hardware bits: with threefry, dropout alone would take a tenth of the step.
     key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), state.step)
-    cross_entropy, grads = gradients(state.params, teacher_params, batch, key)
+    metrics, grads = gradients(state.params, teacher_params, batch, key)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, jax.tree.map(lambda update: update * rate, updates))
     # Early on, the average tracks the weights closely, so that it forgets the initial ones.
     decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda average, param: decay * average + (1 - decay) * param, state.ema, params)
-    metrics = {"loss": cross_entropy, "gradient_norm": optax.tree.norm(grads)}
-    return TrainState(state.step + 1, params, ema, optimizer_state), metrics
+    return TrainState(state.step + 1, params, ema, optimizer_state), metrics | {"gradient_norm": optax.tree.norm(grads)}
