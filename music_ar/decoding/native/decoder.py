@@ -72,8 +72,12 @@ class NativeDecoder:
 
     @staticmethod
     def suits(config: ModelConfig) -> bool:
-        """Whether the engine supports these sizes."""
-        return config.head_size <= _MOST_HEAD_SIZE and config.vocabulary_size in vocabulary.FINGERPRINTS
+        """Whether the engine supports a model: its sizes, and no tape."""
+        return (
+            config.tape is None
+            and config.head_size <= _MOST_HEAD_SIZE
+            and config.vocabulary_size in vocabulary.FINGERPRINTS
+        )
 
     def start(
         self,
