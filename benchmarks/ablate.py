@@ -8,6 +8,10 @@
       "augmentation": {"velocity_bins": 3}, "teachers": ["runs/a/model"], "workers": 3, "latents": [1024, 512],
       "test": false}]
 
+`model` may have a tape, such as {"tape": {"tokens": 16}}; benchmarks/tape_runs.json is a list of such runs. The result
+of a run has the operations of a training step per target for each number of latents, with the mean number of tape
+tokens.
+
 If a run fails, its error is printed and the next one begins. OUTPUT/NAME/model is the model of a finished run (the
 weights that validated best, calibrated), OUTPUT/NAME/log.jsonl its log, and OUTPUT/results.jsonl has the scores of all.
 The command can be repeated: it skips runs that are in results.jsonl, and resumes one that was interrupted.
@@ -28,7 +32,7 @@ from data_pipeline.loader import LoaderConfig, batches
 from music_ar.decoding import backend
 from music_ar.evaluation.calibration import calibrate
 from music_ar.evaluation.likelihood import ScoringConfig, score
-from music_ar.model.config import PRESETS
+from music_ar.model.config import PRESETS, ModelConfig, TapeConfig
 from music_ar.model.perceiver_ar import PerceiverAR, parameter_count
 from music_ar.model.pretrained import load_pretrained, save_pretrained
 from music_ar.training.config import TrainingConfig
@@ -74,7 +78,10 @@ def train_and_score(run: dict[str, Any], data: Path, output: Path, max_pieces: i
         "validation float32": score(calibrated, validation, config),
         "validation": score(saved, validation, config),
     }
+    tape_tokens = tape_length(output)
+    costs = {str(saved.config.latents): cost(saved.config, saved.config.latents, tape_tokens)}
     for latents in run.get("latents", []):
+        costs[str(latents)] = cost(saved.config, latents, tape_tokens)
         with_latents = ScoringConfig(latents=latents, stride=max(1, latents // 4))
         scores[f"validation, {latents} latents"] = score(saved, validation, with_latents)
     if run.get("test", False):
@@ -86,14 +93,38 @@ def train_and_score(run: dict[str, Any], data: Path, output: Path, max_pieces: i
         "model_step": fitted.model_step,
         "calibration": fits,
         "elapsed_s": round(fitted.elapsed_s, 1),
+        "tape_tokens": tape_tokens,
+        "flops_per_target": costs,
         "scores": {name: round(found.nats_per_token, 4) for name, found in scores.items()},
     }
+
+
+def tape_length(output: Path) -> float | None:
+    """Return how many tape tokens an example read at the end of training; None without a tape."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return next((line["tape_tokens"] for line in reversed(lines) if "tape_tokens" in line), None)
+
+
+def cost(config: ModelConfig, latents: int, tape_tokens: float | None) -> float:
+    """Return the operations of a training step per target with a whole prefix, so many latents and tape tokens."""
+    tape = config.tape
+    if tape is not None and tape_tokens is not None:
+        tape = dataclasses.replace(tape, tokens=max(1, round(tape_tokens)))
+    return dataclasses.replace(config, latents=latents, tape=tape).flops_per_target(config.context - latents)
+
+
+def sizes_of(run: dict[str, Any]) -> ModelConfig:
+    """Return the sizes of the model of a run."""
+    sizes = dict(run.get("model", {}))
+    if sizes.get("tape") is not None:
+        sizes["tape"] = TapeConfig(**sizes["tape"])
+    return dataclasses.replace(PRESETS[run.get("preset", "small")], **sizes)
 
 
 def train(run: dict[str, Any], data: Path, output: Path, validation: Any) -> Fitted:
     """Train the model of a run, or resume its training."""
     compute = backend.select().compute
-    model_config = dataclasses.replace(PRESETS[run.get("preset", "small")], **run.get("model", {}))
+    model_config = sizes_of(run)
     config = TrainingConfig(**run["training"])
     loader = LoaderConfig(
         context=model_config.window,

@@ -15,7 +15,7 @@ from data_pipeline.wish_table import wish_table
 from music_ar.features.wish_options import NUMBERS
 from music_ar.model.config import PRESETS
 from music_ar.model.pretrained import save_pretrained
-from music_ar.tokens.vocabulary import INFILL_VOCABULARY_SIZE
+from music_ar.tokens.vocabulary import INFILL_VOCABULARY_SIZE, PAD, START
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +46,37 @@ def test_copy_task_trains_scores_and_decodes(tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [line["benchmark"] for line in lines] == ["copy_task", "copy_task_decoding", "copy_task_decoding"]
     assert lines[0]["of"] == 2 * 15
+
+
+@pytest.mark.slow
+def test_parity_trains_and_scores_models_of_about_one_size(tmp_path, monkeypatch, capsys):
+    options = "--lengths 4 --steps 2 --batch-size 4 --width 16 --layers 1 --held-out 8"
+    monkeypatch.setattr("sys.argv", ["parity.py", "--output", str(tmp_path), *options.split()])
+    runpy.run_path(str(ROOT / "benchmarks" / "parity.py"), run_name="__main__")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["model"] for line in lines] == ["tape", "perceiver-ar", "decoder-only"]
+    assert all(list(line["scores"]) == ["2 bits", "4 bits", "8 bits"] for line in lines)
+    sizes = [line["parameters"] for line in lines]
+    assert max(sizes) < 1.1 * min(sizes)
+
+
+def test_the_bits_of_parity_by_hand():
+    parity = runpy.run_path(str(ROOT / "benchmarks" / "parity.py"))
+    rows = parity["sequences"](np.random.default_rng(0), np.array([1, 3, 3, 2]), 5)
+    for row, count in zip(rows.tolist(), [1, 3, 3, 2], strict=True):
+        assert row[: 3 - count] == [PAD] * (3 - count)
+        start, *bits, ask, answer = row[3 - count :]
+        assert (start, ask, len(bits)) == (START, 2, count)
+        assert answer == bits.count(1) % 2
+        assert set(bits) <= {0, 1}
+
+
+def test_the_runs_with_a_tape_can_be_made():
+    sizes_of = runpy.run_path(str(ROOT / "benchmarks" / "ablate.py"))["sizes_of"]
+    runs = json.loads((ROOT / "benchmarks" / "tape_runs.json").read_text())
+    costs = [sizes_of(run).flops_per_target(2048) for run in runs]
+    assert costs[0] == min(costs)
+    assert {run["name"] for run in runs if sizes_of(run).tape is None} == {"plain"}
 
 
 @pytest.mark.slow

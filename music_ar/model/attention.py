@@ -144,8 +144,12 @@ class Block(AttentionInputs):
         hidden_BxTxF = jnp.square(jax.nn.relu(self.expand(self.feed_forward_norm(x_BxTxD))))
         return x_BxTxD + dropout(self.contract(hidden_BxTxF))
 
+    def queries_keys_values(self, x_BxTxD: Array, positions_BxTxP: Array) -> tuple[Array, Array, Array]:
+        """Normalized, rotated queries and keys, and values, of the residual stream."""
+        k, v = self.keys_values(self.attention_norm(x_BxTxD), positions_BxTxP)
+        return self.queries(x_BxTxD, positions_BxTxP), k, v
+
     def attend_self(self, x_BxTxD: Array, positions_BxTxP: Array, dropout: nnx.Dropout) -> Float[Array, "B T D"]:
         """Apply the whole block, with causal self-attention."""
-        k, v = self.keys_values(self.attention_norm(x_BxTxD), positions_BxTxP)
-        q = self.queries(x_BxTxD, positions_BxTxP)
+        q, k, v = self.queries_keys_values(x_BxTxD, positions_BxTxP)
         return self.add(x_BxTxD, causal_attention(q, k, v, self.compute), dropout)

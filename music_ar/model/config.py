@@ -21,6 +21,31 @@ _MAX_TOKENS = 2**20  # a day of music; far more than fits in the caches of any m
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TapeConfig:
+    """Sizes of an adaptive tape; see `tape`.
+
+    Attributes:
+        tokens: most tape tokens that an input takes. Positions depend on it, so a trained model keeps it.
+        learned: tokens of the learned bank; 0 leaves it out.
+        of_inputs: whether the inputs before the latents are a bank, too.
+        epsilon: reading halts once the chance that it has halted reaches 1 - epsilon.
+
+    Raises:
+        ValueError: a size out of range, or no bank.
+    """
+
+    tokens: int = whole(16, 1, 1024)
+    learned: int = whole(32, 0, 2**16)
+    of_inputs: bool = True
+    epsilon: float = number(0.01, above=0, most=0.5)
+
+    def __post_init__(self) -> None:
+        check_ranges(self, ValueError)
+        if not (self.learned or self.of_inputs):
+            raise ValueError("a tape needs a bank: learned tokens, or one of the inputs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes of a Perceiver AR. Saved as JSON next to the weights.
 
@@ -45,6 +70,7 @@ class ModelConfig:
         wishes: the wishes that the model takes (see `features.wishes`); None if it takes none.
         exits: numbers of self-attention blocks, rising and below `layers`, after which the final norm and the head were
             trained to predict too (early exits): decoding may stop there. They have no parameters of their own.
+        tape: the adaptive tape of tokens that each input takes (see `tape`); None means none.
         rotary_fraction: share of each head's channels that is rotated by position.
         rotary_wavelength: longest wavelength of the rotary positions, in tokens.
         vocabulary_size: V, including padding and the two piece boundaries; a model that can fill gaps also has the
@@ -72,6 +98,7 @@ class ModelConfig:
     label_size: int = whole(0, 0, 1000)
     wishes: WishTable | None = None
     exits: tuple[int, ...] = whole((), 1, 1000)
+    tape: TapeConfig | None = None
     rotary_fraction: float = number(0.5, least=0, most=1)
     rotary_wavelength: float = number(10_000.0, above=0, most=1e9)
     vocabulary_size: int = whole(vocabulary.VOCABULARY_SIZE, 1, 2**16)
@@ -89,6 +116,8 @@ class ModelConfig:
             raise ValueError(f"time_heads must be at most kv_heads = {self.kv_heads}, got {self.time_heads}")
         if self.segment and self.latents != self.context:
             raise ValueError(f"segments need latents = context = {self.context}, got {self.latents} latents")
+        if self.segment and self.tape:
+            raise ValueError("a model with segments cannot have a tape")
         if self.rotary_size % 2:
             raise ValueError(
                 "rotary_fraction * head_size must be even, since channels rotate in pairs; got "
@@ -201,10 +230,22 @@ class ModelConfig:
         inputs = (kv_width + self.feature_count) * (kept_prefix + self.latents) / self.latents
         head = self.width * self.vocabulary_size * len(self.depths)
         matrices = self.layers * self_block + cross_block + self.width * (inputs + self.width) + head
+        tape = 0 if self.tape is None else self._tape_products(kept_prefix, self_block) / self.latents
         seen = 1.5 * self.segment or self.latents / 2
         cross_scores = 2 * attention_width * (kept_prefix + seen)
         self_scores = self.layers * 2 * attention_width * seen
-        return 6 * (matrices + cross_scores + self_scores)
+        if self.tape is not None:
+            self_scores += self.layers * 2 * attention_width * self.tape.tokens
+        return 6 * (matrices + cross_scores + self_scores + tape)
+
+    def _tape_products(self, kept_prefix: int, self_block: int) -> int:
+        """Multiply-adds of reading the longest tape and of its way through the blocks, for a window."""
+        assert self.tape is not None
+        D, tokens = self.width, self.tape.tokens
+        bank = self.tape.learned + kept_prefix * self.tape.of_inputs
+        reader = D * (7 * D + 2 * bank)  # query, two layers of the state; scores and mixture
+        block = self_block + self.heads * self.head_size * tokens
+        return D * D * (kept_prefix + bank) + tokens * (reader + self.layers * block)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -90,6 +90,28 @@ def attend_context(
     return _attend((compute.attention, split_over), q_BxNxHxK, far_k, far_v, prefix_B, near_k, near_v)
 
 
+def attend_after(
+    q_BxNxHxK: Float[Array, "B N H K"],
+    before_k_BxTxGxK: Float[Array, "B T G K"],
+    before_v_BxTxGxK: Float[Array, "B T G K"],
+    lengths_B: Int[Array, " B"],
+    k_BxNxGxK: Float[Array, "B N G K"],
+    v_BxNxGxK: Float[Array, "B N G K"],
+    compute: Compute,
+) -> Float[Array, "B N H K"]:
+    """Causal attention among latents, which all see the first `lengths_B` of some keys before them, too.
+
+    Args:
+        q_BxNxHxK: queries of the latents.
+        before_k_BxTxGxK, before_v_BxTxGxK: keys and values before the latents.
+        lengths_B: how many of these each row of the batch has, 0..T.
+        k_BxNxGxK, v_BxNxGxK: keys and values of the latents.
+        compute: as in `attend_context`.
+    """
+    before = (before_k_BxTxGxK, before_v_BxTxGxK, lengths_B)
+    return _attend((compute.attention, None), q_BxNxHxK, *before, k_BxNxGxK, v_BxNxGxK)
+
+
 _How = tuple[str, str | None]  # the kernel, and the mesh axis over which the prefix is split
 
 

@@ -93,6 +93,8 @@ def expand(model: PerceiverAR, config: ModelConfig, *, rngs: nnx.Rngs) -> Percei
 
 def _check(old: ModelConfig, new: ModelConfig) -> None:
     """Raise ValueError unless `old` can be expanded to `new`."""
+    if old.tape is not None:
+        raise ValueError("a model with a tape cannot be expanded")
     differing = [
         field.name for field in dataclasses.fields(old) if getattr(old, field.name) != getattr(new, field.name)
     ]

@@ -8,7 +8,7 @@ an ordinary decoder-only Transformer, which is our control. The dimension key is
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,13 @@ from music_ar.features.notes import Onsets
 from music_ar.features.retrieval import Retrieved
 from music_ar.model.attention import Block, Matrix, linear
 from music_ar.model.config import Compute, ModelConfig
-from music_ar.model.context_attention import attend_context
+from music_ar.model.context_attention import attend_after, attend_context
 from music_ar.model.rows import Rows, lay_out, take, take_slice
+from music_ar.model.tape import Halting, Tape, TapeKeys, tape_keys, tape_positions
 from music_ar.model.transformer_xl import attend_segments
 from music_ar.model.wish_embedding import WishEmbedding
 
+_T = TypeVar("_T")
 _OF_LAYERS = 1  # folded into the key of a call to draw layer dropout; all else is drawn from its split
 
 
@@ -50,6 +52,19 @@ class Conditioning(NamedTuple):
     def time(self) -> Int[Array, "*B"]:
         """Time for rotary positions, in steps."""
         return self.keyboard.time if self.place is None else self.place.time
+
+
+class Prediction(NamedTuple):
+    """What a model predicts.
+
+    Attributes:
+        depths_BxNxV: float32 logits [B, N, V] for each depth; row k belongs to input position T - N + k. Rows at
+            padding are meaningless.
+        tape: how much of its tape each row read; None for a model without one.
+    """
+
+    depths_BxNxV: list[Float[Array, "B N V"]]
+    tape: Halting | None
 
 
 class FeatureProjection(nnx.Module):
@@ -105,6 +120,8 @@ class PerceiverAR(nnx.Module):
         self.latent = linear(width, width, kernel_init=nnx.initializers.lecun_normal(), dtype=dtype, rngs=rngs)
         self.cross = Block(config, compute=compute, rngs=rngs)
         self.blocks = nnx.List([Block(config, compute=compute, rngs=rngs) for _ in range(config.layers)])
+        if config.tape is not None:
+            self.tape = Tape(config.tape, width, dtype=dtype, rngs=rngs)
         self.final_norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(width, config.vocabulary_size, dtype=dtype, kernel_init=zeros, rngs=rngs)
 
@@ -121,14 +138,18 @@ class PerceiverAR(nnx.Module):
         Args:
             tokens_BxT: inputs, left-padded with `config.pad`.
             layers: number of self blocks to run, one of `config.depths`; default: all.
-            inputs: further arguments of `at_depths`.
+            inputs: further arguments of `predict`.
 
         Returns:
             float32 logits [B, N, V]; row k belongs to input position T - N + k. Rows at padding are meaningless.
         """
         return self.at_depths(tokens_BxT, depths=(self.config.layers if layers is None else layers,), **inputs)[0]
 
-    def at_depths(
+    def at_depths(self, tokens_BxT: Int[Array, "B T"], **inputs: Any) -> list[Float[Array, "B N V"]]:
+        """Logits of `predict`, whose arguments it takes."""
+        return self.predict(tokens_BxT, **inputs).depths_BxNxV
+
+    def predict(
         self,
         tokens_BxT: Int[Array, "B T"],
         *,
@@ -141,7 +162,7 @@ class PerceiverAR(nnx.Module):
         wishes_BxW: Int[Array, "B W"] | None = None,
         key: Array | None = None,
         split_over: str | None = None,
-    ) -> list[Float[Array, "B N V"]]:
+    ) -> Prediction:
         """Logits of the token that follows each of the last N inputs, after several numbers of self blocks.
 
         Args:
@@ -162,12 +183,9 @@ class PerceiverAR(nnx.Module):
             split_over: mesh axis, inside `jax.shard_map`, over which the prefix is split: each device embeds a share of
                 it and has its keys and values. Inputs, latents and logits are the same on all devices of the axis.
 
-        Returns:
-            float32 logits [B, N, V] for each depth; row k belongs to input position T - N + k. Rows at padding are
-            meaningless.
-
         Raises:
-            ValueError: `latents` out of range, randomness without `key`, or no prefix to split.
+            ValueError: `latents` out of range, randomness without `key`, or no prefix to split or one that a tape is
+                read from.
         """
         M = self.config.attended(tokens_BxT.shape[1])
         N = min(self.config.latents, M) if latents is None else latents
@@ -184,6 +202,8 @@ class PerceiverAR(nnx.Module):
         if split_over is not None:
             if self.config.segment or rows.positions_BxS.shape[1] == N:
                 raise ValueError(f"there is no prefix to split over devices: all {M} inputs are latents")
+            if self.config.tape is not None:
+                raise ValueError("a tape is read from the whole prefix, which cannot be split over devices")
             rows = rows.share(split_over)
         conditioning_BxS = jax.tree.map(lambda leaf: take(leaf, rows.positions_BxS), conditioning_BxM)
         embedded_BxSxD = self.condition(self._embed_rows(tokens_BxM, rows), conditioning_BxS)
@@ -195,13 +215,13 @@ class PerceiverAR(nnx.Module):
 
         tower = self._recur if self.config.segment else self._attend
         kept_LxB = _kept_rows(key, self.config.layers, tokens_BxT.shape[0], layer_dropout) if layer_dropout else None
-        streams = tower(embedded_BxSxD, positions_BxSxP, rows, drop, _Depths(depths, kept_LxB))
-        return [self.logits(take(x_BxNxD, rows.right_aligned_BxN)[:, -N:]) for x_BxNxD in streams]
+        streams, tape = tower(embedded_BxSxD, positions_BxSxP, rows, drop, _Depths(depths, kept_LxB))
+        return Prediction([self.logits(take(x_BxNxD, rows.right_aligned_BxN)[:, -N:]) for x_BxNxD in streams], tape)
 
     def _attend(
         self, embedded_BxSxD: Array, positions_BxSxP: Array, rows: Rows, drop: nnx.Dropout, depths: "_Depths"
-    ) -> list[Float[Array, "B N D"]]:
-        """The cross block, then the self blocks over the latents; the stream at each depth."""
+    ) -> tuple[list[Float[Array, "B N D"]], Halting | None]:
+        """The cross block, then the self blocks over the latents and their tape; the stream at each depth."""
         N = rows.right_aligned_BxN.shape[1]
         k_BxSxGxK, v_BxSxGxK = self.cross.keys_values(self.context_norm(embedded_BxSxD), positions_BxSxP)
         positions_BxNxP = take_slice(positions_BxSxP, rows.latents_B, N)
@@ -209,11 +229,27 @@ class PerceiverAR(nnx.Module):
         q_BxNxHxK = self.cross.queries(x_BxNxD, positions_BxNxP)
         attended_BxNxHxK = attend_context(q_BxNxHxK, k_BxSxGxK, v_BxSxGxK, rows.prefix_B, self.compute, rows.split_over)
         x_BxNxD = self.cross.add(x_BxNxD, attended_BxNxHxK, drop)
-        return depths.streams(self.blocks, x_BxNxD, lambda block, x: block.attend_self(x, positions_BxNxP, drop))
+        if self.config.tape is None:
+            streams = depths.streams(self.blocks, x_BxNxD, lambda block, x: block.attend_self(x, positions_BxNxP, drop))
+            return streams, None
+        P = embedded_BxSxD.shape[1] - N
+        reading = self.tape(embedded_BxSxD[:, :P], jnp.arange(P)[None] < rows.prefix_B[:, None])
+        blocks = list(itertools.islice(self.blocks, depths.depths[-1]))
+        positions_BxTxP = tape_positions(positions_BxNxP[:, 0], self.config.tape.tokens)
+        tape = tape_keys(
+            reading, blocks, positions_BxTxP, self.compute, lambda block, x, found: block.add(x, found, drop)
+        )
+
+        def attend(block_and_tape: tuple[Block, TapeKeys], x: Array) -> Array:
+            block, before = block_and_tape
+            q, k, v = block.queries_keys_values(x, positions_BxNxP)
+            return block.add(x, attend_after(q, *before, k, v, self.compute), drop)
+
+        return depths.streams(zip(blocks, tape, strict=True), x_BxNxD, attend), reading.halting
 
     def _recur(
         self, embedded_BxMxD: Array, positions_BxMxP: Array, rows: Rows, drop: nnx.Dropout, depths: "_Depths"
-    ) -> list[Float[Array, "B M D"]]:
+    ) -> tuple[list[Float[Array, "B M D"]], None]:
         """The blocks with segment recurrence; see `transformer_xl`. The stream at each depth."""
         del rows
         x = self.latent(embedded_BxMxD)
@@ -222,7 +258,7 @@ class PerceiverAR(nnx.Module):
         def recur(block: Block, x: Array) -> Array:
             return block.add(x, attend_segments(block, x, x, block.attention_norm, positions_BxMxP), drop)
 
-        return depths.streams(self.blocks, x, recur)
+        return depths.streams(self.blocks, x, recur), None
 
     def _embed_rows(self, tokens_BxM: Array, rows: Rows) -> Float[Array, "B S D"]:
         """Embeddings of the S rows. If none are dropped, tokens are put in order, which is cheaper than embeddings."""
@@ -311,7 +347,7 @@ class _Depths(NamedTuple):
     depths: tuple[int, ...]
     kept_LxB: Array | None
 
-    def streams(self, blocks: Iterable[Block], x_BxNxD: Array, run: Callable[[Block, Array], Array]) -> list[Array]:
+    def streams(self, blocks: Iterable[_T], x_BxNxD: Array, run: Callable[[_T, Array], Array]) -> list[Array]:
         """The residual stream at each depth; `run` applies a block."""
         found = []
         for layer, block in enumerate(itertools.islice(blocks, self.depths[-1])):

@@ -20,7 +20,7 @@ from music_ar.features.wishes import WishTable
 from music_ar.files import parse_json, read_file
 from music_ar.model import hub
 from music_ar.model.card import without_metadata
-from music_ar.model.config import ModelConfig
+from music_ar.model.config import ModelConfig, TapeConfig
 from music_ar.model.quantization import dequantize
 from music_ar.tokens import vocabulary
 
@@ -40,7 +40,7 @@ SHIPPED_FOLDERS = (_HERE.parent / "checkpoints", _HERE / "checkpoints")
 
 _MAX_CONFIG_BYTES = 2**20
 _SIZE_SLACK = 2**20  # bytes, for the header and what small models have besides int8 matrices
-_LATER_SIZES = ("segment", "exits", "wishes", "padding")  # not in the first configs of the format, and off by default
+_LATER_SIZES = ("segment", "exits", "wishes", "tape", "padding")  # not in the first configs, and off by default
 _OLD_FORMAT = "music-ar 1"
 _OLD_NAMES = {  # of sizes and of tensors in the old format
     "recall": "retrieval_notes",
@@ -131,6 +131,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {
         "embedding": (V, D),
         **{name: shape for name, shape in optional.items() if shape[0]},
+        **_tape_shapes(config),
         "context_norm.scale": (D,),
         "latent.kernel": (D, D),
         **{f"cross.{name}": shape for name, shape in block.items()},
@@ -138,6 +139,21 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "final_norm.scale": (D,),
         "head.kernel": (D, V),
         "head.bias": (V,),
+    }
+
+
+def _tape_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    if config.tape is None:
+        return {}
+    D, learned = config.width, config.tape.learned
+    return {
+        **({"tape.learned": (learned, D)} if learned else {}),
+        "tape.start": (D,),
+        **{f"tape.{name}.kernel": (D, D) for name in ("item", "key", "query")},
+        "tape.expand.kernel": (2 * D, 2 * D),
+        "tape.contract.kernel": (2 * D, D),
+        "tape.halt.kernel": (D, 1),
+        "tape.halt.bias": (1,),
     }
 
 
@@ -306,9 +322,7 @@ def _read_config(path: Path) -> tuple[ModelConfig, str | None]:
         if missing := [name for name in _needed_sizes(record["format"]) if name not in sizes]:
             raise CheckpointError(f"{path} lacks {', '.join(missing)}, so it is not a model configuration")
         sizes["exits"] = tuple(sizes.get("exits", ()))
-        if sizes.get("wishes") is not None:
-            sizes["wishes"] = WishTable.of_json(sizes["wishes"])
-        config = ModelConfig(**sizes)
+        config = ModelConfig(**sizes | _nested(sizes))
         _check_fingerprint(config, record["fingerprint"], path)
         return config, record.get("weights_sha256")
     except OSError as error:
@@ -345,6 +359,15 @@ def _check_fingerprint(config: ModelConfig, fingerprint: str, path: Path) -> Non
     if config.is_music and fitting:
         raise CheckpointError(f"{path}: expected vocabulary_size {fitting[0]}, got {config.vocabulary_size}")
     raise CheckpointError(f"{path}: vocabulary_size and padding are not those of the fingerprint; fetch it again")
+
+
+def _nested(sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes that are records themselves."""
+    wishes, tape = sizes.get("wishes"), sizes.get("tape")
+    return {
+        "wishes": None if wishes is None else WishTable.of_json(wishes),
+        "tape": None if tape is None else TapeConfig(**tape),
+    }
 
 
 def _in_words(error: Exception) -> str:

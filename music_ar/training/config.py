@@ -94,6 +94,8 @@ class TrainingConfig(RunConfig):
             weighs all exits alike.
         exit_distillation: fraction of an exit's loss that is the cross-entropy with the prediction of all blocks, in
             place of the data or of teachers.
+        ponder_weight: weight of the ponder loss, the sum of the shares of an example's tape tokens (see
+            `music_ar.model.tape`). Raise it to have fewer read.
         distillation_weight: with teachers, weight of their predictions in the loss; the data gets the rest (Hinton et
             al., arXiv 1503.02531).
         prefix_keep: fraction of the prefix (the context before the latents) that each example keeps, drawn at random
@@ -106,6 +108,7 @@ class TrainingConfig(RunConfig):
     exit_weight: float = number(0.5, above=0, most=100)
     exit_weight_power: float = number(1.0, least=0, most=10)
     exit_distillation: float = number(0.0, least=0, most=1)
+    ponder_weight: float = number(0.001, least=0, most=100)
     distillation_weight: float = number(0.5, least=0, most=1)
     prefix_keep: float = number(0.5, least=0, most=1)
 

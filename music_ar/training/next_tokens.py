@@ -63,7 +63,9 @@ class NextTokens:
 
 
 def _check_prefix(model: ModelConfig, config: TrainingConfig, mesh: Mesh) -> None:
-    """Raise TrainingError if the prefix is to be split over devices, and there is none."""
+    """Raise TrainingError if the prefix is to be split over devices, and there is none or a tape is read from it."""
+    if split_axis(mesh) and model.tape is not None:
+        raise TrainingError("a tape is read from the whole context, which the mesh axis sequence splits: leave it out")
     kept = round((model.attended(model.window) - model.latents) * config.prefix_keep)
     if split_axis(mesh) and (model.segment or kept == 0):
         raise TrainingError(

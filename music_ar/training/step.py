@@ -101,7 +101,7 @@ def student_loss(
     teacher_BxNxV = None
     if teachers is not None:
         teacher_BxNxV = jax.lax.stop_gradient(teachers.predict(teacher_params, batch, **window))
-    depths_BxNxV = model.at_depths(
+    depths_BxNxV, tape = model.predict(
         tokens[:, :-1],
         depths=model.config.depths,
         dropout=config.dropout,
@@ -112,15 +112,18 @@ def student_loss(
     loss_of = functools.partial(token_loss, targets_BxN=tokens[:, -latents:], weights_BxN=weights, z_loss=config.z_loss)
     taught = {"teacher_BxNxV": teacher_BxNxV, "distillation_weight": config.distillation_weight}
     loss, cross_entropy = loss_of(depths_BxNxV[-1], **taught)
-    metrics = {"loss": cross_entropy}
+    metrics, ponder = {"loss": cross_entropy}, jnp.zeros(())
+    if tape is not None:
+        metrics["tape_tokens"] = tape.reads_B.astype(jnp.float32).mean()
+        ponder = config.ponder_weight * tape.shares_BxT.sum(axis=1).mean()
     if not model.config.exits:
-        return loss, metrics
+        return loss + ponder, metrics
     if config.exit_distillation:
         own_BxNxV = jax.lax.stop_gradient(jax.nn.softmax(depths_BxNxV[-1]))
         taught = {"teacher_BxNxV": own_BxNxV, "distillation_weight": config.exit_distillation}
     losses = [loss_of(logits_BxNxV, **taught)[0] for logits_BxNxV in depths_BxNxV[:-1]] + [loss]
     shares = config.exit_weights(model.config.depths)
-    return sum((share * each for share, each in zip(shares, losses, strict=True)), jnp.zeros(())), metrics
+    return sum((share * each for share, each in zip(shares, losses, strict=True)), ponder), metrics
 
 
 def batch_gradients(

@@ -71,8 +71,8 @@ class NativeDecoder:
 
     @staticmethod
     def suits(config: ModelConfig) -> bool:
-        """Whether the engine supports these sizes."""
-        return config.head_size <= _MOST_HEAD_SIZE and config.is_music
+        """Whether the engine supports a model: its sizes, event tokens, and no tape."""
+        return config.head_size <= _MOST_HEAD_SIZE and config.is_music and config.tape is None
 
     def start(
         self,
