@@ -59,7 +59,7 @@ def test_every_command_explains_its_options(capsys, command):
     code, output, _ = run(capsys, command, "--help")
     assert code == 0
     [example] = [line.removeprefix("Example: music-ar ") for line in output.splitlines() if "Example:" in line]
-    assert type(cli.parse(shlex.split(example))).__name__.lower() == command
+    assert type(cli.parse(shlex.split(example))).__name__.lower() == command.replace("-", "")
     assert "(default: )" not in output
 
 
