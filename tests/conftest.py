@@ -1,10 +1,12 @@
 """What every test relies on: strict JAX on the CPU, hypothesis without deadlines, and small real inputs."""
 
 import contextlib
+import gc
 import hashlib
 import os
 import platform
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -68,6 +70,24 @@ LONG_FILES = (
 def pytest_collection_modifyitems(items):
     rank = {name: place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+    """Forget compiled programs once there are many.
+
+    Each takes some memory maps. Linux allows a process 65,530, and XLA crashes at the next one.
+    """
+    yield
+    if "jax" in sys.modules and memory_maps() > 20_000:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+
+
+def memory_maps() -> int:
+    """Number of memory maps of this process; 0 where there is no telling."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
 
 
 def make_performance(seed: int, notes: int = 200) -> Performance:
