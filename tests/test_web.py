@@ -287,11 +287,13 @@ def test_two_pages_get_their_own_music_and_keys_play(browser, page, address):
         tab.locator("#generate").click()
     for tab in (page, other):
         wait_until_done(tab)
-    clients = [Client(address, verbose=False) for _ in range(DEVICE["concurrency_limit"])]
+    places = DEVICE["concurrency_limit"]
+    # Some wait: a fast machine has soon done the first.
+    clients = [Client(address, verbose=False) for _ in range(4 * places)]
     jobs = [client.submit(seconds=3600, variations=8, latents=32, api_name="/generate") for client in clients]
-    wait_until(lambda: all(job.outputs() for job in jobs), "all places are taken")
+    wait_until(lambda: sum(bool(job.outputs()) for job in jobs) >= places, "all places are taken")
     other.locator("#generate").click()
-    wait_until(lambda: "Other pieces come first: you are next" in status(other), "the waiting see their place")
+    wait_until(lambda: "Other pieces come first: " in status(other), "the waiting see their place")
     other.locator("#stop").click()
     wait_until(lambda: "Done" in status(other), "one may stop waiting")
     for job in jobs:
