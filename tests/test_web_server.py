@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -382,7 +383,8 @@ def test_assistants_generate_and_continue(tiny_checkpoint, tmp_path):
             assert "got -2" in wrong.content[0].text
 
     with running_page(tiny_checkpoint, tmp_path, "--mcp") as page:
-        asyncio.run(talk(page.address))
+        with ThreadPoolExecutor(1) as thread:  # in this one, Playwright may be running a loop
+            thread.submit(asyncio.run, talk(page.address)).result()
 
 
 # ---------------------------------------------------------------- parts
