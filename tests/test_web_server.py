@@ -382,9 +382,9 @@ def test_assistants_generate_and_continue(tiny_checkpoint, tmp_path):
             wrong = await session.call_tool("generate", {"seconds": -2})
             assert "got -2" in wrong.content[0].text
 
-    with running_page(tiny_checkpoint, tmp_path, "--mcp") as page:
-        with ThreadPoolExecutor(1) as thread:  # in this one, Playwright may be running a loop
-            thread.submit(asyncio.run, talk(page.address)).result()
+    # In this thread, Playwright may be running a loop.
+    with running_page(tiny_checkpoint, tmp_path, "--mcp") as page, ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, talk(page.address)).result()
 
 
 # ---------------------------------------------------------------- parts
