@@ -1,6 +1,7 @@
 """What the commands share: option types, progress on standard error, tables on standard output, file checks."""
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -55,6 +56,28 @@ _WishOptions = dataclasses.make_dataclass(
 )
 WishOptions = Annotated[Wishes, tyro.conf.OmitArgPrefixes, tyro.conf.arg(constructor=_WishOptions)]
 """Type of a command's field `wishes: WishOptions = Wishes()`: an option for each wish, as with `Sampling`."""
+
+Layers = Annotated[
+    Unset[int],
+    tyro.conf.arg(
+        help="number of layers of the model to use. Fewer is faster, for a model that was trained to stop early. "
+        "Default: all."
+    ),
+]
+Confidence = Annotated[
+    float,
+    tyro.conf.arg(
+        help="stop early at each event that the model gives more than this probability; lower is faster. Default: 1, "
+        "never."
+    ),
+]
+Budget = Annotated[
+    Unset[float],
+    tyro.conf.arg(
+        help="in place of the three, a share of the time that the best quality takes, such as 0.5; it takes the best "
+        "setting that was measured for the model at that cost."
+    ),
+]
 
 
 def _one_address(given: list[str]) -> str:
@@ -172,6 +195,17 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(math.floor(seconds + 0.5), 60)  # as the player in the browser rounds
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def check_packages(what: str, extra: str, *packages: str) -> None:
+    """Check that the packages of an extra are installed, before anything else is done.
+
+    Raises:
+        CommandError: `what` needs one that is missing.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise CommandError(f"{what} needs {package}: pip install '.[{extra}]'")
 
 
 def check_writable(path: str | Path) -> None:

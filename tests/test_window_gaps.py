@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import make_performance
+from event_tokens import off, on, shift, velocity
 from flax import nnx
 from test_cli import run
 from tiny_maestro import pieces_of
@@ -28,13 +29,9 @@ from music_ar.tokens.vocabulary import (
     END_OF_GAP,
     INFILL_VOCABULARY_SIZE,
     MIDDLE,
-    NOTE_OFF,
-    NOTE_ON,
     PAD,
     SEPARATOR,
     START,
-    TIME_SHIFT,
-    VELOCITY,
 )
 from music_ar.training.losses import token_loss
 
@@ -96,8 +93,8 @@ def test_a_share_of_the_windows_is_re_ordered(music):
 
 
 def test_only_music_counts_as_a_target():
-    before = np.array([START, VELOCITY, 60, *shifts(120)], np.int32)
-    after, middle = np.array([VELOCITY, 61], np.int32), np.array([NOTE_OFF + 60, END_OF_GAP, END], np.int32)
+    before = np.array([START, velocity(1), on(60), *shifts(120)], np.int32)
+    after, middle = np.array([velocity(1), on(61)], np.int32), np.array([off(60), END_OF_GAP, END], np.int32)
     weights = target_weights(Parts(before, middle, after, 250))
     assert weights.tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
 
@@ -145,11 +142,11 @@ def toy_gap(rng: np.random.Generator) -> Parts:
     half = steps // 2
 
     def note(pitch, before, length):
-        waits = [TIME_SHIFT + before - 1] if before else []
-        return [*waits, VELOCITY + 9, NOTE_ON + pitch, TIME_SHIFT + length - 1, NOTE_OFF + pitch]
+        waits = [shift(before)] if before else []
+        return [*waits, velocity(10), on(pitch), shift(length), off(pitch)]
 
     other = int(rng.integers(60, 72))
-    middle = [*shifts(half), NOTE_ON + pitch - 12, TIME_SHIFT, NOTE_OFF + pitch - 12, *shifts(steps - half - 1)]
+    middle = [*shifts(half), on(pitch - 12), shift(1), off(pitch - 12), *shifts(steps - half - 1)]
     return Parts(
         before=np.array([START, *note(other, 0, 10), *shifts(5)], np.int32),
         middle=np.array([*middle, END_OF_GAP, END], np.int32),

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from app.console import (
+    Budget,
     CommandError,
+    Confidence,
+    Layers,
     ProgressLine,
     Sampling,
     Unset,
@@ -54,12 +57,6 @@ class Generate:
             of the logits.
         latents: number of latents. Fewer is faster, more is more coherent. "auto" times this machine for a moment and
             takes the most that keep up with --speed. Default: 1024, or the model's maximum if it has fewer.
-        layers: number of layers of the model to use. Fewer is faster, for a model that was trained to stop early.
-            Default: all.
-        confidence: stop early at each event that the model gives more than this probability; lower is faster. Default:
-            1, never.
-        budget: in place of the three, a share of the time that the best quality takes, such as 0.5; it takes the best
-            setting that was measured for the model at that cost.
         speed: with --latents auto, seconds of music to generate per second. Raise it to leave room for other work;
             default: 1.5.
         seed: random seed; the same seed and options give the same piece. Default: a random one, which is printed.
@@ -78,9 +75,9 @@ class Generate:
     seconds: float = 60.0
     variations: int = 1
     latents: Unset[int | Literal["auto"]] = None
-    layers: Unset[int] = None
-    confidence: float = 1.0
-    budget: Unset[float] = None
+    layers: Layers = None
+    confidence: Confidence = 1.0
+    budget: Budget = None
     speed: Unset[float] = None
     seed: Unset[int] = None
     checkpoint: Unset[str] = None

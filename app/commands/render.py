@@ -12,7 +12,10 @@ import tyro
 from app.console import (
     SOME_FAILED,
     STDIN,
+    Budget,
     CommandError,
+    Confidence,
+    Layers,
     ProgressLine,
     Sampling,
     Unset,
@@ -61,12 +64,6 @@ class Render:
         continuation_only: write only the new music, without the prompt.
         latents: number of latents. Fewer is faster, more is more coherent. Default: 1024, or the model's maximum if it
             has fewer.
-        layers: number of layers of the model to use. Fewer is faster, for a model that was trained to stop early.
-            Default: all.
-        confidence: stop early at each event that the model gives more than this probability; lower is faster. Default:
-            1, never.
-        budget: in place of the three, a share of the time that the best quality takes, such as 0.5; it takes the best
-            setting that was measured for the model at that cost.
         seed: random seed of each prompt's first variation. Change it for other pieces.
         audio: also write each piece as an audio file, tagged with title, seed and model; needs the extra `audio`.
         pedal: play the generated notes with the sustain pedal, so that a player piano or a workstation shows keys and
@@ -96,9 +93,9 @@ class Render:
     prompt_seconds: Unset[float] = None
     continuation_only: bool = False
     latents: Unset[int] = None
-    layers: Unset[int] = None
-    confidence: float = 1.0
-    budget: Unset[float] = None
+    layers: Layers = None
+    confidence: Confidence = 1.0
+    budget: Budget = None
     seed: int = 0
     audio: Unset[Literal["wav", "flac", "mp3", "ogg"]] = None
     pedal: bool = False

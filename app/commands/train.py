@@ -4,7 +4,6 @@ It connects the data pipeline and a model to `training.Trainer`, which does not 
 that needs JAX is imported in `run`, so `music-ar train --help` does not wait for it.
 """
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +14,7 @@ import numpy as np
 import tyro
 
 from app.commands.hosts import code_and_packages, run_together
-from app.console import CommandError, ProgressLine, Unset, check_options, clock
+from app.console import CommandError, ProgressLine, Unset, check_options, check_packages, clock
 from data_pipeline.augmentation.transforms import Augmentation
 from data_pipeline.manifest import Manifest, text_digest
 from data_pipeline.window_wishes import WindowWishes, WishDropout
@@ -164,9 +163,7 @@ class Train:
 
     def run(self) -> None:
         """Train; save the pretrained model if the run has reached its end."""
-        for package in ("grain", "tensorboardX"):
-            if importlib.util.find_spec(package) is None:
-                raise CommandError(f"training needs {package}: pip install '.[train]'")
+        check_packages("training", "train", "grain", "tensorboardX")
         from music_ar.training.cluster import Alone, find
 
         place = find(self.coordinator, self.processes, self.process, self.join_timeout)
@@ -347,7 +344,7 @@ class Train:
                 resume=self.resume,
                 mesh=mesh,
                 hosts=hosts,
-                on_progress=lambda progress: line.report(_share(progress), _describe(progress)),
+                on_progress=lambda progress: line.report(progress.share, _describe(progress)),
             ).fit()
 
     def _save(self, fitted: "Fitted", held_out: "Sequence[np.ndarray]") -> None:
@@ -423,10 +420,6 @@ class Train:
             workers=self.workers,
         )
         return cast("Batches", batches(*parts, config=loader))  # its batches are TypedDicts, so dicts of arrays
-
-
-def _share(progress: "Progress") -> float:
-    return progress.elapsed_s / max(progress.elapsed_s + progress.eta_s, 1e-9)
 
 
 def _describe(progress: "Progress") -> str:

@@ -4,14 +4,13 @@ It connects `data_pipeline.passage_loader` and an encoder to `training.Trainer`.
 `run`.
 """
 
-import importlib.util
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from app.console import CommandError, ProgressLine, Unset, check_options, clock
+from app.console import CommandError, ProgressLine, Unset, check_options, check_packages, clock
 from data_pipeline.augmentation.transforms import Augmentation
 from data_pipeline.manifest import Manifest
 from data_pipeline.passages import AUGMENTATION, PassageConfig
@@ -66,9 +65,7 @@ class TrainEncoder:
 
     def run(self) -> None:
         """Train; save the encoder if the run has reached its end."""
-        for package in ("grain", "tensorboardX"):
-            if importlib.util.find_spec(package) is None:
-                raise CommandError(f"training needs {package}: pip install '.[train]'")
+        check_packages("training", "train", "grain", "tensorboardX")
         from music_ar.embedding.config import PRESETS
         from music_ar.embedding.pretrained import save_encoder
 
@@ -111,7 +108,7 @@ class TrainEncoder:
                 resume=self.resume,
                 validate=self._validation(seed),
                 mesh=make_mesh(None if self.mesh is None else parse_axes(self.mesh)),
-                on_progress=lambda progress: line.report(_share(progress), _describe(progress)),
+                on_progress=lambda progress: line.report(progress.share, _describe(progress)),
             ).fit()
 
     def _passages(self, split: str, seed: int) -> "Passages":
@@ -139,10 +136,6 @@ class TrainEncoder:
             "passages": asdict(self.passages),
             "augmentation": asdict(self.augmentation),
         }
-
-
-def _share(progress: "Progress") -> float:
-    return progress.elapsed_s / max(progress.elapsed_s + progress.eta_s, 1e-9)
 
 
 def _describe(progress: "Progress") -> str:

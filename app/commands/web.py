@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
-from app.console import CommandError, ProgressLine, Unset
+from app.console import CommandError, ProgressLine, Unset, check_packages
 from app.web.addresses import Addresses, address_in_network, free_port, is_loopback
 from app.web.memory import share_arenas
 
@@ -127,9 +127,7 @@ class Web:
 
     def _check_packages(self) -> None:
         """Check that the optional packages are there, before the model is loaded."""
-        for package in ("gradio", "docstring_parser", "pydantic", "soundfile", "websockets"):
-            if importlib.util.find_spec(package) is None:
-                raise CommandError(f"the page needs {package}: pip install '.[web]'")
+        check_packages("the page", "web", "gradio", "docstring_parser", "pydantic", "soundfile", "websockets")
         if self.mcp and importlib.util.find_spec("mcp") is None:
             raise CommandError("--mcp needs the package mcp: pip install '.[mcp]'")
 

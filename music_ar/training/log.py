@@ -56,6 +56,11 @@ class Progress:
     eta_s: float
     others: dict[str, float] = dataclasses.field(default_factory=dict)
 
+    @property
+    def share(self) -> float:
+        """Share of the run that is done, 0..1."""
+        return self.elapsed_s / max(self.elapsed_s + self.eta_s, 1e-9)
+
 
 class _StepMetrics(NamedTuple):
     """Metrics of a step, fetched from the device."""
