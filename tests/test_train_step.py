@@ -219,6 +219,31 @@ def test_a_teacher_reads_what_its_own_window_holds():
     assert norms[0] < 1e-4 * norms[1]
 
 
+@pytest.mark.parametrize("kind", [Ensemble, CrossFitted])
+def test_a_teacher_without_the_tokens_of_gaps_teaches_the_examples_without_them(kind):
+    """The others are learned from their tokens alone, whatever the weight of the teachers."""
+    student = noisy_model(dataclasses.replace(CONFIG, vocabulary_size=vocabulary.INFILL_VOCABULARY_SIZE))
+    graph, params = nnx.split(student, nnx.Param)
+    tokens = next(CountingBatches())["tokens"].copy()
+    tokens[1, 2], tokens[3, -3] = vocabulary.SEPARATOR, vocabulary.MIDDLE
+
+    def loss(example, config, teachers):
+        weights = np.zeros((B, N), np.float32)
+        weights[example] = 1
+        batch = {"tokens": jnp.asarray(tokens), "weights": jnp.asarray(weights)}
+        placed = [] if teachers is None else teachers.place(mesh_of(1))
+        return float(student_loss(graph, config, teachers, params, placed, batch, jax.random.key(0))[0])
+
+    probabilities = jax.nn.softmax(noisy()(jnp.asarray(tokens[:, :-1]), latents=N))
+    new = student.config.vocabulary_size - vocabulary.VOCABULARY_SIZE
+    logits = jax.nn.log_softmax(student(jnp.asarray(tokens[:, :-1]), latents=N))
+    taught = -(logits * jnp.pad(probabilities, ((0, 0), (0, 0), (0, new)))).sum(-1).mean(-1)
+    for example in range(B):
+        alone = loss(example, PLAIN, None)
+        expected = alone if example in (1, 3) else float(taught[example])
+        assert loss(example, DISTILLED, kind([noisy(), noisy()])) == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("conditioned", ["student", "teachers", "nobody"])
 @pytest.mark.parametrize("kind", [Ensemble, CrossFitted])
 def test_models_with_labels_get_them(conditioned, kind):

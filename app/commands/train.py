@@ -60,7 +60,7 @@ class Train:
         exits: numbers of blocks, such as 2 4 6, after which the model also learns to predict, so that decoding may stop
             there (early exits); see --exit-weight and --layer-dropout. Default: those of the --start model, or none.
         teacher: models to distill: the trained model also learns their mean prediction. Names of shipped models, or
-            folders such as the model/ of other runs.
+            folders such as the model/ of other runs. A teacher that cannot fill gaps teaches the windows without one.
         out_of_fold: cross-fitted distillation: each teacher teaches only the fold that it was not trained on. Train
             teacher k with --without-fold k, and list the teachers in that order.
         folds: number of folds of about equal size to split the data into; no composition is in two of them. Needed with
@@ -290,11 +290,10 @@ class Train:
             return None
         models = [load_pretrained(teacher, compute=compute) for teacher in self.teacher]
         for name, model in zip(self.teacher, models, strict=True):
-            if model.config.fills_gaps != student.config.fills_gaps:
-                knows, lacks = ("teacher", "model") if model.config.fills_gaps else ("model", "teacher")
+            if model.config.fills_gaps and not student.config.fills_gaps:
                 raise CommandError(
-                    f"--teacher {name}: the {knows} has the tokens to fill gaps and the {lacks} has not; take a "
-                    "teacher with the model's tokens"
+                    f"--teacher {name} has the tokens to fill gaps and the model has not; take a teacher without them, "
+                    "or add --infill"
                 )
             if student.config.wishes and model.config.wishes not in (None, student.config.wishes):
                 raise CommandError(

@@ -44,16 +44,21 @@ class Ensemble:
         """Copy the parameters to each device of a mesh."""
         return jax.device_put(self._params, NamedSharding(mesh, self.sharding))
 
-    def predict(self, params: Params, batch: dict[str, Array], **window: Any) -> Float[Array, "B N V"]:
+    def predict(
+        self, params: Params, batch: dict[str, Array], vocabulary_size: int, **window: Any
+    ) -> Float[Array, "B N V"]:
         """Return the mean of the teachers' probabilities of the targets.
+
+        Where an example has tokens that a teacher does not know, it says for certain what comes: the targets.
 
         Args:
             params: a device's share of what `place` returns.
             batch: a device's share of a batch; see `trainer.Batches`.
+            vocabulary_size: V, the student's.
             **window: latents, kept_prefix, key and split_over of `PerceiverAR.at_depths`, the same as for the student.
         """
         models = [nnx.merge(graph, state) for graph, state in zip(self._graphs, params, strict=True)]
-        return jnp.stack([_probabilities(model, batch, **window) for model in models]).mean(axis=0)
+        return jnp.stack([_probabilities(model, batch, vocabulary_size, **window) for model in models]).mean(axis=0)
 
 
 class CrossFitted:
@@ -91,7 +96,9 @@ class CrossFitted:
         stacked = jax.tree.map(lambda *arrays: jnp.repeat(jnp.stack(arrays), copies, axis=0), *self._params)
         return jax.device_put([stacked], NamedSharding(mesh, self.sharding))
 
-    def predict(self, params: Params, batch: dict[str, Array], **window: Any) -> Float[Array, "B N V"]:
+    def predict(
+        self, params: Params, batch: dict[str, Array], vocabulary_size: int, **window: Any
+    ) -> Float[Array, "B N V"]:
         """Return each teacher's probabilities for its own part of a device's batch; arguments as in `Ensemble`."""
         (stacked,) = params
         count = jax.tree.leaves(stacked)[0].shape[0]
@@ -100,17 +107,24 @@ class CrossFitted:
         for number in range(count):
             model = nnx.merge(self._graph, jax.tree.map(itemgetter(number), stacked))
             part = {name: arrays[number] for name, arrays in parts.items()}
-            predictions.append(_probabilities(model, part, **window))
+            predictions.append(_probabilities(model, part, vocabulary_size, **window))
         return jnp.concatenate(predictions)
 
 
 Teachers = Ensemble | CrossFitted
 
 
-def _probabilities(model: PerceiverAR, batch: dict[str, Array], **window: Any) -> Array:
+def _probabilities(model: PerceiverAR, batch: dict[str, Array], vocabulary_size: int, **window: Any) -> Array:
     """Return a teacher's probabilities; it reads only the last of the student's inputs if its own window is shorter."""
-    inputs = batch["tokens"][:, :-1][:, -model.config.window :]
-    return jax.nn.softmax(model(inputs, **label_argument(model, batch), **window))
+    tokens, unknown = batch["tokens"], vocabulary_size - model.config.vocabulary_size
+    known = tokens < model.config.vocabulary_size
+    inputs = jnp.where(known, tokens, model.config.pad)[:, :-1][:, -model.config.window :]
+    probabilities = jax.nn.softmax(model(inputs, **label_argument(model, batch), **window))
+    if not unknown:
+        return probabilities
+    targets = jax.nn.one_hot(tokens[:, -probabilities.shape[1] :], vocabulary_size)
+    padded = jnp.pad(probabilities, ((0, 0), (0, 0), (0, unknown)))
+    return jnp.where(known.all(axis=1)[:, None, None], padded, targets)
 
 
 def label_argument(model: PerceiverAR, batch: dict[str, Array]) -> dict[str, Array]:

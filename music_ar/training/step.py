@@ -100,7 +100,8 @@ def student_loss(
     window = {"latents": latents, "kept_prefix": kept, "key": key, "split_over": split_over}
     teacher_BxNxV = None
     if teachers is not None:
-        teacher_BxNxV = jax.lax.stop_gradient(teachers.predict(teacher_params, batch, **window))
+        size = model.config.vocabulary_size
+        teacher_BxNxV = jax.lax.stop_gradient(teachers.predict(teacher_params, batch, size, **window))
     depths_BxNxV, tape = model.predict(
         tokens[:, :-1],
         depths=model.config.depths,
