@@ -43,8 +43,8 @@ COMMANDS = {
 class Command(Protocol):
     """A command: options in its fields, work in `run`.
 
-    A command that decodes also has an attribute `many_rows`: whether it fills large batches. It decides how many JAX
-    devices a CPU is split into.
+    A command that decodes also has an attribute `many_rows`: whether it fills large batches. It decides how JAX is set
+    up.
     """
 
     def run(self) -> int | None:
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if many_rows is not None:
             from music_ar.decoding import backend
 
-            backend.split_cpu(many_rows=many_rows)
+            backend.prepare(many_rows=many_rows)
         with _termination_interrupts():
             return command.run() or 0
     except BrokenPipeError:  # whatever reads our output, `head` for example, has closed the pipe

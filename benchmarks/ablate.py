@@ -20,6 +20,7 @@ The command can be repeated: it skips runs that are in results.jsonl, and resume
 import argparse
 import dataclasses
 import json
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def main() -> None:
             continue
         try:
             result = train_and_score(run, arguments.data, arguments.output / run["name"], arguments.max_pieces)
+        except KeyboardInterrupt:
+            sys.exit("stopped; the same command resumes the run")
         except Exception:
             traceback.print_exc()
             continue
@@ -69,6 +72,8 @@ def train_and_score(run: dict[str, Any], data: Path, output: Path, max_pieces: i
     """Return the run with its scores in nats per token."""
     validation = Pieces.open(data, "validation").tokens[:max_pieces]
     fitted = train(run, data, output, validation)
+    if not fitted.finished:
+        raise KeyboardInterrupt  # by a signal, which the trainer has caught
     calibrated, fits = calibrate(fitted.model, validation)
     save_pretrained(calibrated, output / "model")
     saved = load_pretrained(output / "model", compute=fitted.model.compute)

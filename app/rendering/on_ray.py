@@ -124,7 +124,7 @@ class RowsOnWorker:
 
     def __init__(self, model: Model):
         keep_compiled_programs()
-        backend.split_cpu(many_rows=True)
+        backend.prepare(many_rows=True)
         self._generator = Generator(decoder_of(model.weights), curve=lambda: model.curve)
         self._waiting: queue.SimpleQueue[tuple[Job, Future[Piece]]] = queue.SimpleQueue()
         self._next: tuple[Job, Future[Piece]] | None = None
