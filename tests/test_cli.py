@@ -432,10 +432,12 @@ def test_the_version_is_printed(capsys):
         ("bench render", True),
     ],
 )
-def test_a_cpu_is_split_into_devices_that_suit_the_command(monkeypatch, command, many_rows):
+def test_jax_is_set_up_to_suit_the_command(monkeypatch, command, many_rows):
+    """A CPU is split into devices; for few rows, memory of a GPU is not reserved."""
     chosen = cli.parse(shlex.split(command))
     monkeypatch.setattr(type(chosen), "run", lambda _: None)
-    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
+    monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(backend, "cpu_devices", lambda *, many_rows: 3 + many_rows)
     assert cli.main(shlex.split(command)) == 0
     assert os.environ["JAX_NUM_CPU_DEVICES"] == str(3 + many_rows)
+    assert os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") == (None if many_rows else "false")
