@@ -67,8 +67,15 @@ Layers = Annotated[
 Confidence = Annotated[
     float,
     tyro.conf.arg(
-        help="stop early at each event that the model gives more than this probability; lower is faster. Default: 1, "
-        "never."
+        help="stop early at each event that the model gives more than this probability; lower is faster, and 1 never "
+        "does."
+    ),
+]
+Choices = Annotated[
+    int,
+    tyro.conf.arg(
+        help="make each phrase of 8 s so many times, and keep the one that returns most to how the piece began. Two "
+        "take twice as long as one."
     ),
 ]
 Budget = Annotated[

@@ -1,6 +1,6 @@
 """Measure form over minutes: what of the prompt returns, and whether the texture holds, beside real pieces.
 
-    python benchmarks/form.py data/maestro [--checkpoint NAME] [--pieces 32] [--latents 2048] [--split validation]
+    python benchmarks/form.py data/maestro [--checkpoint NAME] [--pieces 32] [--latents 2048] [--choices 4]
 
 Prompts are the first 20 s of pieces; the notes 30 to 120 s after the prompt are compared with it
 (`music_ar.metrics.form`), of the continuation and of the piece itself. Prints the means, and last one line of JSON.
@@ -32,20 +32,38 @@ def main() -> None:
     parser.add_argument("--checkpoint")
     parser.add_argument("--pieces", type=int, default=32)
     parser.add_argument("--latents", type=int, default=2048)
+    parser.add_argument("--choices", type=int, default=1)
     arguments = parser.parse_args()
 
     pieces = [codec.decode(tokens) for tokens in Pieces.open(arguments.data, arguments.split).tokens]
     real = [piece for piece in pieces if piece.duration_s >= LATER_S[1]][: arguments.pieces]
     generator = Generator.from_pretrained(arguments.checkpoint)
     requests = [
-        Request(prompt=piece, prompt_seconds=PROMPT_S, seconds=SECONDS, latents=arguments.latents, seed=seed)
+        Request(
+            prompt=piece,
+            prompt_seconds=PROMPT_S,
+            seconds=SECONDS,
+            latents=arguments.latents,
+            choices=arguments.choices,
+            seed=seed,
+        )
         for seed, piece in enumerate(real)
     ]
     made = [each.performance for each in generator.generate_many(requests)]
     rows = {"real": means(real), "generated": means(made)}
     names = list(rows["real"])
     print_table(["", *names], [[row, *(f"{found[name]:.3f}" for name in names)] for row, found in rows.items()])
-    print(json.dumps({"benchmark": "form", "pieces": len(real), "latents": arguments.latents, **rows}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "form",
+                "pieces": len(real),
+                "latents": arguments.latents,
+                "choices": arguments.choices,
+                **rows,
+            }
+        )
+    )
 
 
 def means(pieces: list[Performance]) -> dict[str, float]:

@@ -278,8 +278,7 @@ class Generator:
         speed = DEFAULT_SPEED if request.speed is None else request.speed
         gap = request.gap(self.config.reach)
         tokens = request.prompt_tokens() if gap is None else gap.tokens
-        rows = request.variations * (2 if request.wishes.is_guided else 1)
-        pace: dict[str, Any] = {"prompt": tokens, "variations": rows}
+        pace: dict[str, Any] = {"prompt": tokens, "variations": request.variations * request.rows}
         if self.config.exits and (request.layers, request.confidence) == (None, 1) and self.frontier.settings:
             return self.autotuner.setting(speed, self.frontier, **pace)
         latents = self.autotuner.latents(speed, layers=layers, confidence=request.confidence, **pace)

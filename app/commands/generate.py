@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from app.console import (
     Budget,
+    Choices,
     CommandError,
     Confidence,
     Layers,
@@ -74,6 +75,7 @@ class Generate:
     pedal: bool = False
     seconds: float = 60.0
     variations: int = 1
+    choices: Choices = 1
     latents: Unset[int | Literal["auto"]] = None
     layers: Layers = None
     confidence: Confidence = 1.0
@@ -142,6 +144,7 @@ class Generate:
             speed=self.speed,
             seed=self.seed,
             variations=self.variations,
+            choices=self.choices,
             **({} if self.prompt_seconds is None else {"prompt_seconds": self.prompt_seconds}),
             continuation_only=self.continuation_only,
             sampling=self.sampling,

@@ -13,6 +13,7 @@ from app.console import (
     SOME_FAILED,
     STDIN,
     Budget,
+    Choices,
     CommandError,
     Confidence,
     Layers,
@@ -88,6 +89,7 @@ class Render:
     count: int = whole(0, 0, 1_000_000)
     jobs: Unset[Path] = None
     variations: int = 1
+    choices: Choices = 1
     keep_best: Unset[int] = whole(None, 1)
     seconds: float = 60.0
     prompt_seconds: Unset[float] = None
@@ -115,7 +117,17 @@ class Render:
         check_options(self)
         if STDIN in self.prompts and self.jobs == Path(STDIN):
             raise CommandError("standard input (-) can be a prompt or the jobs, not both")
-        own = ("variations", "seconds", "prompt_seconds", "latents", "layers", "confidence", "budget", "seed")
+        own = (
+            "variations",
+            "choices",
+            "seconds",
+            "prompt_seconds",
+            "latents",
+            "layers",
+            "confidence",
+            "budget",
+            "seed",
+        )
         Request(**{name: getattr(self, name) for name in own}, sampling=self.sampling)  # checks them
         if not self.prompts and not self.count and self.jobs is None:
             raise CommandError("nothing to generate: give prompts, --count or --jobs")

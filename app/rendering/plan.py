@@ -226,8 +226,7 @@ class Plan:
             asked = Request.of(None, **{name: options[name] for name in ("latents", *_NEUTRAL)})
             options |= {**self.generator.setting(asked)._asdict(), "budget": None}  # raises if the model cannot
         batch_size = self.generator.batch_size(options["latents"])  # raises if the model cannot take so many latents
-        if wishes.is_guided:  # each piece takes two rows
-            batch_size = max(1, batch_size // 2)
+        batch_size = max(1, batch_size // Request(wishes=wishes, choices=options["choices"]).rows)
         if options["latents"] is None:
             options["latents"] = min(DEFAULT_LATENTS, self.generator.config.most_latents)
         settings = self._settings(options, batch_size)
@@ -257,7 +256,7 @@ class Plan:
 
     def _settings(self, options: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
         """What the manifest records in addition to prompt, seed and model."""
-        neutral = _NEUTRAL | _NO_WISHES
+        neutral = _NEUTRAL | _NO_WISHES | {"choices": 1}
         settings = {
             name: value
             for name, value in options.items()

@@ -2,8 +2,8 @@
 
 When a sequence is finished, the next takes its row and the others continue. Sequences of one cache size and
 depth share a batch (their prompts, numbers of latents, thresholds of early exits, seeds, lengths, sampling options and
-wishes may differ); if the next one needs another size, or guidance where the others need none, the batch is drained
-first.
+wishes may differ); if the next one needs another size, or guidance or choices where the others need none, the batch is
+drained first.
 
 A sequence depends on its own request and, with JAX, in the last bit of its logits on the size of the batch, because
 matrix products of different shapes sum in different orders. It does not depend on its row, on the other rows, or on
@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from music_ar.decoding.budget import Setting, setting_of
-from music_ar.decoding.guidance import GuidedDecoder
 from music_ar.decoding.interface import AnyDecoder, Options, leaves_early, option_arrays
 from music_ar.decoding.request import GenerationError, Request, stuck_error
+from music_ar.decoding.rows import decoder_of_rows
 from music_ar.decoding.sequence import Sequence
 from music_ar.decoding.windows import cache_size
 from music_ar.features.wish_options import Wishes
@@ -65,8 +65,8 @@ def complete(
     entry = next(waiting, None)
     while entry is not None:
         setting = setting_of(entry[0], decoder.config)
-        rows_of = GuidedDecoder(decoder) if entry[0].wishes.is_guided else decoder
-        batch = _Batch(rows_of, rows_of.batch_rows(setting.latents) if rows is None else rows, setting)
+        rows_of = decoder_of_rows(decoder, entry[0])
+        batch = _Batch(rows_of, rows_of.batch_rows(setting.latents) if rows is None else rows, entry[0])
         while (entry is not None and batch.takes(entry[0])) or batch.busy:
             while entry is not None and batch.takes(entry[0]) and batch.has_room:
                 batch.add(*entry)
@@ -102,9 +102,9 @@ def _sequences(
 class _Batch:
     """The rows of one batch, and which sequences are in them."""
 
-    def __init__(self, decoder: AnyDecoder | GuidedDecoder, rows: int, setting: Setting):
-        self._decoder, self._rows = decoder, rows
-        self._is_guided = isinstance(decoder, GuidedDecoder)
+    def __init__(self, decoder: Any, rows: int, first: Request):
+        self._decoder, self._rows, self._first = decoder, rows, first
+        setting = self._setting_of(first)
         self._program = self._program_of(setting)
         self._state = _idle(decoder, rows, setting)
         self._requests = [Request()] * rows
@@ -130,7 +130,8 @@ class _Batch:
 
     def takes(self, request: Request) -> bool:
         same_program = self._program_of(self._setting_of(request)) == self._program
-        return same_program and request.wishes.is_guided == self._is_guided
+        first = self._first
+        return same_program and (request.wishes.is_guided, request.choices) == (first.wishes.is_guided, first.choices)
 
     def add(self, request: Request, sequence: Sequence) -> None:
         row = next(row for row in range(self._rows) if row not in self._running)
@@ -141,7 +142,7 @@ class _Batch:
 
     def _row_options(self) -> Options:
         options = option_arrays([request.sampling for request in self._requests])
-        if self._is_guided:
+        if self._first.wishes.is_guided:
             options["guidance"] = np.array([request.wishes.guidance for request in self._requests], np.float32)
         return options
 
@@ -180,7 +181,7 @@ class _Batch:
         return steps, finished
 
 
-def _idle(decoder: AnyDecoder | GuidedDecoder, rows: int, setting: Setting) -> Any:
+def _idle(decoder: Any, rows: int, setting: Setting) -> Any:
     """A batch in which no row generates anything."""
     start = np.array([vocabulary.START], np.int32)
     state = decoder.start([start], seeds=[0], limit_steps=0, **setting._asdict()).rows([0] * rows)

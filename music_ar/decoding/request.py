@@ -24,6 +24,7 @@ from music_ar.tokens.codec import encode, event_steps
 DEFAULT_LATENTS = 1024
 DEFAULT_SPEED = 1.5
 MAX_VARIATIONS = 10_000
+MAX_CHOICES = 64
 # A stuck model could emit notes forever without advancing time; the densest second of MAESTRO has fewer tokens.
 _MAX_TOKENS_PER_S = 500
 
@@ -61,6 +62,8 @@ class Request:
         variations: how many samples of the prompt to generate, with the seeds `seed`, `seed` + 1 and so on. On a CPU,
             in the native engine, each is the piece that its seed gives alone, to the byte. With JAX, the number of
             pieces generated at once moves the last bits of the logits, so that a seed may give another piece alone.
+        choices: how often each phrase of 8 s is made, of which the one is kept that returns most to what the piece
+            began with; 1 makes each once. Each takes the time of a piece.
         prompt_seconds: use only the beginning of the prompt. Notes that sound at the cut are held, and the model
             decides when they end.
         continuation_only: leave the prompt out of the result, and count time from where it ended.
@@ -82,6 +85,7 @@ class Request:
     wishes: Wishes = Wishes()
     seed: int | None = whole(None, 0, MAX_SEED)
     variations: int = whole(1, 1, MAX_VARIATIONS)
+    choices: int = whole(1, 1, MAX_CHOICES)
     prompt_seconds: float | None = number(None, above=0, most=MAX_SECONDS)
     continuation_only: bool = False
     tag: Any = None
@@ -96,6 +100,8 @@ class Request:
             raise GenerationError(f'speed = {self.speed} needs latents = "auto"')
         if self.budget is not None and (self.latents, self.layers, self.confidence) != (None, None, 1.0):
             raise GenerationError("give either a budget, or latents, layers and confidence")
+        if self.after is not None and self.choices > 1:
+            raise GenerationError(f"choices are for music that goes on, and must be 1 in a gap; got {self.choices}")
         if self.after is not None and not SHORTEST_S <= self.seconds <= LONGEST_S:
             raise GenerationError(
                 f"a gap must last from {shown(SHORTEST_S)} s, a short note, to {shown(LONGEST_S)} s, the longest that "
@@ -152,6 +158,11 @@ class Request:
         if start_s == 0:
             return cls.of(None, after=after, seconds=end_s, **options)
         return cls.of(piece, prompt_seconds=start_s, after=after, seconds=end_s - start_s, **options)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch that one variation takes."""
+        return self.choices * (2 if self.wishes.is_guided else 1)
 
     def with_seed(self) -> "Request":
         """The request with a seed: its own, or a random one."""

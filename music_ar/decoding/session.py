@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from music_ar.decoding.budget import setting_of
-from music_ar.decoding.guidance import GuidedDecoder
 from music_ar.decoding.interface import AnyDecoder, AnyState, shared_options
 from music_ar.decoding.request import GenerationError, Request, check_seconds, stuck_error
+from music_ar.decoding.rows import decoder_of_rows
 from music_ar.decoding.sequence import Notes
 from music_ar.decoding.sequence import Sequence as TokenSequence
 from music_ar.midi.performance import Performance
@@ -106,9 +106,8 @@ class Session:
         self.seeds = tuple(seed for sample in request.samples() if (seed := sample.seed) is not None)
         self.latents, self.setting = request.latents, setting_of(request, decoder.config)
         self._options = shared_options(request.sampling)
-        self._decoder: Any = decoder
+        self._decoder: Any = decoder_of_rows(decoder, request)
         if request.wishes.is_guided:
-            self._decoder = GuidedDecoder(decoder)
             self._options["guidance"] = np.float32(request.wishes.guidance)
         self._sequences = [TokenSequence(prompt, request.prompt, self.gap) for _ in self.seeds]
         self._limits, self._gap_s = request.limits, None if self.gap is None else request.seconds
