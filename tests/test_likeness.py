@@ -34,7 +34,7 @@ def manager():
 
 @pytest.fixture
 def likeness(manager, index):
-    return Likeness(manager, SimpleNamespace(encoder=Histogram(), index=index))  # pyright: ignore[reportArgumentType]
+    return Likeness(manager, lambda: SimpleNamespace(encoder=Histogram(), index=index))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_the_page_answers_in_a_table(likeness, manager):
 def test_titles_are_shown_as_they_are(manager):
     odd = index_of(PIECES[:2])
     object.__setattr__(odd.pieces[0], "title", "<b>a|b</b> *c* [d](e)")
-    likeness = Likeness(manager, SimpleNamespace(encoder=Histogram(), index=odd))  # pyright: ignore[reportArgumentType]
+    likeness = Likeness(manager, lambda: SimpleNamespace(encoder=Histogram(), index=odd))  # pyright: ignore[reportArgumentType]
     answer = likeness.on_ask(in_session(manager, PIECES[0]))
     assert r"&lt;b&gt;a\|b&lt;/b&gt; \*c\* \[d\](e)" in answer
 

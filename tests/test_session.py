@@ -272,10 +272,10 @@ def test_more_variations_are_measured_while_nobody_generates(tiny_checkpoint, mo
     machine = Machine(generator, prompt_notes=(), variations=(2,), max_programs=1)
     manager = SessionManager(machine)
     assert "as fast as it plays" in machine.cost(8)
-    assert machine.cost(8, 2) == "Measuring how fast 2 variations are on this machine …"
+    assert machine.cost(8, 2) == "Measuring how fast 2 pieces at once are on this machine …"
     asking = Session()
     waiting = [asking.status for _ in zip(range(2), manager.generate(asking, Settings(variations=2)), strict=False)]
-    assert waiting[1].startswith("Timing 2 variations on this machine")
+    assert waiting[1].startswith("Timing 2 pieces at once on this machine")
     asking.stop()
     dropped = []
     monkeypatch.setattr(generator.decoder, "free_programs", lambda: dropped.append(True))
@@ -290,7 +290,7 @@ def test_more_variations_are_measured_while_nobody_generates(tiny_checkpoint, mo
     session.stop()
     measuring.join(timeout=60)
     assert machine.warm
-    assert "in each of 2 variations" in machine.cost(8, 2)
+    assert "in each of 2 at once" in machine.cost(8, 2)
     assert dropped
 
 

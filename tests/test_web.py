@@ -327,7 +327,7 @@ def test_the_api_has_every_sampling_option_and_keeps_its_order(address):
 
     described: Any = Client(address, verbose=False).view_api(return_format="dict")
     endpoints = described["named_endpoints"]
-    assert set(endpoints) == {"/generate", "/continue", "/info"}
+    assert set(endpoints) == {"/generate", "/continue", "/info", "/similar"}
     defaults = {each["parameter_name"]: each["parameter_default"] for each in endpoints["/generate"]["parameters"]}
     assert list(defaults)[:12] == [
         "prompt", "seconds", "latents", "variations", "temperature", "top_p", "seed", "start_s", "end_s", "steadiness",

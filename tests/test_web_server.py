@@ -95,7 +95,7 @@ def test_a_malformed_join_is_refused_in_words(page, join, change, expected):
         ("/gradio_api/heartbeat/" + "a" * 100, None, 400),
         ("/gradio_api/call/nothing", {"data": []}, 404),
         ("/gradio_api/call/v2/generate", {"sconds": 3}, 400),
-        ("/gradio_api/run/generate", {"data": [None] * 24}, 404),  # it would pass by the queue
+        ("/gradio_api/run/generate", {"data": [None] * 25}, 404),  # it would pass by the queue
         ("/gradio_api/vibe-code", {}, 404),
         ("/gradio_api/component_server", {}, 404),
         ("/gradio_api/proxy=http://example.org", None, 404),

@@ -6,6 +6,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -131,19 +132,19 @@ class Web:
         if self.mcp and importlib.util.find_spec("mcp") is None:
             raise CommandError("--mcp needs the package mcp: pip install '.[mcp]'")
 
-    def _library(self) -> "Library | None":
-        """The encoder and its index, if they are named or ship."""
+    def _library(self) -> "Callable[[], Library] | None":
+        """What gives the encoder and its index, if they are named or ship; those that ship are read when needed."""
         from app.web.examples import example_prompts
         from music_ar import read_midi
         from music_ar.embedding.library import Library, shipped_library
 
-        if self.encoder is None and self.index is None and not shipped_library():
-            return None
+        if self.encoder is None and self.index is None:
+            return Library.open if shipped_library() else None
         with ProgressLine("loading the encoder"):
             library = Library.open(self.encoder, self.index)
             for prompt in example_prompts():  # compiles, so that nobody waits for that later
                 library.nearest(read_midi(prompt))
-            return library
+            return lambda: library
 
     def _manager(self) -> "tuple[SessionManager, str]":
         """Load the model; a manager for it, and its model card."""

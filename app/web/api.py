@@ -13,6 +13,7 @@ from app.web.manager import SessionManager
 from app.web.session import Revision, Session
 from app.web.settings import (
     AUTO,
+    MAX_CHOICES,
     MAX_SECONDS,
     MAX_VARIATIONS,
     SAMPLING,
@@ -39,6 +40,8 @@ _HELP = {
     "seconds": f"length of the music to generate, in seconds, from 1 to {MAX_SECONDS:g}.",
     "latents": f"latent budget: more is more coherent and slower; {AUTO} takes the most that keep ahead of playback.",
     "variations": f"number of variations to generate at once, up to {MAX_VARIATIONS}.",
+    "choices": f"make each phrase of 8 s so many times, up to {MAX_CHOICES}, and keep the one that returns most to how "
+    "the piece began.",
     "seed": "random seed of the first variation; leave it out for a random one.",
     "start_s": "start of the part of the prompt to use, in seconds.",
     "end_s": "end of that part, in seconds; leave it out for the end of the file.",
@@ -64,7 +67,7 @@ class Api:
 
     def layout(self) -> None:
         """Add the endpoints to a page. Their components are never visible."""
-        names = [*_ORDER, *(name for name in SAMPLING if name not in _ORDER), "fill", *WISH_OPTIONS]
+        names = [*_ORDER, *(name for name in SAMPLING if name not in _ORDER), "fill", *WISH_OPTIONS, "choices"]
         defaults = Settings().flat()
         with gr.Group(visible=False):
             prompt = gr.File(label="prompt", file_types=[".mid", ".midi"])

@@ -3,8 +3,10 @@
 Both have it only if the server has an encoder and an index.
 """
 
+import functools
 import html
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import gradio as gr
@@ -54,12 +56,20 @@ class Likeness:
 
     Args:
         manager: has the sessions, and lends the device.
-        library: the encoder and the index.
+        library: gives the encoder and the index; asked once, with the first question.
     """
 
-    def __init__(self, manager: SessionManager, library: "Library"):
-        self._manager, self._library = manager, library
-        self._encoder = _InTurns(library.encoder, manager)
+    def __init__(self, manager: SessionManager, library: "Callable[[], Library]"):
+        self._manager, self._open, self._opening = manager, library, threading.Lock()
+
+    @property
+    def _library(self) -> "Library":
+        with self._opening:
+            return self._opened
+
+    @functools.cached_property
+    def _opened(self) -> "Library":
+        return self._open()
 
     # ---------------------------------------------------------------- the page
 
@@ -129,8 +139,9 @@ class Likeness:
                 f"the piece is {clock(piece.duration_s)} long, and at most {clock(MAX_LIKENESS_S)} can be compared; "
                 "choose a shorter one"
             )
+        library = self._library
         try:
-            return nearest(self._library.index, self._encoder, piece, count)
+            return nearest(library.index, _InTurns(library.encoder, self._manager), piece, count)
         except (SearchError, EmbeddingError) as error:
             raise WebError(str(error)) from error
 

@@ -135,8 +135,8 @@ class SessionManager:
             session.reading = prompt_revision(part or Performance.empty(), settings, run)
             session.begins_s = session.reading.join_s
             yield session.reading
-            if settings.latents == AUTO and not self.machine.knows(settings.variations):
-                session.status = f"Timing {settings.variations} variations on this machine, once: a minute or two …"
+            if settings.latents == AUTO and not self.machine.knows(settings.rows):
+                session.status = f"Timing {settings.rows} pieces at once on this machine, once: a minute or two …"
                 yield session.reading
             with self._turns.turn((session, run)):
                 if session.run != run:
@@ -144,8 +144,8 @@ class SessionManager:
                 self.free_caches(session)
                 latents = settings.latents
                 if latents == AUTO:
-                    latents = self.machine.auto_budget(part, settings.variations)
-                self.machine.make_room(latents, settings.variations)
+                    latents = self.machine.auto_budget(part, settings.rows)
+                self.machine.make_room(latents, settings.rows)
                 generation = self.machine.generator.session(
                     self.machine.spend(settings.request(prompt, prompt_seconds, latents))
                 )
@@ -179,7 +179,7 @@ class SessionManager:
             with self._turns.turn((session, run)):
                 if session.run != run:
                     return
-                self.machine.make_room(revision.latents, 1)
+                self.machine.make_room(revision.latents, settings.rows)
                 generation = self._generations.get(session)
                 if continues and generation is not None and not generation.ended[chosen]:
                     generation.keep([chosen])

@@ -16,7 +16,7 @@ from app.web.manager import SessionManager
 from app.web.music_events import MusicEvents
 from app.web.player import player
 from app.web.prompt_events import NO_PROMPT, PROMPT_CONTROLS, PromptEvents, cost_in_words
-from app.web.settings import AUTO, MAX_VARIATIONS, SAMPLING, Settings, sampling_help
+from app.web.settings import AUTO, MAX_CHOICES, MAX_VARIATIONS, SAMPLING, Settings, sampling_help
 from app.web.wish_controls import WISHED, WishControls
 from music_ar import SamplingOptions
 
@@ -64,6 +64,7 @@ class Page:
             "seconds": self.seconds,
             "latents": self.latents,
             "variations": self.variations,
+            "choices": self.choices,
             **self.sampling,
             **self.wishes.components,
             "seed": self.seed,
@@ -120,6 +121,15 @@ class Page:
         with gr.Accordion("More settings", open=False, elem_id="more"):
             self.seed = gr.Textbox("", label="Seed (empty: random)", elem_id="seed", max_lines=1)
             self.more_s = gr.Number(30, label="Seconds that Extend and Continue add", elem_id="more-seconds")
+            self.choices = gr.Slider(
+                1,
+                MAX_CHOICES,
+                value=Settings().choices,
+                step=1,
+                label="Choices for each phrase",
+                info="More return more to how the piece began, and take longer.",
+                elem_id="choices",
+            )
             self.continuation_only = gr.Checkbox(False, label="Continuation only (leave out the prompt)")
             self.sampling = _sampling_sliders()
             self.load = gr.UploadButton("Load settings (settings.json)", file_types=[".json"], size="sm")
@@ -144,7 +154,7 @@ class Page:
         self._bind_prompt()
         self._bind_answers()
         self.wishes.bind()
-        for changed in (self.latents.change, self.variations.change, self.cost_timer.tick):
+        for changed in (self.latents.change, self.variations.change, self.choices.change, self.cost_timer.tick):
             self._then_cost(changed)
         self._bind_downloads()
         if self.likeness is not None:
@@ -221,7 +231,9 @@ class Page:
             event(self.wishes.on_prompt, given, self.wishes.numbers, **_QUICK)
 
     def _then_cost(self, event: Callable[..., Any]) -> None:
-        event(self.prompt.on_cost, [self.latents, self.variations], [self.cost, self.cost_timer], **_QUICK)
+        event(
+            self.prompt.on_cost, [self.latents, self.variations, self.choices], [self.cost, self.cost_timer], **_QUICK
+        )
 
 
 def _sampling_sliders() -> dict[str, gr.Slider]:

@@ -92,14 +92,14 @@ class PromptEvents:
 
     # ---------------------------------------------------------------- settings
 
-    def on_cost(self, request: gr.Request, latents: float, variations: float) -> tuple[str, Any]:
+    def on_cost(self, request: gr.Request, latents: float, variations: float, choices: float) -> tuple[str, Any]:
         """Show the speed and quality of a latent budget; ask again while they are being measured."""
         machine, prompt = self._manager.machine, self._session(request).prompt
         try:
-            settings = self._manager.settings({"latents": latents, "variations": variations})
+            settings = self._manager.settings({"latents": latents, "variations": variations, "choices": choices})
         except WebError as error:
             return str(error), gr.Timer(active=False)
-        return cost_in_words(machine, settings, prompt), gr.Timer(active=not machine.knows(settings.variations))
+        return cost_in_words(machine, settings, prompt), gr.Timer(active=not machine.knows(settings.rows))
 
     def on_settings_file(self, request: gr.Request, path: str) -> list[Any]:
         """Restore the settings of a downloaded settings.json."""
@@ -150,7 +150,7 @@ class PromptEvents:
 
 def cost_in_words(machine: Machine, settings: Settings, prompt: Performance | None = None) -> str:
     """What the latent budget means here, as Markdown; its numbers are one click away."""
-    given = settings.latents, settings.variations, prompt
+    given = settings.latents, settings.rows, prompt
     short, numbers = machine.in_short(*given).replace("**", ""), machine.cost(*given).replace("**", "")
     return short if short == numbers else f"{short}\n<details><summary>In numbers</summary>\n\n{numbers}\n\n</details>"
 

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,13 +69,13 @@ class Options:
     model: str = ""
 
 
-def build_app(manager: SessionManager, *, about: str = "", library: "Library | None" = None) -> gr.Blocks:
+def build_app(manager: SessionManager, *, about: str = "", library: "Callable[[], Library] | None" = None) -> gr.Blocks:
     """Build the page and the API of a session manager; see `Server`.
 
     Args:
         manager: generates the music.
         about: the model card, as Markdown.
-        library: finds music that is alike; without it, neither the page nor the API can.
+        library: gives what finds music that is alike; without it, neither the page nor the API can.
     """
     likeness = None if library is None else Likeness(manager, library)
     gr.set_static_paths([SAMPLES, LANGUAGES])

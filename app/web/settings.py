@@ -27,6 +27,7 @@ from music_ar.features.wish_options import NAMES, WISH_OPTIONS, Wishes
 AUTO = 0
 """The latent budget that stands for "auto"."""
 MAX_VARIATIONS = 8
+MAX_CHOICES = 4
 MAX_SECONDS = 3600.0
 MAX_PROMPT_SECONDS = 3600.0
 _LEAST_LATENTS = 2
@@ -133,6 +134,7 @@ class Settings(BaseModel):
         seconds: length of the music to generate after the prompt.
         latents: latent budget, or `AUTO`.
         variations: number of pieces to generate at once.
+        choices: number of times that each phrase is made, of which the one that returns most to the theme is kept.
         sampling: how tokens are sampled.
         wishes: how the music should be, for a model that takes wishes.
         seed: seed of the first variation; None takes a random one.
@@ -155,6 +157,15 @@ class Settings(BaseModel):
             le=MAX_VARIATIONS,
             title="number of variations",
             description=f"a whole number from 1 to {MAX_VARIATIONS}",
+        ),
+    ] = 1
+    choices: Annotated[
+        Whole,
+        Field(
+            ge=1,
+            le=MAX_CHOICES,
+            title="number of choices",
+            description=f"a whole number from 1 to {MAX_CHOICES}",
         ),
     ] = 1
     sampling: Annotated[SamplingOptions, BeforeValidator(_sampling)] = SamplingOptions()
@@ -249,7 +260,13 @@ class Settings(BaseModel):
             wishes=self.wishes,
             seed=self.seed,
             variations=self.variations,
+            choices=1 if self.fill else self.choices,
         )
+
+    @property
+    def rows(self) -> int:
+        """Number of pieces that the machine makes at once for these settings."""
+        return self.variations * (1 if self.fill else self.choices)
 
 
 class Extension(BaseModel):

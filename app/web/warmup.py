@@ -202,14 +202,14 @@ class Machine:
     def cost(self, latents: int, variations: int = 1, prompt: Performance | None = None) -> str:
         """One line on the speed and quality of a latent budget here; what "auto" chooses depends on the prompt."""
         if not self.knows(variations):
-            return f"Measuring how fast {variations} variations are on this machine …"
+            return f"Measuring how fast {variations} pieces at once are on this machine …"
         budget = self.auto_budget(prompt, variations) if latents == AUTO else max(2, latents)
         each = self.tokens_per_s(budget, variations)
         bought = self._bought(budget).setting.in_words(self.generator.config)
         chosen = f"**Auto** chooses {bought}" if latents == AUTO else bought
         times = each / MAESTRO_TOKENS_PER_S
         if variations > 1:
-            text = f"{chosen}: music comes about {times:.1f}× as fast as it plays, in each of {variations} variations."
+            text = f"{chosen}: music comes about {times:.1f}× as fast as it plays, in each of {variations} at once."
         else:
             text = f"{chosen}: music comes about {times:.1f}× as fast as it plays."
         text += self._quality(budget)
