@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -282,13 +282,13 @@ def test_commands_that_generate_refuse_it_before_the_work(command, checkpoint, p
 
 
 def test_whatever_generates_refuses_it_in_python_too(model, checkpoint):
-    weights = read_weights(checkpoint)
+    weights, no_cluster = read_weights(checkpoint), cast(Any, None)
     for generates in (
         lambda: Decoder(model),
         lambda: NativeDecoder(weights.config, weights.tensors),
         lambda: decoder_of(weights),
         lambda: Generator.from_pretrained(checkpoint),
-        lambda: RayGenerator(None, weights),
+        lambda: RayGenerator(no_cluster, weights),
         lambda: draw_sequences(model, PIECE[None], 1, seed=0),
     ):
         with pytest.raises(GenerationError, match=f"^{REFUSAL}$"):
