@@ -79,6 +79,7 @@ class Generator:
 
         Raises:
             CheckpointError: the model is missing, damaged, or has a different vocabulary.
+            GenerationError: it does not generate.
         """
         return cls(load_decoder(source), curve=functools.partial(read_companion, source, "curve.json"))
 

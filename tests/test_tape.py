@@ -1,9 +1,10 @@
-"""The adaptive tape: halting by hand, what may be seen, no future, cached equals uncached."""
+"""The adaptive tape: halting by hand, what may be seen, no future, scored but not decoded."""
 
 import dataclasses
 import functools
+import itertools
 import json
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +12,22 @@ import numpy as np
 import pytest
 import tiny_training
 from conftest import noisy_model
-from event_tokens import tokens_of
 from flax import nnx
 
-from music_ar.decoding.backend import Backend
+from app.cli import main
+from app.rendering.on_ray import RayGenerator
+from data_pipeline.dataset import Pieces
+from music_ar import GenerationError, Generator
+from music_ar.decoding.any_sequence import draw_sequences
 from music_ar.decoding.decoder import Decoder
+from music_ar.decoding.loading import decoder_of
 from music_ar.decoding.native.decoder import NativeDecoder
 from music_ar.model.config import PRESETS, Compute, ModelConfig, TapeConfig
 from music_ar.model.context_attention import attend_after
 from music_ar.model.expansion import expand
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.model.pretrained import load_pretrained, save_pretrained
-from music_ar.model.tape import Tape, halt, tape_keys, tape_positions
+from music_ar.model.tape import Tape, halt
 from music_ar.model.weights import CheckpointError, read_weights
 from music_ar.tokens import vocabulary
 from music_ar.tokens.vocabulary import PAD, START
@@ -30,13 +35,11 @@ from music_ar.training.step import student_loss
 from music_ar.training.trainer import Trainer
 
 CONTEXT, LATENTS, TOKENS = 48, 16, 5
-FORCED = 20  # tokens given to the decoder after a prompt
 CONFIG = dataclasses.replace(
     PRESETS["tiny"], context=CONTEXT, latents=LATENTS, onsets=3, time_heads=1, tape=TapeConfig(tokens=TOKENS, learned=3)
 )
 PIECE = np.random.default_rng(1).integers(0, vocabulary.EVENT_CLASSES, 90).astype(np.int32)
 PIECE[0] = START
-NO_DROPOUT = nnx.Dropout(0.0, deterministic=True)
 
 
 @pytest.fixture(scope="module")
@@ -252,102 +255,61 @@ def test_training_logs_how_many_tokens_are_read_and_a_dear_tape_gets_short(tmp_p
     assert read[-1] < 1.5
 
 
-# Decoding.
+# Generation is refused.
+
+REFUSAL = "a model with a tape can be trained and scored, but does not generate; take a model without one"
+GENERATING = {
+    "generate": "generate --output {new}.mid --checkpoint {model}",
+    "render": "render --count 1 --output {new} --checkpoint {model}",
+    "report": "evaluate --data {data} --checkpoint {model} --split train --report {new} --stride 8",
+    "bench": "bench decode --latents 16 --checkpoint {model}",
+}
 
 
 @pytest.fixture(scope="module")
-def decoder(model):
-    return Decoder(model, Backend())
+def checkpoint(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "tape"
+    save_pretrained(model, folder)
+    return folder
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def uncached(graph, params, first):
-    """Logits after each token of PIECE, by dense masked attention, and how many tape tokens are read before `first`.
-
-    Latents before it do not exist. Each reads the CONTEXT inputs and the LATENTS latents up to its own, and the tape.
-    """
-    model, T = nnx.merge(graph, params), len(PIECE)
-    ages = jnp.arange(T)[None]
-    behind = ages[0][:, None] - ages
-    tokens = jnp.asarray(PIECE)[None]
-    conditioning = model.conditioning(tokens, T)
-    positions = jnp.stack([ages, conditioning.keyboard.time], axis=-1)
-    embedded = model.condition(model.embed(tokens), conditioning)
-    begins = first + LATENTS - CONTEXT
-    reading = model.tape(embedded, (ages >= begins) & (ages < first))
-    tape = tape_keys(
-        reading,
-        list(model.blocks),
-        tape_positions(positions[:, first], TOKENS),
-        model.compute,
-        lambda block, *x: block.add(*x, NO_DROPOUT),
-    )
-    read = jnp.broadcast_to(jnp.arange(TOKENS)[None] < reading.halting.reads_B[:, None], (T, TOKENS))
-
-    def attend(block, x, k, v, mask):
-        return block.add(x, jax.nn.dot_product_attention(block.queries(x, positions), k, v, mask=mask), NO_DROPOUT)
-
-    in_context = ((behind >= 0) & (behind < CONTEXT))[None, None]
-    in_window = (behind >= 0) & (behind < LATENTS) & (ages >= first) | (behind == 0)
-    k, v = model.cross.keys_values(model.context_norm(embedded), positions)
-    x = attend(model.cross, model.latent(embedded), k, v, in_context)
-    for block, (tape_k, tape_v, _) in zip(model.blocks, tape, strict=True):
-        k, v = block.keys_values(block.attention_norm(x), positions)
-        mask = jnp.concatenate([read, in_window], axis=1)[None, None]
-        x = attend(block, x, jnp.concatenate([tape_k, k], 1), jnp.concatenate([tape_v, v], 1), mask)
-    return model.logits(x)[0], reading.halting.reads_B[0]
+@pytest.mark.parametrize("command", GENERATING)
+def test_commands_that_generate_refuse_it_before_the_work(command, checkpoint, prepared, tmp_path, capsys):
+    new = tmp_path / "new"
+    assert main(GENERATING[command].format(new=new, model=checkpoint, data=prepared).split()) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"music-ar: {REFUSAL}"
+    assert list(tmp_path.iterdir()) == []
 
 
-def forced(decoder, prompts):
-    """Logits after the last token of each prompt and after some of those that follow."""
-    state = decoder.start(
-        [PIECE[:prompt] for prompt in prompts], latents=LATENTS, seeds=range(len(prompts)), limit_steps=2**30
-    )
-    return np.asarray(decoder.teacher_force(state, following(prompts))[1])
+def test_whatever_generates_refuses_it_in_python_too(model, checkpoint):
+    weights, no_cluster = read_weights(checkpoint), cast(Any, None)
+    for generates in (
+        lambda: Decoder(model),
+        lambda: NativeDecoder(weights.config, weights.tensors),
+        lambda: decoder_of(weights),
+        lambda: Generator.from_pretrained(checkpoint),
+        lambda: RayGenerator(no_cluster, weights),
+        lambda: draw_sequences(model, PIECE[None], 1, seed=0),
+    ):
+        with pytest.raises(GenerationError, match=f"^{REFUSAL}$"):
+            generates()
 
 
-def following(prompts):
-    return np.stack([PIECE[prompt : prompt + FORCED] for prompt in prompts])
-
-
-@pytest.mark.parametrize("prompt", [1, LATENTS + 1, 70])
-def test_cached_equals_uncached(model, decoder, prompt):
-    """The first latent is LATENTS before the pending token, or the first of the piece."""
-    expected, reads = uncached(*nnx.split(model, nnx.Param), max(0, prompt - 1 - LATENTS))
-    np.testing.assert_allclose(
-        forced(decoder, [prompt])[0], np.asarray(expected)[prompt - 1 : prompt - 1 + FORCED], atol=5e-5
-    )
-    assert reads > 1
-
-
-def test_cached_equals_the_model_as_trained(model, decoder):
-    """Before a window slides: here the piece is no longer than the latents."""
-    expected, _ = predicted(model, PIECE[None, :LATENTS])
-    np.testing.assert_allclose(forced(decoder, [1])[0, :LATENTS], expected[0], atol=2e-5)
-
-
-def test_rows_have_their_own_tapes_and_can_be_chosen_and_replaced(decoder):
-    alone = np.concatenate([forced(decoder, [1]), forced(decoder, [70])])
-    np.testing.assert_allclose(forced(decoder, [1, 70]), alone, atol=2e-5)
-
-    def start(prompts):
-        prompts = [PIECE[:prompt] for prompt in prompts]
-        return decoder.start(prompts, latents=LATENTS, seeds=range(len(prompts)), limit_steps=2**30)
-
-    chosen = start([1, 70]).rows([0, 0]).replaced(0, start([70]))
-    found = np.asarray(decoder.teacher_force(chosen, following([70, 1]))[1])
-    np.testing.assert_allclose(found, alone[::-1], atol=2e-5)
-
-
-def test_other_engines_and_windows_leave_such_a_model_to_jax(decoder):
-    assert NativeDecoder.suits(dataclasses.replace(CONFIG, tape=None))
-    assert not NativeDecoder.suits(CONFIG)
-    kernel = Backend(attention="interpreted")
-    big = dataclasses.replace(CONFIG, head_size=16)
-    assert kernel.suited_to(dataclasses.replace(big, tape=None)).attention == "interpreted"
-    assert kernel.suited_to(big).attention == "plain"
-    with pytest.raises(ValueError, match="sliding windows only"):
-        decoder.start([tokens_of(START)], latents=8, seeds=[0], limit_steps=1, mode="exact")
+def test_it_is_scored_as_the_model_predicts(checkpoint, prepared, tmp_path):
+    output = tmp_path / "scores.json"
+    arguments = f"evaluate --data {prepared} --checkpoint {checkpoint} --split train --max-pieces 1 --output {output}"
+    assert main([*arguments.split(), "--stride", str(LATENTS)]) == 0
+    piece = Pieces.open(prepared, "train").tokens[0].astype(np.int32)
+    ends = [*range(0, len(piece) - 1, LATENTS), len(piece) - 1]
+    padded = np.pad(piece, (CONTEXT, 0), constant_values=PAD)
+    windows = np.stack([padded[end : end + CONTEXT] for end in ends[1:]])
+    log_p = np.asarray(jax.nn.log_softmax(predicted(load_pretrained(checkpoint), windows)[0]))
+    nats = [
+        -log_p[row, first - end :][np.arange(end - first), piece[first + 1 : end + 1]]
+        for row, (first, end) in enumerate(itertools.pairwise(ends))
+    ]
+    scores = json.loads(output.read_text())["train"]
+    assert scores["nats_per_token"] == pytest.approx(float(np.concatenate(nats).mean()), rel=1e-4)
 
 
 # Checkpoints and bad input.

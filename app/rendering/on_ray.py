@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 from music_ar.cluster import Cluster
 from music_ar.decoding import backend
 from music_ar.decoding.budget import Setting
+from music_ar.decoding.interface import check_generates
 from music_ar.decoding.loading import decoder_of
 from music_ar.decoding.request import Request
 from music_ar.generator import Generator, Piece
@@ -59,9 +60,11 @@ class RayGenerator:
 
     Raises:
         ClusterError: the cluster cannot be used.
+        GenerationError: the model does not generate.
     """
 
     def __init__(self, cluster: Cluster, weights: Weights, curve: str = ""):
+        check_generates(weights.config)
         self.config: ModelConfig = weights.config
         self._workers = cluster.workers(RowsOnWorker, Model(weights, curve), on_each="device")
         self._batch_sizes: dict[int | None, int] = {}

@@ -16,6 +16,7 @@ from app.report.piano_roll import piano_rolls
 from app.report.pieces import excerpts, generated_pieces
 from app.report.text import markdown
 from data_pipeline.dataset import Pieces
+from music_ar.decoding.interface import check_generates
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.embedding.embedder import PieceEmbedder
 from music_ar.embedding.library import shipped_encoder
@@ -55,8 +56,12 @@ def write_report(
 
     Raises:
         CommandError: Matplotlib is not installed, a split is too small, or a piece cannot be generated.
+        GenerationError: pieces are to be generated, and the model does not generate.
     """
-    charts.new_figure(1, 1)  # raises now, not after hours of work
+    # These raise now, not after hours of work.
+    charts.new_figure(1, 1)
+    if config.generated is None:
+        check_generates(model.config)
     if min(map(len, splits.values())) < 2:
         raise CommandError("a report compares real pieces with each other: every split needs at least two pieces")
     folder.mkdir(parents=True, exist_ok=True)

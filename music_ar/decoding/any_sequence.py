@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from music_ar.decoding.interface import check_generates
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.tokens.vocabulary import check_tokens
 
@@ -29,9 +30,11 @@ def draw_sequences(
         temperature: divides the logits; 0 takes the likeliest token.
 
     Raises:
+        GenerationError: the model does not generate.
         ValueError: there is no token to continue from, or one is outside of the vocabulary.
     """
     config = model.config
+    check_generates(config)
     if prompts_BxP.shape[1] == 0 or (prompts_BxP[:, -1] == config.pad).any():
         raise ValueError("each prompt needs a token to continue from, and padding before it, not after it")
     check_tokens(prompts_BxP, config.vocabulary_size)

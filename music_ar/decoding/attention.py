@@ -1,6 +1,6 @@
 """Attention of one decoding step over rolling caches, as plain operations. `pallas_attention` is the kernel version."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,6 @@ from jaxtyping import Array, Float, Int
 from music_ar.decoding.layers import CrossBlock, SelfBlock
 
 KeysValues = tuple[Array, Array]
-
-
-class TapeLayer(NamedTuple):
-    """What the latents see of a tape in one block; see `state.TapeCache`."""
-
-    k_ExKxT: Float[Array, "BG K T"]
-    v_ExTxK: Float[Array, "BG T K"]
-    reads_B: Int[Array, " B"]
 
 
 @runtime_checkable
@@ -43,12 +35,7 @@ class StepAttention(Protocol):
         ...
 
     def within(
-        self,
-        block: SelfBlock,
-        x_BWx1xD: Float[Array, "BW 1 D"],
-        cache: KeysValues,
-        since_BW: Int[Array, " BW"],
-        tape: TapeLayer | None = None,
+        self, block: SelfBlock, x_BWx1xD: Float[Array, "BW 1 D"], cache: KeysValues, since_BW: Int[Array, " BW"]
     ) -> tuple[Float[Array, "BW 1 H K"], KeysValues]:
         """Output of a self block's attention within each window, and the windows' updated cache.
 
@@ -58,7 +45,6 @@ class StepAttention(Protocol):
             cache: of the windows.
             since_BW: start of each window. A window that has not begun sees only the new entry, so that its softmax has
                 a key; its result is not used.
-            tape: what is seen besides, with one window.
         """
         ...
 
@@ -89,12 +75,7 @@ class PlainAttention:
         return _attend(block.queries(x_Bx1xD, self._positions_Bx1xP), *cache, visible_BxM), cache
 
     def within(
-        self,
-        block: SelfBlock,
-        x_BWx1xD: Float[Array, "BW 1 D"],
-        cache: KeysValues,
-        since_BW: Int[Array, " BW"],
-        tape: TapeLayer | None = None,
+        self, block: SelfBlock, x_BWx1xD: Float[Array, "BW 1 D"], cache: KeysValues, since_BW: Int[Array, " BW"]
     ) -> tuple[Float[Array, "BW 1 H K"], KeysValues]:
         """See `StepAttention.within`."""
         clock_BW = jnp.repeat(self._clock_B, self._windows)
@@ -102,13 +83,7 @@ class PlainAttention:
         cache = _write(*cache, k, v, clock_BW)
         times_BWxR = _times(clock_BW, cache[1].shape[1])
         visible_BWxR = (times_BWxR >= since_BW[:, None]) | (times_BWxR == clock_BW[:, None])
-        if tape is None:
-            return _attend(q, *cache, visible_BWxR), cache
-        k_ExKxT, v_ExTxK, reads_B = tape
-        k = jnp.concatenate([k_ExKxT, cache[0]], axis=2)
-        v = jnp.concatenate([v_ExTxK, cache[1]], axis=1)
-        read_BxT = jnp.arange(v_ExTxK.shape[1])[None] < reads_B[:, None]
-        return _attend(q, k, v, jnp.concatenate([read_BxT, visible_BWxR], axis=1)), cache
+        return _attend(q, *cache, visible_BWxR), cache
 
 
 def _times(clock_B: Array, size: int) -> Int[Array, "B size"]:

@@ -24,11 +24,11 @@ from music_ar.decoding import backend as backends
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.guidance import guided_logits, with_partners
 from music_ar.decoding.int8_layers import Int8Forms
-from music_ar.decoding.interface import Options, depth_of, distinct, leaves_early, row_wishes
+from music_ar.decoding.interface import Options, check_generates, depth_of, distinct, leaves_early, row_wishes
 from music_ar.decoding.layers import DecodingModel, Forms, HashedGraph, PlainForms, TransposedForms
 from music_ar.decoding.prefill import Prompts, prefill
 from music_ar.decoding.processors import draw
-from music_ar.decoding.state import BY_ROWS, Caches, DecodeState, EarlyExit, TapeCache, on_each_device
+from music_ar.decoding.state import BY_ROWS, Caches, DecodeState, EarlyExit, on_each_device
 from music_ar.decoding.step import advance, step
 from music_ar.decoding.stored_programs import StoredPrograms, cache_folder
 from music_ar.decoding.windows import WINDOWS, WindowMode, cache_size
@@ -51,11 +51,13 @@ class Decoder:
             exact for a pretrained model.
 
     Raises:
+        GenerationError: the model does not generate.
         ValueError: the backend's attention kernel does not support the model's sizes, or the model has a vocabulary of
             its own, for which there is `music_ar.decoding.any_sequence`.
     """
 
     def __init__(self, model: PerceiverAR, backend: Backend | None = None):
+        check_generates(model.config)
         if not model.config.is_music:
             raise ValueError("a decoder writes music; draw sequences of another vocabulary with `draw_sequences`")
         chosen = backends.select() if backend is None else backend
@@ -87,8 +89,6 @@ class Decoder:
         """See `AnyDecoder.start`."""
         if len(prompts) != len(seeds):
             raise ValueError(f"expected a seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
-        if mode != "sliding" and self.config.tape is not None:
-            raise ValueError("a model with a tape decodes in sliding windows only, since windows share a tape")
         for prompt in prompts:
             vocabulary.check_tokens(prompt, self.config.vocabulary_size)
         wishes_BxD = wish_vectors(self.config.wishes, self._wish_kernel_RxD, row_wishes(wishes, len(prompts)))
@@ -127,7 +127,6 @@ class Decoder:
             rng_B=jax.random.split(jax.random.key(0), B),
             ended_B=jnp.zeros(B, bool),
             wishes_BxD=jnp.asarray(wishes_BxD) if self.config.wish_rows else None,
-            tape=TapeCache.empty(self.config, B, depth, self._cache_dtypes),
             **jax.tree.map(jnp.asarray, ready.state),
         )
         if ready.length == 0:
@@ -144,15 +143,10 @@ class Decoder:
 
         return max(cache_size(latents), LEAST_BLOCK)
 
-    @property
-    def _cache_dtypes(self) -> tuple[jnp.dtype, jnp.dtype]:
-        """Types of cached keys and values."""
-        return jnp.dtype(self.backend.key_dtype or self.dtype), self.dtype
-
     def _empty_caches(self, B: int, R: int, windows: int, depth: int) -> Caches:
-        config = self.config
+        config, dtype = self.config, self.dtype
         G, K, M = config.kv_heads, config.head_size, config.reach
-        key_dtype, dtype = self._cache_dtypes
+        key_dtype = self.backend.key_dtype or dtype
 
         def keys(rows: int, size: int) -> Array:
             shape = (rows, K, size) if self.backend.attention == "plain" else (rows, size, K)

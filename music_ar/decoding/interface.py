@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Integer
 
 from music_ar.decoding.backend import Backend
+from music_ar.decoding.request import GenerationError
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.decoding.windows import WindowMode
 from music_ar.features.wish_options import Wishes
@@ -19,6 +20,14 @@ from music_ar.model.config import ModelConfig
 Options = dict[str, Any]
 """`SamplingOptions` as arrays: scalars for all rows, or one entry per row. With "guidance" among them, rows come in
 pairs (see `guidance`)."""
+
+
+def check_generates(config: ModelConfig) -> None:
+    """Raise `GenerationError` if such a model is for training and scoring only: nothing decodes a tape."""
+    if config.tape is not None:
+        raise GenerationError(
+            "a model with a tape can be trained and scored, but does not generate; take a model without one"
+        )
 
 
 def option_arrays(rows: Sequence[SamplingOptions]) -> Options:

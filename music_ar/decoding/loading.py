@@ -16,12 +16,17 @@ def load_decoder(source: str | os.PathLike[str] | None = None) -> AnyDecoder:
 
     Raises:
         CheckpointError: the model is missing, damaged, or has a different vocabulary.
+        GenerationError: it does not generate.
     """
     return decoder_of(read_weights(source))
 
 
 def decoder_of(weights: Weights) -> AnyDecoder:
-    """A decoder of a model: on a CPU in the native engine, which needs no JAX; where that cannot run, in JAX."""
+    """A decoder of a model: on a CPU in the native engine, which needs no JAX; where that cannot run, in JAX.
+
+    Raises:
+        GenerationError: the model does not generate.
+    """
     if backends.native():
         from music_ar.decoding.native.decoder import NativeDecoder
 

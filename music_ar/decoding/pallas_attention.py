@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from music_ar.decoding.attention import KeysValues, TapeLayer
+from music_ar.decoding.attention import KeysValues
 from music_ar.decoding.layers import CrossBlock, SelfBlock
 from music_ar.decoding.pallas_kernel import LEAST_BLOCK, Heads, Tiling, attend, rotations
 from music_ar.model.config import ModelConfig
@@ -16,14 +16,9 @@ _LARGEST_HEAD = 64  # larger ones may exceed the shared memory
 
 
 def suits(config: ModelConfig) -> bool:
-    """Whether the kernel can be used: Triton's blocks are powers of two, and at least 16; it reads no tapes."""
+    """Whether the kernel can be used for a model: Triton's blocks are powers of two, and at least 16."""
     K = config.head_size
-    return (
-        config.tape is None
-        and LEAST_BLOCK <= K <= _LARGEST_HEAD
-        and K & (K - 1) == 0
-        and config.context % LEAST_BLOCK == 0
-    )
+    return LEAST_BLOCK <= K <= _LARGEST_HEAD and K & (K - 1) == 0 and config.context % LEAST_BLOCK == 0
 
 
 class PallasAttention:
@@ -71,15 +66,9 @@ class PallasAttention:
         return self._attend(q, k, v, cache, since_B, windows=1)
 
     def within(
-        self,
-        block: SelfBlock,
-        x_BWx1xD: Float[Array, "BW 1 D"],
-        cache: KeysValues,
-        since_BW: Int[Array, " BW"],
-        tape: TapeLayer | None = None,
+        self, block: SelfBlock, x_BWx1xD: Float[Array, "BW 1 D"], cache: KeysValues, since_BW: Int[Array, " BW"]
     ) -> tuple[Float[Array, "BW 1 H K"], KeysValues]:
         """See `StepAttention.within`."""
-        assert tape is None  # see `suits`
         H, G, K = self._config.heads, self._config.kv_heads, self._config.head_size
         qkv = self._heads(block.projection(x_BWx1xD))
         scale = block.scale_1x1xHxK[...].reshape(H + G, K)

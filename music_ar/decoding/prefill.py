@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Integer
 from music_ar.decoding import history_bias
 from music_ar.decoding.backend import Backend
 from music_ar.decoding.layers import DecodingModel, HashedGraph, SelfBlock
-from music_ar.decoding.state import Caches, DecodeState, TapeCache
+from music_ar.decoding.state import Caches, DecodeState
 from music_ar.decoding.windows import window_starts
 from music_ar.features import gap, keyboard, notes, retrieval
 from music_ar.features.gap import Place
@@ -23,9 +23,7 @@ from music_ar.features.notes import Onsets
 from music_ar.features.retrieval import Retrieved
 from music_ar.model.attention import causal_attention
 from music_ar.model.config import ModelConfig
-from music_ar.model.context_attention import attend_after
 from music_ar.model.perceiver_ar import Conditioning
-from music_ar.model.tape import TapeKeys, tape_keys, tape_positions
 from music_ar.tokens import grammar, vocabulary
 
 _LEAST_PREFILL = 16
@@ -58,12 +56,7 @@ class Prompts:
         """Prepare prompts, of which at most the last `most` tokens can still be visible."""
         L = config.conv_width
         longest = max(len(prompt) for prompt in prompts) - 1
-        # A tape is read before the first token, too.
-        P = (
-            0
-            if longest == 0 and config.tape is None
-            else min(most, max(_LEAST_PREFILL, 1 << (longest - 1).bit_length()))
-        )
+        P = 0 if longest == 0 else min(most, max(_LEAST_PREFILL, 1 << (longest - 1).bit_length()))
         tokens_BxPL = np.full((len(prompts), P + L), vocabulary.PAD, np.int32)
         for row, prompt in zip(tokens_BxPL, prompts, strict=True):
             kept = prompt[-(P + L) :]
@@ -143,7 +136,6 @@ def prefill(
     embedded_BxPxD = state.with_wishes(model.outer.condition(model.outer.embed(tokens_BxP), conditioning_BxP))
     k_BxPxGxK, v_BxPxGxK = model.cross.keys_values(model.outer.context_norm(embedded_BxPxD), positions_BxPx2)
     context = _Context(embedded_BxPxD, positions_BxPx2, k_BxPxGxK, v_BxPxGxK)
-    tape = _read_tape(model, blocks, backend, state, context)
 
     # The latents from each window's start; those at or after P are in the future and are masked later. The window that
     # predicts comes first; the other, if any, holds at most half the latents.
@@ -152,7 +144,7 @@ def prefill(
     for turn in range(W):
         start_B = jnp.take_along_axis(starts_BxW, (active_B[:, None] + turn) % W, axis=1)[:, 0] + state.birth_B
         times_BxR = start_B[:, None] + jnp.arange(min(R >> turn, P))[None]
-        filled = _prefill_window(model, blocks, backend, context, tape, state.birth_B, times_BxR)
+        filled = _prefill_window(model, blocks, backend, context, state.birth_B, times_BxR)
         by_age.append([[_in_slots(x, times_BxR % R, R) for x in layer] for layer in filled])
     order_BxW = (jnp.arange(W)[None] - active_B[:, None]) % W
 
@@ -171,8 +163,7 @@ def prefill(
             cross_v=_value_layout(cross_v),
             self_k=tuple(key_layout(k).astype(caches.cross_k.dtype) for k, _ in layers),
             self_v=tuple(_value_layout(v) for _, v in layers),
-        ),
-        tape=None if state.tape is None or tape is None else _cached_tape(tape, state.tape),
+        )
     )
 
 
@@ -186,39 +177,11 @@ class _Context:
     v_BxPxGxK: Array
 
 
-def _read_tape(
-    model: DecodingModel, blocks: list[SelfBlock], backend: Backend, state: DecodeState, context: _Context
-) -> list[TapeKeys] | None:
-    """The tape of each row in each block, read from the inputs before the first latent; None without a tape."""
-    if model.config.tape is None:
-        return None
-    P, birth_Bx1 = context.embedded_BxPxD.shape[1], state.birth_B[:, None]
-    first_Bx1 = window_starts(P - 1 - state.birth_B, state.latents_B, 1)[0] + birth_Bx1
-    times_1xP = jnp.arange(P)[None]
-    inside_BxP = (times_1xP >= jnp.maximum(birth_Bx1, P - model.config.reach)) & (times_1xP < first_Bx1)
-    reading = model.outer.tape(context.embedded_BxPxD, inside_BxP)
-    # The pending token may be the first of its piece, and so the first latent.
-    in_time_BxP = jnp.concatenate([context.positions_BxPx2[..., 1], state.keyboard.time[:, None]], axis=1)
-    first_in_time_Bx1 = jnp.take_along_axis(in_time_BxP, first_Bx1, axis=1)
-    first_Bx2 = jnp.concatenate([first_Bx1 - birth_Bx1, first_in_time_Bx1], axis=1)
-    positions_BxTx2 = tape_positions(first_Bx2, model.config.tape.tokens)
-    return tape_keys(reading, blocks, positions_BxTx2, backend.compute, lambda block, x, found: block.add(x, found))
-
-
-def _cached_tape(tape: list[TapeKeys], empty: TapeCache) -> TapeCache:
-    return TapeCache(
-        k=tuple(_key_layout(keys.k_BxTxGxK).astype(like.dtype) for keys, like in zip(tape, empty.k, strict=True)),
-        v=tuple(_value_layout(keys.v_BxTxGxK) for keys in tape),
-        reads_B=tape[0].reads_B,
-    )
-
-
 def _prefill_window(
     model: DecodingModel,
     blocks: list[SelfBlock],
     backend: Backend,
     context: _Context,
-    tape: list[TapeKeys] | None,
     birth_B: Array,
     times_BxR: Array,
 ) -> list[tuple[Array, Array]]:
@@ -230,14 +193,10 @@ def _prefill_window(
     q = model.cross.queries(x_BxRxD, positions_BxRx2)
     x_BxRxD = model.cross.add(x_BxRxD, _attend(context, M, birth_B, q, times_BxR))
     filled = []
-    for number, block in enumerate(blocks):
+    for block in blocks:
         q, k, v = block.queries_keys_values(x_BxRxD, positions_BxRx2)
         filled.append((k, v))
-        if tape is None:
-            attended_BxRxHxK = causal_attention(q, k, v, backend.compute)
-        else:
-            attended_BxRxHxK = attend_after(q, *tape[number], k, v, backend.compute)
-        x_BxRxD = block.add(x_BxRxD, attended_BxRxHxK)
+        x_BxRxD = block.add(x_BxRxD, causal_attention(q, k, v, backend.compute))
     return filled
 
 

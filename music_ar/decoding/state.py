@@ -14,7 +14,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from music_ar.decoding.attention import TapeLayer
 from music_ar.decoding.history_bias import NoteHistory
 from music_ar.features import gap, notes, retrieval
 from music_ar.features.gap import Gap
@@ -50,36 +49,6 @@ class Caches(NamedTuple):
     def windows(self) -> int:
         """W, the number of windows."""
         return self.self_v[0].shape[0] // self.cross_v.shape[0]
-
-
-class TapeCache(NamedTuple):
-    """What the latents see of a tape (see `music_ar.model.tape`), read from the prompt before its first latent.
-
-    Attributes:
-        k, v: keys, and values multiplied by the tape tokens' shares, one array per layer that is run, [B G, K, T] and
-            [B G, T, K].
-        reads_B: number of tape tokens.
-    """
-
-    k: tuple[Float[Array, "BG K T"], ...]
-    v: tuple[Float[Array, "BG T K"], ...]
-    reads_B: Int[Array, " B"]
-
-    @classmethod
-    def empty(
-        cls, config: ModelConfig, rows: int, depth: int, dtypes: tuple[jnp.dtype, jnp.dtype]
-    ) -> "TapeCache | None":
-        """Empty tapes; None for a model without. `dtypes` are those of keys and values."""
-        if config.tape is None:
-            return None
-        BG, K, T = rows * config.kv_heads, config.head_size, config.tape.tokens
-        k = tuple(jnp.zeros((BG, K, T), dtypes[0]) for _ in range(depth))
-        v = tuple(jnp.zeros((BG, T, K), dtypes[1]) for _ in range(depth))
-        return cls(k, v, jnp.zeros(rows, jnp.int32))
-
-    def layer(self, number: int) -> TapeLayer:
-        """What is seen in a self block."""
-        return TapeLayer(self.k[number], self.v[number], self.reads_B)
 
 
 class EarlyExit(NamedTuple):
@@ -120,7 +89,6 @@ class DecodeState(NamedTuple):
         ended_B: whether the piece has ended on its own; from then on, its tokens are `vocabulary.PAD`.
         early: when tokens leave early; None if they never do.
         wishes_BxD: the vector of each row's wishes, for a model that takes wishes.
-        tape: the tape of each row, for a model with tapes.
     """
 
     clock_B: Int[Array, " B"]
@@ -140,7 +108,6 @@ class DecodeState(NamedTuple):
     ended_B: Bool[Array, " B"]
     wishes_BxD: Float[Array, "B D"] | None
     early: EarlyExit | None = None
-    tape: TapeCache | None = None
 
     @property
     def done_B(self) -> Bool[Array, " B"]:

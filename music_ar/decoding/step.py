@@ -80,9 +80,8 @@ def step(
             sure_B = is_sure(logits_BxV(streams), early.confidence_B)
             left_B |= jnp.repeat(sure_B[0::2] & sure_B[1::2], 2) if pairs else sure_B
         cache, after = (layer[0], layer[1]), []
-        tape = None if state.tape is None else state.tape.layer(depth)
         for part, attention, x_BWx1xD in zip(rows, attentions, streams, strict=True):
-            found, cache = attention.within(block, x_BWx1xD, cache, window_since_BxW[part].reshape(-1), tape)
+            found, cache = attention.within(block, x_BWx1xD, cache, window_since_BxW[part].reshape(-1))
             after.append(_unless(left_B[part], block.add(x_BWx1xD, found), x_BWx1xD, early))
         streams = after
         filled.append(cache)

@@ -70,7 +70,8 @@ class ModelConfig:
         wishes: the wishes that the model takes (see `features.wishes`); None if it takes none.
         exits: numbers of self-attention blocks, rising and below `layers`, after which the final norm and the head were
             trained to predict too (early exits): decoding may stop there. They have no parameters of their own.
-        tape: the adaptive tape of tokens that each input takes (see `tape`); None means none.
+        tape: the adaptive tape of tokens that each input takes (see `tape`); None means none. A model with one does not
+            generate.
         rotary_fraction: share of each head's channels that is rotated by position.
         rotary_wavelength: longest wavelength of the rotary positions, in tokens.
         vocabulary_size: V, including padding and the two piece boundaries; a model that can fill gaps also has the

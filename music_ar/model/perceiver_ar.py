@@ -236,9 +236,7 @@ class PerceiverAR(nnx.Module):
         reading = self.tape(embedded_BxSxD[:, :P], jnp.arange(P)[None] < rows.prefix_B[:, None])
         blocks = list(itertools.islice(self.blocks, depths.depths[-1]))
         positions_BxTxP = tape_positions(positions_BxNxP[:, 0], self.config.tape.tokens)
-        tape = tape_keys(
-            reading, blocks, positions_BxTxP, self.compute, lambda block, x, found: block.add(x, found, drop)
-        )
+        tape = tape_keys(reading, blocks, positions_BxTxP, self.compute, drop)
 
         def attend(block_and_tape: tuple[Block, TapeKeys], x: Array) -> Array:
             block, before = block_and_tape

@@ -16,32 +16,27 @@ Differences from the paper: there the query is averaged with what it found, and 
 small layer changes the state, which is the token. There the largest weights of the mixtures add up to the threshold,
 and the ponder loss makes mixtures peaked.
 
+Models with a tape are trained and scored, but do not generate: on music the tape gained nothing
+(docs/concepts/adatape.md).
+
 Dimension key, in addition to that of `config`: U tokens of the bank, P inputs before the latents, T tape tokens.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from music_ar.model.attention import causal_attention, linear
+from music_ar.model.attention import Block, causal_attention, linear
 from music_ar.model.config import Compute, TapeConfig
 
 _EPSILON = 1e-6  # of norms
 _NEVER = -1e30  # a score from which no probability above zero follows
-
-
-@runtime_checkable
-class _Block(Protocol):
-    def queries_keys_values(self, x_BxTxD: Array, positions_BxTxP: Array, /) -> tuple[Array, Array, Array]: ...
-
-
-_B = TypeVar("_B", bound=_Block)
 
 
 class Halting(NamedTuple):
@@ -167,10 +162,10 @@ class Tape(nnx.Module):
 
 def tape_keys(
     reading: Reading,
-    blocks: Sequence[_B],
+    blocks: Sequence[Block],
     positions_BxTxP: Int[Array, "B T P"],
     compute: Compute,
-    add: Callable[[_B, Array, Array], Array],
+    dropout: nnx.Dropout,
 ) -> list[TapeKeys]:
     """What the latents see of a tape in each block.
 
@@ -178,17 +173,17 @@ def tape_keys(
 
     Args:
         reading: the tape.
-        blocks: the self blocks, in any form.
+        blocks: the self blocks.
         positions_BxTxP: position of each tape token.
         compute: how the model computes.
-        add: the second half of a block: it takes the block, the stream and what attention found.
+        dropout: of the stream.
     """
     found, (tokens_BxTxD, (shares_BxT, reads_B)) = [], reading
     x_BxTxD = tokens_BxTxD.astype(compute.dtype)
     for block in blocks:
         q, k, v = block.queries_keys_values(x_BxTxD, positions_BxTxP)
         found.append(TapeKeys(k, v * shares_BxT[..., None, None].astype(v.dtype), reads_B))
-        x_BxTxD = add(block, x_BxTxD, causal_attention(q, k, v, compute))
+        x_BxTxD = block.add(x_BxTxD, causal_attention(q, k, v, compute), dropout)
     return found
 
 

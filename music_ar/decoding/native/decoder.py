@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Integer
 
 from music_ar.decoding.backend import CPU, Backend
-from music_ar.decoding.interface import depth_of, distinct, row_wishes
+from music_ar.decoding.interface import check_generates, depth_of, distinct, row_wishes
 from music_ar.decoding.native.library import CConfig, COptions, CState, CTensor, Library, load
 from music_ar.decoding.native.state import NativeState
 from music_ar.decoding.native.weights import Tensor, engine_tensors
@@ -42,6 +42,7 @@ class NativeDecoder:
             has; the environment variable `MUSIC_AR_CPU` asks for another.
 
     Raises:
+        GenerationError: the model does not generate.
         RuntimeError: the engine was not built on this machine.
         ValueError: a tensor is missing or has another shape, or the engine does not support a size.
     """
@@ -49,6 +50,7 @@ class NativeDecoder:
     device = "cpu"
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, np.ndarray], backend: Backend = CPU):
+        check_generates(config)
         library = load()
         if library is None:
             raise RuntimeError("the native engine was not built: reinstall the package where a C++ compiler is found")
@@ -71,8 +73,8 @@ class NativeDecoder:
 
     @staticmethod
     def suits(config: ModelConfig) -> bool:
-        """Whether the engine supports a model: its sizes, event tokens, and no tape."""
-        return config.head_size <= _MOST_HEAD_SIZE and config.is_music and config.tape is None
+        """Whether the engine supports a model: its sizes, and event tokens."""
+        return config.head_size <= _MOST_HEAD_SIZE and config.is_music
 
     def start(
         self,
