@@ -14,6 +14,7 @@ from app.report.write import draw
 from data_pipeline.dataset import Pieces
 from music_ar.decoding.sampling import SamplingOptions
 from music_ar.embedding import PieceEmbedder
+from music_ar.embedding.library import DEFAULT_ENCODER
 from music_ar.evaluation.likelihood import ScoringConfig, score
 from music_ar.metrics.distributions import FEATURES, features
 from music_ar.midi.io import read_midi
@@ -118,10 +119,9 @@ def test_existing_pieces_are_compared_as_when_they_were_generated(
     for name, each in again["distances"].items():
         assert each["distance"] == pytest.approx(metrics["distances"][name]["distance"], abs=0.02)
     assert not (tmp_path / "pieces").exists()
-    # The Fréchet music distance needs an encoder, and none ships.
-    assert metrics.get("frechet_music_distance") is None
     frechet = again["frechet_music_distance"]
     assert frechet["encoder"] == PieceEmbedder.from_pretrained(tiny_encoder).digest
+    assert metrics["frechet_music_distance"]["encoder"] == PieceEmbedder.from_pretrained(DEFAULT_ENCODER).digest
     assert 0 < frechet["yardstick"] <= frechet["yardstick_most"]
     assert f"{frechet['distance']:.4g} generated to real" in (tmp_path / "report.md").read_text()
 

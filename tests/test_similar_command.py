@@ -14,7 +14,7 @@ from test_cli import refusal, run
 from app import cli
 from data_pipeline.dataset import Pieces
 from data_pipeline.prepare import prepare_midi
-from music_ar.embedding import PRESETS, PieceEncoder, save_encoder
+from music_ar.embedding import PRESETS, PieceEncoder, library, save_encoder
 from music_ar.embedding.index import PassageIndex
 from music_ar.midi.io import read_midi, write_midi
 
@@ -129,13 +129,24 @@ def test_an_index_of_another_encoder_is_refused(capsys, index, known, tmp_path):
     )
 
 
-def test_nothing_to_do(capsys, prepared, tmp_path):
+def test_nothing_to_do(capsys, prepared, tmp_path, monkeypatch):
     code, _, errors = run(capsys, "similar")
     assert code == 2
     assert "expected a MIDI file" in errors
     code, _, errors = run(capsys, "similar", "--build")
     assert code == 2
     assert "--build makes the index from the dataset of --data" in " ".join(errors.replace("│", " ").split())
+    monkeypatch.setattr(library, "SHIPPED_FOLDERS", ())
     assert "no encoder ships with this version" in refusal(
         capsys, "similar", "--build", "--data", prepared, "--index", tmp_path / "index"
     )
+
+
+def test_the_shipped_index_knows_a_piece_of_the_training_split(capsys):
+    """The page's example is the beginning of an étude that several pianists play there."""
+    prompt = ROOT / "app" / "web" / "prompts" / "chopin-etude-op-25-no-10.mid"
+    code, output, errors = run(capsys, "similar", prompt, "--json")
+    assert code == 0, errors
+    matches = json.loads(output)["matches"]
+    assert matches[0]["title"].startswith("Etude Op. 25 No. 10")
+    assert all(match["composer"] == "Frédéric Chopin" for match in matches)
