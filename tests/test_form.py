@@ -34,6 +34,11 @@ def test_returning_share(later, share):
     assert returning_share(prompt, played(later, step_s=0.2, start_s=40)) == pytest.approx(share)
 
 
+@pytest.mark.parametrize("figure", [[72, 74] * 6, list(range(40, 52)), [60] * 12])
+def test_trills_scales_and_repeated_notes_do_not_return(figure):
+    assert returning_share(played([*THEME, *figure]), played(figure)) == 0.0
+
+
 def test_chords_return_in_any_order():
     chord = [60, 64, 67]
     prompt = Performance(

@@ -18,11 +18,12 @@ _WINDOW_S = 5.0
 def returning_share(prompt: Performance, later: Performance) -> float:
     """Return the share of the notes of `later` that lie in runs of `RUN_NOTES` or more notes of the prompt.
 
-    Runs are compared by their intervals, so in any key and rhythm; the notes of a chord go from low to high.
+    Runs are compared by their intervals, so in any key and rhythm; the notes of a chord go from low to high. Trills,
+    tremolos and scales do not count: they return everywhere.
     """
     if not len(later):
         return 0.0
-    known = {run.tobytes() for run in _runs(prompt)}
+    known = {run.tobytes() for run in _runs(prompt) if not _is_figure(run)}
     inside = np.zeros(len(later), bool)
     for first, run in enumerate(_runs(later)):
         if run.tobytes() in known:
@@ -36,6 +37,11 @@ def _runs(performance: Performance) -> np.ndarray:
     if len(intervals) < RUN_NOTES - 1:
         return np.zeros((0, RUN_NOTES - 1), np.int64)
     return np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(intervals, RUN_NOTES - 1), np.int64)
+
+
+def _is_figure(intervals: np.ndarray) -> bool:
+    """Whether a run repeats one or two intervals."""
+    return bool((intervals[2:] == intervals[:-2]).all())
 
 
 class Texture(NamedTuple):
