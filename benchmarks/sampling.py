@@ -46,6 +46,7 @@ def main() -> None:
         "--prompt-seconds", type=float, default=0.0, help="continue the beginnings of validation pieces"
     )
     parser.add_argument("--latents", type=int, default=1024)
+    parser.add_argument("--choices", type=int, default=1)
     parser.add_argument("--output", type=Path, help="folder for the pieces")
     arguments = parser.parse_args()
 
@@ -84,6 +85,7 @@ def generate(prompts: Sequence[Performance | None], arguments: argparse.Namespac
             prompt=prompts[prompt_index(number, arguments.pieces, len(prompts))],
             seconds=arguments.seconds,
             latents=arguments.latents,
+            choices=arguments.choices,
             sampling=SamplingOptions(temperature=temperature, top_p=top_p, steadiness=steadiness),
             seed=arguments.first_seed + number,
             continuation_only=True,
