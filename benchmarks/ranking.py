@@ -1,11 +1,11 @@
 """Whether a score tells real continuations from generated ones, as `music-ar render --keep-best` would like to.
 
 Prompts are the beginnings of validation pieces. The real continuation of each, and generated ones of the same length,
-are scored by `plausibility` (which `--keep-best` ranks by today) and by embeddings of their passages:
+are scored by `plausibility` and by embeddings of their passages:
 
 - typical: minus the Mahalanobis distance to the training split's passages (a Gaussian, shrunk);
 - near: the similarity of the nearest passage of the training split;
-- like the prompt: the similarity to the prompt.
+- like the prompt: the similarity to the prompt, by which `--keep-best` ranks.
 
 Prints the AUC of each: how often a real continuation scores above a generated one, of any prompt and of the same one;
 0.5 is chance. And one line of JSON.
@@ -29,6 +29,7 @@ from music_ar.decoding import backend
 from music_ar.embedding.index import directions, embed_all
 from music_ar.embedding.library import Library
 from music_ar.embedding.passages import PassageGrid
+from music_ar.embedding.search import likeness
 from music_ar.evaluation.likelihood import ScoringConfig, score_tokens
 from music_ar.metrics.frechet import fit
 from music_ar.metrics.statistics import plausibility
@@ -132,7 +133,7 @@ def generated_pieces(real: Sequence[Piece], arguments: argparse.Namespace) -> li
 
 
 def plausibilities(pieces: Sequence[Piece], arguments: argparse.Namespace) -> list[float]:
-    """The score of `--keep-best`, with the NLL of each continuation under the model."""
+    """The plausibility of each continuation, with its NLL under the model."""
     model = load_pretrained(arguments.checkpoint, compute=backend.select().compute)
     prompt_steps = round(arguments.prompt_seconds * STEPS_PER_SECOND)
     tokens = [np.array([START, *encode(joined(piece, arguments)), END], np.int32) for piece in pieces]
@@ -171,7 +172,9 @@ def embedding_scores(library: Library) -> dict[str, Callable[[Piece], float]]:
         return float((embedded(piece.continuation) @ known.T).max(axis=1).mean())
 
     def like_the_prompt(piece: Piece) -> float:
-        return float((embedded(piece.prompt) @ embedded(piece.continuation).T).mean())
+        alike = likeness(library.encoder, piece.prompt, piece.continuation)
+        assert alike is not None  # see `Piece.is_usable`
+        return alike
 
     return {"typical": typical, "near": near, "like the prompt": like_the_prompt}
 

@@ -1,6 +1,7 @@
 """Choosing each phrase from several: which one is kept, and that a piece depends on its own request alone."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ class ScriptedState:
         pairs = zip(self._columns(), newcomer._columns(), strict=True)
         return ScriptedState(*((*old[:row], new[0], *old[row + 1 :]) for old, new in pairs))
 
-    def _columns(self):
+    def _columns(self) -> Any:
         return self.limits, self.seeds, self.steps, self.ended
 
 

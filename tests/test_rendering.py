@@ -21,6 +21,8 @@ from app import cli
 from app.rendering import run as running
 from app.rendering.leases import Leases
 from music_ar.decoding.autotune import Autotuner
+from music_ar.embedding import PieceEmbedder, library
+from music_ar.embedding.search import likeness
 from music_ar.metrics.statistics import plausibility
 from music_ar.midi import read_midi, write_midi
 from music_ar.tokens.codec import encode
@@ -375,7 +377,11 @@ def test_odd_names_in_a_real_folder(capsys, options, output, prompts, tmp_path):
     assert run(capsys, "render", *arguments, "--overwrite", "--seed", 1, "--dry-run", "--log", "json")[0] == 0
 
 
-def test_the_best_are_kept(capsys, options, output, prompts):
+@pytest.mark.parametrize("encoder_ships", [True, False])
+def test_the_best_are_kept(capsys, monkeypatch, options, output, prompts, encoder_ships):
+    """Those most like the prompt or, without an encoder, the most plausible."""
+    if not encoder_ships:
+        monkeypatch.setattr(library, "SHIPPED_FOLDERS", ())
     arguments = [prompts / "a.mid", *options, "--variations", 4, "--keep-best", 2, "--continuation-only"]
     assert run(capsys, "render", *arguments)[0] == 0
     lines = lines_of(output)
@@ -384,8 +390,12 @@ def test_the_best_are_kept(capsys, options, output, prompts):
     assert min(scores["made"]) > max(scores["dropped"])
     kept = {line["file"]: line for line in lines if line["status"] == "made"}
     assert {path.name for path in output.glob("*.mid")} == kept.keys()
+    prompt, encoder = read_midi(prompts / "a.mid"), PieceEmbedder.from_pretrained("maestro-encoder")
     for file, line in kept.items():
-        assert line["score"] == pytest.approx(plausibility(read_midi(output / file), line["nats_per_token"]), rel=0.01)
+        piece = read_midi(output / file)
+        score = likeness(encoder, prompt, piece) if encoder_ships else plausibility(piece, line["nats_per_token"])
+        assert line["score"] == pytest.approx(score, rel=0.01)
+        assert line["settings"].get("ranked_by") == ("likeness" if encoder_ships else None)
     before = contents(output)
     _, text, _ = run(capsys, "render", *arguments)
     assert "4 already complete" in text

@@ -1,6 +1,7 @@
 """The command `music-ar render`: generate many pieces, unattended and resumable."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from app.rendering.plan import Plan
     from app.rendering.run import WriteAudio
     from music_ar.decoding.request import Request
+    from music_ar.embedding import PieceEmbedder
+    from music_ar.midi.performance import Performance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +61,9 @@ class Render:
             (variations, seed, seconds, latents, temperature, composer and so on). Use it if pieces need different
             options; whatever a line leaves out is taken from this command. "-" reads it from standard input.
         variations: number of pieces per prompt; variation i uses seed + i.
-        keep_best: keep only this many variations of each prompt: those closest to real music in note density,
-            polyphony, loudness, silences and likelihood under the model. Default: all.
+        keep_best: keep only this many variations of each prompt: those most like the prompt, by the shipped piece
+            encoder; from scratch, those closest to real music in note density, polyphony, loudness, silences and
+            likelihood under the model. Default: all.
         seconds: length of the music to generate after the prompt; a piece may end earlier.
         prompt_seconds: use only this many seconds of each prompt, from its beginning; default: all.
         continuation_only: write only the new music, without the prompt.
@@ -177,12 +181,19 @@ class Render:
                 missing,
                 write_audio=write_audio,
                 keep_best=self.keep_best,
+                alike=_alike if self._ranks_by_likeness else None,
                 fail_fast=self.fail_fast,
             )
             if self.log == "json":
                 return run.run(JsonLog())
             with ProgressLine(f"{len(missing)} of {len(plan.requests)} pieces to generate") as bar:
                 return run.run(TextLog(bar))
+
+    @property
+    def _ranks_by_likeness(self) -> bool:
+        from music_ar.embedding.library import shipped_encoder
+
+        return self.keep_best is not None and shipped_encoder() is not None
 
     def _plan(self, generator: "AnyGenerator", model: dict[str, Any]) -> "Plan":
         """Plan all pieces, in the order they were asked for."""
@@ -200,6 +211,7 @@ class Render:
             audio=self.audio,
             pedal=self.pedal,
             keep_best=self.keep_best,
+            ranks_by_likeness=self._ranks_by_likeness,
         )
         stdin = sys.stdin.buffer.read(MAX_BYTES + 1) if any(prompt.is_stdin for prompt in prompts) else None
         for prompt in prompts:
@@ -260,6 +272,21 @@ class Render:
         write_midi(piece.performance, sys.stdout.buffer, pedal=self.pedal)
         sys.stdout.buffer.flush()
         return 0
+
+
+@functools.cache
+def _encoder() -> "PieceEmbedder":
+    from music_ar.embedding import PieceEmbedder
+    from music_ar.embedding.library import DEFAULT_ENCODER
+
+    return PieceEmbedder.from_pretrained(DEFAULT_ENCODER)
+
+
+def _alike(prompt: "Performance", continuation: "Performance") -> float | None:
+    """How alike they are; see `likeness`."""
+    from music_ar.embedding.search import likeness
+
+    return likeness(_encoder(), prompt, continuation)
 
 
 def _estimate_s(generator: "AnyGenerator", requests: "Sequence[Request]") -> float:

@@ -163,6 +163,7 @@ class Plan:
         audio: format of the audio files, if any.
         pedal: whether the MIDI files play the generated notes with the pedal.
         keep_best: number of variations of a prompt to keep; default: all.
+        ranks_by_likeness: whether those are the ones most like the prompt.
 
     Attributes:
         generator: as given.
@@ -179,11 +180,13 @@ class Plan:
         audio: str | None = None,
         pedal: bool = False,
         keep_best: int | None = None,
+        ranks_by_likeness: bool = False,
     ):
         self.generator, self.requests = generator, list[Request]()
         self._model = dict(model)
         self._defaults, self._batch_size = defaults, batch_size
         self._audio, self._pedal, self._keep_best = audio, pedal, keep_best
+        self._ranks_by_likeness = ranks_by_likeness
         self._names = Names()
 
     def add_job(self, job: Mapping[str, Any], number: int) -> None:
@@ -269,6 +272,8 @@ class Plan:
             settings["pedal"] = True
         if self._keep_best is not None:  # which pieces are kept depends on both
             settings |= {"keep_best": self._keep_best, "variations": options["variations"]}
+            if self._ranks_by_likeness:
+                settings["ranked_by"] = "likeness"
         return settings
 
 

@@ -19,6 +19,7 @@ from music_ar.decoding.request import Request
 from music_ar.generator import Piece
 from music_ar.metrics.statistics import plausibility
 from music_ar.midi import MidiError, write_midi
+from music_ar.midi.performance import Performance
 
 _ERRORS_OF_A_NAME = (errno.ENAMETOOLONG, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EILSEQ)
 """What only the name of a piece is to blame for: it is too long, or a folder is where its file should be."""
@@ -37,6 +38,8 @@ class Run:
         missing: those to generate.
         write_audio: `music_ar.audio.write_audio`, if the settings of the plan have an audio format.
         keep_best: how many variations of a prompt to keep; None keeps all.
+        alike: how alike a prompt and its continuation are, which ranks them in place of `plausibility`; None for one
+            with too few notes.
         fail_fast: stop at the first failure.
     """
 
@@ -50,11 +53,12 @@ class Run:
         *,
         write_audio: WriteAudio | None = None,
         keep_best: int | None = None,
+        alike: Callable[[Performance, Performance], float | None] | None = None,
         fail_fast: bool = False,
     ):
         self._generator, self._manifest, self._leases = generator, manifest, leases
         self._plan, self._missing = plan, missing
-        self._write_audio, self._keep_best, self._fail_fast = write_audio, keep_best, fail_fast
+        self._write_audio, self._keep_best, self._alike, self._fail_fast = write_audio, keep_best, alike, fail_fast
         self._tally = Tally(
             folder=manifest.folder,
             pieces=len(missing),
@@ -160,7 +164,7 @@ class Run:
     def _write(self, piece: Piece, midi: bytes) -> Line:
         """Write the files of a piece; return what its line says about them."""
         file = piece.request.tag.file
-        score = plausibility(piece.continuation, piece.nats_per_token)
+        score = self._score(piece)
         line = {
             "tokens": piece.tokens,
             "seconds": round(piece.continuation.duration_s, 2),
@@ -172,6 +176,16 @@ class Run:
         if self._write_audio is not None:
             line["audio"] = self._write_sound(piece, self._write_audio)
         return line
+
+    def _score(self, piece: Piece) -> float:
+        """What ranks a piece among the variations of its prompt."""
+        prompt = None if self._alike is None else piece.request.read().prompt
+        if self._alike is not None and isinstance(prompt, Performance):
+            played = prompt if piece.request.prompt_seconds is None else prompt.crop(0, piece.request.prompt_seconds)
+            alike = self._alike(played, piece.continuation)
+            if alike is not None:
+                return alike
+        return plausibility(piece.continuation, piece.nats_per_token)
 
     def _write_sound(self, piece: Piece, write_audio: WriteAudio) -> str:
         output, buffer = piece.request.tag, io.BytesIO()

@@ -59,7 +59,7 @@ class Likeness:
         library: gives the encoder and the index; asked once, with the first question.
     """
 
-    def __init__(self, manager: SessionManager, library: "Callable[[], Library]"):
+    def __init__(self, manager: SessionManager, library: Callable[[], "Library"]):
         self._manager, self._open, self._opening = manager, library, threading.Lock()
 
     @property

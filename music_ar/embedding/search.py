@@ -72,6 +72,16 @@ class Overlap:
     source: int = 0
 
 
+def likeness(encoder: Embeds, one: Performance, other: Performance) -> float | None:
+    """Return how alike two pieces are: the mean cosine of the embeddings of their passages.
+
+    Returns:
+        1 at most; None if a piece has too few notes to be compared.
+    """
+    ours, theirs = (embed_all(encoder, list(PassageGrid().cut(piece))) for piece in (one, other))
+    return float((ours @ theirs.T).mean()) if len(ours) and len(theirs) else None
+
+
 def check_query(piece: Performance, cut: PassageGrid) -> None:
     """Check that a piece can be searched for.
 
