@@ -176,11 +176,12 @@ def test_the_page_asks(server, browser, midi_file):
 
 
 @pytest.mark.slow
-def test_without_an_index_there_is_nothing_of_it(tiny_checkpoint, tmp_path):
+def test_the_page_has_the_encoder_that_ships(tiny_checkpoint, tmp_path):
+    """It is read with the first question; the second one is quick, but that is not timed here."""
     with running_page(tiny_checkpoint, tmp_path) as page:
         config = page.request("/config")[1]
-        assert "similar" not in {each["api_name"] for each in config["dependencies"]}
-        assert "What is this like?" not in str(config["components"])
+        assert "similar" in {each["api_name"] for each in config["dependencies"]}
+        assert "What is this like?" in str(config["components"])
         status, answer = page.request("/gradio_api/call/similar", {"data": [None, 5]})
-        assert status == 404
-        assert "/generate, /continue, /info" in answer["detail"]
+        assert status == 200
+        assert "event_id" in answer

@@ -369,7 +369,7 @@ def test_assistants_generate_and_continue(tiny_checkpoint, tmp_path):
         async with streamablehttp_client(server) as (read, write, _), mcp.ClientSession(read, write) as session:
             await session.initialize()
             tools = {tool.name: tool for tool in (await session.list_tools()).tools}
-            assert set(tools) == {"generate", "info"}
+            assert set(tools) == {"generate", "info", "similar"}
             assert "piano music" in tools["generate"].description
             assert all("description" in each for each in tools["generate"].inputSchema["properties"].values())
             calls = [session.call_tool("generate", {"seconds": 2, "seed": seed}) for seed in range(3)]

@@ -50,7 +50,7 @@ def imported_by(code, folder, **environment):
         ["generate", "--output", "piece.mid", "--seconds", "2"],
         ["generate", "--output", "piece.mid", "--prompt", "MIDI", "--seconds", "2", "--variations", "2"],
         ["generate", "--output", "piece.mid", "--seconds", "2", "--latents", "auto"],
-        ["render", "MIDI", "--output", "out", "--seconds", "2", "--count", "2", "--keep-best", "1"],
+        ["render", "MIDI", "--output", "out", "--seconds", "2", "--count", "2"],
         ["bench", "decode", "--latents", "8", "--tokens", "1"],
         ["bench", "render", "--latents", "8", "--pieces", "2", "--loop-pieces", "1", "--seconds", "1"],
     ],

@@ -3,12 +3,15 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from music_ar.embedding.embedder import PieceEmbedder
 from music_ar.embedding.index import PassageIndex
 from music_ar.embedding.search import Match, nearest
 from music_ar.midi.performance import Performance
 from music_ar.model.weights import PASSAGES, SHIPPED_FOLDERS, CheckpointError, folder_of
+
+if TYPE_CHECKING:
+    from music_ar.embedding.embedder import PieceEmbedder
 
 DEFAULT_ENCODER = "maestro-encoder"
 """The encoder that ships with the project, if one does."""
@@ -23,7 +26,7 @@ class Library:
         index: has the embeddings of many.
     """
 
-    encoder: PieceEmbedder
+    encoder: "PieceEmbedder"
     index: PassageIndex
 
     @classmethod
@@ -62,12 +65,14 @@ def shipped_library() -> bool:
     return any((folder / DEFAULT_ENCODER / PASSAGES).is_file() for folder in SHIPPED_FOLDERS)
 
 
-def load_encoder_or_shipped(encoder: str | os.PathLike[str] | None) -> PieceEmbedder:
+def load_encoder_or_shipped(encoder: str | os.PathLike[str] | None) -> "PieceEmbedder":
     """Load an encoder; default: the one that ships with the project.
 
     Raises:
         CheckpointError: there is no such encoder, or it is damaged.
     """
+    from music_ar.embedding.embedder import PieceEmbedder  # with JAX, which most commands do without
+
     return PieceEmbedder.from_pretrained(_named(encoder))
 
 
