@@ -61,9 +61,19 @@ class Browser:
         return self.run("return document.querySelector('#player .say').innerText")
 
     def click(self, selector: str) -> None:
-        """Click on an element."""
+        """Click on an element, once nothing moves in front of it: the page may still be laid out."""
         found = self.ask("/element", {"using": "css selector", "value": selector})[_ELEMENT]
-        self.ask(f"/element/{found}/click")
+
+        def clicked() -> bool:
+            try:
+                self.ask(f"/element/{found}/click")
+            except AssertionError as error:
+                if "click intercepted" in str(error):
+                    return False
+                raise
+            return True
+
+        wait_until(clicked, f"{selector} can be clicked")
 
     def press(self, *keys: str) -> None:
         """Press keys, one after the other, on the piano."""
