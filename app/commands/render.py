@@ -276,10 +276,9 @@ class Render:
 
 @functools.cache
 def _encoder() -> "PieceEmbedder":
-    from music_ar.embedding import PieceEmbedder
-    from music_ar.embedding.library import DEFAULT_ENCODER
+    from music_ar.embedding.library import load_encoder_or_shipped
 
-    return PieceEmbedder.from_pretrained(DEFAULT_ENCODER)
+    return load_encoder_or_shipped(None)
 
 
 def _alike(prompt: "Performance", continuation: "Performance") -> float | None:

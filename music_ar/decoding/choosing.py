@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 
-from music_ar.decoding.interface import AnyState, Options, row_wishes
+from music_ar.decoding.interface import AnyState, Options, repeat_options, repeat_rows, row_wishes
 from music_ar.decoding.request import limits
-from music_ar.decoding.windows import WindowMode
 from music_ar.features.wish_options import Wishes
 from music_ar.metrics.form import RUN_NOTES, returning_share
 from music_ar.midi.performance import Performance
@@ -201,24 +200,18 @@ class ChoosingDecoder:
         self,
         prompts: Sequence[Integer[np.ndarray, " _P"]],
         *,
-        latents: int,
         seeds: Sequence[int],
         limit_steps: int,
-        layers: int | None = None,
-        confidence: float = 1.0,
-        mode: WindowMode = "sliding",
         wishes: Sequence[Wishes] | None = None,
+        **options: Any,
     ) -> ChoosingState:
         """See `AnyDecoder.start`."""
         made = self._decoder.start(
-            self._each(prompts),
-            latents=latents,
-            seeds=self._each(seeds),
+            repeat_rows(prompts, self.choices),
+            seeds=repeat_rows(seeds, self.choices),
             limit_steps=limit_steps,
-            layers=layers,
-            confidence=confidence,
-            mode=mode,
-            wishes=self._each(row_wishes(wishes, len(prompts))),
+            wishes=repeat_rows(row_wishes(wishes, len(prompts)), self.choices),
+            **options,
         )
         pieces = [
             _Piece(seed=seed, limit_steps=limit_steps, theme=_beginning(prompt[1:]), last=_ending(prompt[1:]))
@@ -240,9 +233,9 @@ class ChoosingDecoder:
         for row, piece in enumerate(state.pieces):
             if not piece.done and not piece.making:
                 state = state.begun(row)
-        repeated = {name: np.repeat(option, self.choices) for name, option in options.items() if np.ndim(option)}
+        repeated = repeat_options(options, self.choices)
         while not (ready := _ready(state)) and not state.done_B.all():
-            made, tokens, nats = self._decoder.decode_scored(state.made, options | repeated, length=length)
+            made, tokens, nats = self._decoder.decode_scored(state.made, repeated, length=length)
             state = ChoosingState(made, _with_tokens(state, np.asarray(tokens), np.asarray(nats)))
         found: list[tuple[Any, Any]] = [(np.zeros(0, np.int32), np.zeros(0, np.float32))] * len(state.pieces)
         for row in ready:
@@ -259,9 +252,6 @@ class ChoosingDecoder:
     def batch_rows(self, latents: int) -> int:
         """See `AnyDecoder.batch_rows`: the decoder's, divided by the choices."""
         return max(1, self._decoder.batch_rows(latents) // self.choices)
-
-    def _each(self, rows: Sequence[Any]) -> list[Any]:
-        return [row for row in rows for _ in range(self.choices)]
 
 
 def _ready(state: ChoosingState) -> list[int]:

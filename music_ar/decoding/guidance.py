@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
-from music_ar.decoding.interface import AnyDecoder, AnyState, Options, row_wishes
-from music_ar.decoding.windows import WindowMode
+from music_ar.decoding.interface import AnyDecoder, AnyState, Options, repeat_options, repeat_rows, row_wishes
 from music_ar.features.wish_options import Wishes
 
 
@@ -59,7 +58,7 @@ class GuidedState:
 
     def with_seeds(self, seeds: Sequence[int]) -> "GuidedState":
         """See `AnyState.with_seeds`."""
-        return GuidedState(self.pairs.with_seeds(_twice(seeds)))
+        return GuidedState(self.pairs.with_seeds(repeat_rows(seeds, 2)))
 
     def with_ended(self, ended_B: Bool[np.ndarray, " B"]) -> "GuidedState":
         """See `AnyState.with_ended`."""
@@ -94,26 +93,13 @@ class GuidedDecoder:
         self,
         prompts: Sequence[Integer[np.ndarray, " _P"]],
         *,
-        latents: int,
         seeds: Sequence[int],
-        limit_steps: int,
-        layers: int | None = None,
-        confidence: float = 1.0,
-        mode: WindowMode = "sliding",
         wishes: Sequence[Wishes] | None = None,
+        **options: Any,
     ) -> GuidedState:
         """See `AnyDecoder.start`."""
         of_pairs = [each for row in row_wishes(wishes, len(prompts)) for each in (row, Wishes())]
-        pairs = self._decoder.start(
-            _twice(prompts),
-            latents=latents,
-            seeds=_twice(seeds),
-            limit_steps=limit_steps,
-            layers=layers,
-            confidence=confidence,
-            mode=mode,
-            wishes=of_pairs,
-        )
+        pairs = self._decoder.start(repeat_rows(prompts, 2), seeds=repeat_rows(seeds, 2), wishes=of_pairs, **options)
         return GuidedState(pairs)
 
     def decode(self, state: GuidedState, options: Options, *, length: int) -> tuple[GuidedState, Any]:
@@ -122,14 +108,10 @@ class GuidedDecoder:
 
     def decode_scored(self, state: GuidedState, options: Options, *, length: int) -> tuple[GuidedState, Any, Any]:
         """See `AnyDecoder.decode_scored`; the NLL is that of the model with the wishes, without guidance."""
-        of_pairs = {name: np.repeat(option, 2) if np.ndim(option) else option for name, option in options.items()}
+        of_pairs = repeat_options(options, 2)
         pairs, tokens, nats = self._decoder.decode_scored(state.pairs, of_pairs, length=length)
         return GuidedState(pairs), tokens[0::2], nats[0::2]
 
     def batch_rows(self, latents: int) -> int:
         """See `AnyDecoder.batch_rows`: half of the decoder's."""
         return max(1, self._decoder.batch_rows(latents) // 2)
-
-
-def _twice(rows: Sequence[Any]) -> list[Any]:
-    return [row for row in rows for _ in range(2)]

@@ -43,6 +43,16 @@ def shared_options(options: SamplingOptions) -> Options:
     return {name: array.reshape(()) for name, array in option_arrays([options]).items()}
 
 
+def repeat_rows(rows: Sequence[Any], count: int) -> list[Any]:
+    """Each row so many times, side by side."""
+    return [row for row in rows for _ in range(count)]
+
+
+def repeat_options(options: Options, count: int) -> Options:
+    """The options of such rows."""
+    return {name: np.repeat(option, count) if np.ndim(option) else option for name, option in options.items()}
+
+
 def distinct(
     prompts: Sequence[Integer[np.ndarray, " _P"]], wishes_BxD: Float32[np.ndarray, "B D"]
 ) -> tuple[list[int], list[int]]:
