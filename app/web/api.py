@@ -40,8 +40,8 @@ _HELP = {
     "seconds": f"length of the music to generate, in seconds, from 1 to {MAX_SECONDS:g}.",
     "latents": f"latent budget: more is more coherent and slower; {AUTO} takes the most that keep ahead of playback.",
     "variations": f"number of variations to generate at once, up to {MAX_VARIATIONS}.",
-    "choices": f"make each phrase of 8 s so many times, up to {MAX_CHOICES}, and keep the one that returns most to how "
-    "the piece began.",
+    "choices": f"generate each 8-second phrase this many times, up to {MAX_CHOICES}, and keep the one that recalls the "
+    "opening most.",
     "seed": "random seed of the first variation; leave it out for a random one.",
     "start_s": "start of the part of the prompt to use, in seconds.",
     "end_s": "end of that part, in seconds; leave it out for the end of the file.",

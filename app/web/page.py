@@ -127,7 +127,7 @@ class Page:
                 value=Settings().choices,
                 step=1,
                 label="Choices for each phrase",
-                info="More return more to how the piece began, and take longer.",
+                info="More bring the opening back more often, and take longer.",
                 elem_id="choices",
             )
             self.continuation_only = gr.Checkbox(False, label="Continuation only (leave out the prompt)")
