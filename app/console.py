@@ -74,8 +74,8 @@ Confidence = Annotated[
 Choices = Annotated[
     int,
     tyro.conf.arg(
-        help="generate each 8-second phrase this many times, and keep the one that recalls the opening most. Two take about "
-        "twice as long as one."
+        help="generate each 8-second phrase this many times, and keep the one that recalls the opening most. Two take "
+        "about twice as long as one."
     ),
 ]
 Budget = Annotated[
