@@ -6,6 +6,7 @@ contain an equal share of each part, and each part has its own epochs.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class LoaderConfig:
         seed: random seed in [0, 2**32).
         augmentation: what to draw for each window; None leaves windows as they are.
         wishes: gives windows their wishes; None for a model that takes none.
-        shares: share of each part in the batches, mixed evenly. Default: equal shares, one part after another.
+        shares: share of a part, and of each dataset mixed with it, in the windows of the part. Default: the part alone.
         rows: which rows of each batch to make, in 0..B-1. Processes that share the batches make different rows of the
             same ones. None makes all.
         gaps: which windows are re-ordered, to train a model to fill gaps; None for none.
@@ -87,29 +88,30 @@ class LoaderConfig:
             raise ValueError(f"expected a seed in [0, 2**32), got {self.seed}")
 
 
-def batches(*parts: Pieces, config: LoaderConfig) -> Batches[Batch]:
+def batches(*parts: Pieces, beside: Sequence[Pieces] = (), config: LoaderConfig) -> Batches[Batch]:
     """An endless iterator of batches, epoch after epoch.
 
     Deterministic in `config.seed`: batch i is the same for any number of threads and workers, and a row of it for any
     choice of rows.
 
     Args:
-        parts: the pieces to cut windows from. With several parts and no `config.shares`, a batch contains an equal
-            share of each part, in order.
+        parts: the pieces to cut windows from. With several parts, a batch contains as many windows of each, in order.
+        beside: datasets that each part is mixed with, evenly, by `config.shares`.
         config: sizes, seed, augmentation and parallelism.
 
     Raises:
-        ValueError: the batch cannot be divided into equal shares, or there are not as many shares as parts.
+        ValueError: the batch cannot be divided into equal parts, or there is not a share for a part and each dataset.
     """
-    windows = [_shuffled_windows(pieces, number, config) for number, pieces in enumerate(parts)]
-    if config.shares is not None:
-        if len(config.shares) != len(parts):
-            raise ValueError(f"expected a share for each of {len(parts)} parts, got {len(config.shares)}")
-        windows = [grain.MapDataset.mix(windows, weights=config.shares)]
+    numbers = itertools.count()
+    windows = [_shuffled_windows(pieces, next(numbers), config) for pieces in parts]
+    if config.shares is not None or beside:
+        shares = config.shares or ()
+        if len(shares) != 1 + len(beside):
+            raise ValueError(f"expected {1 + len(beside)} shares, of a part and what is beside it, got {len(shares)}")
+        others = [[_shuffled_windows(pieces, next(numbers), config) for pieces in beside] for _ in parts]
+        windows = [grain.MapDataset.mix([part, *mixed], shares) for part, mixed in zip(windows, others, strict=True)]
     if not windows or config.batch_size % len(windows):
-        raise ValueError(
-            f"expected a batch_size that divides into {len(windows)} equal shares, got {config.batch_size}"
-        )
+        raise ValueError(f"expected a batch_size that divides into {len(windows)} equal parts, got {config.batch_size}")
 
     def read(first: int) -> grain.DatasetIterator[Batch]:
         rows = _Rows(parts=windows, config=config, first=first)

@@ -52,7 +52,6 @@ DIGITS = "a number of 401 digits"
         (f"{TRAIN} --steps 1 --wish-dropout 2", "wish_dropout must be a number from 0 to 1, got 2"),
         ("train --output y --steps 1", "expected either --data or --sources, got neither"),
         (f"{TRAIN} --steps 1 --sources z", "expected either --data or --sources, got both"),
-        ("train --sources x --output y --steps 1 --folds 2 --without-fold 1", "--sources does not go with folds"),
         ("train --sources none.csv --output y --steps 1", "none.csv: cannot be read"),
         ("prepare --maestro x --table t.csv --output y", "--table goes with --midi"),
         (f"{GENERATE} --density -1", "density must be a number from 0 to 100, got -1"),

@@ -255,7 +255,7 @@ def test_impossible_arguments_are_refused(music):
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             LoaderConfig(**(defaults | options))
-    with pytest.raises(ValueError, match="into 2 equal shares, got 3"):
+    with pytest.raises(ValueError, match="into 2 equal parts, got 3"):
         make(music, music, batch_size=3)
 
 

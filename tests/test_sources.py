@@ -20,7 +20,7 @@ from data_pipeline.wish_table import wish_table
 from music_ar.features.measured import measure
 from music_ar.features.wish_options import NUMBERS, WISHES
 from music_ar.features.wishes import WishTable
-from music_ar.tokens.vocabulary import MIDDLE
+from music_ar.tokens.vocabulary import MIDDLE, PAD
 
 TABLE = WishTable(
     edges=((0.0, 5.0, 10.0, 20.0), (1.0, 40.0, 127.0), (30.0, 60.0, 100.0), (0.0, 0.5, 1.0), (0.0, 0.3, 0.8)),
@@ -134,27 +134,42 @@ def sources_of(tokens, first):
 def test_batches_are_mixed_by_the_shares(shares):
     one = numbered_pieces()
     other = dataclasses.replace(one, tokens=tuple((tokens + 30_000).astype(np.uint16) for tokens in one.tokens))
-    stream = batches(one, other, config=loader(context=24, latents=8, shares=shares))
+    stream = batches(one, beside=[other], config=loader(context=24, latents=8, shares=shares))
     found = np.concatenate([sources_of(next(stream)["tokens"], 30_000) for _ in range(100)])
     assert found.mean() == pytest.approx(shares[1], abs=0.02)
     assert set(found[:20].tolist()) == {0, 1}  # from the start
 
 
+def test_each_part_of_a_batch_is_mixed_with_other_windows():
+    music = numbered_pieces()
+    first, second = music.folds(2)
+    other = dataclasses.replace(music, tokens=tuple((tokens + 30_000).astype(np.uint16) for tokens in music.tokens))
+    config = loader(context=24, latents=8, batch_size=8, shares=(0.5, 0.5))
+    stream = batches(first, second, beside=[other], config=config)
+    rows = np.stack([next(stream)["tokens"] for _ in range(50)])
+    foreign = rows[:, :, -1] >= 30_000
+    assert foreign[:, :4].mean() == foreign[:, 4:].mean() == 0.5
+    for fold, half in ((first, slice(4)), (second, slice(4, None))):
+        own = rows[:, half][~foreign[:, half]]
+        assert set(own[:, -1].tolist()) <= {int(token) for tokens in fold.tokens for token in tokens} | {PAD}
+    assert not (rows[:, :4] == rows[:, 4:])[foreign[:, :4] & foreign[:, 4:]].all(axis=-1).any()  # other windows in each
+
+
 def test_mixed_batches_resume_and_are_shared_between_processes():
-    parts = random_pieces(), random_pieces()
+    first, other = random_pieces(), random_pieces()
     config = loader(shares=(0.6, 0.4), batch_size=2)
-    stream = batches(*parts, config=config)
+    stream = batches(first, beside=[other], config=config)
     expected = [next(stream)["tokens"] for _ in range(4)]
-    resumed = batches(*parts, config=config)
-    again = batches(*parts, config=config)
+    resumed = batches(first, beside=[other], config=config)
+    again = batches(first, beside=[other], config=config)
     for _ in range(2):
         next(again)
     resumed.set_state(again.get_state())
     np.testing.assert_array_equal(next(resumed)["tokens"], expected[2])
 
 
-def test_as_many_shares_as_parts_are_needed():
-    with pytest.raises(ValueError, match="a share for each of 1 parts, got 2"):
+def test_a_share_is_needed_for_a_part_and_for_each_dataset_beside_it():
+    with pytest.raises(ValueError, match="expected 1 shares, of a part and what is beside it, got 2"):
         batches(random_pieces(), config=loader(shares=(0.5, 0.5)))
 
 

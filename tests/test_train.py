@@ -206,7 +206,7 @@ def test_folds_that_make_no_sense_are_refused(capsys, tmp_path, prepared, option
 
 
 @pytest.mark.slow
-def test_several_sources_are_mixed_told_and_wished(capsys, tmp_path, prepared, fits):
+def test_several_sources_are_mixed_told_and_wished(capsys, tmp_path, prepared, teachers, fits):
     (tmp_path / "midi").mkdir()
     for seed in range(20, 24):
         write_midi(make_performance(seed), tmp_path / "midi" / f"{seed}.mid")
@@ -231,6 +231,14 @@ def test_several_sources_are_mixed_told_and_wished(capsys, tmp_path, prepared, f
     generate = ["generate", "--checkpoint", model, "--output", tmp_path / "x.mid", "--seconds", 1, "--latents", 8]
     assert 'knows no source "x9"; it knows main, other' in refusal(capsys, *generate, "--source", "x9")
     assert run(capsys, *generate, "--source", "other", "--density", found.edges[0][1], "--guidance", 2)[0] == 0
+
+    fits.clear()
+    assert run(capsys, *command, "--output", tmp_path / "student", "--out-of-fold", "--teacher", *teachers)[0] == 0
+    [(batches, _)] = fits
+    folds = Pieces.open(prepared, "train").folds(2)
+    for part, fold in enumerate(folds):
+        windows = [window for batch in batches for window in np.split(batch["tokens"], 2)[part]]
+        assert {(holds(fold, window), holds(other, window)) for window in windows} == {(True, False), (False, True)}
 
     table.write_text(f"source,data,share\nmain,{prepared},1\nthird,other,1\n")
     again = [*command, "--output", tmp_path / "again", "--start", model]

@@ -47,8 +47,8 @@ class Train:
         data: dataset written by `music-ar prepare`: a folder, or its address (s3://bucket/data, gs://...). Give either
             this or --sources.
         sources: table of several datasets, in place of --data: a CSV file with the columns source, data and share. The
-            shares say how much of the training each gets. The run is validated on the first, and its --final-fraction
-            trains on the first alone. With --wishes, the model learns the names.
+            shares say how much of the training each gets. The run is validated on the first, its --final-fraction
+            trains on the first alone, and folds are of the first. With --wishes, the model learns the names.
         output: folder of the run; created if missing.
         preset: size of the model: small (the shipped one), medium, large (for several devices), tiny (for tests), or a
             baseline: small-decoder (a decoder-only Transformer) or small-xl (Transformer-XL).
@@ -127,8 +127,6 @@ class Train:
         check_options(self)
         if (self.data is None) == (self.sources is None):
             raise CommandError(f"expected either --data or --sources, got {'both' if self.data else 'neither'}")
-        if self.sources is not None and (self.folds is not None or self.out_of_fold):
-            raise CommandError("--sources does not go with folds: give one dataset with --data")
         if self.expand_to is not None and self.start is None:
             raise CommandError("--expand-to needs --start, the model to expand")
         self._check_folds()
@@ -192,12 +190,12 @@ class Train:
         sources = self._sources()
         manifests, main = [Manifest.load(source.data) for source in sources], sources[0].data
         opened = [Pieces.open(source.data, "train", source=source.name) for source in sources]
-        parts = self._parts(opened[0]) if self.sources is None else opened
+        parts, beside = self._parts(opened[0]), opened[1:]
         # A user's own data may have no validation split.
         held_out = Pieces.open(main, "validation").tokens if manifests[0].splits["validation"].pieces else ()
-        model = self._initial_model(compute, parts)
+        model = self._initial_model(compute, opened)
         teachers = self._teachers(model, compute)
-        fitted = self._fit(model, sources, manifests, parts, held_out, teachers, hosts)
+        fitted = self._fit(model, sources, manifests, parts, beside, held_out, teachers, hosts)
         if hosts.process > 0:
             return
         if fitted.finished:
@@ -307,6 +305,7 @@ class Train:
         sources: "list[Source]",
         manifests: "list[Manifest]",
         parts: "list[Pieces]",
+        beside: "list[Pieces]",
         held_out: "Sequence[np.ndarray]",
         teachers: "Teachers | None",
         hosts: "Hosts",
@@ -321,21 +320,27 @@ class Train:
         from music_ar.training.trainer import Trainer
 
         mesh = make_mesh(None if self.mesh is None else parse_axes(self.mesh))
-        targets, device = sum(part.targets for part in parts), jax.devices()[0].device_kind
+        targets, device = sum(part.targets for part in [*parts, *beside]), jax.devices()[0].device_kind
         title = f"{parameter_count(model):,} parameters, {targets:,} tokens, {jax.device_count()} x {device}"
         config, seed = model.config, self.training.seed
         plain = self.augmented_copies == 0 and not self.augment and self.sources is None
         shares = None if self.sources is None else tuple(source.share for source in sources)
-        final = parts if self.sources is None else parts[:1]
+        copied = self._with_copies([*parts, *beside])
         rows = None if jax.process_count() == 1 else process_rows(mesh, self.training.batch_size)
         with ProgressLine(title) as line:
             return Trainer(
                 model,
                 self.training,
                 self._batches(
-                    config, self._with_copies(parts), self.augmentation if self.augment else None, seed, rows, shares
+                    config,
+                    copied[: len(parts)],
+                    copied[len(parts) :],
+                    self.augmentation if self.augment else None,
+                    seed,
+                    rows,
+                    shares,
                 ),
-                final_batches=None if plain else self._batches(config, final, None, seed + 1, rows, None),
+                final_batches=None if plain else self._batches(config, parts, [], None, seed + 1, rows, None),
                 data=self._description(model, sources, manifests, parts),
                 output=self.output,
                 objective=NextTokens(model.config, model.compute, self.training, teachers),
@@ -398,6 +403,7 @@ class Train:
         self,
         config: "ModelConfig",
         parts: "list[Pieces]",
+        beside: "list[Pieces]",
         augmentation: Augmentation | None,
         seed: int,
         rows: tuple[int, ...] | None,
@@ -418,7 +424,9 @@ class Train:
             gaps=Gaps(share=self.infill, context=config.context) if self.infill else None,
             workers=self.workers,
         )
-        return cast("Batches", batches(*parts, config=loader))  # its batches are TypedDicts, so dicts of arrays
+        return cast(
+            "Batches", batches(*parts, beside=beside, config=loader)
+        )  # its batches are TypedDicts, so dicts of arrays
 
 
 def _describe(progress: "Progress") -> str:
