@@ -64,11 +64,11 @@ Layers = Annotated[
         "Default: all."
     ),
 ]
-Confidence = Annotated[
+Tolerance = Annotated[
     float,
     tyro.conf.arg(
-        help="stop early at each event that the model gives more than this probability; lower is faster, and 1 never "
-        "does."
+        help="use fewer layers for an event where that is expected to cost fewer nats than this, such as 0.05. More is "
+        "faster; 0 never does. For a model that was trained to stop early."
     ),
 ]
 Choices = Annotated[

@@ -27,7 +27,7 @@ def main() -> None:
         curve = json.loads(path.read_text(encoding="utf-8"))
         for row in curve["rows"]:
             if row["nats_per_token"] is not None:
-                line = row["batch"], row.get("layers", 0), row.get("confidence", 1.0)
+                line = row["batch"], row.get("layers", 0), row.get("tolerance", 0.0)
                 lines[curve["device"]][line].append(row)
     if not lines:
         parser.error("expected rows with an NLL, found none: run `music-ar bench decode` with --data")
@@ -36,8 +36,8 @@ def main() -> None:
     figure, axes = plt.subplots(1, len(lines), sharey=True, squeeze=False, **size)
     for axis, (device, of_device) in zip(axes[0], lines.items(), strict=True):
         depths = {line[1:] for line in of_device}
-        for (batch, layers, confidence), rows in sorted(of_device.items()):
-            depth = f", {layers} layers" if confidence == 1 else f", exits above {confidence:g}"
+        for (batch, layers, tolerance), rows in sorted(of_device.items()):
+            depth = f", {layers} layers" if not tolerance else f", exits below {tolerance:g} nats"
             draw(axis, rows, f"{batch} at once" + depth * (len(depths) > 1))
         axis.set_title(device, loc="left", fontsize=10)
         axis.set_xlabel("tokens per second")

@@ -152,7 +152,7 @@ def _answers(
     graph: nnx.GraphDef[PerceiverAR], params: nnx.State, tokens_BxT: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
     model = nnx.merge(graph, params)
-    depths, tape = model.predict(tokens_BxT, depths=model.config.depths)
+    depths, _, tape = model.predict(tokens_BxT, depths=model.config.depths)
     return depths[-1][:, -1, :2].argmax(axis=-1), None if tape is None else tape.reads_B
 
 

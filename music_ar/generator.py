@@ -50,7 +50,7 @@ class Piece:
 class Generator:
     """Generates piano music with a trained model.
 
-    The methods take options by keyword: the fields of `Request` (after, seconds, latents, layers, confidence, budget,
+    The methods take options by keyword: the fields of `Request` (after, seconds, latents, layers, tolerance, budget,
     speed, seed, variations, prompt_seconds, continuation_only, tag), of `SamplingOptions` (temperature, top_k, top_p,
     min_p, steadiness) and, if the model takes wishes, of `Wishes` (density, loudness, composer and so on). They also
     take a whole `Request` in place of a prompt.
@@ -255,7 +255,7 @@ class Generator:
             raise GenerationError(str(error)) from error
 
     def setting(self, request: Request) -> Setting:
-        """The latents, layers and confidence that a request asks for. "auto" measures this machine's speed.
+        """The latents, layers and tolerance that a request asks for. "auto" measures this machine's speed.
 
         Raises:
             GenerationError: the model cannot decode so, or cannot fill a gap, or its budget is not known.
@@ -269,21 +269,21 @@ class Generator:
         if request.budget is not None:
             return self._affordable(request.budget)
         layers = self._checked_layers(request.layers)
-        if request.confidence < 1 and not self.config.exits:
+        if request.tolerance > 0 and not self.config.exits:
             raise GenerationError(
-                "confidence must be 1: no event of this model can be done early, since it predicts only after all "
-                f"{self.config.layers} layers; got {request.confidence:g}"
+                "tolerance must be 0: no event of this model can be done early, since it predicts only after all "
+                f"{self.config.layers} layers; got {request.tolerance:g}"
             )
         if request.latents != "auto":
-            return Setting(self._checked_latents(request.latents), layers, request.confidence)
+            return Setting(self._checked_latents(request.latents), layers, request.tolerance)
         speed = DEFAULT_SPEED if request.speed is None else request.speed
         gap = request.gap(self.config.reach)
         tokens = request.prompt_tokens() if gap is None else gap.tokens
         pace: dict[str, Any] = {"prompt": tokens, "variations": request.variations * request.rows}
-        if self.config.exits and (request.layers, request.confidence) == (None, 1) and self.frontier.settings:
+        if self.config.exits and (request.layers, request.tolerance) == (None, 0) and self.frontier.settings:
             return self.autotuner.setting(speed, self.frontier, **pace)
-        latents = self.autotuner.latents(speed, layers=layers, confidence=request.confidence, **pace)
-        return Setting(latents, layers, request.confidence)
+        latents = self.autotuner.latents(speed, layers=layers, tolerance=request.tolerance, **pace)
+        return Setting(latents, layers, request.tolerance)
 
     def _resolved(self, request: Request) -> Request:
         """The request with its setting resolved and checked."""

@@ -24,8 +24,8 @@ class Given(Autotuner):
         super().__init__(decoder)
         self.asked = set()
 
-    def seconds_per_token(self, latents, variations=1, *, layers=None, confidence=1.0, again=False):
-        del layers, confidence
+    def seconds_per_token(self, latents, variations=1, *, layers=None, tolerance=0.0, again=False):
+        del layers, tolerance
         self.asked.add((latents, variations, again))
         return SECONDS[latents]
 

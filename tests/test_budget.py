@@ -23,7 +23,7 @@ M, N = CONFIG.context, CONFIG.latents
 
 def row(latents, layers, tokens_per_s, nats_per_token, **other):
     return {
-        "context": M, "latents": latents, "layers": layers, "confidence": 1.0, "batch": 1, "mode": "sliding",
+        "context": M, "latents": latents, "layers": layers, "tolerance": 0.0, "batch": 1, "mode": "sliding",
         "tokens_per_s": tokens_per_s, "nats_per_token": nats_per_token, **other,
     }  # fmt: skip
 
@@ -31,7 +31,7 @@ def row(latents, layers, tokens_per_s, nats_per_token, **other):
 ROWS = [
     row(N, 3, 100, 1.0),
     row(8, 3, 125, 1.3),
-    row(N, 3, 200, 1.1, confidence=0.5),
+    row(N, 3, 200, 1.1, tolerance=0.5),
     row(N, 2, 250, 1.2),
     row(8, 1, 500, 2.0),
     row(N, 1, 400, 2.1),  # slower and worse than the one before
@@ -73,7 +73,7 @@ def test_a_budget_buys_the_best_setting_that_costs_no_more(budget, expected):
 
 
 def test_rows_of_models_without_exits_were_measured_with_all_layers():
-    older = [{name: value for name, value in each.items() if name not in ("layers", "confidence")} for each in ROWS[:2]]
+    older = [{name: value for name, value in each.items() if name not in ("layers", "tolerance")} for each in ROWS[:2]]
     settings = Frontier.of(older, dataclasses.replace(CONFIG, exits=())).settings
     assert [measured.setting for measured in settings] == [Setting(8, 3), Setting(N, 3)]
 
@@ -90,7 +90,7 @@ def test_without_the_full_setting_nothing_is_known():
     [
         ({}, Setting(N, 3)),
         ({"latents": 8, "layers": 2}, Setting(8, 2)),
-        ({"confidence": 0.3}, Setting(N, 3, 0.3)),
+        ({"tolerance": 0.3}, Setting(N, 3, 0.3)),
         ({"budget": 0.45}, BEST[1]),
     ],
 )
@@ -105,10 +105,10 @@ def test_a_request_names_a_setting(generator, asked, setting):
     [
         ({"layers": 4}, "layers must be 1, 2 or 3, after which this model predicts; got 4"),
         ({"layers": 0}, "layers must be a whole number of at least 1"),
-        ({"confidence": 1.1}, "confidence must be a number from 0 to 1"),
+        ({"tolerance": -0.1}, "tolerance must be a number from 0 to 100"),
         ({"budget": 0.0}, "budget must be a number above 0 and at most 1, got 0"),
         ({"budget": 0.1}, r"from 0\.2 to 1, .* \(8 latents, 1 of 3 layers\) .*; got 0\.1"),
-        ({"budget": 0.5, "latents": 8}, "either a budget, or latents, layers and confidence"),
+        ({"budget": 0.5, "latents": 8}, "either a budget, or latents, layers and tolerance"),
         ({"budget": 0.5, "latents": "auto"}, "either a budget"),
     ],
 )
@@ -122,7 +122,7 @@ def test_a_model_without_exits_refuses_what_it_cannot_do(tiny_checkpoint):
     assert generator.setting(Request(layers=2)) == Setting(32, 2)
     for asked, message in [
         ({"layers": 1}, "layers must be all 2"),
-        ({"confidence": 0.5}, "only after all 2 layers; got 0.5"),
+        ({"tolerance": 0.5}, "only after all 2 layers; got 0.5"),
         ({"budget": 0.5}, "no curve.json: choose latents and layers"),
     ]:
         with pytest.raises(GenerationError, match=message):
@@ -141,7 +141,7 @@ def test_a_damaged_curve_is_refused_when_it_is_needed(folder, tmp_path):
 
 
 def test_pieces_of_different_settings_in_one_call_are_those_of_each_alone(generator):
-    asked = [{"layers": 1}, {"confidence": 0.2}, {}, {"budget": 0.3}, {"confidence": 0.1}]
+    asked = [{"layers": 1}, {"tolerance": 0.8}, {}, {"budget": 0.3}, {"tolerance": 1.5}]
     requests = [Request.of(None, seconds=1.0, seed=number, **each) for number, each in enumerate(asked)]
     together = list(generator.generate_many(requests, batch_size=2))
     assert [piece.error for piece in together] == [None] * len(asked)
@@ -152,7 +152,7 @@ def test_pieces_of_different_settings_in_one_call_are_those_of_each_alone(genera
 
 def test_layers_change_the_piece(generator):
     hot = {"seconds": 2.0, "seed": 5, "temperature": 5.0, "top_p": 1.0}
-    whole, first, leaving = (generator.generate(**hot, **depth) for depth in ({}, {"layers": 1}, {"confidence": 0.0}))
+    whole, first, leaving = (generator.generate(**hot, **depth) for depth in ({}, {"layers": 1}, {"tolerance": 100.0}))
     assert first != whole
     assert leaving == first
 
@@ -167,9 +167,9 @@ SECONDS = {BEST[0]: 0.001, BEST[1]: 0.0025, BEST[2]: 0.003, BEST[3]: 0.005}
 class Given(Autotuner):
     """Times that are given instead of measured."""
 
-    def seconds_per_token(self, latents, variations=1, *, layers=None, confidence=1.0, again=False):
+    def seconds_per_token(self, latents, variations=1, *, layers=None, tolerance=0.0, again=False):
         del variations, again
-        return SECONDS[Setting(latents, layers or CONFIG.layers, confidence)]
+        return SECONDS[Setting(latents, layers or CONFIG.layers, tolerance)]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_manifest_records_a_depth_only_if_it_is_not_all(folder, tmp_path):
     asked: dict[str, dict[str, Any]] = {
         "all": {},
         "budget": {"budget": 0.45},
-        "layers": {"layers": 1, "confidence": 0.5},
+        "layers": {"layers": 1, "tolerance": 0.5},
     }
     for name, options in asked.items():
         assert Render(**common, **options, output=str(tmp_path / name)).run() == 0
@@ -207,6 +207,6 @@ def test_a_manifest_records_a_depth_only_if_it_is_not_all(folder, tmp_path):
         path.parent.name: json.loads(path.read_text().splitlines()[0])["settings"]
         for path in tmp_path.glob("*/manifest.jsonl")
     }
-    assert settings["all"].keys().isdisjoint(("layers", "confidence", "budget"))
+    assert settings["all"].keys().isdisjoint(("layers", "tolerance", "budget"))
     assert settings["budget"] == settings["all"] | {"layers": 2}
-    assert settings["layers"] == settings["all"] | {"layers": 1, "confidence": 0.5}
+    assert settings["layers"] == settings["all"] | {"layers": 1, "tolerance": 0.5}

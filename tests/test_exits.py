@@ -15,10 +15,12 @@ from music_ar.decoding.decoder import Decoder
 from music_ar.decoding.interface import AnyDecoder, shared_options
 from music_ar.decoding.native import library
 from music_ar.decoding.native.decoder import NativeDecoder
+from music_ar.decoding.request import Request
 from music_ar.decoding.sampling import SamplingOptions
+from music_ar.evaluation.exit_costs import fit_exit_costs
 from music_ar.model.config import PRESETS
 from music_ar.model.perceiver_ar import PerceiverAR
-from music_ar.model.pretrained import model_of, weights_of
+from music_ar.model.pretrained import load_pretrained, model_of, weights_of
 from music_ar.tokens import vocabulary
 from music_ar.tokens.vocabulary import START
 from music_ar.training.losses import token_nll
@@ -32,6 +34,7 @@ FOREVER = 2**30
 OPTIONS = shared_options(SamplingOptions())
 PIECES = np.random.default_rng(1).integers(0, vocabulary.EVENT_CLASSES, (3, 90)).astype(np.int32)
 PIECES[:, 0] = START
+SHORT = PIECES[:, : LATENTS + 1]  # each of its inputs is a latent, and no window moves
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +85,19 @@ def forced(decoder, pieces=PIECES, *, prompt=1, latents=LATENTS, **depth):
     return np.asarray(logits), state
 
 
-def sure(logits):
-    """The probability of the likeliest token."""
-    return np.exp(logits.max(-1) - np.asarray(jax.nn.logsumexp(logits, axis=-1)))
+def costs(weights, depth):
+    """What each token of `SHORT` costs if it leaves at an exit and none left before."""
+    model = model_of(weights)
+    found = model.predict(jnp.asarray(SHORT[:, :-1]), depths=(depth,), latents=SHORT.shape[1] - 1)
+    return np.asarray(model.leaving_cost(found.streams_BxNxD[0], depth))
 
 
-def between(probabilities):
-    """A threshold with as many above as below, as far as possible from each."""
-    middle = np.sort(np.ravel(probabilities))[len(np.ravel(probabilities)) // 4 : -len(np.ravel(probabilities)) // 4]
+def between(costs):
+    """A tolerance with as many costs above as below, as far as possible from each."""
+    logs = np.sort(np.log(np.ravel(costs)))
+    middle = logs[len(logs) // 4 : -len(logs) // 4]
     gap = np.argmax(np.diff(middle))
-    return float(middle[gap : gap + 2].mean())
+    return float(np.exp(middle[gap : gap + 2].mean()))
 
 
 def assert_close(found, expected):
@@ -156,23 +162,40 @@ def test_a_depth_without_an_exit_is_refused(decoder):
 # Tokens that leave early.
 
 
-def test_at_threshold_1_every_token_is_that_of_all_blocks(decoder):
-    np.testing.assert_array_equal(forced(decoder, confidence=1.0)[0], forced(decoder)[0])
+def test_the_cost_of_leaving_is_the_exponential_of_a_linear_map_of_the_normalized_stream(weights):
+    model = model_of(weights)
+    x_D = np.random.default_rng(0).normal(size=CONFIG.width).astype(np.float32)
+    normed_D = x_D / np.sqrt((x_D**2).mean() + 1e-6) * weights.tensors["final_norm.scale"]
+    for number, depth in enumerate(CONFIG.exits):
+        kernel_D, bias = np.asarray(model.exit_costs.kernel[...])[:, number], float(model.exit_costs.bias[...][number])
+        assert float(model.leaving_cost(jnp.asarray(x_D), depth)) == pytest.approx(
+            np.exp(normed_D @ kernel_D + bias), rel=1e-4
+        )
 
 
-def test_at_threshold_0_every_token_leaves_at_the_first_exit(decoder):
-    logits, state = forced(decoder, confidence=0.0)
+def test_no_token_of_a_new_model_leaves_early():
+    model = PerceiverAR(CONFIG, rngs=nnx.Rngs(0))
+    tolerance = Request(tolerance=100.0).tolerance
+    assert float(model.leaving_cost(jnp.ones(CONFIG.width), 1)) > tolerance
+
+
+def test_at_tolerance_0_every_token_is_that_of_all_blocks(decoder):
+    np.testing.assert_array_equal(forced(decoder, tolerance=0.0)[0], forced(decoder)[0])
+
+
+def test_at_a_great_tolerance_every_token_leaves_at_the_first_exit(decoder):
+    logits, state = forced(decoder, tolerance=1e9)
     first, _ = forced(decoder, layers=1)
     # A first exit's latents see only caches that do not depend on later blocks.
     assert_close(logits, first)
     assert np.asarray(state.layers_run_B).tolist() == [PIECES.shape[1] - 1] * 3
 
 
-def test_a_token_leaves_when_it_is_sure(decoder):
-    threshold = between(sure(forced(decoder, layers=1)[0]))
-    logits, state = forced(decoder, confidence=threshold)
-    first = forced(decoder, layers=1)[0]
-    left = sure(first) > threshold
+def test_a_token_leaves_where_that_costs_little(weights, decoder):
+    tolerance = between(costs(weights, 1))
+    logits, state = forced(decoder, SHORT, tolerance=tolerance)
+    first = forced(decoder, SHORT, layers=1)[0]
+    left = costs(weights, 1) < tolerance
     assert 0.2 < left.mean() < 0.8
     assert_close(logits[left], first[left])
     assert np.abs(logits[~left] - first[~left]).max(axis=-1).min() > 0.1
@@ -182,12 +205,11 @@ def test_a_token_leaves_when_it_is_sure(decoder):
 
 
 @pytest.mark.parametrize("layers", [None, 3])
-def test_the_engines_agree_when_tokens_leave_early(jax_decoder, native, layers):
-    # Two exits: a threshold that is far from the probabilities at both, so that rounding moves no one.
-    confidences = np.concatenate([sure(forced(jax_decoder, layers=depth)[0]).ravel() for depth in (1, 3)])
-    threshold = between(confidences)
-    expected, of_jax = forced(jax_decoder, layers=layers, confidence=threshold, prompt=20)
-    found, of_native = forced(native, layers=layers, confidence=threshold, prompt=20)
+def test_the_engines_agree_when_tokens_leave_early(weights, jax_decoder, native, layers):
+    # Two exits: a tolerance that is far from the costs at both, so that rounding moves no one.
+    tolerance = between(np.concatenate([costs(weights, depth).ravel() for depth in (1, 3)]))
+    expected, of_jax = forced(jax_decoder, SHORT, layers=layers, tolerance=tolerance)
+    found, of_native = forced(native, SHORT, layers=layers, tolerance=tolerance)
     assert_close(found, expected)
     np.testing.assert_array_equal(of_native.layers_run_B, np.asarray(of_jax.layers_run_B))
 
@@ -201,39 +223,74 @@ def test_skipped_layers_get_the_keys_and_values_of_the_exit(weights, jax_decoder
             silent[name] = np.zeros_like(weights.tensors[name])
     quiet = Decoder(model_of(weights._replace(tensors=silent)), Backend())
     expected = forced(quiet)[1].caches
-    found = forced(jax_decoder, confidence=0.0)[1].caches
+    found = forced(jax_decoder, tolerance=1e9)[1].caches
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-def test_a_row_depends_on_nothing_but_itself(native):
-    threshold = between(sure(forced(native, layers=1)[0]))
-    together = forced(native, confidence=threshold)[0]
+def test_a_row_depends_on_nothing_but_itself(weights, native):
+    tolerance = between(costs(weights, 1))
+    together = forced(native, tolerance=tolerance)[0]
     for row in range(len(PIECES)):
-        alone = forced(native, PIECES[row : row + 1], confidence=threshold)[0]
+        alone = forced(native, PIECES[row : row + 1], tolerance=tolerance)[0]
         np.testing.assert_array_equal(together[row], alone[0])
 
 
-def test_rows_keep_their_own_thresholds(decoder):
-    threshold = between(sure(forced(decoder, layers=1)[0]))
+def test_rows_keep_their_own_tolerances(weights, decoder):
+    tolerance = between(costs(weights, 1))
 
-    def started(row, confidence):
-        return decoder.start(
-            [PIECES[row, :1]], latents=LATENTS, seeds=[row], limit_steps=FOREVER, confidence=confidence
-        )
+    def started(row, tolerance):
+        return decoder.start([SHORT[row, :1]], latents=LATENTS, seeds=[row], limit_steps=FOREVER, tolerance=tolerance)
 
-    state = started(0, threshold).rows([0, 0]).replaced(1, started(1, 0.0))
-    logits = np.asarray(decoder.teacher_force(state, PIECES[:2, 1:])[1])
-    np.testing.assert_allclose(logits[0], forced(decoder, PIECES[:1], confidence=threshold)[0][0], atol=1e-3)
-    np.testing.assert_allclose(logits[1], forced(decoder, PIECES[1:2], confidence=0.0)[0][0], atol=1e-3)
+    state = started(0, tolerance).rows([0, 0]).replaced(1, started(1, 1e9))
+    logits = np.asarray(decoder.teacher_force(state, SHORT[:2, 1:])[1])
+    np.testing.assert_allclose(logits[0], forced(decoder, SHORT[:1], tolerance=tolerance)[0][0], atol=1e-3)
+    np.testing.assert_allclose(logits[1], forced(decoder, SHORT[1:2], tolerance=1e9)[0][0], atol=1e-3)
 
 
 def test_pieces_are_decoded_and_scored(decoder):
-    state = decoder.start([PIECES[0, :9]], latents=8, seeds=[3], limit_steps=FOREVER, layers=3, confidence=0.3)
+    state = decoder.start([PIECES[0, :9]], latents=8, seeds=[3], limit_steps=FOREVER, layers=3, tolerance=1.0)
     state, tokens, nats = decoder.decode_scored(state, OPTIONS, length=12)
     assert (np.asarray(tokens) != vocabulary.PAD).all()
     assert (np.asarray(nats) > 0).all()
     assert 12 <= int(state.layers_run_B[0]) <= 36
+
+
+# The cost of leaving.
+
+
+def measured_costs(model, piece):
+    """What leaving at each exit costs each token of a piece that fits the window."""
+    at_depths = model.at_depths(
+        jnp.asarray(piece[None, :-1].astype(np.int32)), depths=CONFIG.depths, latents=len(piece) - 1
+    )
+    *early, full = (np.asarray(jax.nn.log_softmax(logits[0])) for logits in at_depths)
+    return np.stack([(np.exp(full) * (full - logs)).sum(axis=-1) for logs in early])
+
+
+def test_costs_are_fitted_to_what_leaving_costs(weights):
+    """On windows of as many targets as latents: the mean is right, and tokens that cost more are told from others."""
+    pieces = [
+        np.append(START, np.random.default_rng(seed).integers(0, 128, LATENTS)).astype(np.uint16) for seed in range(60)
+    ]
+    model = model_of(weights)
+    fitted, means = fit_exit_costs(model, pieces)
+    real = np.concatenate([measured_costs(model, piece) for piece in pieces], axis=1)
+    found = fitted.predict(
+        jnp.asarray(np.stack(pieces)[:, :-1].astype(np.int32)), depths=CONFIG.exits, latents=LATENTS
+    ).streams_BxNxD
+    for number, depth in enumerate(CONFIG.exits):
+        expected = np.asarray(fitted.leaving_cost(found[number], depth)).ravel()
+        assert means[depth] == pytest.approx(real[number].mean(), rel=1e-3)
+        assert expected.mean() == pytest.approx(means[depth], rel=0.02)
+        assert np.corrcoef(expected, real[number])[0, 1] > 0.5
+    np.testing.assert_array_equal(fitted.head.kernel[...], model.head.kernel[...])
+    np.testing.assert_array_equal(model.exit_costs.kernel[...], model_of(weights).exit_costs.kernel[...])
+
+
+def test_costs_of_a_model_without_exits_are_refused(tiny_checkpoint):
+    with pytest.raises(ValueError, match="only after all its layers"):
+        fit_exit_costs(load_pretrained(tiny_checkpoint), [SHORT[0]])
 
 
 # Training.

@@ -319,9 +319,9 @@ def test_a_latent_budget_buys_layers_too_if_the_model_has_exits(tmp_path):
     save_pretrained(noisy_model(config), tmp_path / "model")
     of = {"context": 64, "batch": 1}
     rows = [
-        {**of, "latents": 32, "layers": 2, "confidence": 1.0, "tokens_per_s": 100.0, "nats_per_token": 1.0},
-        {**of, "latents": 32, "layers": 2, "confidence": 0.5, "tokens_per_s": 200.0, "nats_per_token": 1.1},
-        {**of, "latents": 8, "layers": 1, "confidence": 1.0, "tokens_per_s": 500.0, "nats_per_token": 1.5},
+        {**of, "latents": 32, "layers": 2, "tolerance": 0.0, "tokens_per_s": 100.0, "nats_per_token": 1.0},
+        {**of, "latents": 32, "layers": 2, "tolerance": 0.5, "tokens_per_s": 200.0, "nats_per_token": 1.1},
+        {**of, "latents": 8, "layers": 1, "tolerance": 0.0, "tokens_per_s": 500.0, "nats_per_token": 1.5},
     ]
     (tmp_path / "model" / "curve.json").write_text(json.dumps({"rows": rows}))
     machine = Machine(Generator.from_pretrained(tmp_path / "model"), rows)
@@ -329,7 +329,7 @@ def test_a_latent_budget_buys_layers_too_if_the_model_has_exits(tmp_path):
     expected = {2: cheap, 11: cheap, 12: early, 31: early, 32: full}  # half of the full cost is 0.2 + 0.8 * 12 / 32
     for budget, setting in expected.items():
         spent = machine.spend(Request(latents=budget))
-        assert (spent.latents, spent.layers, spent.confidence) == setting
+        assert (spent.latents, spent.layers, spent.tolerance) == setting
         assert machine.spend(Request(latents=machine.budget_of(setting))) == spent
     assert "8 latents, 1 of 2 layers: music comes about " in machine.cost(2)
     assert "(0.50 nats per token worse)" in machine.cost(2)

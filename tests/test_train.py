@@ -128,6 +128,7 @@ def test_training_continues_from_another_model(capsys, tmp_path, prepared, teach
     before, after = load_pretrained(teachers[0]), load_pretrained(tmp_path / "run" / "model")
     assert after.config == dataclasses.replace(before.config, label_size=LABEL_SIZE, exits=(1,))
     np.testing.assert_allclose(after.embedding[...], before.embedding[...], atol=1e-6)
+    assert float(after.exit_costs.bias[...][0]) < 10  # fitted
     assert "data.start was" in refusal(capsys, *command, *rates, "--resume", "--start", teachers[1])
     refused = refusal(capsys, *command, "--start", teachers[0], "--exits", 1, 2)
     assert "--exits must rise and be below the model's 2 blocks, got 1, 2" in refused

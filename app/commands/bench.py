@@ -24,7 +24,7 @@ _MOST = 2**20  # of latents, tokens and pieces
 class Decode:
     """Time the decoding of tokens after a full prompt; with --data, also score each setting.
 
-    A setting is a number of latents with a number of layers, or with all layers and a threshold of early exits.
+    A setting is a number of latents with a number of layers, or with all layers and a tolerance of early exits.
 
     Two bounds are measured in the same run. A step must read every weight and every cache once, so memory bandwidth
     limits its speed; it is taken from a large matrix-vector product and a sum. And a step must multiply its int8
@@ -35,8 +35,8 @@ class Decode:
         checkpoint: name of a shipped model, a folder, or a hub id (owner/name); default: the shipped model.
         latents: numbers of latents to compare.
         layers: numbers of layers to compare; default: all after which the model was trained to predict.
-        confidence: thresholds of early exits to compare, with all layers: an event leaves early once the model gives it
-            more than this probability. Default: none.
+        tolerance: tolerances of early exits to compare, with all layers: an event leaves early once that is expected to
+            cost fewer nats than this. Default: none.
         context: context lengths to compare, in tokens; default: the model's own. Retrieval still uses all tokens.
         batch: numbers of pieces decoded at once.
         tokens: tokens to time per piece, after the first chunk. Raise it on a noisy machine.
@@ -50,7 +50,7 @@ class Decode:
     checkpoint: Unset[str] = None
     latents: tuple[int, ...] = whole((64, 256, 1024, 2048), 1, _MOST)
     layers: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")] = whole((), 1, 1000)
-    confidence: Annotated[tuple[float, ...], tyro.conf.arg(help_behavior_hint="")] = number((), least=0, most=1)
+    tolerance: Annotated[tuple[float, ...], tyro.conf.arg(help_behavior_hint="")] = number((), least=0, most=100)
     context: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")] = whole((), 1, _MOST)
     batch: tuple[int, ...] = whole((1, 4), 1, 2**12)
     tokens: int = whole(256, 1, _MOST)
@@ -84,10 +84,10 @@ class Decode:
                 f"--layers must be among {', '.join(map(str, config.depths))}, after which the model predicts; got "
                 f"{', '.join(map(str, sorted(unknown)))}"
             )
-        if self.confidence and not config.exits:
-            raise CommandError("--confidence needs a model with early exits, trained with --exits")
-        depths = [(layers, 1.0) for layers in self.layers or config.depths]
-        depths += [(config.layers, confidence) for confidence in self.confidence]
+        if self.tolerance and not config.exits:
+            raise CommandError("--tolerance needs a model with early exits, trained with --exits")
+        depths = [(layers, 0.0) for layers in self.layers or config.depths]
+        depths += [(config.layers, tolerance) for tolerance in self.tolerance]
         return [Setting(latents, *depth) for latents in self.latents for depth in depths]
 
 

@@ -12,10 +12,10 @@ from app.console import (
     Budget,
     Choices,
     CommandError,
-    Confidence,
     Layers,
     ProgressLine,
     Sampling,
+    Tolerance,
     Unset,
     WishOptions,
     check_writable,
@@ -78,7 +78,7 @@ class Generate:
     choices: Choices = 1
     latents: Unset[int | Literal["auto"]] = None
     layers: Layers = None
-    confidence: Confidence = 1.0
+    tolerance: Tolerance = 0.0
     budget: Budget = None
     speed: Unset[float] = None
     seed: Unset[int] = None
@@ -139,7 +139,7 @@ class Generate:
             self._passages(),
             latents=self.latents,
             layers=self.layers,
-            confidence=self.confidence,
+            tolerance=self.tolerance,
             budget=self.budget,
             speed=self.speed,
             seed=self.seed,

@@ -16,10 +16,10 @@ from app.console import (
     Budget,
     Choices,
     CommandError,
-    Confidence,
     Layers,
     ProgressLine,
     Sampling,
+    Tolerance,
     Unset,
     WishOptions,
     check_options,
@@ -100,7 +100,7 @@ class Render:
     continuation_only: bool = False
     latents: Unset[int] = None
     layers: Layers = None
-    confidence: Confidence = 1.0
+    tolerance: Tolerance = 0.0
     budget: Budget = None
     seed: int = 0
     audio: Unset[Literal["wav", "flac", "mp3", "ogg"]] = None
@@ -128,7 +128,7 @@ class Render:
             "prompt_seconds",
             "latents",
             "layers",
-            "confidence",
+            "tolerance",
             "budget",
             "seed",
         )
@@ -294,7 +294,7 @@ def _estimate_s(generator: "AnyGenerator", requests: "Sequence[Request]") -> flo
 
     estimate_s = 0.0
     for request in requests:
-        size, (latents, layers, confidence) = request.tag.settings["batch_size"], generator.setting(request)
-        step_s = generator.autotuner.seconds_per_token(latents, size, layers=layers, confidence=confidence)
+        size, (latents, layers, tolerance) = request.tag.settings["batch_size"], generator.setting(request)
+        step_s = generator.autotuner.seconds_per_token(latents, size, layers=layers, tolerance=tolerance)
         estimate_s += request.seconds * MAESTRO_TOKENS_PER_S * step_s / min(size, len(requests))
     return estimate_s

@@ -40,7 +40,7 @@ class DecodeRow:
         first_note_s: time to read the prompt and decode the first chunk, without compilation.
         times_real_time: seconds of average MAESTRO music per second, in each piece.
         nats_per_token: NLL of real music through the decoder; None if not scored.
-        layers, confidence: see `Setting`.
+        layers, tolerance: see `Setting`.
         mean_layers: layers that a token of the scored music ran through on average; None if not scored.
         share_of_limit: speed as a fraction of what the memory bandwidth allows.
         bare_matrices_ms: time of a step's int8 matrices alone, between the chunks of this row; None with JAX.
@@ -50,7 +50,7 @@ class DecodeRow:
     context: int
     latents: int
     layers: int
-    confidence: float
+    tolerance: float
     batch: int
     mode: str = "sliding"
     tokens_per_s: float

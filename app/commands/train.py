@@ -352,8 +352,9 @@ class Train:
             ).fit()
 
     def _save(self, fitted: "Fitted", held_out: "Sequence[np.ndarray]") -> None:
-        """Calibrate the model, if there is a validation split, and save it."""
+        """Calibrate the model and fit its exits, if there is a validation split, and save it."""
         from music_ar.evaluation.calibration import calibrate
+        from music_ar.evaluation.exit_costs import fit_exit_costs
         from music_ar.model.pretrained import save_pretrained
 
         model, folder = fitted.model, self.output / "model"
@@ -361,6 +362,10 @@ class Train:
             model, fits = calibrate(model, held_out)
             by_type = (f"{name} × {fit['scale']:.3f} {fit['offset']:+.3f}" for name, fit in fits.items())
             print(f"logits calibrated on the validation split: {', '.join(by_type)}")
+            if model.config.exits:
+                model, costs = fit_exit_costs(model, held_out)
+                by_exit = ", ".join(f"{nats:.3f} after {depth}" for depth, nats in costs.items())
+                print(f"nats that leaving early costs on average, by layers: {by_exit}")
         save_pretrained(model, folder)
         print(f"{fitted.step} steps in {clock(fitted.elapsed_s)}; the model is in {folder}")
 

@@ -82,16 +82,16 @@ class RayGenerator:
         return self
 
     def setting(self, request: Request) -> Setting:
-        """The latents, layers and confidence that a request asks for; errors as in `Generator.setting`."""
-        names = ("latents", "layers", "confidence", "budget", "speed")
+        """The latents, layers and tolerance that a request asks for; errors as in `Generator.setting`."""
+        names = ("latents", "layers", "tolerance", "budget", "speed")
         asked = Request(**{name: getattr(request, name) for name in names})
         if asked not in self._settings:
             self._settings[asked] = self._workers.ask("setting", asked)
         return self._settings[asked]
 
-    def seconds_per_token(self, latents: int, rows: int, *, layers: int, confidence: float) -> float:
+    def seconds_per_token(self, latents: int, rows: int, *, layers: int, tolerance: float) -> float:
         """Seconds of a step of a batch, divided by the number of workers."""
-        sizes = Sizes(Setting(latents, layers, confidence), rows)
+        sizes = Sizes(Setting(latents, layers, tolerance), rows)
         return self._workers.ask("seconds_per_token", sizes) / len(self._workers)
 
     def batch_size(self, latents: int | None = None) -> int:
@@ -144,8 +144,8 @@ class RowsOnWorker:
 
     def seconds_per_token(self, sizes: Sizes) -> float:
         """As `Autotuner.seconds_per_token`."""
-        latents, layers, confidence = sizes.setting
-        return self._generator.autotuner.seconds_per_token(latents, sizes.rows, layers=layers, confidence=confidence)
+        latents, layers, tolerance = sizes.setting
+        return self._generator.autotuner.seconds_per_token(latents, sizes.rows, layers=layers, tolerance=tolerance)
 
     def generate(self, job: Job) -> "Future[Piece]":
         """Put a request into the batch as soon as a row is free."""

@@ -31,7 +31,7 @@ LIST_EXTENSIONS = (".txt", ".list")
 _EXACT = 2**53  # whole numbers up to this are floats, too
 _HALF_CHARACTER = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 _NO_WISHES = dataclasses.asdict(Wishes())
-_NEUTRAL = {"layers": None, "confidence": 1.0, "budget": None}
+_NEUTRAL = {"layers": None, "tolerance": 0.0, "budget": None}
 """Options that a manifest records only if they differ from these, so that pieces of earlier versions stay unchanged."""
 _NOT_OPTIONS = ("prompt", "after", "speed", "sampling", "wishes", "tag")
 _TYPE_NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
@@ -252,7 +252,7 @@ class Plan:
     @staticmethod
     def _instead(options: Mapping[str, Any]) -> dict[str, Any]:
         """Defaults that a piece's own budget replaces, or that replace a budget."""
-        in_place = {"latents": None, "layers": None, "confidence": 1.0}
+        in_place = {"latents": None, "layers": None, "tolerance": 0.0}
         if "budget" in options:
             return in_place
         return {"budget": None} if options.keys() & in_place.keys() else {}

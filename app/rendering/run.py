@@ -98,7 +98,7 @@ class Run:
             return request.tag.settings["batch_size"]
 
         def depth(request: Request) -> tuple[int, bool]:
-            return request.layers or 0, request.confidence < 1
+            return request.layers or 0, request.tolerance > 0
 
         # Sorted by depth and latents, because equal depths and similar numbers of latents share a batch.
         ordered = sorted(self._missing, key=lambda request: (batch_size(request), depth(request), request.latents))

@@ -57,7 +57,7 @@ class Machine:
             for row in curve or []
             if row.get("mode", "sliding") == "sliding"
             and row.get("layers", generator.config.layers) == generator.config.layers
-            and row.get("confidence", 1) == 1
+            and row.get("tolerance", 0) == 0
         }
         self._prompt_notes, self._variations, self._max_programs = prompt_notes, variations, max_programs
         self._measuring = threading.Lock()

@@ -47,8 +47,8 @@ class Autotuner:
         longest_s = _longest_s(speed, prompt)
 
         def seconds(setting: Setting) -> float:
-            latents, layers, confidence = setting
-            return self.seconds_per_token(latents, variations, layers=layers, confidence=confidence)
+            latents, layers, tolerance = setting
+            return self.seconds_per_token(latents, variations, layers=layers, tolerance=tolerance)
 
         full_s = seconds(frontier.settings[-1].setting) / frontier.settings[-1].cost
         fast = [measured.setting for measured in frontier.settings if measured.cost * full_s <= longest_s]
@@ -63,7 +63,7 @@ class Autotuner:
         *,
         variations: int = 1,
         layers: int | None = None,
-        confidence: float = 1.0,
+        tolerance: float = 0.0,
     ) -> int:
         """The largest number of latents that reaches a speed, in powers of two; the smallest if none does.
 
@@ -72,12 +72,12 @@ class Autotuner:
             prompt: tokens of the prompt; if it is long enough, its own tokens per second set the pace, otherwise
                 MAESTRO's.
             variations: samples generated at once.
-            layers, confidence: see `Setting`.
+            layers, tolerance: see `Setting`.
         """
         longest_s = _longest_s(speed, prompt)
 
         def seconds(latents: int) -> float:
-            return self.seconds_per_token(latents, variations, layers=layers, confidence=confidence)
+            return self.seconds_per_token(latents, variations, layers=layers, tolerance=tolerance)
 
         most = self._decoder.config.most_latents
         candidates = [min(_LEAST_LATENTS, most)]
@@ -97,7 +97,7 @@ class Autotuner:
         variations: int = 1,
         *,
         layers: int | None = None,
-        confidence: float = 1.0,
+        tolerance: float = 0.0,
         again: bool = False,
     ) -> float:
         """Seconds per step on this machine: the median over 0.3 s of chunks, at least three.
@@ -105,10 +105,10 @@ class Autotuner:
         Args:
             latents: number of latents.
             variations: samples generated at once.
-            layers, confidence: see `Setting`.
+            layers, tolerance: see `Setting`.
             again: measure again, since a machine that was busy looks slow.
         """
-        setting = Setting(latents, depth_of(self._decoder.config, layers), confidence)
+        setting = Setting(latents, depth_of(self._decoder.config, layers), tolerance)
         key = (setting._replace(latents=cache_size(latents)), variations)
         if again or key not in self._seconds_per_token:
             self._seconds_per_token[key] = self._measure(setting, variations)

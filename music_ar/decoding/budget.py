@@ -23,26 +23,25 @@ class Setting(NamedTuple):
     Attributes:
         latents: number of latents.
         layers: number of self-attention layers, one of `ModelConfig.depths`.
-        confidence: a token leaves early at the first exit that gives its likeliest successor more than this
-            probability; at 1 none does.
+        tolerance: a token leaves early at the first exit where that is expected to cost fewer nats; at 0 none does.
     """
 
     latents: int
     layers: int
-    confidence: float = 1.0
+    tolerance: float = 0.0
 
     def in_words(self, config: ModelConfig) -> str:
         """The setting as it is shown; layers are named if they are not all."""
         text = f"{self.latents} latents"
         if self.layers < config.layers:
             text += f", {self.layers} of {config.layers} layers"
-        return text if self.confidence == 1 else f"{text}, leaving early above {self.confidence:g}"
+        return f"{text}, fewer layers for easy events ({self.tolerance:g} nats)" if self.tolerance else text
 
 
 def setting_of(request: Request, config: ModelConfig) -> Setting:
     """The setting of a request with a number of latents; see `Generator.setting`."""
     assert isinstance(request.latents, int)
-    return Setting(request.latents, depth_of(config, request.layers), request.confidence)
+    return Setting(request.latents, depth_of(config, request.layers), request.tolerance)
 
 
 class Measured(NamedTuple):
@@ -73,7 +72,7 @@ class Frontier:
         Rows without layers were measured with all of them.
         """
         timed = [
-            (Setting(row["latents"], row.get("layers", config.layers), row.get("confidence", 1.0)), row)
+            (Setting(row["latents"], row.get("layers", config.layers), row.get("tolerance", 0.0)), row)
             for row in rows
             if row["nats_per_token"] is not None
             and (row["batch"], row["context"]) == (1, config.reach)

@@ -1,7 +1,7 @@
 """Continuous batching: many sequences in a batch that is kept full.
 
 When a sequence is finished, the next takes its row and the others continue. Sequences of one cache size and
-depth share a batch (their prompts, numbers of latents, thresholds of early exits, seeds, lengths, sampling options and
+depth share a batch (their prompts, numbers of latents, tolerances of early exits, seeds, lengths, sampling options and
 wishes may differ); if the next one needs another size, or guidance or choices where the others need none, the batch is
 drained first.
 
@@ -117,8 +117,8 @@ class _Batch:
 
     def _program_of(self, setting: Setting) -> tuple[int, int, bool]:
         """What rows of one batch have in common, besides guidance."""
-        latents, layers, confidence = setting
-        return cache_size(latents), layers, leaves_early(self._decoder.config, layers, confidence)
+        latents, layers, tolerance = setting
+        return cache_size(latents), layers, leaves_early(self._decoder.config, layers, tolerance)
 
     @property
     def busy(self) -> bool:

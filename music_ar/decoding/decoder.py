@@ -82,7 +82,7 @@ class Decoder:
         seeds: Sequence[int],
         limit_steps: int,
         layers: int | None = None,
-        confidence: float = 1.0,
+        tolerance: float = 0.0,
         mode: WindowMode = "sliding",
         wishes: Sequence[Wishes] | None = None,
     ) -> DecodeState:
@@ -95,9 +95,9 @@ class Decoder:
         different, index = distinct(prompts, wishes_BxD)
         first, depth = [prompts[row] for row in different], depth_of(self.config, layers)
         state = self._prefilled(first, wishes_BxD[different], latents, limit_steps, WINDOWS[mode], depth)
-        if leaves_early(self.config, layers, confidence):
+        if leaves_early(self.config, layers, tolerance):
             B = len(different)
-            state = state._replace(early=EarlyExit(jnp.full(B, confidence, jnp.float32), jnp.zeros(B, jnp.int32)))
+            state = state._replace(early=EarlyExit(jnp.full(B, tolerance, jnp.float32), jnp.zeros(B, jnp.int32)))
         if len(different) < len(prompts):
             state = state.rows(index)
         return state.with_seeds(seeds)

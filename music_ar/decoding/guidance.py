@@ -3,7 +3,7 @@
 A guided piece takes a pair of neighboring rows with the same prompt and seed: the first with its wishes, the second
 without. At each step, the logits of both are `without + guidance * (with - without)`, and both rows go on with the
 token drawn from those. So a piece costs as much as two rows: up to twice the time, and twice the memory of the caches.
-A token leaves early (see `step`) if both rows are sure: logits of different depths would not compare.
+A token leaves early (see `step`) if both rows may: logits of different depths would not compare.
 
 `GuidedDecoder` is a decoder whose rows are such pairs. Both engines decode pairs if "guidance" is among the options.
 This module does not import JAX.

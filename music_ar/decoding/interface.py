@@ -90,9 +90,9 @@ def depth_of(config: ModelConfig, layers: int | None) -> int:
     return config.layers if layers is None else layers
 
 
-def leaves_early(config: ModelConfig, layers: int | None, confidence: float) -> bool:
+def leaves_early(config: ModelConfig, layers: int | None, tolerance: float) -> bool:
     """Whether a token may leave at an exit before the last of `layers` blocks."""
-    return confidence < 1 and any(depth < depth_of(config, layers) for depth in config.exits)
+    return tolerance > 0 and any(depth < depth_of(config, layers) for depth in config.exits)
 
 
 @runtime_checkable
@@ -160,7 +160,7 @@ class AnyDecoder(Protocol):
         seeds: Sequence[int],
         limit_steps: int,
         layers: int | None = None,
-        confidence: float = 1.0,
+        tolerance: float = 0.0,
         mode: WindowMode = "sliding",
         wishes: Sequence[Wishes] | None = None,
     ) -> Any:
@@ -172,8 +172,8 @@ class AnyDecoder(Protocol):
             seeds: one per row; a row's tokens depend only on its own prompt, seed and options.
             limit_steps: a row is done when this much music (in steps of 10 ms) follows its prompt.
             layers: number of self-attention blocks to run, one of `ModelConfig.depths`; default: all.
-            confidence: a token leaves early at the first exit below `layers` that gives its likeliest successor more
-                than this probability; at 1 none does. The prompt is read through all `layers`.
+            tolerance: a token leaves early at the first exit below `layers` where that is expected to cost fewer nats;
+                at 0 none does. The prompt is read through all `layers`.
             mode: how the window of latents continues once it is full; see `windows`.
             wishes: one per row; default: none.
 

@@ -50,10 +50,10 @@ class Request:
             this machine.
         layers: number of self-attention layers to run, one of those after which the model was trained to predict (see
             `ModelConfig.depths`); fewer is faster. Default: all.
-        confidence: a token is done early, after fewer layers, once the model gives its likeliest successor more than
-            this probability; lower is faster. Default: 1, never.
+        tolerance: a token is done early, after fewer layers, once that is expected to cost fewer nats than this; more
+            is faster. Default: 0, never.
         budget: time for a token as a share of what all latents and layers take, above 0 to 1, in place of `latents`,
-            `layers` and `confidence`: it takes the best of the model's measured settings that cost no more.
+            `layers` and `tolerance`: it takes the best of the model's measured settings that cost no more.
         speed: with "auto", seconds of music to generate per second; default 1.5.
         sampling: how tokens are drawn.
         wishes: how the music should be, for a model that takes wishes.
@@ -78,7 +78,7 @@ class Request:
     seconds: float = number(60.0, above=0, most=MAX_SECONDS)
     latents: int | Literal["auto"] | None = whole(None, 2, words=("auto",))
     layers: int | None = whole(None, 1)
-    confidence: float = number(1.0, least=0, most=1)
+    tolerance: float = number(0.0, least=0, most=100)
     budget: float | None = number(None, above=0, most=1)
     speed: float | None = number(None, above=0, most=1000)
     sampling: SamplingOptions = SamplingOptions()
@@ -98,8 +98,8 @@ class Request:
             )
         if self.speed is not None and self.latents != "auto":
             raise GenerationError(f'speed = {self.speed} needs latents = "auto"')
-        if self.budget is not None and (self.latents, self.layers, self.confidence) != (None, None, 1.0):
-            raise GenerationError("give either a budget, or latents, layers and confidence")
+        if self.budget is not None and (self.latents, self.layers, self.tolerance) != (None, None, 0.0):
+            raise GenerationError("give either a budget, or latents, layers and tolerance")
         if self.after is not None and self.choices > 1:
             raise GenerationError(f"choices are for music that goes on, and must be 1 in a gap; got {self.choices}")
         if self.after is not None and not SHORTEST_S <= self.seconds <= LONGEST_S:

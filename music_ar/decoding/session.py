@@ -90,7 +90,7 @@ class Session:
     Attributes:
         seeds: one per variation.
         latents: number of latents.
-        setting: latents, layers and confidence.
+        setting: latents, layers and tolerance.
         prompt_s: where the prompt ends and generated music begins.
         gap: the gap that the pieces fill, or None.
 

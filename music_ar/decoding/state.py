@@ -55,11 +55,11 @@ class EarlyExit(NamedTuple):
     """When tokens leave early (see `step`), and how much work they were.
 
     Attributes:
-        confidence_B: a token leaves at the first exit that gives its likeliest successor more than this probability.
+        tolerance_B: a token leaves at the first exit where that is expected to cost fewer nats.
         layers_run_B: self blocks run so far, over all tokens of the row.
     """
 
-    confidence_B: Float[Array, " B"]
+    tolerance_B: Float[Array, " B"]
     layers_run_B: Int[Array, " B"]
 
 

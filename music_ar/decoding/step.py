@@ -1,8 +1,7 @@
 """One decoding step: run the pending token through the model, then advance the state by a new token."""
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from music_ar.decoding import history_bias
 from music_ar.decoding.attention import PlainAttention, StepAttention
@@ -36,11 +35,11 @@ def step(
 ) -> tuple[Float[Array, "B V"], DecodeState]:
     """Run the pending token through the model.
 
-    As many self blocks run as the state has caches for. If `state.early` is set, a token leaves at the first exit that
-    is sure of its successor. Its stream then stays as it is, and the keys and values of the blocks that it skips follow
-    from that stream, so that later tokens see complete caches (CALM, Schuster et al., arXiv 2207.07061). Here those
-    blocks are computed all the same and their results dropped; the native engine, of which this is the reference, saves
-    the work.
+    As many self blocks run as the state has caches for. If `state.early` is set, a token leaves at the first exit where
+    that is expected to cost little enough. Its stream then stays as it is, and the keys and values of the blocks that
+    it skips follow from that stream, so that later tokens see complete caches (CALM, Schuster et al., arXiv
+    2207.07061). Here those blocks are computed all the same and their results dropped; the native engine, of which this
+    is the reference, saves the work.
 
     Args:
         model: the model.
@@ -71,14 +70,14 @@ def step(
         streams.append(model.cross.add(x_Bx1xD, found))
     streams = [jnp.repeat(x_Bx1xD, W, axis=0) for x_Bx1xD in streams]
 
-    def logits_BxV(streams: list[Array]) -> Array:
-        return outer.logits(jnp.concatenate(streams)[jnp.arange(B) * W + active_B])[:, 0]
+    def active_Bx1xD(streams: list[Array]) -> Array:
+        return jnp.concatenate(streams)[jnp.arange(B) * W + active_B]
 
     filled, early, left_B = [], state.early, jnp.zeros(B, bool)
     for depth, (block, *layer) in enumerate(zip(model.blocks, caches.self_k, caches.self_v, strict=False)):
         if early is not None and depth in model.config.exits:
-            sure_B = is_sure(logits_BxV(streams), early.confidence_B)
-            left_B |= jnp.repeat(sure_B[0::2] & sure_B[1::2], 2) if pairs else sure_B
+            cheap_B = outer.leaving_cost(active_Bx1xD(streams)[:, 0], depth) < early.tolerance_B
+            left_B |= jnp.repeat(cheap_B[0::2] & cheap_B[1::2], 2) if pairs else cheap_B
         cache, after = (layer[0], layer[1]), []
         for part, attention, x_BWx1xD in zip(rows, attentions, streams, strict=True):
             found, cache = attention.within(block, x_BWx1xD, cache, window_since_BxW[part].reshape(-1))
@@ -88,12 +87,8 @@ def step(
         if early is not None:
             early = early._replace(layers_run_B=early.layers_run_B + ~(left_B | state.ended_B))
     caches = Caches(*cross, *zip(*filled, strict=True))
-    return logits_BxV(streams), state._replace(clock_B=state.clock_B + 1, caches=caches, early=early)
-
-
-def is_sure(logits_BxV: Float[Array, "B V"], confidence_B: Float[Array, " B"]) -> Bool[Array, " B"]:
-    """Whether the likeliest token has more than this probability; never for 1."""
-    return jnp.exp(logits_BxV.max(axis=1) - jax.nn.logsumexp(logits_BxV, axis=1)) > confidence_B
+    logits_BxV = outer.logits(active_Bx1xD(streams))[:, 0]
+    return logits_BxV, state._replace(clock_B=state.clock_B + 1, caches=caches, early=early)
 
 
 def _unless(left_B: Array, after_BWx1xD: Array, before_BWx1xD: Array, early: EarlyExit | None) -> Array:

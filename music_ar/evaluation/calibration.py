@@ -62,7 +62,7 @@ def calibrate(
         raise ValueError("calibration scales token types of music; this model has a vocabulary of its own")
     check_pieces(pieces, model.config)
     targets = sum(len(piece) - 1 for piece in pieces)
-    fit_2xK = _newton_minimum(
+    fit_2xK = newton_minimum(
         lambda fit_2xK: _nll_derivatives(model, pieces, fit_2xK),
         np.stack([np.ones(len(TOKEN_TYPES)), np.zeros(len(TOKEN_TYPES))]),
         tolerance=_TOLERANCE * targets,
@@ -136,7 +136,7 @@ def _window_derivatives(
     )
 
 
-def _newton_minimum(
+def newton_minimum(
     function: Callable[[np.ndarray], tuple[float, np.ndarray, np.ndarray]], start: np.ndarray, *, tolerance: float
 ) -> np.ndarray:
     """Return the minimum of a convex function by Newton's method; a step that does not descend is halved.

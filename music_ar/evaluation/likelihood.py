@@ -305,7 +305,7 @@ def score_decoding(
     *,
     latents: int,
     layers: int | None = None,
-    confidence: float = 1.0,
+    tolerance: float = 0.0,
     mode: WindowMode = "sliding",
     batch_size: int = 8,
 ) -> Score:
@@ -317,7 +317,7 @@ def score_decoding(
         decoder: the model, ready to decode.
         pieces: token arrays, each beginning with `vocabulary.START`; they may be truncated.
         latents: number of latents.
-        layers, confidence: how many layers run, and when tokens leave early; see `AnyDecoder.start`.
+        layers, tolerance: how many layers run, and when tokens leave early; see `AnyDecoder.start`.
         mode: how decoding continues once the window of latents is full; see `AnyDecoder.start`.
         batch_size: pieces at once.
     """
@@ -331,7 +331,7 @@ def score_decoding(
             row[: len(piece) - 1] = piece[1:]
             row[len(piece) - 1 : len(piece)] = vocabulary.END  # where a truncated piece is over, its row is, too
         starts = [piece[:1].astype(np.int32) for piece in batch]
-        depth = {"layers": layers, "confidence": confidence}
+        depth = {"layers": layers, "tolerance": tolerance}
         state = decoder.start(starts, latents=latents, seeds=[0] * len(batch), limit_steps=2**30, mode=mode, **depth)
         is_scored_BxT = np.arange(longest) < scored_B[:, None]
         for begin in range(0, longest, _FORCED_LENGTH):

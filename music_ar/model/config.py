@@ -69,7 +69,7 @@ class ModelConfig:
         label_size: length of the label that describes how a training window was augmented; see `PerceiverAR.at_depths`.
         wishes: the wishes that the model takes (see `features.wishes`); None if it takes none.
         exits: numbers of self-attention blocks, rising and below `layers`, after which the final norm and the head were
-            trained to predict too (early exits): decoding may stop there. They have no parameters of their own.
+            trained to predict too (early exits): decoding may stop there.
         tape: the adaptive tape of tokens that each input takes (see `tape`); None means none. A model with one does not
             generate.
         rotary_fraction: share of each head's channels that is rotated by position.

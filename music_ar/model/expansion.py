@@ -59,6 +59,8 @@ _RULES = {
     "final_norm.scale": _WIDTH_NORM,
     "head.kernel": _Rule(("width", "vocabulary_size"), "random"),
     "head.bias": _Rule(("vocabulary_size",), "random"),
+    "exit_costs.kernel": _Rule(("width", None), "zero"),
+    "exit_costs.bias": _Rule((None,), "zero"),
 }
 
 
@@ -81,6 +83,8 @@ def expand(model: PerceiverAR, config: ModelConfig, *, rngs: nnx.Rngs) -> Percei
     larger = PerceiverAR(config, rngs=rngs, compute=model.compute)
     channels = _old_channels(model.config, config)
     trained = {path: np.asarray(old[...]) for path, old in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    if config.exits != model.config.exits:
+        trained = {path: old for path, old in trained.items() if path[0] != "exit_costs"}
     parameters = {
         path: fresh.replace(_expanded(_RULES[_rule_name(path)], trained[path], np.asarray(fresh[...]), channels))
         if path in trained

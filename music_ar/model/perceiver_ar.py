@@ -24,6 +24,7 @@ from music_ar.features.retrieval import Retrieved
 from music_ar.model.attention import Block, Matrix, linear
 from music_ar.model.config import Compute, ModelConfig
 from music_ar.model.context_attention import attend_after, attend_context
+from music_ar.model.exits import ExitCosts
 from music_ar.model.rows import Rows, lay_out, take, take_slice
 from music_ar.model.tape import Halting, Tape, TapeKeys, tape_keys, tape_positions
 from music_ar.model.transformer_xl import attend_segments
@@ -60,10 +61,12 @@ class Prediction(NamedTuple):
     Attributes:
         depths_BxNxV: float32 logits [B, N, V] for each depth; row k belongs to input position T - N + k. Rows at
             padding are meaningless.
+        streams_BxNxD: the residual stream that they come from.
         tape: how much of its tape each row read; None for a model without one.
     """
 
     depths_BxNxV: list[Float[Array, "B N V"]]
+    streams_BxNxD: list[Float[Array, "B N D"]]
     tape: Halting | None
 
 
@@ -124,6 +127,8 @@ class PerceiverAR(nnx.Module):
             self.tape = Tape(config.tape, width, dtype=dtype, rngs=rngs)
         self.final_norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(width, config.vocabulary_size, dtype=dtype, kernel_init=zeros, rngs=rngs)
+        if config.exits:
+            self.exit_costs = ExitCosts(width, len(config.exits))
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -216,7 +221,8 @@ class PerceiverAR(nnx.Module):
         tower = self._recur if self.config.segment else self._attend
         kept_LxB = _kept_rows(key, self.config.layers, tokens_BxT.shape[0], layer_dropout) if layer_dropout else None
         streams, tape = tower(embedded_BxSxD, positions_BxSxP, rows, drop, _Depths(depths, kept_LxB))
-        return Prediction([self.logits(take(x_BxNxD, rows.right_aligned_BxN)[:, -N:]) for x_BxNxD in streams], tape)
+        streams = [take(x_BxNxD, rows.right_aligned_BxN)[:, -N:] for x_BxNxD in streams]
+        return Prediction([self.logits(x_BxNxD) for x_BxNxD in streams], streams, tape)
 
     def _attend(
         self, embedded_BxSxD: Array, positions_BxSxP: Array, rows: Rows, drop: nnx.Dropout, depths: "_Depths"
@@ -332,6 +338,10 @@ class PerceiverAR(nnx.Module):
     def logits(self, x_BxTxD: Array) -> Float[Array, "B T V"]:
         """float32 logits of the residual stream."""
         return self.head(self.final_norm(x_BxTxD)).astype(jnp.float32)
+
+    def leaving_cost(self, x: Float[Array, "*B D"], depth: int) -> Float[Array, "*B"]:
+        """The nats that tokens are expected to lose by leaving at an exit, given their residual stream there."""
+        return self.exit_costs(self.final_norm(x), self.config.exits.index(depth))
 
 
 class _Depths(NamedTuple):

@@ -139,6 +139,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "final_norm.scale": (D,),
         "head.kernel": (D, V),
         "head.bias": (V,),
+        **(
+            {"exit_costs.kernel": (D, len(config.exits)), "exit_costs.bias": (len(config.exits),)}
+            if config.exits
+            else {}
+        ),
     }
 
 

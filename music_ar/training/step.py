@@ -102,7 +102,7 @@ def student_loss(
     if teachers is not None:
         size = model.config.vocabulary_size
         teacher_BxNxV = jax.lax.stop_gradient(teachers.predict(teacher_params, batch, size, **window))
-    depths_BxNxV, tape = model.predict(
+    predicted = model.predict(
         tokens[:, :-1],
         depths=model.config.depths,
         dropout=config.dropout,
@@ -112,6 +112,7 @@ def student_loss(
     )
     loss_of = functools.partial(token_loss, targets_BxN=tokens[:, -latents:], weights_BxN=weights, z_loss=config.z_loss)
     taught = {"teacher_BxNxV": teacher_BxNxV, "distillation_weight": config.distillation_weight}
+    depths_BxNxV, tape = predicted.depths_BxNxV, predicted.tape
     loss, cross_entropy = loss_of(depths_BxNxV[-1], **taught)
     metrics, ponder = {"loss": cross_entropy}, jnp.zeros(())
     if tape is not None:

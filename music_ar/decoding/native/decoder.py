@@ -84,7 +84,7 @@ class NativeDecoder:
         seeds: Sequence[int],
         limit_steps: int,
         layers: int | None = None,
-        confidence: float = 1.0,
+        tolerance: float = 0.0,
         mode: Literal["sliding", "exact"] = "sliding",
         wishes: Sequence[Wishes] | None = None,
     ) -> NativeState:
@@ -111,7 +111,7 @@ class NativeDecoder:
             len(different),
             latents=max(2, latents),
             layers=depth_of(self.config, layers),
-            confidence=confidence,
+            tolerance=tolerance,
             limit_steps=limit_steps,
             cached=self._cached,
         )
@@ -207,7 +207,7 @@ class NativeDecoder:
             0,
             latents=int(state.self_v.shape[3]),
             layers=state.layers,
-            confidence=1.0,
+            tolerance=0.0,
             limit_steps=0,
             cached=self._cached,
         )

@@ -88,7 +88,7 @@ class CState(ctypes.Structure):
         "limit_B",
         "key_Bx2",
         "ended_B",
-        "confidence_B",
+        "tolerance_B",
         "layers_run_B",
         "wishes_BxD",
     )

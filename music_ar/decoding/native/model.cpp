@@ -83,8 +83,13 @@ Model::Model(const Config& config, const std::vector<Tensor>& tensors)
   cross_ = block(named, "cross", true);
   for (int layer = 0; layer < config.layers; ++layer)
     blocks_.push_back(block(named, "blocks." + std::to_string(layer), false));
-  exit_before_.resize(config.layers);
-  for (int i = 0; i < config.exit_count; ++i) exit_before_[config.exits[i]] = true;
+  for (int i = 0; i < config.exit_count; ++i) {
+    const Tensor& kernel = named.at("exit_costs.kernel");
+    ExitCost cost{final_norm_, named.at("exit_costs.bias").values[i]};
+    for (int d = 0; d < config.width; ++d)
+      cost.kernel_D[d] *= kernel.numbers_IxO[size_t(d) * kernel.outputs + i] * kernel.values[i];
+    exit_before_[config.exits[i]] = cost;
+  }
   head_ = matrix(named, {"head.kernel"});
   head_.bias_O = vector_of(named, "head.bias");
 
@@ -287,42 +292,47 @@ void Model::run_block(Threads& threads, const Latents& latents, int layer) {
   add_block(threads, block, rows);
 }
 
-// Logits of the rows of the residual stream.
-void Model::predict(Threads& threads, int rows) {
-  quantise(threads, x_.data(), width_, final_norm_.data(), config_.width, rows);
+// Gives latents their logits, from their rows of the residual stream.
+void Model::predict(Threads& threads, const float* x, const Latents& latents) {
+  const int rows = int(latents.size());
+  quantise(threads, x, width_, final_norm_.data(), config_.width, rows);
   multiply(threads, head_, rows, Then::STORE, logits_.data(), head_.outputs);
+  for (int row = 0; row < rows; ++row)
+    std::copy_n(logits_.data() + size_t(row) * head_.outputs, vocabulary(), latents[row].logits_V);
 }
 
-// Whether the likeliest token has more than this probability; never for 1.
-static bool is_sure(const Kernels& kernels, const float* logits_V, int vocabulary, float confidence) {
-  const float most = *std::max_element(logits_V, logits_V + vocabulary);
-  return std::exp(most - kernels.log_sum_exp(logits_V, vocabulary)) > confidence;
+// What leaving with this stream is expected to cost, in nats.
+float Model::leaving_cost(const ExitCost& cost, const float* x_D) const {
+  float product = 0, squares = 0;
+  for (int d = 0; d < config_.width; ++d) {
+    product += x_D[d] * cost.kernel_D[d];
+    squares += x_D[d] * x_D[d];
+  }
+  return std::exp(product / std::sqrt(squares / config_.width + EPSILON) + cost.bias);
 }
 
-// Takes out the latents that are sure at the exit before a block: they get their logits, and the blocks from this one on
-// their keys and values.
+// Takes out the latents for which leaving before a block is expected to cost little enough: they get their logits, and
+// the blocks from this one on their keys and values.
 void Model::leave_early(Threads& threads, Latents& latents, int layer, int together) {
-  const auto may_leave = [](const Latent& latent) { return latent.position->piece->confidence < 1; };
+  const auto may_leave = [](const Latent& latent) { return latent.position->piece->tolerance > 0; };
   if (std::none_of(latents.begin(), latents.end(), may_leave)) return;
-  predict(threads, int(latents.size()));
-  const auto sure = [&](size_t row) {
-    const float confidence = latents[row].position->piece->confidence;
-    return is_sure(kernels_, logits_.data() + row * head_.outputs, vocabulary(), confidence);
-  };
+  const ExitCost& cost = exit_before_.at(layer);
   std::vector<bool> leaving(latents.size(), true);
   for (size_t row = 0; row < latents.size(); ++row)
-    if (!sure(row)) std::fill_n(leaving.begin() + row / together * together, together, false);
+    if (leaving_cost(cost, x_.data() + row * width_) >= latents[row].position->piece->tolerance)
+      std::fill_n(leaving.begin() + row / together * together, together, false);
   Latents left, staying;
   for (size_t row = 0; row < latents.size(); ++row) {
-    const float *logits = logits_.data() + row * head_.outputs, *x = x_.data() + row * width_;
+    const float* x = x_.data() + row * width_;
     const bool leaves = leaving[row];
     float* to = leaves ? left_.data() + left.size() * width_ : x_.data() + staying.size() * width_;
     if (to != x) std::copy_n(x, width_, to);
-    if (leaves) std::copy_n(logits, vocabulary(), latents[row].logits_V);
     (leaves ? left : staying).push_back(latents[row]);
   }
   latents = staying;
-  if (!left.empty()) fill(threads, left, layer);
+  if (left.empty()) return;
+  predict(threads, left_.data(), left);
+  fill(threads, left, layer);
 }
 
 // Writes the keys and values that the streams in `left_` give in all blocks from `layer` on.
@@ -352,16 +362,13 @@ void Model::forward(Threads& threads, const std::vector<Position>& positions, fl
   multiply(threads, latent_, int(latents.size()), Then::STORE, x_.data(), width_);
   const int depth = latents[0].position->piece->layers;
   for (int layer = CROSS; layer < depth; ++layer) {
-    if (logits_TxV != nullptr && layer > 0 && exit_before_[layer]) leave_early(threads, latents, layer, together);
+    if (logits_TxV != nullptr && exit_before_.count(layer)) leave_early(threads, latents, layer, together);
     if (latents.empty()) return;
     run_block(threads, latents, layer);
     for (const Latent& latent : latents)
       if (logits_TxV != nullptr && layer != CROSS) ++latent.position->piece->layers_run;
   }
-  if (logits_TxV == nullptr) return;
-  predict(threads, int(latents.size()));
-  for (size_t row = 0; row < latents.size(); ++row)
-    std::copy_n(logits_.data() + row * head_.outputs, vocabulary(), latents[row].logits_V);
+  if (logits_TxV != nullptr) predict(threads, x_.data(), latents);
 }
 
 void Model::bare_products(Threads& threads, int rows, int layers) {

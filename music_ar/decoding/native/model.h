@@ -61,6 +61,11 @@ class Model {
     std::vector<int8_t> rows_CxD;
     std::vector<float> scale_D;
   };
+  // What leaving at an exit is expected to cost, in nats: the exponential of a linear map of the normalized stream.
+  struct ExitCost {
+    std::vector<float> kernel_D;  // with the norm's scale
+    float bias;
+  };
   // A latent on its way through the blocks; row i of `x_` is that of the i-th that has not left.
   struct Latent {
     const Position* position;
@@ -89,7 +94,8 @@ class Model {
   void attend_head(const Position& position, int latent, int g, int layer, float* scores);
   void add_block(Threads& threads, const Block& block, int rows);
   void run_block(Threads& threads, const Latents& latents, int layer);
-  void predict(Threads& threads, int rows);
+  void predict(Threads& threads, const float* x, const Latents& latents);
+  float leaving_cost(const ExitCost& cost, const float* x_D) const;
   void leave_early(Threads& threads, Latents& latents, int layer, int together);
   void fill(Threads& threads, const Latents& left, int layer);
 
@@ -101,7 +107,7 @@ class Model {
   Matrix latent_, cross_keys_values_, head_;
   Block cross_;
   std::vector<Block> blocks_;
-  std::vector<bool> exit_before_;  // each block
+  std::map<int, ExitCost> exit_before_;  // some blocks
 
   // Buffers of a pass, with a row for each position or latent.
   Activations rounded_;

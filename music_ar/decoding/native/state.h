@@ -40,7 +40,7 @@ struct State {
   int32_t *prompt_end_B, *limit_B;
   uint32_t* key_Bx2;
   uint8_t* ended_B;
-  float* confidence_B;
+  float* tolerance_B;
   int32_t* layers_run_B;
   const float* wishes_BxD;
 };
@@ -48,7 +48,7 @@ struct State {
 // One row of a `State`.
 struct Piece {
   int conv_width, notes_kept, self_slots, cross_slots, layers;
-  float confidence;
+  float tolerance;
   int32_t &age, &latents, &time, &velocity, &note_count, &note_first, &match_level, &match_number;
   int32_t &gap_begin, &gap_length, &gap_end, &prompt_end, &limit, &layers_run;
   uint8_t &gap_over, &ended;
@@ -59,7 +59,7 @@ struct Piece {
 
   Piece(const State& s, const Config& config, int row, size_t cached_bytes, int value_stride)
       : conv_width(config.conv_width), notes_kept(s.notes_kept), self_slots(s.self_slots), cross_slots(s.cross_slots),
-        layers(s.layers), confidence(s.confidence_B[row]), age(s.age_B[row]), latents(s.latents_B[row]),
+        layers(s.layers), tolerance(s.tolerance_B[row]), age(s.age_B[row]), latents(s.latents_B[row]),
         time(s.time_B[row]), velocity(s.velocity_B[row]), note_count(s.note_count_B[row]),
         note_first(s.note_first_B[row]), match_level(s.match_level_B[row]), match_number(s.match_number_B[row]),
         gap_begin(s.gap_begin_B[row]), gap_length(s.gap_length_B[row]), gap_end(s.gap_end_B[row]),

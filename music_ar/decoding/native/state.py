@@ -39,7 +39,7 @@ class NativeState(NamedTuple):
         limit_B: a row is done once it has this much music after its prompt, in steps.
         key_Bx2: each row's random key, as in JAX.
         ended_B: whether the piece has ended on its own, or the row is idle.
-        confidence_B: a token leaves at the first exit that gives its likeliest successor more than this probability.
+        tolerance_B: a token leaves at the first exit where that is expected to cost fewer nats.
         layers_run_B: self blocks run so far, over all tokens of the row after its prompt.
         wishes_BxD: the vector of each row's wishes; without channels for a model that takes none.
     """
@@ -72,7 +72,7 @@ class NativeState(NamedTuple):
     limit_B: Int32[np.ndarray, " B"]
     key_Bx2: UInt32[np.ndarray, "B 2"]
     ended_B: UInt8[np.ndarray, " B"]
-    confidence_B: Float32[np.ndarray, " B"]
+    tolerance_B: Float32[np.ndarray, " B"]
     layers_run_B: Int32[np.ndarray, " B"]
     wishes_BxD: Float32[np.ndarray, "B _"]
 
@@ -84,7 +84,7 @@ class NativeState(NamedTuple):
         *,
         latents: int,
         layers: int,
-        confidence: float,
+        tolerance: float,
         limit_steps: int,
         cached: np.dtype,
     ) -> "NativeState":
@@ -95,7 +95,7 @@ class NativeState(NamedTuple):
             rows: B.
             latents: n.
             layers: number of self blocks to run.
-            confidence: see `confidence_B`.
+            tolerance: see `tolerance_B`.
             limit_steps: see `limit_B`.
             cached: type of cached numbers.
         """
@@ -135,7 +135,7 @@ class NativeState(NamedTuple):
             limit_B=filled(limit_steps),
             key_Bx2=np.zeros((B, 2), np.uint32),
             ended_B=np.zeros(B, np.uint8),
-            confidence_B=np.full(B, confidence, np.float32),
+            tolerance_B=np.full(B, tolerance, np.float32),
             layers_run_B=filled(0),
             wishes_BxD=np.zeros((B, config.width if config.wish_rows else 0), np.float32),
         )
