@@ -196,7 +196,7 @@ def likelihoods(checkpoint: str, table: WishTable, data: str, windows: int) -> d
     @jax.jit
     def nll(params: nnx.State, tokens: jax.Array, wishes: jax.Array) -> jax.Array:
         wishful: PerceiverAR = nnx.merge(graph, params)
-        logits = wishful(tokens[:, :-1], latents=cut.latents, wishes_BxW=wishes)
+        logits = wishful(tokens[:, :-1], latents=cut.latents, wishes_BxPxW=wishes)
         return token_nll(logits, tokens[:, -cut.latents :])
 
     sums, rng = np.zeros(3), np.random.default_rng(0)

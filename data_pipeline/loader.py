@@ -31,13 +31,13 @@ class Batch(TypedDict):
     """B windows. Inputs are `tokens[:, :-1]`; targets are `tokens[:, -N:]`, weighted by `weights`.
 
     `labels` say how each window was augmented (`augmentation_label`), so that a model can be conditioned on it.
-    `wishes` are the ids of each window's wishes, for a model that takes wishes.
+    `wishes` are the ids of the wishes of equal parts of each window's targets, for a model that takes wishes.
     """
 
     tokens: Integer[np.ndarray, "B M+1"]
     weights: Float[np.ndarray, "B N"]
     labels: Float[np.ndarray, f"B {LABEL_SIZE}"]
-    wishes: NotRequired[Integer[np.ndarray, "B W"]]
+    wishes: NotRequired[Integer[np.ndarray, "B P W"]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,8 @@
 """Wishes of training windows: measured from the music that a window predicts, and left out at random.
 
-A model that is trained so can be asked for music with these properties, and still generates without.
+A model that is trained so can be asked for music with these properties, and still generates without. They are measured
+part by part, in some ten seconds of music each: what has sounded so far tells less about the next part than about the
+mean of a minute, so a wish has more to say.
 """
 
 from __future__ import annotations
@@ -16,6 +18,11 @@ from music_ar.features.wish_options import WISHES
 from music_ar.features.wishes import WishTable
 from music_ar.ranges import check_ranges, number
 from music_ar.tokens.vocabulary import END, END_OF_GAP, EVENT_CLASSES
+
+PART = 256
+"""Targets of a part of a window: what wishes are measured in."""
+BEFORE = 256
+"""Tokens before a part that are read to know which velocity is in force."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +49,12 @@ class WindowWishes:
     Attributes:
         table: the wishes that the model takes.
         dropout: how often they are left out.
+        part: targets of a part of a window; a window of fewer is one part.
     """
 
     table: WishTable
     dropout: WishDropout
+    part: int = PART
 
     def draw(
         self,
@@ -54,12 +63,13 @@ class WindowWishes:
         composer: str | None,
         source: str | None,
         rng: np.random.Generator,
-    ) -> Int32[np.ndarray, " W"]:
-        """Ids of the wishes of a window.
+    ) -> Int32[np.ndarray, "P W"]:
+        """Ids of the wishes of the P equal parts of a window's targets.
 
         Args:
             tokens: of the window; its targets come last. What is measured begins with the first target that has a
                 weight, and after the last control token but `END` and `END_OF_GAP`: of a window with a gap, the middle.
+                Parts before it, or with too little of it, have the ids of the next.
             weights: of its targets.
             composer: of the piece, in any spelling.
             source: of the piece.
@@ -69,6 +79,13 @@ class WindowWishes:
         boundaries = np.flatnonzero((tokens >= EVENT_CLASSES) & ~np.isin(tokens, (END, END_OF_GAP)))
         start = max(first_target, int(boundaries[-1]) + 1 if len(boundaries) else 0)
         names = {"composer": canonical(composer), "era": era_of(composer), "source": source}
-        ids = self.table.nearest_ids(measure(tokens, start), names)
+        parts = max(1, len(weights) // self.part)
+        ends = len(tokens) - len(weights) + np.arange(1, parts + 1) * len(weights) // parts
+        ids, measured = np.zeros((parts, len(WISHES)), np.int32), 0
+        for last, end in enumerate(ends.tolist()):
+            if last == parts - 1 or end - start >= self.part // 2:
+                before = max(0, start - BEFORE)
+                ids[measured : last + 1] = self.table.nearest_ids(measure(tokens[before:end], start - before), names)
+                start, measured = end, last + 1
         left_out = rng.random(len(WISHES)) < self.dropout.wish_dropout
         return np.where(left_out | (rng.random() < self.dropout.without_wishes), 0, ids).astype(np.int32)

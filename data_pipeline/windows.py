@@ -47,7 +47,7 @@ class Window(TypedDict):
     tokens: Int32[np.ndarray, " M+1"]
     weights: Float[np.ndarray, " N"]
     labels: Float[np.ndarray, f" {LABEL_SIZE}"]
-    wishes: NotRequired[Int32[np.ndarray, " W"]]
+    wishes: NotRequired[Int32[np.ndarray, "P W"]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

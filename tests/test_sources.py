@@ -53,7 +53,7 @@ def test_the_wishes_of_a_window_are_those_of_its_targets_after_augmentation():
         for tokens, weights, found in zip(batch["tokens"], batch["weights"], batch["wishes"], strict=True):
             start = len(tokens) - len(weights) + int((weights > 0).argmax())
             names = {"composer": "Frédéric Chopin", "era": "Romantic", "source": "b"}
-            np.testing.assert_array_equal(found, TABLE.nearest_ids(measure(tokens, start), names))
+            np.testing.assert_array_equal(found, TABLE.nearest_ids(measure(tokens, start), names)[None])
 
 
 def test_wishes_do_not_change_the_windows_and_are_absent_by_default():
@@ -76,8 +76,8 @@ def test_the_wishes_of_a_window_with_a_gap_are_those_of_its_middle():
             if MIDDLE in tokens:
                 middle = int(np.flatnonzero(tokens == MIDDLE)[0]) + 1
                 names = {"composer": "Frédéric Chopin", "era": "Romantic", "source": "b"}
-                np.testing.assert_array_equal(found, TABLE.nearest_ids(measure(tokens, middle), names))
-                checked += bool(found[0])
+                np.testing.assert_array_equal(found, TABLE.nearest_ids(measure(tokens, middle), names)[None])
+                checked += bool(found[0, 0])
     assert checked > 3
 
 
@@ -85,7 +85,7 @@ def drawn(dropout, count=400):
     pieces, rng = by_chopin(random_pieces(), "a"), np.random.default_rng(0)
     tokens, weights = pieces.tokens[4].astype(np.int32), np.ones(128, np.float32)
     wishes = WindowWishes(table=TABLE, dropout=dropout)
-    return np.stack([wishes.draw(tokens, weights, "Chopin", "a", rng) for _ in range(count)]) > 0
+    return np.stack([wishes.draw(tokens, weights, "Chopin", "a", rng)[0] for _ in range(count)]) > 0
 
 
 def test_wishes_are_left_out_one_by_one_and_all_together():
@@ -105,8 +105,29 @@ def test_music_before_the_last_control_token_is_not_measured():
     wishes = WindowWishes(table=TABLE, dropout=NEVER)
     weights = np.ones(len(tokens) - 1, np.float32)
     expected = TABLE.nearest_ids(measure(tokens, len(first) + 1), {})
+    wishes = dataclasses.replace(wishes, part=len(weights))
     found = wishes.draw(tokens, weights, None, None, np.random.default_rng(0))
+    np.testing.assert_array_equal(found, expected[None])
+
+
+def test_each_part_of_a_window_has_the_wishes_of_its_own_targets():
+    tokens = random_pieces().tokens[4].astype(np.int32)[1:-1][:401]
+    wishes = WindowWishes(table=TABLE, dropout=NEVER, part=100)
+    weights = np.ones(400, np.float32)
+    found = wishes.draw(tokens, weights, None, None, np.random.default_rng(0))
+    expected = [TABLE.nearest_ids(measure(tokens[: 101 + 100 * p], 1 + 100 * p), {}) for p in range(4)]
     np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(found, axis=0)) > 1
+
+    # The first 230 targets count for nothing: 70 of the third part are enough, and what comes before has their ids.
+    weights[:230] = 0
+    found = wishes.draw(tokens, weights, None, None, np.random.default_rng(0))
+    third, fourth = TABLE.nearest_ids(measure(tokens[:301], 231), {}), expected[3]
+    np.testing.assert_array_equal(found, [third, third, third, fourth])
+    # 30 of the third part are too few: they are measured with the fourth.
+    weights[:270] = 0
+    found = wishes.draw(tokens, weights, None, None, np.random.default_rng(0))
+    np.testing.assert_array_equal(found, [TABLE.nearest_ids(measure(tokens, 271), {})] * 4)
 
 
 def test_a_table_holds_what_the_data_has():

@@ -236,7 +236,8 @@ def test_controls_have_the_range_of_the_model_and_the_values_of_the_prompt():
 
 @nnx.jit
 def logits_of(model, tokens, ids=None):
-    return model(tokens, wishes_BxW=ids)
+    """Logits with the same wishes in all parts, or with those of each part."""
+    return model(tokens, wishes_BxPxW=ids if ids is None or ids.ndim == 3 else ids[:, None])
 
 
 def test_wishes_are_added_to_a_model_without_effect_and_act_on_their_own_row():
@@ -250,6 +251,19 @@ def test_wishes_are_added_to_a_model_without_effect_and_act_on_their_own_row():
     found = logits_of(model, tokens, ids)
     np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
     assert np.abs(found[1] - expected[1]).max() > 0.1
+
+
+def test_each_part_of_the_latents_has_its_own_wishes():
+    """Changing those of the last part changes nothing before it, and other parts are those of the first."""
+    model, tokens = noisy_model(CONFIG), jnp.asarray(TOKENS[None])
+    none, wished = (TABLE.ids(each) for each in (Wishes(), WISHED))
+    halves = [logits_of(model, tokens, jnp.asarray([parts])) for parts in ([none, none], [none, wished])]
+    last = CONFIG.latents // 2
+    np.testing.assert_allclose(halves[1][:, :-last], halves[0][:, :-last], atol=1e-5)
+    assert (np.abs(halves[1] - halves[0])[:, -last:].max(axis=-1) > 1e-3).all()
+    np.testing.assert_allclose(halves[0], logits_of(model, tokens, jnp.asarray([none])), atol=1e-5)
+    both = logits_of(model, tokens, jnp.asarray([[wished, wished]]))
+    np.testing.assert_allclose(both, logits_of(model, tokens, jnp.asarray([wished])), atol=1e-5)
 
 
 # Decoding.
@@ -431,7 +445,7 @@ class WishfulBatches(CountingBatches):
         batch = super().__next__()
         ids = np.zeros((len(batch["tokens"]), 8), np.int32)
         ids[::2, 0] = 1
-        return batch | {"wishes": ids}
+        return batch | {"wishes": ids[:, None]}
 
 
 @pytest.mark.slow

@@ -164,7 +164,7 @@ class PerceiverAR(nnx.Module):
         dropout: float = 0.0,
         layer_dropout: float = 0.0,
         labels_BxC: Float[Array, "B C"] | None = None,
-        wishes_BxW: Int[Array, "B W"] | None = None,
+        wishes_BxPxW: Int[Array, "B P W"] | None = None,
         key: Array | None = None,
         split_over: str | None = None,
     ) -> Prediction:
@@ -183,7 +183,8 @@ class PerceiverAR(nnx.Module):
             labels_BxC: training only: how each window was augmented, C = `config.label_size` numbers; all 0, like None,
                 means no augmentation. Scoring and generation use none. (Conditioning on the augmentation keeps its
                 distribution separate: Jun et al., "Distribution augmentation for generative modeling", 2020.)
-            wishes_BxW: ids of the wishes of each row (`features.wishes.WishTable`); all 0, like None, means none.
+            wishes_BxPxW: ids of the wishes (`features.wishes.WishTable`) of P equal parts of the latents; inputs before
+                them have those of the first part. All 0, like None, means none.
             key: random key for the prefix and dropout.
             split_over: mesh axis, inside `jax.shard_map`, over which the prefix is split: each device embeds a share of
                 it and has its keys and values. Inputs, latents and logits are the same on all devices of the axis.
@@ -214,8 +215,9 @@ class PerceiverAR(nnx.Module):
         embedded_BxSxD = self.condition(self._embed_rows(tokens_BxM, rows), conditioning_BxS)
         if labels_BxC is not None:
             embedded_BxSxD = embedded_BxSxD + self.label(labels_BxC.astype(self.dtype))[:, None]
-        if wishes_BxW is not None:
-            embedded_BxSxD = embedded_BxSxD + self.wishes(wishes_BxW).astype(self.dtype)[:, None]
+        if wishes_BxPxW is not None:
+            latent_BxS = rows.positions_BxS - (M - N)
+            embedded_BxSxD = embedded_BxSxD + self.wishes.of_rows(wishes_BxPxW, latent_BxS, N).astype(self.dtype)
         positions_BxSxP = jnp.stack([rows.positions_BxS, conditioning_BxS.time], axis=-1)
 
         tower = self._recur if self.config.segment else self._attend

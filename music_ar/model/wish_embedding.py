@@ -1,5 +1,6 @@
 """The vectors of a model's wishes; see `music_ar.features.wishes`."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -19,6 +20,21 @@ class WishEmbedding(nnx.Module):
         self.table = table
         self.kernel = nnx.Param(jnp.zeros((table.rows, width)))
 
-    def __call__(self, ids_BxW: Int[Array, "B W"]) -> Float[Array, "B D"]:
-        """What is added to the embedding of every token of each row."""
-        return self.table.hot(ids_BxW) @ self.kernel[...]
+    def __call__(self, ids: Int[Array, "*B W"]) -> Float[Array, "*B D"]:
+        """What is added to the embedding of every token for which these wishes are in force."""
+        return self.table.hot(ids) @ self.kernel[...]
+
+    def of_rows(
+        self, ids_BxPxW: Int[Array, "B P W"], latent_BxS: Int[Array, "B S"], latents: int
+    ) -> Float[Array, "B S D"]:
+        """What is added to the embeddings of some rows.
+
+        Args:
+            ids_BxPxW: ids of the wishes of P equal parts of the latents.
+            latent_BxS: number of the latent of each row; negative before the first, where those of its part are in
+                force.
+            latents: number of latents.
+        """
+        P = ids_BxPxW.shape[1]
+        part_BxS = jnp.clip(latent_BxS * P // latents, 0, P - 1)
+        return jnp.einsum("bsp,bpd->bsd", jax.nn.one_hot(part_BxS, P), self(ids_BxPxW))

@@ -130,4 +130,4 @@ def _probabilities(model: PerceiverAR, batch: dict[str, Array], vocabulary_size:
 def label_argument(model: PerceiverAR, batch: dict[str, Array]) -> dict[str, Array]:
     """Return the augmentation labels and the wishes of a batch as keyword arguments for a model, if it takes them."""
     labels = {"labels_BxC": batch["labels"]} if model.config.label_size else {}
-    return labels | ({"wishes_BxW": batch["wishes"]} if model.config.wishes and "wishes" in batch else {})
+    return labels | ({"wishes_BxPxW": batch["wishes"]} if model.config.wishes and "wishes" in batch else {})
