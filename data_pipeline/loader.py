@@ -107,7 +107,10 @@ def batches(*parts: Pieces, beside: Sequence[Pieces] = (), config: LoaderConfig)
     if config.shares is not None or beside:
         shares = config.shares or ()
         if len(shares) != 1 + len(beside):
-            raise ValueError(f"expected {1 + len(beside)} shares, of a part and what is beside it, got {len(shares)}")
+            raise ValueError(
+                f"expected {1 + len(beside)} shares, of a part and what is beside it, got {len(shares)}; set "
+                "LoaderConfig.shares"
+            )
         others = [[_shuffled_windows(pieces, next(numbers), config) for pieces in beside] for _ in parts]
         windows = [grain.MapDataset.mix([part, *mixed], shares) for part, mixed in zip(windows, others, strict=True)]
     if not windows or config.batch_size % len(windows):

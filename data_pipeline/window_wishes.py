@@ -1,8 +1,8 @@
 """Wishes of training windows: measured from the music that a window predicts, and left out at random.
 
 A model that is trained so can be asked for music with these properties, and still generates without. They are measured
-part by part, in some ten seconds of music each: what has sounded so far tells less about the next part than about the
-mean of a minute, so a wish has more to say.
+part by part, in about seven seconds of music each: what has sounded so far tells less about the next part than about
+the mean of a minute, so a wish has more to say.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int32, Integer
 from music_ar.features.composers import canonical, era_of
 from music_ar.features.measured import measure
 from music_ar.features.wish_options import WISHES
-from music_ar.features.wishes import WishTable
+from music_ar.features.wishes import WishTable, part_ends
 from music_ar.ranges import check_ranges, number
 from music_ar.tokens.vocabulary import END, END_OF_GAP, EVENT_CLASSES
 
@@ -80,7 +80,7 @@ class WindowWishes:
         start = max(first_target, int(boundaries[-1]) + 1 if len(boundaries) else 0)
         names = {"composer": canonical(composer), "era": era_of(composer), "source": source}
         parts = max(1, len(weights) // self.part)
-        ends = len(tokens) - len(weights) + np.arange(1, parts + 1) * len(weights) // parts
+        ends = len(tokens) - len(weights) + part_ends(len(weights), parts)
         ids, measured = np.zeros((parts, len(WISHES)), np.int32), 0
         for last, end in enumerate(ends.tolist()):
             if last == parts - 1 or end - start >= self.part // 2:

@@ -59,7 +59,7 @@ def reference(model, tokens, latents, positions=None):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * params[f"{name}.scale"]
 
     def heads(x, name, at):
-        """Normalised and rotated heads."""
+        """Normalized and rotated heads."""
         x = norm(x.reshape(len(x), -1, config.head_size), name)
         half = config.rotary_size // 2
         rate = config.rotary_wavelength ** -np.linspace(0, 1, half)

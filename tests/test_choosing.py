@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from music_ar import GenerationError, Generator, Performance, Request
+from music_ar.decoding.backend import Backend
 from music_ar.decoding.choosing import PHRASE_S, ChoosingDecoder
+from music_ar.decoding.decoder import Decoder
+from music_ar.decoding.interface import shared_options
+from music_ar.decoding.sampling import SamplingOptions
+from music_ar.model.pretrained import load_pretrained
 from music_ar.tokens import codec, vocabulary
 from music_ar.tokens.vocabulary import END, PAD, START
 
@@ -147,6 +152,49 @@ def test_a_piece_depends_on_its_own_request_alone(tiny_checkpoint):
     for seconds in (PHRASE_S, ASKED.seconds - PHRASE_S):
         *_, last = session.extend(seconds)
     assert last.performance.select(last.performance.onset_s < PHRASE_S) == alone.select(alone.onset_s < PHRASE_S)
+
+
+def music_of(tokens_BxT):
+    """The tokens of each row, without those that stand for nothing."""
+    return [row[row != PAD].tolist() for row in np.asarray(tokens_BxT)]
+
+
+def test_in_jax_rows_that_are_done_wait_for_the_others(tiny_checkpoint):
+    """Made in two parts, each to its limit, a row is what it is when made at once."""
+    decoder = Decoder(load_pretrained(tiny_checkpoint), Backend())
+    options = shared_options(SamplingOptions())
+    prompts = [np.array([START], np.int32)] * 3
+
+    def started(limit_steps):
+        return decoder.start(prompts, latents=8, seeds=range(3), limit_steps=limit_steps)
+
+    _, at_once = decoder.decode(started(400), options, length=400)
+    state, first = decoder.decode(started(150), options, length=300)
+    assert np.asarray(state.done_B).all()
+    assert len({len(row) for row in music_of(first)}) == 3
+    for row in music_of(first):
+        assert codec.length_steps(np.array(row[:-1])) < 150  # the last event reaches the limit
+    state, second = decoder.decode(state.with_limit(400), options, length=400)
+    assert np.asarray(state.done_B).all()
+    parts = [a + b for a, b in zip(music_of(first), music_of(second), strict=True)]
+    assert parts == music_of(at_once)
+
+
+def test_choices_are_made_in_jax(tiny_checkpoint):
+    decoder = ChoosingDecoder(Decoder(load_pretrained(tiny_checkpoint), Backend()), 2)
+    prompt = np.concatenate([[START], melody(THEME, note_s=0.2)]).astype(np.int32)
+    state = decoder.start([prompt, prompt], latents=8, seeds=[1, 2], limit_steps=1000)
+    kept = [[], []]
+    while not state.done_B.all():
+        state, tokens, _ = decoder.decode_scored(state, shared_options(SamplingOptions()), length=16)
+        for phrases, row in zip(kept, music_of(tokens), strict=True):
+            if row:
+                phrases.append(codec.length_steps(np.array(row)))
+    for phrases in kept:
+        assert len(phrases) == 2
+        assert 800 <= phrases[0] < 900
+        assert 1000 <= sum(phrases) < 1100
+    assert Generator(decoder._decoder).generate(ASKED, seed=5).duration_s > ASKED.seconds
 
 
 def test_one_choice_is_none(tiny_checkpoint):

@@ -74,8 +74,8 @@ def test_the_image_is_not_run_by_root_and_downloads_nothing():
     targets = [words.split() for words in instructions("FROM")]
     assert [words[-1] for words in targets][-2:] == ["cuda", "cpu"]  # the last is the default
     assert {words[0] for words in targets[-2:]} == {"runtime"}
-    *_, licences = re.findall(r'image\.licenses="([^"]*)"', DOCKERFILE)
-    assert licences.split(" AND ") == ["Apache-2.0", "CC-BY-NC-SA-4.0", "CC-BY-3.0"]
+    *_, licenses = re.findall(r'image\.licenses="([^"]*)"', DOCKERFILE)
+    assert licenses.split(" AND ") == ["Apache-2.0", "CC-BY-NC-SA-4.0", "CC-BY-3.0"]
 
 
 def test_the_image_is_built_from_what_the_wheel_needs():

@@ -109,6 +109,6 @@ def test_other_changes_are_refused_and_named(trained, sizes, message):
 
 
 def test_labels_of_another_size_are_refused():
-    labelled = noisy_model(dataclasses.replace(CONFIG, label_size=3))
+    labeled = noisy_model(dataclasses.replace(CONFIG, label_size=3))
     with pytest.raises(ValueError, match="label_size from 0; differing sizes: label_size 3 -> 4"):
-        expand(labelled, dataclasses.replace(CONFIG, label_size=4), rngs=nnx.Rngs(1))
+        expand(labeled, dataclasses.replace(CONFIG, label_size=4), rngs=nnx.Rngs(1))

@@ -34,7 +34,10 @@ def test_returning_share(later, share):
     assert returning_share(prompt, played(later, step_s=0.2, start_s=40)) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("figure", [[72, 74] * 6, list(range(40, 52)), [60] * 12])
+@pytest.mark.parametrize(
+    "figure",
+    [[72, 74] * 6, list(range(40, 52)), [60, 62, 64, 65, 67, 69, 71, 72], [72, 70, 68, 67, 65, 63, 62, 60], [60] * 12],
+)
 def test_trills_scales_and_repeated_notes_do_not_return(figure):
     assert returning_share(played([*THEME, *figure]), played(figure)) == 0.0
 

@@ -17,6 +17,7 @@ from app.web.settings import WebError
 from music_ar import Performance, read_midi
 from music_ar.embedding import PieceEmbedder
 from music_ar.embedding.passages import PassageGrid
+from music_ar.model.weights import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # from Gradio's client and Playwright
 PIECES = [random_performance(seed, 100) for seed in range(4)]
@@ -176,12 +177,23 @@ def test_the_page_asks(server, browser, midi_file):
 
 
 @pytest.mark.slow
-def test_the_page_has_the_encoder_that_ships(tiny_checkpoint, tmp_path):
-    """It is read with the first question; the second one is quick, but that is not timed here."""
+def test_the_page_has_the_encoder_that_ships(tiny_checkpoint, midi_file, tmp_path):
+    """It is read with the first question."""
+    from gradio_client import Client, handle_file
+
     with running_page(tiny_checkpoint, tmp_path) as page:
         config = page.request("/config")[1]
         assert "similar" in {each["api_name"] for each in config["dependencies"]}
         assert "What is this like?" in str(config["components"])
-        status, answer = page.request("/gradio_api/call/similar", {"data": [None, 5]})
-        assert status == 200
-        assert "event_id" in answer
+        client = Client(page.address, verbose=False)
+        answer = client.predict(piece=handle_file(midi_file), count=3, api_name="/similar")
+        assert len(answer["matches"]) == 3
+        client.close()
+
+
+def test_a_damaged_encoder_is_an_answer_in_words(manager):
+    def damaged():
+        raise CheckpointError("model.safetensors is damaged")
+
+    with pytest.raises(gr.Error, match=r"This server cannot compare music: model\.safetensors is damaged"):
+        Likeness(manager, damaged).on_ask(in_session(manager, PIECES[0]))

@@ -172,11 +172,11 @@ def test_jit_equals_no_jit():
 def test_labels_reach_every_latent_and_zeros_are_none():
     model, rng = noisy_model(dataclasses.replace(CONFIG, label_size=3)), np.random.default_rng(0)
     tokens = rng.integers(0, vocabulary.EVENT_CLASSES, (2, M), np.int32)
-    unlabelled = logits_of(model, tokens)
-    np.testing.assert_array_equal(logits_of(model, tokens, labels_BxC=jnp.zeros((2, 3))), unlabelled)
-    labelled = logits_of(model, tokens, labels_BxC=jnp.array([[0.0, 0, 0], [0, 1, 0]]))
-    np.testing.assert_allclose(labelled[0], unlabelled[0], atol=1e-5)
-    assert (np.abs(labelled[1] - unlabelled[1]).max(axis=-1) > 1e-3).all()
+    unlabeled = logits_of(model, tokens)
+    np.testing.assert_array_equal(logits_of(model, tokens, labels_BxC=jnp.zeros((2, 3))), unlabeled)
+    labeled = logits_of(model, tokens, labels_BxC=jnp.array([[0.0, 0, 0], [0, 1, 0]]))
+    np.testing.assert_allclose(labeled[0], unlabeled[0], atol=1e-5)
+    assert (np.abs(labeled[1] - unlabeled[1]).max(axis=-1) > 1e-3).all()
 
 
 def test_dropout_depends_on_the_key():

@@ -131,6 +131,9 @@ def test_files_without_settings_are_refused(tmp_path, content):
 
 def test_downloaded_settings_are_read(tmp_path):
     settings = Settings(seconds=5, seed=7, sampling=SamplingOptions(top_k=3), prompt="mine.mid")
+    assert settings.rows == 1
+    guided = settings.model_copy(update={"variations": 2, "choices": 3, "wishes": Wishes(density=5.0, guidance=2.0)})
+    assert guided.rows == 12  # each phrase is made three times, with and without the wishes
     path = tmp_path / "settings.json"
     path.write_text(json.dumps(settings.flat() | {"latents_used": 32}))
     assert Settings.read(read_settings_file(path)) == settings

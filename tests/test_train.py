@@ -108,9 +108,9 @@ def test_augmented_copies_are_read_as_often_as_originals(capsys, tmp_path, prepa
     originals = Pieces.open(prepared, "train")
     [(batches, options)] = fits
     windows = [pair for batch in batches for pair in zip(batch["tokens"], batch["labels"], strict=True)]
-    unlabelled = [not label.any() for _, label in windows]
-    assert [holds(originals, window) for window, _ in windows] == unlabelled
-    assert 0.35 < np.mean(unlabelled) < 0.65
+    unlabeled = [not label.any() for _, label in windows]
+    assert [holds(originals, window) for window, _ in windows] == unlabeled
+    assert 0.35 < np.mean(unlabeled) < 0.65
     assert options["data"]["augmented_copies"] == 2
     assert load_pretrained(tmp_path / "run" / "model").config.label_size == LABEL_SIZE
     assert f"{originals.targets:,} tokens" in errors
@@ -233,6 +233,13 @@ def test_several_sources_are_mixed_told_and_wished(capsys, tmp_path, prepared, t
     assert 'knows no source "x9"; it knows main, other' in refusal(capsys, *generate, "--source", "x9")
     assert run(capsys, *generate, "--source", "other", "--density", found.edges[0][1], "--guidance", 2)[0] == 0
 
+    fits.clear()
+    # Without a validation split, what leaving costs cannot be measured.
+    plain = ["train", *DATA, tmp_path / "other", *REST, "--exits", 1, "--output", tmp_path / "exits"]
+    code, printed, errors = run(capsys, *plain)
+    assert code == 0, errors
+    assert "no event of this model will leave early" in " ".join(printed.split())
+    assert float(load_pretrained(tmp_path / "exits" / "model").exit_costs.bias[...][0]) == 20
     fits.clear()
     assert run(capsys, *command, "--output", tmp_path / "student", "--out-of-fold", "--teacher", *teachers)[0] == 0
     [(batches, _)] = fits

@@ -247,8 +247,8 @@ def test_a_teacher_without_the_tokens_of_gaps_teaches_the_examples_without_them(
 @pytest.mark.parametrize("conditioned", ["student", "teachers", "nobody"])
 @pytest.mark.parametrize("kind", [Ensemble, CrossFitted])
 def test_models_with_labels_get_them(conditioned, kind):
-    plain, labelled = noisy(), noisy_model(dataclasses.replace(CONFIG, label_size=3))
-    student, teacher = (labelled if conditioned == who else plain for who in ("student", "teachers"))
+    plain, labeled = noisy(), noisy_model(dataclasses.replace(CONFIG, label_size=3))
+    student, teacher = (labeled if conditioned == who else plain for who in ("student", "teachers"))
     teachers, (graph, params) = kind([teacher, teacher]), nnx.split(student, nnx.Param)
     loss = jax.jit(functools.partial(student_loss, graph, DISTILLED, teachers))
     found = []

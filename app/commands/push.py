@@ -16,7 +16,7 @@ class Push:
     """Publish a model on the Hugging Face Hub: weights, model card, curve and metrics, in one commit.
 
     The files are checked before anything is sent. The card is MODEL_CARD.md of the folder, or is written from the
-    model's sizes, and gets the metadata that the Hub reads: licence, data and, from metrics.json, the scores. Log in
+    model's sizes, and gets the metadata that the Hub reads: license, data and, from metrics.json, the scores. Log in
     with `hf auth login`, or set HF_TOKEN. Afterwards --checkpoint owner/name loads the model.
 
     Example: music-ar push runs/small/model me/my-piano --private
@@ -26,7 +26,7 @@ class Push:
         repository: where it goes on the Hub: owner/name. It is created if it is missing.
         private: only you and those you name can see it. A repository that exists must be private already.
         update: replace the model in a repository that exists, in a new commit.
-        license: identifier of the weights' licence. Weights trained on MAESTRO, or from a shipped model, have that of
+        license: identifier of the weights' license. Weights trained on MAESTRO, or from a shipped model, have that of
             the data. Default: as the metadata of the card say, otherwise cc-by-nc-sa-4.0.
         dataset: names of what the model was trained on. Default: as the metadata of the card say, otherwise
             maestro-v3.0.0.

@@ -172,6 +172,8 @@ class Render:
         if self.dry_run:
             self._print_plan(plan, missing)
             return 0
+        if self._ranks_by_likeness and any(request.prompt is not None for request in missing):
+            _encoder()  # raises now if it is damaged, not after the first piece
         with Leases(self.output) as leases:
             run = Run(
                 plan.generator,
@@ -295,6 +297,6 @@ def _estimate_s(generator: "AnyGenerator", requests: "Sequence[Request]") -> flo
     estimate_s = 0.0
     for request in requests:
         size, (latents, layers, tolerance) = request.tag.settings["batch_size"], generator.setting(request)
-        step_s = generator.autotuner.seconds_per_token(latents, size, layers=layers, tolerance=tolerance)
+        step_s = generator.autotuner.seconds_per_token(latents, size * request.rows, layers=layers, tolerance=tolerance)
         estimate_s += request.seconds * MAESTRO_TOKENS_PER_S * step_s / min(size, len(requests))
     return estimate_s

@@ -354,7 +354,7 @@ class Train:
     def _save(self, fitted: "Fitted", held_out: "Sequence[np.ndarray]") -> None:
         """Calibrate the model and fit its exits, if there is a validation split, and save it."""
         from music_ar.evaluation.calibration import calibrate
-        from music_ar.evaluation.exit_costs import fit_exit_costs
+        from music_ar.evaluation.exit_costs import fit_exit_costs, without_exit_costs
         from music_ar.model.pretrained import save_pretrained
 
         model, folder = fitted.model, self.output / "model"
@@ -366,6 +366,12 @@ class Train:
                 model, costs = fit_exit_costs(model, held_out)
                 by_exit = ", ".join(f"{nats:.3f} after {depth}" for depth, nats in costs.items())
                 print(f"nats that leaving early costs on average, by layers: {by_exit}")
+        elif model.config.exits:
+            model = without_exit_costs(model)
+            print(
+                "no event of this model will leave early, whatever --tolerance: what that costs is measured on a "
+                "validation split, and the data has none"
+            )
         save_pretrained(model, folder)
         print(f"{fitted.step} steps in {clock(fitted.elapsed_s)}; the model is in {folder}")
 
@@ -429,9 +435,8 @@ class Train:
             gaps=Gaps(share=self.infill, context=config.context) if self.infill else None,
             workers=self.workers,
         )
-        return cast(
-            "Batches", batches(*parts, beside=beside, config=loader)
-        )  # its batches are TypedDicts, so dicts of arrays
+        # Its batches are TypedDicts, so dicts of arrays.
+        return cast("Batches", batches(*parts, beside=beside, config=loader))
 
 
 def _describe(progress: "Progress") -> str:

@@ -232,7 +232,7 @@ class Plan:
         batch_size = max(1, batch_size // Request(wishes=wishes, choices=options["choices"]).rows)
         if options["latents"] is None:
             options["latents"] = min(DEFAULT_LATENTS, self.generator.config.most_latents)
-        settings = self._settings(options, batch_size)
+        settings = self._settings(options, batch_size, has_prompt=prompt is not None)
         source = prompt if data is None else data
         digest = _sha256(source)
         if prompt is None:
@@ -257,7 +257,7 @@ class Plan:
             return in_place
         return {"budget": None} if options.keys() & in_place.keys() else {}
 
-    def _settings(self, options: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    def _settings(self, options: Mapping[str, Any], batch_size: int, *, has_prompt: bool) -> dict[str, Any]:
         """What the manifest records in addition to prompt, seed and model."""
         neutral = _NEUTRAL | _NO_WISHES | {"choices": 1}
         settings = {
@@ -272,7 +272,7 @@ class Plan:
             settings["pedal"] = True
         if self._keep_best is not None:  # which pieces are kept depends on both
             settings |= {"keep_best": self._keep_best, "variations": options["variations"]}
-            if self._ranks_by_likeness:
+            if self._ranks_by_likeness and has_prompt:
                 settings["ranked_by"] = "likeness"
         return settings
 

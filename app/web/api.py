@@ -27,7 +27,7 @@ from music_ar.features.wish_options import NAMES, WISH_OPTIONS, wish_help
 Result = tuple[dict[str, Any], list[str] | None]
 """Progress and, in the last result, the MIDI files."""
 
-LICENCE = (
+LICENSE = (
     "The model may repeat music that it was trained on. Before you publish a piece, compare it with MAESTRO. "
     "The weights are licensed under CC BY-NC-SA 4.0: credit the source, no commercial use, share alike. "
     "Piano samples: Salamander Grand Piano V3 by Alexander Holm, CC BY 3.0."
@@ -109,7 +109,7 @@ class Api:
             yield from _results(session, self.manager.extend(session, chosen.seconds))
 
     def info(self) -> dict[str, Any]:
-        """Limits and speed of this server: the most latents, variations and seconds, what it can, and the licence.
+        """Limits and speed of this server: the most latents, variations and seconds, what it can, and the license.
 
         "wishes" has an object for each wish that the model takes, with its range or the names that it knows.
         """
@@ -122,7 +122,7 @@ class Api:
             "finds_similar": self.finds_similar,
             "warm": self.manager.machine.warm,
             "wishes": [dataclasses.asdict(control) for control in self.manager.machine.generator.wish_controls()],
-            "licence": LICENCE,
+            "license": LICENSE,
         }
 
 

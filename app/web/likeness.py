@@ -20,8 +20,10 @@ from app.web.session import Session
 from app.web.settings import WebError, Whole, checked
 from app.web.toasts import errors_in_toasts
 from music_ar import Performance
+from music_ar.embedding.index import PassageIndexError
 from music_ar.embedding.notes import EmbeddingError
 from music_ar.embedding.search import SearchError, nearest
+from music_ar.model.weights import CheckpointError
 
 if TYPE_CHECKING:
     from app.web.page import Page
@@ -64,8 +66,16 @@ class Likeness:
 
     @property
     def _library(self) -> "Library":
+        """The encoder and its index.
+
+        Raises:
+            WebError: they are damaged, or one is gone.
+        """
         with self._opening:
-            return self._opened
+            try:
+                return self._opened
+            except (OSError, CheckpointError, PassageIndexError) as error:
+                raise WebError(f"this server cannot compare music: {error}") from error
 
     @functools.cached_property
     def _opened(self) -> "Library":

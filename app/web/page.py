@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.web.api import LICENCE
+from app.web.api import LICENSE
 from app.web.calls import DEVICE
 from app.web.examples import EXAMPLES
 from app.web.export import FileKind
@@ -58,8 +58,8 @@ class Page:
                 self._layout_downloads()
                 if self.likeness is not None:
                     self.likeness.layout()
-        with gr.Accordion("About the model: data, limits, licence", open=False, elem_id="about"):
-            gr.Markdown(f"{LICENCE}\n\n{self.about}")
+        with gr.Accordion("About the model: data, limits, license", open=False, elem_id="about"):
+            gr.Markdown(f"{LICENSE}\n\n{self.about}")
         self.controls = {
             "seconds": self.seconds,
             "latents": self.latents,

@@ -265,8 +265,8 @@ class Settings(BaseModel):
 
     @property
     def rows(self) -> int:
-        """Number of pieces that the machine makes at once for these settings."""
-        return self.variations * (1 if self.fill else self.choices)
+        """Number of rows that the machine decodes at once for these settings."""
+        return self.variations * Request(wishes=self.wishes, choices=1 if self.fill else self.choices).rows
 
 
 class Extension(BaseModel):

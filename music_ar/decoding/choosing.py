@@ -110,6 +110,7 @@ class ChoosingState:
 
     made: AnyState
     pieces: tuple[_Piece, ...]
+    choices: int
 
     @property
     def done_B(self) -> Bool[np.ndarray, " B"]:
@@ -120,34 +121,34 @@ class ChoosingState:
     def layers_run_B(self) -> Any:
         """See `AnyState.layers_run_B`: those of the first of the rows."""
         run_B = self.made.layers_run_B
-        return None if run_B is None else run_B[:: self._choices]
+        return None if run_B is None else run_B[:: self.choices]
 
     def with_limit(self, limit_steps: int) -> "ChoosingState":
         """See `AnyState.with_limit`."""
-        return self._with(limit_steps=[limit_steps] * len(self.pieces))
+        return self._with("limit_steps", [limit_steps] * len(self.pieces))
 
     def with_seeds(self, seeds: Sequence[int]) -> "ChoosingState":
         """See `AnyState.with_seeds`."""
-        return self._with(seed=seeds)
+        return self._with("seed", seeds)
 
     def with_ended(self, ended_B: Bool[np.ndarray, " B"]) -> "ChoosingState":
         """See `AnyState.with_ended`."""
-        pieces = self._with(ended=ended_B.tolist()).pieces
+        pieces = self._with("ended", ended_B.tolist()).pieces
         # Of a piece that goes on, some phrases may have ended it already.
-        ended = [piece.ended or piece.ends(number) for piece in pieces for number in range(self._choices)]
-        return ChoosingState(self.made.with_ended(np.array(ended)), pieces)
+        ended = [piece.ended or piece.ends(number) for piece in pieces for number in range(self.choices)]
+        return self._with_pieces(self.made.with_ended(np.array(ended)), pieces)
 
     def rows(self, rows: Sequence[int]) -> "ChoosingState":
         """See `AnyState.rows`."""
         made = self.made.rows([number for row in rows for number in self.rows_of(row)])
-        return ChoosingState(made, tuple(self.pieces[row] for row in rows))
+        return self._with_pieces(made, tuple(self.pieces[row] for row in rows))
 
     def replaced(self, row: int, newcomer: "ChoosingState") -> "ChoosingState":
         """See `AnyState.replaced`."""
         made = self.made
         for number, of_newcomer in zip(self.rows_of(row), newcomer.rows_of(0), strict=True):
             made = made.replaced(number, newcomer.made.rows([of_newcomer]))
-        return ChoosingState(made, self._pieces_with(row, newcomer.pieces[0]))
+        return self._with_piece(made, row, newcomer.pieces[0])
 
     def begun(self, row: int) -> "ChoosingState":
         """With the phrases of a piece begun, all from the state of its first row."""
@@ -156,32 +157,31 @@ class ChoosingState:
         for number, of_row in enumerate(self.rows_of(row)):
             made = made.replaced(of_row, first.with_seeds([piece.seed_of(number)]))
         nothing = (np.zeros(0, np.int32), np.zeros(0, np.float32))
-        begun = dataclasses.replace(piece, making=(nothing,) * self._choices)
-        return ChoosingState(made, self._pieces_with(row, begun))
+        return self._with_piece(made, row, dataclasses.replace(piece, making=(nothing,) * self.choices))
 
     def chosen(self, row: int, number: int) -> "ChoosingState":
         """With one of the phrases of a piece kept, and its state in the first row."""
         piece = self.pieces[row]
         first, kept = self.rows_of(row)[0], self.rows_of(row)[number]
         made = self.made.replaced(first, self.made.rows([kept]))
-        return ChoosingState(made, self._pieces_with(row, piece.with_phrase(piece.making[number][0])))
+        return self._with_piece(made, row, piece.with_phrase(piece.making[number][0]))
 
     def rows_of(self, row: int) -> range:
         """The rows of `made` that belong to a piece."""
-        return range(row * self._choices, (row + 1) * self._choices)
+        return range(row * self.choices, (row + 1) * self.choices)
 
-    @property
-    def _choices(self) -> int:
-        return len(self.made.done_B) // len(self.pieces)
+    def _with_pieces(self, made: AnyState, pieces: tuple[_Piece, ...]) -> "ChoosingState":
+        return ChoosingState(made, pieces, self.choices)
 
-    def _pieces_with(self, row: int, piece: _Piece) -> tuple[_Piece, ...]:
-        return (*self.pieces[:row], piece, *self.pieces[row + 1 :])
+    def _with_piece(self, made: AnyState, row: int, piece: _Piece) -> "ChoosingState":
+        return self._with_pieces(made, (*self.pieces[:row], piece, *self.pieces[row + 1 :]))
 
-    def _with(self, **values: Sequence[Any]) -> "ChoosingState":
+    def _with(self, name: str, values: Sequence[Any]) -> "ChoosingState":
         """With other values of an attribute of the pieces, one for each."""
-        ((name, each),) = values.items()
-        pairs = zip(self.pieces, each, strict=True)
-        return ChoosingState(self.made, tuple(dataclasses.replace(piece, **{name: value}) for piece, value in pairs))
+        pairs = zip(self.pieces, values, strict=True)
+        return self._with_pieces(
+            self.made, tuple(dataclasses.replace(piece, **{name: value}) for piece, value in pairs)
+        )
 
 
 class ChoosingDecoder:
@@ -217,7 +217,7 @@ class ChoosingDecoder:
             _Piece(seed=seed, limit_steps=limit_steps, theme=_beginning(prompt[1:]), last=_ending(prompt[1:]))
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        return ChoosingState(made, tuple(pieces))
+        return ChoosingState(made, tuple(pieces), self.choices)
 
     def decode(self, state: ChoosingState, options: Options, *, length: int) -> tuple[ChoosingState, Any]:
         """See `AnyDecoder.decode`."""
@@ -236,7 +236,8 @@ class ChoosingDecoder:
         repeated = repeat_options(options, self.choices)
         while not (ready := _ready(state)) and not state.done_B.all():
             made, tokens, nats = self._decoder.decode_scored(state.made, repeated, length=length)
-            state = ChoosingState(made, _with_tokens(state, np.asarray(tokens), np.asarray(nats)))
+            pieces = _with_tokens(state, np.asarray(tokens), np.asarray(nats))
+            state = ChoosingState(made, pieces, self.choices)
         found: list[tuple[Any, Any]] = [(np.zeros(0, np.int32), np.zeros(0, np.float32))] * len(state.pieces)
         for row in ready:
             number = state.pieces[row].choice()

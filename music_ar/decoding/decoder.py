@@ -284,25 +284,41 @@ def _decode_rows(
 ) -> tuple[DecodeState, Array, Array]:
     graph, backend, length, _, micro_batches = program
     model = nnx.merge(graph.graph, params)
+    B = state.ended_B.shape[0]
 
     def unfinished(carry: tuple[Array, DecodeState, Array, Array]) -> Array:
         index, state, *_ = carry
         return (index < length) & ~state.done_B.all()
 
     def one_token(carry: tuple[Array, DecodeState, Array, Array]) -> tuple[Array, DecodeState, Array, Array]:
-        index, state, tokens, nats = carry
-        logits_BxV, state = step(model, state, backend, micro_batches, pairs="guidance" in options)
+        index, before, tokens, nats = carry
+        logits_BxV, state = step(model, before, backend, micro_batches, pairs="guidance" in options)
         rng_B = jax.vmap(jax.random.fold_in)(state.rng_B, state.age_B)
         drawn_B = with_partners(draw(rng_B, guided_logits(logits_BxV, options), state, options), options)
         drawn_logit_B = jnp.take_along_axis(logits_BxV, drawn_B[:, None], axis=1)[:, 0]
         nats_B = jax.nn.logsumexp(logits_BxV, axis=1) - drawn_logit_B
         state = advance(state, drawn_B)
-        return index + 1, state, tokens.at[:, index].set(state.recent_BxL[:, -1]), nats.at[:, index].set(nats_B)
+        token_B = state.recent_BxL[:, -1]
+        if B > 1:  # a single row that is done ends the loop
+            token_B, nats_B = jnp.where(before.done_B, vocabulary.PAD, token_B), jnp.where(before.done_B, 0, nats_B)
+            state = _waiting(before, state)
+        return index + 1, state, tokens.at[:, index].set(token_B), nats.at[:, index].set(nats_B)
 
-    B = state.ended_B.shape[0]
     tokens, nats = jnp.full((B, length), vocabulary.PAD, jnp.int32), jnp.zeros((B, length))
     _, state, tokens, nats = jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state, tokens, nats))
     return state, tokens, nats
+
+
+def _waiting(before: DecodeState, after: DecodeState) -> DecodeState:
+    """The state after a step, with rows that were done as they were before.
+
+    Their caches may have the keys and values of the pending token, which the next step writes again to the same place.
+    """
+
+    def keep(old: Array, new: Array) -> Array:
+        return jnp.where(before.done_B.reshape(-1, *[1] * (new.ndim - 1)), old, new)
+
+    return jax.tree.map(keep, before._replace(caches=None), after._replace(caches=None))._replace(caches=after.caches)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Integer
 
 from music_ar.evaluation.calibration import newton_minimum
 from music_ar.evaluation.windows import batch_windows, check_pieces, cut_windows
+from music_ar.model.exits import ExitCosts
 from music_ar.model.perceiver_ar import PerceiverAR
 
 _MOST_TARGETS = 2**16  # more of them gain nothing
@@ -50,6 +51,13 @@ def fit_exit_costs(
         kernel_DxE[...] = kernel_DxE[...].at[:, number].set(jnp.asarray(weights, jnp.float32))
         bias_E[...] = bias_E[...].at[number].set(bias)
     return fitted, {depth: float(cost_T.mean()) for depth, cost_T in zip(model.config.exits, costs, strict=True)}
+
+
+def without_exit_costs(model: PerceiverAR) -> PerceiverAR:
+    """Return the model with the costs of a new one, so that no token leaves early."""
+    unknown = nnx.clone(model)
+    unknown.exit_costs = ExitCosts(model.config.width, len(model.config.exits))
+    return unknown
 
 
 def _measured(

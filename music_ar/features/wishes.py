@@ -232,6 +232,11 @@ def wish_vectors(
     return table.hot(ids_BxW) @ kernel_RxD
 
 
+def part_ends(latents: int, parts: int) -> Int32[np.ndarray, " P"]:
+    """Where the parts of a window end that have wishes of their own, in latents."""
+    return (np.arange(1, parts + 1) * latents // parts).astype(np.int32)
+
+
 def _suggestion(name: str, choices: Sequence[str]) -> str:
     """The names that resemble a wrong one, or all of them, if there are not many."""
     words = {word.casefold(): choice for choice in choices for word in (choice, choice.split()[-1])}

@@ -13,13 +13,14 @@ RUN_NOTES = 6
 """Consecutive notes with the same intervals that make a return."""
 
 _WINDOW_S = 5.0
+_STEP = 2  # semitones from one note of a scale to the next, at most
 
 
 def returning_share(prompt: Performance, later: Performance) -> float:
     """Return the share of the notes of `later` that lie in runs of `RUN_NOTES` or more notes of the prompt.
 
     Runs are compared by their intervals, so in any key and rhythm; the notes of a chord go from low to high. Trills,
-    tremolos and scales do not count: they return everywhere.
+    tremolos and scales do not count: they return everywhere. Broken chords do.
     """
     if not len(later):
         return 0.0
@@ -40,8 +41,10 @@ def _runs(performance: Performance) -> np.ndarray:
 
 
 def _is_figure(intervals: np.ndarray) -> bool:
-    """Whether a run repeats one or two intervals."""
-    return bool((intervals[2:] == intervals[:-2]).all())
+    """Whether a run repeats one or two intervals, or goes up or down by steps."""
+    one_way = (intervals > 0).all() or (intervals < 0).all()
+    by_steps = one_way and (np.abs(intervals) <= _STEP).all()
+    return bool(by_steps or (intervals[2:] == intervals[:-2]).all())
 
 
 class Texture(NamedTuple):

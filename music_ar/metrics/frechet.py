@@ -42,8 +42,8 @@ def fit(embeddings: Float[np.ndarray, "n e"]) -> Gaussian:
         raise ValueError(f"expected at least 2 embeddings, got {count}")
     exact = embeddings.astype(np.float64)
     mean = exact.mean(axis=0)
-    centred = exact - mean
-    covariance = centred.T @ centred / count
+    centered = exact - mean
+    covariance = centered.T @ centered / count
     level = np.trace(covariance) / size
     spread = (covariance**2).mean() - level**2 / size
     share = 1.0 if spread <= 0 else min(1.0, ((covariance**2).mean() + level**2) / ((count + 1) * spread))

@@ -39,7 +39,7 @@ def write_card(
         text: Markdown; if it has metadata at its top, they are kept, but for those that follow from the rest.
         name: what the model is called.
         metrics: content of `metrics.json`, or empty.
-        license: identifier of the weights' licence; default: as the text's metadata say, otherwise `LICENSE`.
+        license: identifier of the weights' license; default: as the text's metadata say, otherwise `LICENSE`.
         datasets: names of what the model was trained on; default: as the text's metadata say, otherwise `DATASETS`.
 
     Raises:

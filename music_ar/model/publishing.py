@@ -66,7 +66,7 @@ def prepare_upload(
     Args:
         source: the folder of the model, or the name of one that ships with the project.
         repository: "owner/name" on the Hub.
-        license: identifier of the weights' licence; default: as its card says, otherwise that of MAESTRO.
+        license: identifier of the weights' license; default: as its card says, otherwise that of MAESTRO.
         datasets: names of what it was trained on; default: as its card says, otherwise MAESTRO.
 
     Raises:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from music_ar.features.wishes import WishTable
+from music_ar.features.wishes import WishTable, part_ends
 
 
 class WishEmbedding(nnx.Module):
@@ -36,5 +36,5 @@ class WishEmbedding(nnx.Module):
             latents: number of latents.
         """
         P = ids_BxPxW.shape[1]
-        part_BxS = jnp.clip(latent_BxS * P // latents, 0, P - 1)
+        part_BxS = jnp.searchsorted(jnp.asarray(part_ends(latents, P)[:-1]), latent_BxS, side="right")
         return jnp.einsum("bsp,bpd->bsd", jax.nn.one_hot(part_BxS, P), self(ids_BxPxW))

@@ -5,7 +5,7 @@ Each passage is seen twice, cropped, transposed and re-timed in different ways, 
 - of passages: the embedding of one view must be nearer to that of the other than to those of all other passages of the
   batch (InfoNCE, van den Oord et al., arXiv 1807.03748, in both directions as in CLIP, arXiv 2103.00020). Passages that
   overlap, and other performances of the same composition, are neither near nor far.
-- of hidden notes: their pitch, velocity and duration, given their time (masked modelling, as in BERT).
+- of hidden notes: their pitch, velocity and duration, given their time (masked modeling, as in BERT).
 
 Dimension key, in addition to that of `model.config`: P passages of a piece, X passages of a batch, Q hidden notes,
 E dimensions of an embedding.

@@ -4,7 +4,7 @@ import { clock, Score } from './notes.js';
 import { Roll } from './roll.js';
 
 /** @typedef {import('./player.js').Player} Player */
-/** @typedef {import('./roll.js').Colours} Colours */
+/** @typedef {import('./roll.js').Colors} Colors */
 
 const LEAST_LIVE_S = 10;
 const calm = matchMedia('(prefers-reduced-motion: reduce)');
@@ -12,7 +12,7 @@ const calm = matchMedia('(prefers-reduced-motion: reduce)');
 export class Face {
   #dirty = true;
   #wasActive = false;
-  /** @type {Colours | null} */
+  /** @type {Colors | null} */
   #ink = null;
   message = '';
   #summary = '';
@@ -22,7 +22,7 @@ export class Face {
   constructor(player) {
     this.player = player;
     this.roll = new Roll(player.canvas('roll'));
-    const anew = () => { this.#ink = null; player.shelf.list.redraw(this.colours()); this.touch(); };
+    const anew = () => { this.#ink = null; player.shelf.list.redraw(this.colors()); this.touch(); };
     new ResizeObserver(anew).observe(player.root);
     new MutationObserver(anew).observe(document.body, { attributes: true, attributeFilter: ['class'] });
     requestAnimationFrame(() => this.#frame());
@@ -31,7 +31,7 @@ export class Face {
   /** Draw anew at the next frame. */
   touch() { this.#dirty = true; }
 
-  colours() {
+  colors() {
     if (this.#ink) return this.#ink;
     const style = getComputedStyle(this.player.root), pick = (/** @type {string} */ name) => style.getPropertyValue(name).trim();
     return (this.#ink = {
@@ -71,7 +71,7 @@ export class Face {
       score, until, growing: !live && shown.growing, at, sounding: playback.sounding, region: live ? null : region, pedals,
       message: player.language.translate(live ? 'Play …' : this.message), outside: isPrompt,
       turns: isPrompt ? [{ from: 0, to: Infinity }] : live ? [] : shown.turns,
-    }, viewport, this.colours());
+    }, viewport, this.colors());
     if (this.roll.stretched) this.touch();
     this.#drawKeys(at);
     this.#write(at, until, score.notes.length);
@@ -96,7 +96,7 @@ export class Face {
       for (const note of shown.score.between(at, at + 0.001)) lit.set(note.pitch + playback.transpose, at < shown.join);
     for (const pitch of duet.sounding.keys()) lit.set(pitch, false);
     for (const pitch of instrument.held.keys()) lit.set(pitch, true);
-    keys.draw(lit, this.colours());
+    keys.draw(lit, this.colors());
   }
 
   /** @param {number} at @param {number} until @param {number} count of notes */

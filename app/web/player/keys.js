@@ -103,14 +103,14 @@ export class Keys {
     for (const white of [true, false]) {
       for (const key of keys.filter((each) => each.white === white)) {
         const [left, right] = [key.left * wide, key.right * wide], hands = lit.get(key.pitch);
-        const colour = hands === undefined ? null : hands ? ink.sounding : ink.generated;
-        pen.fillStyle = colour ?? (white ? '#fbfbfa' : '#22252b');
+        const color = hands === undefined ? null : hands ? ink.sounding : ink.generated;
+        pen.fillStyle = color ?? (white ? '#fbfbfa' : '#22252b');
         pen.fillRect(left, 0, right - left, white ? height : 0.62 * height);
         pen.strokeStyle = '#8a909c';
         pen.lineWidth = 1;
         pen.strokeRect(left + 0.5, -1, right - left - 1, (white ? height : 0.62 * height) + 0.5);
         if (white && key.pitch % 12 === 0 && wide > 11) {
-          pen.fillStyle = colour ? ink.shade : '#5b6270';
+          pen.fillStyle = color ? ink.shade : '#5b6270';
           pen.font = '10px system-ui, sans-serif';
           pen.textAlign = 'center';
           pen.fillText(`C${key.pitch / 12 - 1}`, (left + right) / 2, height - 5);

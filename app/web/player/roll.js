@@ -5,7 +5,7 @@ import { clock } from './notes.js';
 /** @typedef {import('./notes.js').Score} Score */
 /** @typedef {import('./notes.js').Note} Note */
 /** @typedef {import('./viewport.js').Viewport} Viewport */
-/** @typedef {{prompt: string, generated: string, sounding: string, text: string, line: string, shade: string, pedal: string}} Colours */
+/** @typedef {{prompt: string, generated: string, sounding: string, text: string, line: string, shade: string, pedal: string}} Colors */
 /** @typedef {{from: number, to: number}} Region */
 /**
  * What to draw.
@@ -45,16 +45,16 @@ export function prepare(canvas) {
  * @param {CanvasRenderingContext2D} pen
  * @param {Score} score
  * @param {{from: number, span: number, width: number, height: number, range: [number, number]}} place
- * @param {(note: Note) => string} colour
+ * @param {(note: Note) => string} color
  */
-export function drawNotes(pen, score, { from, span, width, height, range: [low, high] }, colour) {
+export function drawNotes(pen, score, { from, span, width, height, range: [low, high] }, color) {
   const tall = height / (high - low + 1), scale = width / span;
   const drawnTo = new Float64Array(128).fill(-1); // so that of many notes on one pixel only the first is drawn
   for (const note of score.between(from, from + span)) {
     const x = (note.on - from) * scale, right = x + Math.max(1.5, (note.off - note.on) * scale - 0.5);
     if (right - drawnTo[note.pitch] < 0.5) continue;
     drawnTo[note.pitch] = right;
-    pen.fillStyle = colour(note);
+    pen.fillStyle = color(note);
     pen.globalAlpha = 0.45 + 0.55 * Math.min(1, note.velocity / 100);
     const y = (high - note.pitch) * tall;
     if (right - x < 5) { // round corners would not be seen, and take ten times as long
@@ -97,7 +97,7 @@ export class Roll {
     return this.stretched ? this.#tileSpan : wanted;
   }
 
-  /** @param {Picture} picture @param {Viewport} viewport @param {Colours} ink */
+  /** @param {Picture} picture @param {Viewport} viewport @param {Colors} ink */
   draw(picture, viewport, ink) {
     const { pen, width, height, ratio } = prepare(this.canvas);
     if (!width) return;
@@ -125,7 +125,7 @@ export class Roll {
   }
 
   /**
-   * @param {CanvasRenderingContext2D} pen @param {Picture} picture @param {Viewport} viewport @param {Colours} ink
+   * @param {CanvasRenderingContext2D} pen @param {Picture} picture @param {Viewport} viewport @param {Colors} ink
    * @param {{width: number, height: number, ratio: number, range: [number, number]}} size
    */
   #drawTiles(pen, picture, viewport, ink, { width, height, ratio, range }) {
@@ -144,7 +144,7 @@ export class Roll {
   }
 
   /**
-   * @param {number} number @param {Picture} picture @param {Colours} ink
+   * @param {number} number @param {Picture} picture @param {Colors} ink
    * @param {{width: number, height: number, ratio: number, range: [number, number]}} size
    */
   #tile(number, { score, turns }, ink, { width, height, ratio, range }) {
@@ -162,7 +162,7 @@ export class Roll {
   /**
    * Draw the notes that sound over their tiles.
    * @param {CanvasRenderingContext2D} pen @param {Picture} picture @param {(seconds: number) => number} x
-   * @param {Colours} ink @param {number} height @param {[number, number]} range
+   * @param {Colors} ink @param {number} height @param {[number, number]} range
    */
   #sounding(pen, { score, at, sounding }, x, ink, height, [low, high]) {
     if (!sounding) return;
@@ -174,7 +174,7 @@ export class Roll {
     }
   }
 
-  /** @param {CanvasRenderingContext2D} pen @param {Viewport} viewport @param {Colours} ink @param {number} width @param {number} height */
+  /** @param {CanvasRenderingContext2D} pen @param {Viewport} viewport @param {Colors} ink @param {number} width @param {number} height */
   #ruler(pen, viewport, ink, width, height) {
     const step = STEPS.find((each) => (each / viewport.span) * width >= 60) ?? 1200;
     pen.font = '11px system-ui, sans-serif';
@@ -191,7 +191,7 @@ export class Roll {
 
 /**
  * @param {CanvasRenderingContext2D} pen @param {Region} region @param {boolean} outside
- * @param {(seconds: number) => number} x @param {Colours} ink @param {number} width @param {number} bottom
+ * @param {(seconds: number) => number} x @param {Colors} ink @param {number} width @param {number} bottom
  */
 function region(pen, { from, to }, outside, x, ink, width, bottom) {
   const [left, right] = [x(from), x(to)];
@@ -207,9 +207,9 @@ function region(pen, { from, to }, outside, x, ink, width, bottom) {
   pen.fillRect(right - 2, 0, 3, bottom);
 }
 
-/** @param {CanvasRenderingContext2D} pen @param {number} x @param {number} bottom @param {string} colour */
-function dashed(pen, x, bottom, colour) {
-  pen.strokeStyle = colour;
+/** @param {CanvasRenderingContext2D} pen @param {number} x @param {number} bottom @param {string} color */
+function dashed(pen, x, bottom, color) {
+  pen.strokeStyle = color;
   pen.setLineDash([3, 3]);
   pen.beginPath();
   pen.moveTo(x, 0);

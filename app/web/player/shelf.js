@@ -49,7 +49,7 @@ export class Shelf {
   show() {
     const { player } = this, rows = this.#listed();
     this.#rows = new Map(rows.map((row) => [row.id, row]));
-    this.list.show(rows, player.shown.id, () => player.face.colours());
+    this.list.show(rows, player.shown.id, () => player.face.colors());
     player.find('takes-head').hidden = !rows.length && !this.#deleted;
   }
 

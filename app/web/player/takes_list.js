@@ -3,7 +3,7 @@
 import { clock, Score, unpack } from './notes.js';
 import { drawNotes, prepare } from './roll.js';
 
-/** @typedef {import('./roll.js').Colours} Colours */
+/** @typedef {import('./roll.js').Colors} Colors */
 /** @typedef {{id: string, title: string, detail: string, hint: string, score: Score, until: number, join: number, starred: boolean, kept: boolean, made: boolean}} Row */
 /** `kept`: whether it can be starred and deleted. `made`: whether it can be made again. */
 
@@ -42,20 +42,20 @@ export class TakesList {
     });
   }
 
-  /** @param {Row[]} rows @param {string} chosen @param {() => Colours} colours */
-  show(rows, chosen, colours) {
+  /** @param {Row[]} rows @param {string} chosen @param {() => Colors} colors */
+  show(rows, chosen, colors) {
     for (const [id, { element }] of this.#rows) if (!rows.some((row) => row.id === id)) { element.remove(); this.#rows.delete(id); }
     rows.forEach((row, place) => {
       const known = this.#rows.get(row.id), element = known?.element ?? this.#build(row.id);
       if (this.element.children[place] !== element) this.element.insertBefore(element, this.element.children[place] ?? null);
       this.#fill(element, row, row.id === chosen);
-      if (known?.row !== row) this.#draw(element, row, colours());
+      if (known?.row !== row) this.#draw(element, row, colors());
       this.#rows.set(row.id, { row, element });
     });
     this.element.hidden = !rows.length;
   }
 
-  /** Draw all rolls anew. @param {Colours} ink */
+  /** Draw all rolls anew. @param {Colors} ink */
   redraw(ink) { for (const { row, element } of this.#rows.values()) this.#draw(element, row, ink); }
 
   /** @param {string} id */
@@ -93,7 +93,7 @@ export class TakesList {
     star.setAttribute('aria-pressed', String(row.starred));
   }
 
-  /** @param {HTMLElement} element @param {Row} row @param {Colours} ink */
+  /** @param {HTMLElement} element @param {Row} row @param {Colors} ink */
   #draw(element, row, ink) {
     const { pen, width, height } = prepare(/** @type {HTMLCanvasElement} */ (element.querySelector('canvas')));
     if (!width) return;

@@ -59,7 +59,7 @@ struct Kernels {
   // Pack an [I, O] matrix into `outputs` columns from `first` of a packed one.
   void (*pack)(Matrix& matrix, const int8_t* kernel_IxO, int first, int outputs);
   // Round a row; before that, RMSNorm with these scales unless they are null.
-  void (*quantise)(const float* x_I, const float* norm_I, int inputs, Activations& into, int row);
+  void (*quantize)(const float* x_I, const float* norm_I, int inputs, Activations& into, int row);
   // Outputs `begin` to `end`, multiples of PADDING, of all rows; rows of y are `stride` numbers apart.
   void (*product)(const Matrix& matrix, const Activations& x, int rows, int begin, int end, Then then, float* y_TxO,
                   int stride);

@@ -92,7 +92,7 @@ static inline void tile(const int8_t* weights, int groups, const int8_t* numbers
 }  // namespace avx2
 
 const Kernels kernels_avx2 = {
-    "avx2",       sizeof(avx2::Cached), avx2::pack,      avx2::quantise,    avx2::product, avx2::add_row,
+    "avx2",       sizeof(avx2::Cached), avx2::pack,      avx2::quantize,    avx2::product, avx2::add_row,
     avx2::rotate, avx2::write_key,      avx2::write_value, avx2::attend, avx2::log_sum_exp};
 
 }  // namespace music_ar

@@ -101,7 +101,7 @@ static inline void tile(const int8_t* weights, int groups, const int8_t* numbers
 }  // namespace portable
 
 const Kernels kernels_portable = {"portable",         sizeof(portable::Cached), portable::pack,
-                                  portable::quantise, portable::product,        portable::add_row,
+                                  portable::quantize, portable::product,        portable::add_row,
                                   portable::rotate,   portable::write_key,      portable::write_value,
                                   portable::attend,   portable::log_sum_exp};
 

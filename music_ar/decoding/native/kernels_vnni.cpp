@@ -81,7 +81,7 @@ static inline void tile(const int8_t* weights, int groups, const int8_t* numbers
 }  // namespace vnni
 
 const Kernels kernels_vnni = {
-    "vnni",       sizeof(vnni::Cached), vnni::pack,      vnni::quantise,    vnni::product, vnni::add_row,
+    "vnni",       sizeof(vnni::Cached), vnni::pack,      vnni::quantize,    vnni::product, vnni::add_row,
     vnni::rotate, vnni::write_key,      vnni::write_value, vnni::attend, vnni::log_sum_exp};
 
 }  // namespace music_ar

@@ -88,7 +88,7 @@ Model::Model(const Config& config, const std::vector<Tensor>& tensors)
     ExitCost cost{final_norm_, named.at("exit_costs.bias").values[i]};
     for (int d = 0; d < config.width; ++d)
       cost.kernel_D[d] *= kernel.numbers_IxO[size_t(d) * kernel.outputs + i] * kernel.values[i];
-    exit_before_[config.exits[i]] = cost;
+    exit_costs_[config.exits[i]] = cost;
   }
   head_ = matrix(named, {"head.kernel"});
   head_.bias_O = vector_of(named, "head.bias");
@@ -172,9 +172,9 @@ static void each_row(Threads& threads, int rows, const Work& work) {
   for (int row = 0; row < rows; ++row) work(row);
 }
 
-void Model::quantise(Threads& threads, const float* x, int stride, const float* norm, int inputs, int rows) {
+void Model::quantize(Threads& threads, const float* x, int stride, const float* norm, int inputs, int rows) {
   each_row(threads, rows,
-           [&](int row) { kernels_.quantise(x + size_t(row) * stride, norm, inputs, rounded_, row); });
+           [&](int row) { kernels_.quantize(x + size_t(row) * stride, norm, inputs, rounded_, row); });
 }
 
 // The outputs from the block of the first one on.
@@ -255,11 +255,11 @@ void Model::attend(Threads& threads, const Latents& latents, int layer) {
 // Adds the attention output, then the feed-forward, to the residual stream; see `Residual`.
 void Model::add_block(Threads& threads, const Block& block, int rows) {
   const int hidden_width = padded(config_.hidden);
-  quantise(threads, attended_.data(), heads_width_, nullptr, config_.heads * config_.head_size, rows);
+  quantize(threads, attended_.data(), heads_width_, nullptr, config_.heads * config_.head_size, rows);
   multiply(threads, block.output, rows, Then::ADD, x_.data(), width_);
-  quantise(threads, x_.data(), width_, block.feed_forward_norm.data(), config_.width, rows);
+  quantize(threads, x_.data(), width_, block.feed_forward_norm.data(), config_.width, rows);
   multiply(threads, block.expand, rows, Then::SQUARED_RELU, hidden_.data(), hidden_width);
-  quantise(threads, hidden_.data(), hidden_width, nullptr, config_.hidden, rows);
+  quantize(threads, hidden_.data(), hidden_width, nullptr, config_.hidden, rows);
   multiply(threads, block.contract, rows, Then::ADD, x_.data(), width_);
 }
 
@@ -270,7 +270,7 @@ void Model::read_context(Threads& threads, const std::vector<Position>& position
     embed(positions[t].conditioning, embedded_.data() + size_t(t) * width_);
     find_angles(positions[t].conditioning, angles_.data() + size_t(t) * angle_stride_);
   });
-  quantise(threads, embedded_.data(), width_, context_norm_.data(), config_.width, T);
+  quantize(threads, embedded_.data(), width_, context_norm_.data(), config_.width, T);
   multiply(threads, cross_keys_values_, T, Then::STORE, projected_.data(), projected_width_);
   each_row(threads, T, [&](int t) {
     write(cross_, positions[t], projected_.data() + size_t(t) * projected_width_,
@@ -281,7 +281,7 @@ void Model::read_context(Threads& threads, const std::vector<Position>& position
 void Model::run_block(Threads& threads, const Latents& latents, int layer) {
   const Block& block = layer == CROSS ? cross_ : blocks_[layer];
   const int rows = int(latents.size());
-  quantise(threads, x_.data(), width_, block.attention_norm.data(), config_.width, rows);
+  quantize(threads, x_.data(), width_, block.attention_norm.data(), config_.width, rows);
   multiply(threads, block.projection, rows, Then::STORE, projected_.data(), projected_width_);
   each_row(threads, rows, [&](int row) {
     rotate_queries(block, row, latents[row].angles);
@@ -295,7 +295,7 @@ void Model::run_block(Threads& threads, const Latents& latents, int layer) {
 // Gives latents their logits, from their rows of the residual stream.
 void Model::predict(Threads& threads, const float* x, const Latents& latents) {
   const int rows = int(latents.size());
-  quantise(threads, x, width_, final_norm_.data(), config_.width, rows);
+  quantize(threads, x, width_, final_norm_.data(), config_.width, rows);
   multiply(threads, head_, rows, Then::STORE, logits_.data(), head_.outputs);
   for (int row = 0; row < rows; ++row)
     std::copy_n(logits_.data() + size_t(row) * head_.outputs, vocabulary(), latents[row].logits_V);
@@ -316,10 +316,10 @@ float Model::leaving_cost(const ExitCost& cost, const float* x_D) const {
 void Model::leave_early(Threads& threads, Latents& latents, int layer, int together) {
   const auto may_leave = [](const Latent& latent) { return latent.position->piece->tolerance > 0; };
   if (std::none_of(latents.begin(), latents.end(), may_leave)) return;
-  const ExitCost& cost = exit_before_.at(layer);
+  const ExitCost& cost = exit_costs_.at(layer);
   std::vector<bool> leaving(latents.size(), true);
   for (size_t row = 0; row < latents.size(); ++row)
-    if (leaving_cost(cost, x_.data() + row * width_) >= latents[row].position->piece->tolerance)
+    if (!(leaving_cost(cost, x_.data() + row * width_) < latents[row].position->piece->tolerance))
       std::fill_n(leaving.begin() + row / together * together, together, false);
   Latents left, staying;
   for (size_t row = 0; row < latents.size(); ++row) {
@@ -340,7 +340,7 @@ void Model::fill(Threads& threads, const Latents& left, int layer) {
   const int rows = int(left.size()), first = config_.heads * config_.head_size;
   for (; layer < left[0].position->piece->layers; ++layer) {
     const Block& block = blocks_[layer];
-    quantise(threads, left_.data(), width_, block.attention_norm.data(), config_.width, rows);
+    quantize(threads, left_.data(), width_, block.attention_norm.data(), config_.width, rows);
     multiply(threads, block.projection, rows, Then::STORE, projected_.data(), projected_width_, first);
     each_row(threads, rows, [&](int row) {
       write(block, *left[row].position, projected_.data() + size_t(row) * projected_width_ + first, left[row].angles,
@@ -358,11 +358,11 @@ void Model::forward(Threads& threads, const std::vector<Position>& positions, fl
     latents.push_back({&positions[t], angles_.data() + t * angle_stride_,
                        logits_TxV == nullptr ? nullptr : logits_TxV + (t - first) * vocabulary()});
   if (latents.empty()) return;
-  quantise(threads, embedded_.data() + first * width_, width_, nullptr, config_.width, int(latents.size()));
+  quantize(threads, embedded_.data() + first * width_, width_, nullptr, config_.width, int(latents.size()));
   multiply(threads, latent_, int(latents.size()), Then::STORE, x_.data(), width_);
   const int depth = latents[0].position->piece->layers;
   for (int layer = CROSS; layer < depth; ++layer) {
-    if (logits_TxV != nullptr && exit_before_.count(layer)) leave_early(threads, latents, layer, together);
+    if (logits_TxV != nullptr && exit_costs_.count(layer)) leave_early(threads, latents, layer, together);
     if (latents.empty()) return;
     run_block(threads, latents, layer);
     for (const Latent& latent : latents)

@@ -86,7 +86,7 @@ class Model {
   void find_angles(const Conditioning& conditioning, float* angles) const;
 
   void read_context(Threads& threads, const std::vector<Position>& positions);
-  void quantise(Threads& threads, const float* x, int stride, const float* norm, int inputs, int rows);
+  void quantize(Threads& threads, const float* x, int stride, const float* norm, int inputs, int rows);
   void multiply(Threads& threads, const Matrix& matrix, int rows, Then then, float* y, int stride, int first = 0);
   void rotate_queries(const Block& block, int latent, const float* angles);
   void write(const Block& block, const Position& position, const float* kv, const float* angles, int layer) const;
@@ -107,7 +107,7 @@ class Model {
   Matrix latent_, cross_keys_values_, head_;
   Block cross_;
   std::vector<Block> blocks_;
-  std::map<int, ExitCost> exit_before_;  // some blocks
+  std::map<int, ExitCost> exit_costs_;  // by the number of blocks before the exit
 
   // Buffers of a pass, with a row for each position or latent.
   Activations rounded_;
