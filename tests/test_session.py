@@ -22,6 +22,7 @@ from app.web.settings import Settings, WebError
 from app.web.warmup import Machine
 from music_ar import GenerationError, Generator, Request, SamplingOptions, read_midi
 from music_ar.decoding.budget import Setting
+from music_ar.features.wish_options import Wishes
 from music_ar.model.config import PRESETS
 from music_ar.model.pretrained import save_pretrained
 
