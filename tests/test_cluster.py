@@ -17,6 +17,7 @@ from test_rendering import contents, lines_of
 
 from app.rendering.manifest import Output
 from app.rendering.on_ray import Job, Model, RowsOnWorker, Sizes
+from music_ar.cluster import connection
 from music_ar.decoding.request import GenerationError, Request
 from music_ar.generator import Generator
 from music_ar.model.weights import read_weights
@@ -192,8 +193,9 @@ def test_a_node_with_another_version_is_refused(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_port_that_is_not_rays_is_given_up(capsys, options):
+def test_a_port_that_is_not_rays_is_given_up(capsys, monkeypatch, options):
     pytest.importorskip("ray")
+    monkeypatch.setattr(connection, "_HEALTH_S", 5.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         assert f"no Ray cluster answers at {address}" in refusal(capsys, "render", *options, "--ray", address)
