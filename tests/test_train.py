@@ -118,7 +118,7 @@ def test_augmented_copies_are_read_as_often_as_originals(capsys, tmp_path, prepa
 
 
 def test_training_continues_from_another_model(capsys, tmp_path, prepared, teachers, fits):
-    """At a rate of zero it stays as it was, whatever the preset; exits take no parameters."""
+    """At a rate of zero it stays as it was, whatever the preset; exits may be added."""
     command = ["train", *DATA, prepared, *REST, "--output", tmp_path / "run", "--preset", "small"]
     rates = ["--muon-learning-rate", 0.0, "--adamw-learning-rate", 0.0]
     code, _, errors = run(capsys, *command, *rates, "--start", teachers[0], "--exits", 1)

@@ -47,8 +47,8 @@ class Train:
         data: dataset written by `music-ar prepare`: a folder, or its address (s3://bucket/data, gs://...). Give either
             this or --sources.
         sources: table of several datasets, in place of --data: a CSV file with the columns source, data and share. The
-            shares say how much of the training each gets. The run is validated on the first, its --final-fraction
-            trains on the first alone, and folds are of the first. With --wishes, the model learns the names.
+            shares say how much of the training each gets. The run is validated on the first; --final-fraction and
+            folds use the first alone. With --wishes, the model learns the names.
         output: folder of the run; created if missing.
         preset: size of the model: small (the shipped one), medium, large (for several devices), tiny (for tests), or a
             baseline: small-decoder (a decoder-only Transformer) or small-xl (Transformer-XL).
@@ -369,8 +369,8 @@ class Train:
         elif model.config.exits:
             model = without_exit_costs(model)
             print(
-                "no event of this model will leave early, whatever --tolerance: what that costs is measured on a "
-                "validation split, and the data has none"
+                "no event of this model will leave early, whatever --tolerance: the cost of that is measured on a "
+                "validation split, and the data has none; prepare it with --validation above 0"
             )
         save_pretrained(model, folder)
         print(f"{fitted.step} steps in {clock(fitted.elapsed_s)}; the model is in {folder}")

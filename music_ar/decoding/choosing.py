@@ -136,12 +136,12 @@ class ChoosingState:
         pieces = self._with("ended", ended_B.tolist()).pieces
         # Of a piece that goes on, some phrases may have ended it already.
         ended = [piece.ended or piece.ends(number) for piece in pieces for number in range(self.choices)]
-        return self._with_pieces(self.made.with_ended(np.array(ended)), pieces)
+        return dataclasses.replace(self, made=self.made.with_ended(np.array(ended)), pieces=pieces)
 
     def rows(self, rows: Sequence[int]) -> "ChoosingState":
         """See `AnyState.rows`."""
         made = self.made.rows([number for row in rows for number in self.rows_of(row)])
-        return self._with_pieces(made, tuple(self.pieces[row] for row in rows))
+        return dataclasses.replace(self, made=made, pieces=tuple(self.pieces[row] for row in rows))
 
     def replaced(self, row: int, newcomer: "ChoosingState") -> "ChoosingState":
         """See `AnyState.replaced`."""
@@ -170,17 +170,14 @@ class ChoosingState:
         """The rows of `made` that belong to a piece."""
         return range(row * self.choices, (row + 1) * self.choices)
 
-    def _with_pieces(self, made: AnyState, pieces: tuple[_Piece, ...]) -> "ChoosingState":
-        return ChoosingState(made, pieces, self.choices)
-
     def _with_piece(self, made: AnyState, row: int, piece: _Piece) -> "ChoosingState":
-        return self._with_pieces(made, (*self.pieces[:row], piece, *self.pieces[row + 1 :]))
+        return dataclasses.replace(self, made=made, pieces=(*self.pieces[:row], piece, *self.pieces[row + 1 :]))
 
     def _with(self, name: str, values: Sequence[Any]) -> "ChoosingState":
         """With other values of an attribute of the pieces, one for each."""
         pairs = zip(self.pieces, values, strict=True)
-        return self._with_pieces(
-            self.made, tuple(dataclasses.replace(piece, **{name: value}) for piece, value in pairs)
+        return dataclasses.replace(
+            self, pieces=tuple(dataclasses.replace(piece, **{name: value}) for piece, value in pairs)
         )
 
 
@@ -237,7 +234,7 @@ class ChoosingDecoder:
         while not (ready := _ready(state)) and not state.done_B.all():
             made, tokens, nats = self._decoder.decode_scored(state.made, repeated, length=length)
             pieces = _with_tokens(state, np.asarray(tokens), np.asarray(nats))
-            state = ChoosingState(made, pieces, self.choices)
+            state = dataclasses.replace(state, made=made, pieces=pieces)
         found: list[tuple[Any, Any]] = [(np.zeros(0, np.int32), np.zeros(0, np.float32))] * len(state.pieces)
         for row in ready:
             number = state.pieces[row].choice()

@@ -193,7 +193,7 @@ class AnyDecoder(Protocol):
 
         Returns:
             The state, whose pending tokens are the last ones sampled, and the tokens [B, length], `vocabulary.PAD` once
-            a row has ended.
+            a row is done: it waits for the others.
         """
         ...
 

@@ -15,7 +15,7 @@ from music_ar.evaluation.windows import batch_windows, check_pieces, cut_windows
 from music_ar.model.perceiver_ar import PerceiverAR
 from music_ar.training.losses import token_nll
 
-_TOLERANCE = 1e-6  # the fit ends with the step whose expected gain is smaller, in nats per token
+_TOLERANCE = 1e-6  # a fit ends with the step whose expected gain is smaller, per target
 _MAX_PASSES = 32  # over the pieces; two or three are usual
 _BATCH_SIZE = 32  # windows per forward pass
 
@@ -65,7 +65,7 @@ def calibrate(
     fit_2xK = newton_minimum(
         lambda fit_2xK: _nll_derivatives(model, pieces, fit_2xK),
         np.stack([np.ones(len(TOKEN_TYPES)), np.zeros(len(TOKEN_TYPES))]),
-        tolerance=_TOLERANCE * targets,
+        targets=targets,
     )
     scales, offsets = fit_2xK.tolist()
     return _with_calibrated_head(model, fit_2xK), {
@@ -137,14 +137,15 @@ def _window_derivatives(
 
 
 def newton_minimum(
-    function: Callable[[np.ndarray], tuple[float, np.ndarray, np.ndarray]], start: np.ndarray, *, tolerance: float
+    function: Callable[[np.ndarray], tuple[float, np.ndarray, np.ndarray]], start: np.ndarray, *, targets: int
 ) -> np.ndarray:
     """Return the minimum of a convex function by Newton's method; a step that does not descend is halved.
 
     Args:
         function: value, gradient and Hessian at a point.
         start: the first point.
-        tolerance: a step with a smaller expected gain is the last.
+        targets: over which the function is a sum. A step with an expected gain of less than 1e-6 of their number is the
+            last.
     """
     point, least, step = start, math.inf, np.zeros_like(start)
     for _ in range(_MAX_PASSES):
@@ -154,6 +155,6 @@ def newton_minimum(
             continue
         point, least = point + step, value
         step = -np.linalg.solve(hessian.reshape(point.size, point.size), gradient.ravel()).reshape(point.shape)
-        if -np.vdot(gradient, step) / 2 < tolerance:
+        if -np.vdot(gradient, step) / 2 < _TOLERANCE * targets:
             return point + step
     return point

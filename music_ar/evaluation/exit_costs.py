@@ -22,7 +22,6 @@ from music_ar.model.perceiver_ar import PerceiverAR
 _MOST_TARGETS = 2**16  # more of them gain nothing
 _BATCH_SIZE = 4  # windows per forward pass
 _PRIOR = 10.0  # inverse variance of the weights
-_TOLERANCE = 1e-6  # the fit ends with the step whose expected gain is smaller, per target
 
 
 def fit_exit_costs(
@@ -70,17 +69,14 @@ def _measured(
     windows = [windows[index] for index in np.linspace(0, len(windows) - 1, count).astype(int)]
     batch_size = min(_BATCH_SIZE, len(windows))
     graph, params = nnx.split(model)
-    found: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
+    found: list[list[np.ndarray]] = []
     for batch, tokens in batch_windows(pieces, windows, model.config.window, batch_size, model.config.pad):
         streams, costs = _leaving(graph, params, tokens, latents)
-        kept = np.zeros((batch_size, latents), bool)
-        for row, window in enumerate(batch):
-            kept[row, latents - window.targets :] = True
-        found.append(([np.asarray(x)[kept] for x in streams], [np.asarray(cost)[kept] for cost in costs]))
-    streams, costs = zip(*found, strict=True)
-    return [np.concatenate(x) for x in zip(*streams, strict=True)], [
-        np.concatenate(c) for c in zip(*costs, strict=True)
-    ]
+        targets_B = np.array([window.targets for window in batch] + [0] * (batch_size - len(batch)))
+        counts_BxN = np.arange(latents)[None] >= latents - targets_B[:, None]
+        found.append([np.asarray(array)[counts_BxN] for array in (*streams, *costs)])
+    every = [np.concatenate(arrays) for arrays in zip(*found, strict=True)]
+    return every[: len(model.config.exits)], every[len(model.config.exits) :]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -110,4 +106,4 @@ def _poisson_regression(x_TxD: Float[np.ndarray, "T D"], y_T: Float[np.ndarray, 
         return value, gradient_D1, (x_TxD1 * mean_T[:, None]).T @ x_TxD1 + np.diag(prior_D1)
 
     start = np.append(np.zeros(D), np.log(max(float(y_T.mean()), 1e-9)))
-    return newton_minimum(derivatives, start, tolerance=_TOLERANCE * T)
+    return newton_minimum(derivatives, start, targets=T)

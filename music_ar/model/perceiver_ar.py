@@ -217,7 +217,7 @@ class PerceiverAR(nnx.Module):
             embedded_BxSxD = embedded_BxSxD + self.label(labels_BxC.astype(self.dtype))[:, None]
         if wishes_BxPxW is not None:
             latent_BxS = rows.positions_BxS - (M - N)
-            embedded_BxSxD = embedded_BxSxD + self.wishes.of_rows(wishes_BxPxW, latent_BxS, N).astype(self.dtype)
+            embedded_BxSxD = embedded_BxSxD + self.wishes(wishes_BxPxW, latent_BxS, N).astype(self.dtype)
         positions_BxSxP = jnp.stack([rows.positions_BxS, conditioning_BxS.time], axis=-1)
 
         tower = self._recur if self.config.segment else self._attend

@@ -139,12 +139,13 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "final_norm.scale": (D,),
         "head.kernel": (D, V),
         "head.bias": (V,),
-        **(
-            {"exit_costs.kernel": (D, len(config.exits)), "exit_costs.bias": (len(config.exits),)}
-            if config.exits
-            else {}
-        ),
+        **_exit_shapes(config),
     }
+
+
+def _exit_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    exits = len(config.exits)
+    return {"exit_costs.kernel": (config.width, exits), "exit_costs.bias": (exits,)} if exits else {}
 
 
 def _tape_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

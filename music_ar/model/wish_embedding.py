@@ -20,11 +20,7 @@ class WishEmbedding(nnx.Module):
         self.table = table
         self.kernel = nnx.Param(jnp.zeros((table.rows, width)))
 
-    def __call__(self, ids: Int[Array, "*B W"]) -> Float[Array, "*B D"]:
-        """What is added to the embedding of every token for which these wishes are in force."""
-        return self.table.hot(ids) @ self.kernel[...]
-
-    def of_rows(
+    def __call__(
         self, ids_BxPxW: Int[Array, "B P W"], latent_BxS: Int[Array, "B S"], latents: int
     ) -> Float[Array, "B S D"]:
         """What is added to the embeddings of some rows.
@@ -37,4 +33,4 @@ class WishEmbedding(nnx.Module):
         """
         P = ids_BxPxW.shape[1]
         part_BxS = jnp.searchsorted(jnp.asarray(part_ends(latents, P)[:-1]), latent_BxS, side="right")
-        return jnp.einsum("bsp,bpd->bsd", jax.nn.one_hot(part_BxS, P), self(ids_BxPxW))
+        return jnp.einsum("bsp,bpd->bsd", jax.nn.one_hot(part_BxS, P), self.table.hot(ids_BxPxW) @ self.kernel[...])
